@@ -1,0 +1,44 @@
+# make setup   makes .venv with all that development needs
+# make demo    generates text with the bundled model (sets up first)
+# make test    runs all checks and tests (sets up first)
+# make bench   measures; prints tables, writes JSON
+# make lint, make format
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+STAMP := .venv/.complete
+
+.PHONY: setup demo test bench lint format
+.DEFAULT_GOAL := demo
+
+setup: $(STAMP)
+
+# torch is named with its version, because a bare name may bring gigabytes of CUDA libraries.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $(STAMP)
+
+demo:
+	@start=$$(date +%s); $(MAKE) --no-print-directory setup \
+	&& $(BIN)/anymamba generate "ROMEO:" --max-new-tokens 300 --temperature 0.8 --seed 1 \
+	&& echo "make demo took $$(($$(date +%s) - start)) s"
+
+test:
+	@start=$$(date +%s); $(MAKE) --no-print-directory setup lint \
+	&& $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+	&& echo "make test took $$(($$(date +%s) - start)) s"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,72 @@
+"""AnyMamba: the Mamba selective state space model for any machine.
+
+The public names load on first use: `import anymamba` by itself imports neither torch,
+transformers nor numpy.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from anymamba.modeling import (
+        MambaCache,
+        MambaCausalLMOutput,
+        MambaConfig,
+        MambaForCausalLM,
+        MambaModel,
+        MambaOutput,
+        MambaPreTrainedModel,
+        register,
+        unregister,
+    )
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "MambaCache": "anymamba.modeling",
+    "MambaCausalLMOutput": "anymamba.modeling",
+    "MambaConfig": "anymamba.modeling",
+    "MambaForCausalLM": "anymamba.modeling",
+    "MambaModel": "anymamba.modeling",
+    "MambaOutput": "anymamba.modeling",
+    "MambaPreTrainedModel": "anymamba.modeling",
+    "register": "anymamba.modeling",
+    "unregister": "anymamba.modeling",
+}
+
+__all__ = [
+    "MambaCache",
+    "MambaCausalLMOutput",
+    "MambaConfig",
+    "MambaForCausalLM",
+    "MambaModel",
+    "MambaOutput",
+    "MambaPreTrainedModel",
+    "__version__",
+    "register",
+    "unregister",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'anymamba' has no attribute {name!r}")
+    try:
+        value = getattr(import_module(_HOME_OF[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers", "jaxtyping"):
+            raise
+        from anymamba.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            f"anymamba.{name} needs the package {error.name!r}, which is not installed: "
+            "pip install 'anymamba[torch]'"
+        ) from error
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,49 @@
+"""Every exception the package raises on purpose.
+
+Each message names the offending thing, what was expected and what to do. All of them are
+`AnyMambaError`; each is also the built-in error that such a mistake usually raises, so that
+code written for other libraries catches it without knowing this one.
+"""
+
+__all__ = [
+    "AnyMambaError",
+    "BackendError",
+    "CheckpointError",
+    "ConfigError",
+    "HubError",
+    "InputError",
+    "MissingDependencyError",
+    "StateError",
+]
+
+
+class AnyMambaError(Exception):
+    """Base of all errors that AnyMamba raises on purpose."""
+
+
+class ConfigError(AnyMambaError, ValueError):
+    """A setting has a value that makes no sense."""
+
+
+class InputError(AnyMambaError, ValueError):
+    """An argument of a call has the wrong shape, type or value."""
+
+
+class BackendError(AnyMambaError, RuntimeError):
+    """A backend was asked for that this machine, or these inputs, cannot have."""
+
+
+class MissingDependencyError(AnyMambaError, ImportError):
+    """An optional package is needed and not installed."""
+
+
+class CheckpointError(AnyMambaError, OSError):
+    """Files of a model are missing, broken, or do not belong to the model."""
+
+
+class HubError(CheckpointError):
+    """A model could not be fetched from the hub."""
+
+
+class StateError(AnyMambaError, ValueError):
+    """A saved state does not belong to this model, or its file is broken."""
