@@ -1,1 +1,42 @@
+"""What a model is on disk: layouts, names, reading, writing, and the hub.
 
+A model's name becomes a folder (`resolve`), the folder is opened (`open_checkpoint`), which reads
+its config in whichever layout it has (`read_config`), finds the weight files and reads their
+headers (`read_header`). From there on every tensor has Transformers' name. What must be there
+follows from the config (`expected_shapes`), and `check_tensors` names all that differs. The
+weights are then loaded by torch (`load_torch_state_dict`), or mapped from where their
+`TensorRecord` says. `checkpoint_digest` and `state_dict_digest` tell which weights they are.
+
+Files come from strangers: nothing in them is run, and every number is checked before it is used.
+Importing this package imports neither torch nor numpy; only what touches tensors does.
+"""
+
+from anymamba.checkpoint.config import Layout, read_config
+from anymamba.checkpoint.digest import checkpoint_digest, state_dict_digest
+from anymamba.checkpoint.hub import resolve
+from anymamba.checkpoint.names import to_transformers_name
+from anymamba.checkpoint.reading import Checkpoint, open_checkpoint
+from anymamba.checkpoint.safetensors_header import SafetensorsHeader, TensorRecord, read_header
+from anymamba.checkpoint.shapes import ModelShape, check_tensors, expected_shapes, model_shape
+from anymamba.checkpoint.torch_weights import load_torch_state_dict
+from anymamba.checkpoint.writing import write_atomically
+
+__all__ = [
+    "Checkpoint",
+    "Layout",
+    "ModelShape",
+    "SafetensorsHeader",
+    "TensorRecord",
+    "check_tensors",
+    "checkpoint_digest",
+    "expected_shapes",
+    "load_torch_state_dict",
+    "model_shape",
+    "open_checkpoint",
+    "read_config",
+    "read_header",
+    "resolve",
+    "state_dict_digest",
+    "to_transformers_name",
+    "write_atomically",
+]

@@ -1,1 +1,20 @@
+"""Mamba with the API of Hugging Face Transformers."""
 
+from anymamba.modeling.cache import MambaCache
+from anymamba.modeling.causal_lm import MambaForCausalLM
+from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.model import MambaModel, MambaPreTrainedModel
+from anymamba.modeling.outputs import MambaCausalLMOutput, MambaOutput
+from anymamba.modeling.registration import register, unregister
+
+__all__ = [
+    "MambaCache",
+    "MambaCausalLMOutput",
+    "MambaConfig",
+    "MambaForCausalLM",
+    "MambaModel",
+    "MambaOutput",
+    "MambaPreTrainedModel",
+    "register",
+    "unregister",
+]

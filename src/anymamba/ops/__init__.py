@@ -1,1 +1,20 @@
+"""Mamba's operators on PyTorch tensors, each with its reference and its faster backends.
 
+Sequences are channel-last, (b, l, e); other layouts come in as transposed views. A name ends in
+its tensor's shape: b batch, l length, e inner width, n state size, k convolution width.
+"""
+
+from anymamba.ops.backends import available_backends, backend
+from anymamba.ops.conv import causal_conv1d, causal_conv1d_update
+from anymamba.ops.norm import rms_norm
+from anymamba.ops.scan import selective_scan, selective_state_update
+
+__all__ = [
+    "available_backends",
+    "backend",
+    "causal_conv1d",
+    "causal_conv1d_update",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_update",
+]

@@ -1,0 +1,46 @@
+"""The names of a model's tensors: every layout's translated to Transformers'.
+
+Three namings exist, and each may come without its `backbone.` prefix. They differ in one place,
+the embedding table, so one rule reads them all:
+
+| Transformers | original and minimal | |
+| --- | --- | --- |
+| `backbone.embeddings.weight` | `backbone.embedding.weight` | the embedding table |
+| `backbone.layers.0.norm.weight` | the same | |
+| `backbone.layers.0.mixer.in_proj.weight` | the same | and the mixer's other tensors |
+| `backbone.norm_f.weight` | the same | |
+| `lm_head.weight` | the same | absent where it is the embedding table |
+"""
+
+from __future__ import annotations
+
+__all__ = ["EMBEDDINGS", "HEAD", "to_transformers_name"]
+
+EMBEDDINGS = "backbone.embeddings.weight"
+HEAD = "lm_head.weight"
+
+_BACKBONE_PARTS = ("embeddings.", "layers.", "norm_f.")
+
+
+def to_transformers_name(name: str) -> str:
+    """Translate a tensor's name, in whichever layout, to the one Transformers uses.
+
+    Args:
+        name: as a file or a state dict spells it.
+
+    Returns:
+        Transformers' name. A name that no layout knows is returned as it is, so that the check
+        against the expected names can report it in the words of the file.
+
+    Example:
+        >>> to_transformers_name("backbone.embedding.weight")  # original
+        'backbone.embeddings.weight'
+        >>> to_transformers_name("layers.3.mixer.A_log")  # minimal, or a bare MambaModel
+        'backbone.layers.3.mixer.A_log'
+        >>> to_transformers_name("lm_head.weight")
+        'lm_head.weight'
+    """
+    part = name.removeprefix("backbone.")
+    if part.startswith("embedding."):
+        part = part.replace("embedding.", "embeddings.", 1)
+    return f"backbone.{part}" if part.startswith(_BACKBONE_PARTS) else name

@@ -1,0 +1,140 @@
+"""Opening a model's folder: its layout, its config, and where each tensor is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anymamba.checkpoint.config import Layout, read_config
+from anymamba.checkpoint.files import WeightFiles, find_weight_files
+from anymamba.checkpoint.names import to_transformers_name
+from anymamba.checkpoint.safetensors_header import TensorRecord, read_header
+from anymamba.checkpoint.wording import listed, shown
+from anymamba.errors import CheckpointError
+
+__all__ = ["Checkpoint", "canonical_names", "check_shard", "open_checkpoint"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, opened: the config is read, the weights are located, none is loaded.
+
+    Args:
+        folder: where it is.
+        layout: which program's files these are.
+        config: the config's fields in Transformers' names.
+        files: the files that hold the weights.
+        tensors: where each tensor is, by Transformers' name. Empty when pickled: a pickle
+            does not tell before it is loaded.
+    """
+
+    folder: Path
+    layout: Layout
+    config: dict[str, Any]
+    files: WeightFiles
+    tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+
+    @property
+    def pickled(self) -> bool:
+        """Whether the weights are torch's pickles rather than safetensors."""
+        return self.files.pickled
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Open a model's folder, whichever layout it has. Needs no torch and reads no weights.
+
+    Args:
+        folder: a local folder; `resolve` turns a hub id into one.
+
+    Returns:
+        What is there. Whether its tensors fit its config is for `check_tensors` to say.
+
+    Raises:
+        CheckpointError: the folder, the config or a weight file is missing or broken.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> import torch
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "config.json").write_text('{"d_model": 8, "n_layer": 1, "vocab_size": 9}')
+        >>> save_file({"norm_f.weight": torch.ones(8)}, folder / "model.safetensors")
+        >>> checkpoint = open_checkpoint(folder)
+        >>> checkpoint.layout, checkpoint.tensors["backbone.norm_f.weight"].shape
+        ('minimal', (8,))
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{str(folder)!r} is no folder; give the folder of a model")
+    layout, config = read_config(folder)
+    files = find_weight_files(folder)
+    tensors = {} if files.pickled else _locate(files)
+    return Checkpoint(folder, layout, config, files, tensors)
+
+
+def _locate(files: WeightFiles) -> dict[str, TensorRecord]:
+    stored: dict[str, TensorRecord] = {}
+    for path in files.paths:
+        tensors = read_header(path).tensors
+        check_shard(files, path, tensors)
+        stored |= tensors
+    return {new: stored[old] for new, old in canonical_names(stored, files.paths[0]).items()}
+
+
+def check_shard(files: WeightFiles, path: Path, names: Iterable[str]) -> None:
+    """Check that a shard holds the tensors that the index says, and no others.
+
+    Args:
+        files: the shards and their index; a single file has nothing to compare with.
+        path: one of the shards.
+        names: the tensors it holds.
+
+    Raises:
+        CheckpointError: the message names what is missing or not listed.
+
+    Example:
+        >>> check_shard(WeightFiles((Path("model.safetensors"),), False), Path("model.safetensors"),
+        ...             ["lm_head.weight"])
+    """
+    if files.index is None:
+        return
+    promised = {tensor for tensor, shard in files.index.items() if shard == path.name}
+    held = set(names)
+    if held != promised:
+        missing = listed(sorted(map(shown, promised - held))) or "none"
+        unlisted = listed(sorted(map(shown, held - promised))) or "none"
+        raise CheckpointError(
+            f"{str(path)!r} does not hold what its index says: missing {missing}; "
+            f"not in the index {unlisted}; fetch the model again"
+        )
+
+
+def canonical_names(stored: Iterable[str], where: Path) -> dict[str, str]:
+    """Translate the names in a file.
+
+    Args:
+        stored: the names as stored.
+        where: the file, for the message.
+
+    Returns:
+        The stored name by Transformers' name.
+
+    Raises:
+        CheckpointError: two stored names mean the same tensor.
+
+    Example:
+        >>> canonical_names(["norm_f.weight"], Path("model.safetensors"))
+        {'backbone.norm_f.weight': 'norm_f.weight'}
+    """
+    names: dict[str, str] = {}
+    for name in stored:
+        other = names.setdefault(to_transformers_name(name), name)
+        if other != name:
+            raise CheckpointError(
+                f"{str(where)!r} holds one tensor under two names, {shown(other)} and "
+                f"{shown(name)}; remove one"
+            )
+    return names

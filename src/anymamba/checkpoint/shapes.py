@@ -1,0 +1,209 @@
+"""Which tensors a model of a given config has, and of which shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.wording import listed, shown
+from anymamba.errors import CheckpointError, ConfigError
+
+__all__ = ["ModelShape", "check_tensors", "expected_shapes", "model_shape"]
+
+# Transformers' names and defaults, for fields that a config leaves out.
+_COUNTS = {
+    "vocab_size": 50280,
+    "hidden_size": 768,
+    "state_size": 16,
+    "num_hidden_layers": 32,
+    "expand": 2,
+    "conv_kernel": 4,
+}
+_SWITCHES = {"use_bias": False, "use_conv_bias": True, "tie_word_embeddings": True}
+
+# A config is a few bytes that ask for any amount of memory: refuse what no machine can hold.
+_MOST = 2**31 - 1
+_MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What of a config decides the tensors' shapes, in the paper's words.
+
+    Args:
+        vocab_size: number of tokens, v.
+        d_model: width of the residual stream, d.
+        n_layer: number of layers.
+        d_inner: inner width, e.
+        d_state: state size, n.
+        dt_rank: rank of the step size, r.
+        d_conv: convolution width, k.
+        bias: whether the projections into and out of a mixer have a bias.
+        conv_bias: whether the convolution has a bias.
+        tied: whether the head is the embedding table.
+    """
+
+    vocab_size: int
+    d_model: int
+    n_layer: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+    bias: bool
+    conv_bias: bool
+    tied: bool
+
+
+def model_shape(config: Mapping[str, Any]) -> ModelShape:
+    """Take the shape of a model from its config.
+
+    Args:
+        config: fields in Transformers' names; those left out have Transformers' defaults.
+
+    Returns:
+        The shape, 'auto' resolved.
+
+    Raises:
+        ConfigError: a field is not of its type, or outside of what any machine could hold.
+
+    Example:
+        >>> shape = model_shape({"hidden_size": 40, "expand": 2})
+        >>> shape.d_inner, shape.dt_rank
+        (80, 3)
+    """
+    counts = {name: _count(name, config.get(name, default)) for name, default in _COUNTS.items()}
+    switches = {name: config.get(name, default) for name, default in _SWITCHES.items()}
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {shown(value)}")
+    d_model = counts["hidden_size"]
+    rank = config.get("time_step_rank", "auto")
+    return ModelShape(
+        vocab_size=counts["vocab_size"],
+        d_model=d_model,
+        n_layer=counts["num_hidden_layers"],
+        d_inner=counts["expand"] * d_model,
+        d_state=counts["state_size"],
+        dt_rank=-(-d_model // 16) if rank == "auto" else _count("time_step_rank", rank),
+        d_conv=counts["conv_kernel"],
+        bias=switches["use_bias"],
+        conv_bias=switches["use_conv_bias"],
+        tied=switches["tie_word_embeddings"],
+    )
+
+
+def _count(name: str, value: object) -> int:
+    most = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+    # bool is a kind of int, and a model with True layers is a mistake.
+    if type(value) is not int or not 1 <= value <= most:
+        auto = " or 'auto'" if name == "time_step_rank" else ""
+        raise ConfigError(
+            f"{name} must be a whole number from 1 to {most}{auto}, got {shown(value)}"
+        )
+    return value
+
+
+def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """List the tensors that a model's files must hold.
+
+    Args:
+        config: fields in Transformers' names; those left out have Transformers' defaults.
+
+    Returns:
+        Shape by Transformers' name, in the order of the forward pass. A tied model has no
+        `lm_head.weight`.
+
+    Raises:
+        ConfigError: a field makes no sense.
+
+    Example:
+        >>> shapes = expected_shapes({"hidden_size": 8, "num_hidden_layers": 1})
+        >>> shapes["backbone.layers.0.mixer.conv1d.weight"]
+        (16, 1, 4)
+    """
+    shape = model_shape(config)
+    v, d = shape.vocab_size, shape.d_model
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDINGS: (v, d)}
+    of_one_layer = _layer_shapes(shape)
+    for layer in range(shape.n_layer):
+        for name, dimensions in of_one_layer.items():
+            shapes[f"backbone.layers.{layer}.{name}"] = dimensions
+    shapes["backbone.norm_f.weight"] = (d,)
+    if not shape.tied:
+        shapes[HEAD] = (v, d)
+    return shapes
+
+
+def _layer_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    d, e, n, r, k = shape.d_model, shape.d_inner, shape.d_state, shape.dt_rank, shape.d_conv
+    shapes: dict[str, tuple[int, ...]] = {
+        "norm.weight": (d,),
+        "mixer.in_proj.weight": (2 * e, d),  # x and its gate z
+        "mixer.in_proj.bias": (2 * e,),
+        "mixer.conv1d.weight": (e, 1, k),  # one filter a channel
+        "mixer.conv1d.bias": (e,),
+        "mixer.x_proj.weight": (r + 2 * n, e),  # the step size's r numbers, B and C
+        "mixer.dt_proj.weight": (e, r),
+        "mixer.dt_proj.bias": (e,),
+        "mixer.A_log": (e, n),
+        "mixer.D": (e,),
+        "mixer.out_proj.weight": (d, e),
+        "mixer.out_proj.bias": (d,),
+    }
+    if not shape.bias:
+        del shapes["mixer.in_proj.bias"], shapes["mixer.out_proj.bias"]
+    if not shape.conv_bias:
+        del shapes["mixer.conv1d.bias"]
+    return shapes
+
+
+def check_tensors(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    where: object,
+) -> None:
+    """Compare the tensors that are there with those that must be, and name every difference.
+
+    A head that is found and not expected is no difference: files of tied models may repeat it.
+
+    Args:
+        found: shape by name, as stored.
+        expected: shape by name, as `expected_shapes` gives it.
+        where: what was read, a folder as a rule, for the message.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of a wrong shape. One message names
+            all of them, of a long list the first ten.
+
+    Example:
+        >>> check_tensors({"a": (2,)}, {"a": (2,)}, "here")
+        >>> check_tensors({"a": (2,)}, {"b": (2,)}, "here")
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.CheckpointError: the tensors in here do not fit its config: missing b; \
+unexpected 'a'
+    """
+    unexpected = found.keys() - expected.keys() - {HEAD}
+    defects = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [shown(name) for name in found if name in unexpected],
+        "of a wrong shape": [
+            f"{name} is {_dimensions(found[name])}, expected {_dimensions(shape)}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ],
+    }
+    _raise_for(defects, where)
+
+
+def _raise_for(defects: Mapping[str, Iterable[str]], where: object) -> None:
+    found = [f"{kind} {listed(names)}" for kind, names in defects.items() if names]
+    if found:
+        raise CheckpointError(f"the tensors in {where} do not fit its config: {'; '.join(found)}")
+
+
+def _dimensions(shape: Iterable[int]) -> str:
+    return "×".join(map(str, shape)) or "a scalar"

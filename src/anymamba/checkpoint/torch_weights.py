@@ -1,0 +1,157 @@
+"""Loading a checkpoint's weights as torch tensors. torch is imported when this is called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.reading import Checkpoint, canonical_names, check_shard
+from anymamba.checkpoint.shapes import check_tensors, expected_shapes, model_shape
+from anymamba.checkpoint.wording import shown
+from anymamba.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load_torch_state_dict"]
+
+_ZIP_SIGNATURE = b"PK\x03\x04"
+
+
+def load_torch_state_dict(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, torch.Tensor]:
+    """Load all weights, checked against the shapes that they must have.
+
+    Nothing in a file is run: pickles are read by torch's restricted reader. The tensors are
+    mapped from the files where the format allows it, so they cost memory once they are used,
+    and the files must stay as they are until the tensors are copied.
+
+    Args:
+        checkpoint: what `open_checkpoint` returned.
+        expected: shape by Transformers' name; by default what the checkpoint's config asks
+            for. Give others to load a model without its head, or with a changed config.
+
+    Returns:
+        Exactly the expected tensors, on the CPU, in the types they are stored in.
+
+    Raises:
+        CheckpointError: a file is broken or would run code; tensors are missing, unexpected
+            or of a wrong shape or type; or a tied model's file holds a head of its own.
+
+    Example:
+        >>> import json, tempfile
+        >>> import torch
+        >>> from anymamba.checkpoint import open_checkpoint
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> config = {"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1}
+        >>> _ = (folder / "config.json").write_text(json.dumps(config))
+        >>> weights = {name: torch.ones(shape) for name, shape in expected_shapes(config).items()}
+        >>> torch.save(weights, folder / "pytorch_model.bin")
+        >>> load_torch_state_dict(open_checkpoint(folder))["backbone.norm_f.weight"].shape
+        torch.Size([8])
+    """
+    if expected is None:
+        expected = expected_shapes(checkpoint.config)
+    tensors = _read_pickles(checkpoint) if checkpoint.pickled else _read_safetensors(checkpoint)
+    where = repr(str(checkpoint.folder))
+    check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, expected, where)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{name} in {where} is stored as {tensor.dtype}, expected floating-point numbers"
+            )
+    if HEAD not in expected and HEAD in tensors:
+        _check_repeated_head(checkpoint, tensors)
+        del tensors[HEAD]
+    return tensors
+
+
+def _check_repeated_head(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
+    """A tied model's head may be stored, if it is the embedding table; another would be lost."""
+    import torch
+
+    tied = model_shape(checkpoint.config).tied
+    if tied and not torch.equal(tensors[HEAD], tensors[EMBEDDINGS]):
+        raise CheckpointError(
+            f"the config in {str(checkpoint.folder)!r} ties {HEAD} to {EMBEDDINGS}, but the two "
+            "differ there; set tie_word_embeddings to false to use both"
+        )
+
+
+def _read_safetensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    stored: dict[Path, dict[str, str]] = {}
+    for new, record in checkpoint.tensors.items():
+        stored.setdefault(record.file, {})[new] = record.name
+    tensors: dict[str, torch.Tensor] = {}
+    for path, names in stored.items():
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                tensors |= {new: file.get_tensor(old) for new, old in names.items()}
+        except (SafetensorError, OSError, KeyError) as error:
+            raise CheckpointError(f"cannot read {str(path)!r}: {_one_line(error)}") from error
+    return tensors
+
+
+def _read_pickles(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    stored: dict[str, torch.Tensor] = {}
+    for path in checkpoint.files.paths:
+        tensors = _read_pickle(path)
+        check_shard(checkpoint.files, path, tensors)
+        stored |= tensors
+    names = canonical_names(stored, checkpoint.files.paths[0])
+    return {new: stored[old] for new, old in names.items()}
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            # Files of torch before 1.6 are no archives and cannot be mapped.
+            mapped = file.read(len(_ZIP_SIGNATURE)) == _ZIP_SIGNATURE
+        value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # broken pickles raise anything: IndexError, EOFError, RuntimeError
+        raise CheckpointError(_why_unreadable(path, error)) from error
+    return _plain_tensors(path, value)
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """torch's own messages run over many lines and recommend to let the file run its code."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if named:
+        return (
+            f"{str(path)!r} was refused: it would run code ({named[1]}) when loaded; get the model "
+            "as safetensors from a source you trust"
+        )
+    return (
+        f"{str(path)!r} holds no weights that can be read ({type(error).__name__}): it is "
+        "truncated, broken, or no file of torch.save; fetch it again or get it as safetensors"
+    )
+
+
+def _plain_tensors(path: Path, value: Any) -> dict[str, torch.Tensor]:
+    import torch
+
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{str(path)!r} holds a {type(value).__name__}, expected tensors by name"
+        )
+    for name, tensor in value.items():
+        plain = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+        if not isinstance(name, str) or not plain or tensor.is_meta or tensor.is_quantized:
+            raise CheckpointError(
+                f"{str(path)!r} holds {shown(name)}, which is no plain tensor with a name "
+                f"({type(tensor).__name__}); save the model's state_dict alone"
+            )
+    return {name: tensor.detach() for name, tensor in value.items()}
+
+
+def _one_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0][:120] if lines else type(error).__name__

@@ -1,0 +1,44 @@
+"""Numbers on the command line, refused where they make no sense."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+__all__ = ["integer", "number"]
+
+
+def integer(at_least: int) -> Callable[[str], int]:
+    """A parser of whole numbers that are `at_least` so large."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < at_least:
+            raise argparse.ArgumentTypeError(f"{text} is too small, the least is {at_least}")
+        return value
+
+    return parse
+
+
+def number(
+    low: float, high: float = math.inf, *, above_low: bool = False
+) -> Callable[[str], float]:
+    """A parser of finite numbers from `low` to `high`, or with `above_low` from just above."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        fits = low < value <= high if above_low else low <= value <= high
+        if not fits or math.isinf(value):
+            start = f"above {low:g}" if above_low else f"{low:g} or more"
+            end = "" if math.isinf(high) else f", at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {start}{end}")
+        return value
+
+    return parse

@@ -1,0 +1,236 @@
+"""The Mamba language model: the model with a head over the vocabulary, and generation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
+from transformers.utils import logging
+
+from anymamba.errors import InputError
+from anymamba.modeling.cache import MambaCache
+from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.model import MambaModel, MambaPreTrainedModel
+from anymamba.modeling.outputs import MambaCausalLMOutput
+from anymamba.modeling.packing import next_tokens, pack_batch
+
+__all__ = ["MambaForCausalLM"]
+
+logger = logging.get_logger(__name__)
+
+
+class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
+    """Mamba with a language model's head, whose weight is the embeddings' where they are tied.
+
+    Args:
+        config: what to build.
+
+    Raises:
+        MissingDependencyError: the config asks for mambapy, which is not installed.
+
+    Example:
+        >>> import torch
+        >>> from anymamba import MambaConfig, MambaForCausalLM
+        >>> model = MambaForCausalLM(
+        ...     MambaConfig(vocab_size=256, hidden_size=32, num_hidden_layers=2)
+        ... )
+        >>> model(torch.tensor([[1, 2, 3]])).logits.shape
+        torch.Size([1, 3, 256])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__(config)
+        self.backbone = MambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding layer."""
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Put another embedding layer in place."""
+        self.backbone.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache_params: MambaCache | None = None,
+        cache_position: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MambaCausalLMOutput | tuple[Any, ...]:
+        """Predict the next token at each position.
+
+        Args:
+            labels: (b, l) token ids, usually the input_ids; they are shifted inside, between the
+                positions that the mask keeps and never across packed documents. -100 is ignored.
+            logits_to_keep: how many of the last positions get logits, 0 for all of them; or the
+                indices (m,) of the positions. Labels then count at those positions alone.
+            **kwargs: what the loss understands (`num_items_in_batch`); the rest is ignored.
+            input_ids, attention_mask, inputs_embeds, cache_params, cache_position: as in
+                `MambaModel.forward`.
+            output_hidden_states, return_dict, use_cache: as in `MambaModel.forward`.
+            seq_idx, cu_seq_lens_q, position_ids: as in `MambaModel.forward`.
+
+        Returns:
+            A `MambaCausalLMOutput`, logits in float32.
+
+        Raises:
+            InputError: an argument has the wrong shape, or two exclude each other.
+        """
+        marks = (attention_mask, seq_idx, cu_seq_lens_q, position_ids)
+        outputs = self.backbone(
+            input_ids,
+            attention_mask,
+            inputs_embeds,
+            cache_params,
+            cache_position,
+            use_cache,
+            output_hidden_states,
+            True,
+            seq_idx,
+            cu_seq_lens_q,
+            position_ids,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept].to(self.lm_head.weight.dtype)).float()
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, kept, hidden_states.shape[:2], marks, kwargs)
+        output = MambaCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            cache_params=outputs.cache_params,
+            hidden_states=outputs.hidden_states,
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        kept: slice | Tensor,
+        shape_bl: torch.Size,
+        marks: tuple[Tensor | None, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        if labels.shape != shape_bl:
+            raise InputError(
+                f"labels has shape {tuple(labels.shape)}, expected one a position: "
+                f"{tuple(shape_bl)}"
+            )
+        packed = pack_batch(*shape_bl, labels.device, *marks)
+        targets = next_tokens(labels, packed)[:, kept]
+        loss: Tensor = self.loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=targets.contiguous(),
+            vocab_size=logits.shape[-1],
+            **kwargs,
+        )
+        return loss
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Give `generate` a `MambaCache`, where Transformers would make a DynamicCache."""
+        if generation_config.cache_implementation is not None:
+            logger.warning_once(
+                "A Mamba state has one form: cache_implementation="
+                f"{generation_config.cache_implementation!r} changes nothing."
+            )
+        if model_kwargs.get("cache_params") is None and generation_config.use_cache is not False:
+            copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+            model_kwargs["cache_params"] = MambaCache(
+                self.config, batch_size * copies, self.dtype, self.device
+            )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat the state with the rows, for beams and several returned sequences.
+
+        A state that the caller passed in is copied first, so that it keeps its batch.
+        """
+        cache = model_kwargs.get("cache_params")
+        if cache is not None and expand_size > 1:
+            cache = cache.clone()
+            cache.batch_repeat_interleave(expand_size)
+            model_kwargs["cache_params"] = cache
+        expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
+            expand_size=expand_size,
+            is_encoder_decoder=is_encoder_decoder,
+            input_ids=input_ids,
+            **model_kwargs,
+        )
+        return expanded
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache_params: MambaCache | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The inputs of one step of `generate`.
+
+        At the first step masked positions move to the front of their row, where deleting them
+        leaves each row's last token in the last column, which `generate` continues from.
+        """
+        if is_first_iteration and attention_mask is not None:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            attention_mask = attention_mask[:, attention_mask.shape[1] - length :]
+            order = _masked_first(attention_mask)
+            attention_mask = attention_mask.gather(1, order)
+            if inputs_embeds is not None:
+                inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
+            else:
+                input_ids = input_ids.gather(1, order)
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            cache_params=cache_params,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # They count tokens here and do not mark packed documents.
+        inputs.pop("position_ids", None)
+        if cache_params is not None and not is_first_iteration:
+            inputs.pop("attention_mask", None)
+        return inputs
+
+
+def _masked_first(attention_mask: Tensor) -> Tensor:
+    """(b, l) indices that put each row's masked positions first and keep the others' order."""
+    if bool((attention_mask == 0).all(1).any()):
+        rows = torch.nonzero((attention_mask == 0).all(1)).flatten().tolist()
+        raise InputError(f"attention_mask masks every position of row {rows[0]}: nothing to go on")
+    return torch.argsort((attention_mask != 0).to(torch.uint8), dim=1, stable=True)

@@ -1,0 +1,348 @@
+"""What a Mamba model is: its sizes, its options, and the numbers it is initialized from.
+
+`MambaConfig` has the fields of Transformers' Mamba, so that either library loads what the other
+wrote. What it adds is that no value is taken unseen: each assignment is checked, at construction
+as well as later, and a wrong one is refused with a line that names the field and the value.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from anymamba.errors import ConfigError
+
+__all__ = ["INIT_SCHEMES", "MambaConfig"]
+
+INIT_SCHEMES = ("random", "uniform", "constant")
+"""How `dt_proj.weight` starts; "random" and "uniform" are two names of one scheme."""
+
+# Transformers renamed its layer types once; files of either age are about the same layer.
+_LAYER_TYPES = ("linear_attention", "mamba")
+
+
+class MambaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """The configuration of a Mamba model.
+
+    It holds every size and option that building, initializing and running a model needs, and
+    reads and writes Transformers' `config.json`. docs/configuration.md explains each field and
+    names the initializer of each tensor.
+
+    Args (all by keyword; letters as in the package's shape suffixes):
+        vocab_size: v, rows of the embedding.
+        hidden_size: d, the model width.
+        state_size: n, the state each inner channel carries.
+        num_hidden_layers: the number of residual blocks.
+        layer_norm_epsilon: added to the mean square in each RMSNorm.
+        pad_token_id, bos_token_id, eos_token_id: token ids or None; eos may be a list.
+        expand: the inner width e is expand * hidden_size, which must be a whole number.
+        conv_kernel: k, the width of the causal convolution.
+        use_bias, use_conv_bias: biases of in_proj and out_proj, and of the convolution.
+        hidden_act: activation after the convolution and on the gate, a name Transformers knows.
+        initializer_range: standard deviation of the embedding's initial values.
+        residual_in_fp32: whether the residual stream is kept in float32.
+        time_step_rank: r, the rank of the step size; 'auto' is ceil(hidden_size / 16).
+        time_step_scale: scales the initial dt_proj.weight.
+        time_step_min, time_step_max: range of the initial step sizes.
+        time_step_init_scheme: 'random' or 'uniform' (one scheme), or 'constant'.
+        time_step_floor: no initial step size is smaller.
+        rescale_prenorm_residual: divide the initial out_proj.weight by sqrt(num_hidden_layers).
+        use_cache: whether forward returns the state by default.
+        use_mambapy: where no native kernel is there, scan with the `mambapy` package.
+        use_associative_scan: accepted for Transformers' sake.
+        tie_word_embeddings: whether the output head shares the embedding's weight.
+        **kwargs: Transformers' common settings (`dtype`, ...); unknown ones are kept as they are.
+
+    Raises:
+        ConfigError: for a value that makes no sense, at construction and at each assignment.
+
+    Example:
+        >>> config = MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2)
+        >>> config.intermediate_size, config.time_step_rank
+        (128, 4)
+        >>> config.hidden_size = -1
+        Traceback (most recent call last):
+        anymamba.errors.ConfigError: MambaConfig: hidden_size must be an integer >= 1, got -1
+
+    Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023;
+    the field names are Transformers'.
+    """
+
+    model_type = "mamba"
+
+    vocab_size: int = 50280
+    hidden_size: int = 768
+    state_size: int = 16
+    num_hidden_layers: int = 32
+    layer_norm_epsilon: float = 1e-5
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    expand: int | float = 2
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    initializer_range: float = 0.1
+    residual_in_fp32: bool = True
+    time_step_rank: int | str = "auto"
+    time_step_scale: float = 1.0
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_init_scheme: str = "random"
+    time_step_floor: float = 1e-4
+    rescale_prenorm_residual: bool = False
+    use_cache: bool = True
+    use_mambapy: bool = False
+    use_associative_scan: bool = True
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        # Warns of token ids outside the vocabulary. They are no error: files on the hub have
+        # them, and so has every model whose embedding was cut down.
+        self.validate_token_ids()  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CHECKS:
+            value = _CHECKS[name](name, value)
+            _check_together({**self.__dict__, name: value}, changed=name)
+        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
+
+    # Equality by what the configs say, kept unknown fields included. A dataclass would compare
+    # its declared fields only, and among them the version of the library that wrote a file.
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MambaConfig):
+            return NotImplemented
+        mine, theirs = self.to_dict(), other.to_dict()
+        mine.pop("_name_or_path", None)
+        theirs.pop("_name_or_path", None)
+        return bool(mine == theirs)
+
+    @property
+    def intermediate_size(self) -> int:
+        """e, the inner width: expand * hidden_size. It follows both, so it cannot go stale."""
+        return int(self.expand * self.hidden_size)
+
+    @intermediate_size.setter
+    def intermediate_size(self, value: int) -> None:
+        if value != self.intermediate_size:
+            raise ConfigError(
+                f"MambaConfig: intermediate_size must be expand * hidden_size = "
+                f"{self.intermediate_size}, got {_show(value)}; set expand or hidden_size instead"
+            )
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of each layer in Transformers' words, which its caches are built from."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    @layer_types.setter
+    def layer_types(self, value: list[str]) -> None:
+        known = isinstance(value, list | tuple) and all(kind in _LAYER_TYPES for kind in value)
+        if not known or len(value) != self.num_hidden_layers:
+            raise ConfigError(
+                f"MambaConfig: layer_types must be 'linear_attention' for each of the "
+                f"{self.num_hidden_layers} layers, got {_show(value)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as a dictionary that `from_dict` and `json.dumps` take.
+
+        Returns:
+            A new dictionary; the derived `intermediate_size` is in it, as other programs read it.
+
+        Example:
+            >>> MambaConfig(hidden_size=64).to_dict()["intermediate_size"]
+            128
+        """
+        output: dict[str, Any] = super().to_dict()
+        output["intermediate_size"] = self.intermediate_size
+        return output
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build a config from a dictionary, with keyword arguments taking precedence.
+
+        Args:
+            config_dict: settings, as `to_dict` or a `config.json` has them; it is not changed.
+            **kwargs: settings that override it; `return_unused_kwargs=True` also returns those
+                that are no setting.
+
+        Returns:
+            The config, or (config, unused) if unused arguments were asked for.
+
+        Raises:
+            ConfigError: for a value that makes no sense.
+
+        Example:
+            >>> MambaConfig.from_dict({"hidden_size": 64, "expand": 2}, expand=4).intermediate_size
+            256
+        """
+        fields = cls.__dataclass_fields__
+        overrides = {name: value for name, value in kwargs.items() if name in fields}
+        unused = {name: value for name, value in kwargs.items() if name not in fields}
+        settings = {**config_dict, **overrides}
+        # What follows from a setting was written for the old value of it.
+        if {"hidden_size", "expand"} & overrides.keys():
+            settings.pop("intermediate_size", None)
+        if "num_hidden_layers" in overrides:
+            settings.pop("layer_types", None)
+        return super().from_dict(settings, **unused)
+
+
+def _show(value: object) -> str:
+    """The value in one short line, whatever it is."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _refuse(name: str, expected: str, value: object) -> ConfigError:
+    return ConfigError(f"MambaConfig: {name} must be {expected}, got {_show(value)}")
+
+
+# Each check returns the value as it is stored. NumPy's numbers become Python's, and whole
+# numbers for real-valued fields become floats: json.dumps and Transformers refuse them otherwise.
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _integer(name: str, value: Any, low: int = 1) -> int:
+    if not _is_integer(value) or value < low:
+        raise _refuse(name, f"an integer >= {low}", value)
+    return int(value)
+
+
+def _real(name: str, value: Any, zero_allowed: bool) -> float:
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_real or not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
+        raise _refuse(name, f"a finite number {'>=' if zero_allowed else '>'} 0", value)
+    return float(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    return _real(name, value, zero_allowed=False)
+
+
+def _not_negative(name: str, value: Any) -> float:
+    return _real(name, value, zero_allowed=True)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(name, "True or False", value)
+    return value
+
+
+def _boolean_or_none(name: str, value: Any) -> bool | None:
+    return None if value is None else _boolean(name, value)
+
+
+def _token_id(name: str, value: Any) -> int | None:
+    if value is not None and (not _is_integer(value) or value < 0):
+        raise _refuse(name, "an integer >= 0 or None", value)
+    return value if value is None else int(value)
+
+
+def _token_ids(name: str, value: Any) -> int | list[int] | None:
+    if not isinstance(value, list | tuple):
+        return _token_id(name, value)
+    if not value or not all(_is_integer(item) and item >= 0 for item in value):
+        raise _refuse(name, "an integer >= 0, a list of them, or None", value)
+    return [int(item) for item in value]
+
+
+def _rank(name: str, value: Any) -> int | str:
+    if value == "auto" and isinstance(value, str):
+        return "auto"
+    if not _is_integer(value) or value < 1:
+        raise _refuse(name, "'auto' or an integer >= 1", value)
+    return int(value)
+
+
+def _expand(name: str, value: Any) -> int | float:
+    factor = _positive(name, value)
+    return int(factor) if factor == int(factor) else factor
+
+
+def _activation(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in ACT2FN:
+        raise _refuse(name, f"one of {', '.join(sorted(ACT2FN))}", value)
+    return value
+
+
+def _init_scheme(name: str, value: Any) -> str:
+    if not isinstance(value, str) or value not in INIT_SCHEMES:
+        raise _refuse(name, f"one of {', '.join(INIT_SCHEMES)}", value)
+    return value
+
+
+def _dtype(name: str, value: Any) -> Any:
+    named = getattr(torch, value, None) if isinstance(value, str) else value
+    if named is not None and isinstance(named, torch.dtype):
+        return value
+    if value is None:
+        return None
+    raise _refuse(name, "a torch.dtype, its name, or None", value)
+
+
+_CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
+    "vocab_size": _integer,
+    "hidden_size": _integer,
+    "state_size": _integer,
+    "num_hidden_layers": _integer,
+    "layer_norm_epsilon": _not_negative,
+    "pad_token_id": _token_id,
+    "bos_token_id": _token_id,
+    "eos_token_id": _token_ids,
+    "expand": _expand,
+    "conv_kernel": _integer,
+    "use_bias": _boolean,
+    "use_conv_bias": _boolean,
+    "hidden_act": _activation,
+    "initializer_range": _not_negative,
+    "residual_in_fp32": _boolean,
+    "time_step_rank": _rank,
+    "time_step_scale": _positive,
+    "time_step_min": _positive,
+    "time_step_max": _positive,
+    "time_step_init_scheme": _init_scheme,
+    "time_step_floor": _not_negative,
+    "rescale_prenorm_residual": _boolean,
+    "use_cache": _boolean,
+    "use_mambapy": _boolean,
+    "use_associative_scan": _boolean,
+    "tie_word_embeddings": _boolean,
+    "dtype": _dtype,
+    "output_hidden_states": _boolean_or_none,
+    "return_dict": _boolean_or_none,
+}
+
+
+def _check_together(settings: Mapping[str, Any], changed: str) -> None:
+    """Refuse values that each are fine and together are not, once all of them are there."""
+    if changed in ("hidden_size", "expand") and {"hidden_size", "expand"} <= settings.keys():
+        width = settings["expand"] * settings["hidden_size"]
+        if width != int(width) or width < 1:
+            raise ConfigError(
+                f"MambaConfig: expand={settings['expand']} times hidden_size="
+                f"{settings['hidden_size']} is {width}, and the inner width must be a whole number"
+            )
+    steps = ("time_step_min", "time_step_max", "time_step_floor")
+    if changed in steps and set(steps) <= settings.keys():
+        for name in ("time_step_min", "time_step_floor"):
+            if settings[name] > settings["time_step_max"]:
+                raise ConfigError(
+                    f"MambaConfig: {name}={settings[name]} must not exceed "
+                    f"time_step_max={settings['time_step_max']}; set the larger one first"
+                )

@@ -1,0 +1,54 @@
+"""Is a module still what the model put there?
+
+A fused path reads a module's weights and never calls its forward. That is right only while the
+module is untouched: no adapter, quantized weight, hook or parametrization stands in its place.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+from torch.nn.parameter import Parameter
+
+__all__ = ["why_not_plain"]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
+
+def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """The reason why a module's forward must be called, or None if its weights say it all.
+
+    Args:
+        module: what stands in the model now.
+        kind: the class that the model put there.
+
+    Example:
+        >>> from torch import nn
+        >>> why_not_plain(nn.Linear(2, 2), nn.Linear) is None
+        True
+        >>> why_not_plain(nn.Sequential(nn.Linear(2, 2)), nn.Linear)
+        'replaced by Sequential'
+    """
+    if type(module) is not kind:
+        return f"replaced by {type(module).__name__}"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    if any(getattr(module, name, None) for name in _HOOKS):
+        return "it has hooks"
+    if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
+        return "hooks are set for all modules"
+    for name, tensor in module._parameters.items():
+        if tensor is not None and type(tensor) not in (Parameter, Tensor):
+            return f"its {name} is a {type(tensor).__name__}"
+    return None

@@ -1,0 +1,215 @@
+"""Which implementation of an operator runs: one table, one choice, nothing in silence.
+
+An operator has one implementation for each backend that offers it. `"auto"`, the default, takes
+the first of `PREFERENCE` that is installed, fits the tensors' device and accepts the call. Any
+other choice is a demand: if it cannot be met, a `BackendError` says why and what to install.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from anymamba.errors import BackendError
+
+__all__ = ["available_backends", "backend", "implementation"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What one backend needs, and where its operators live.
+
+    `operators` maps an operator to `module:function`; the module is imported at first use.
+    `accepts`, where given, names a function of the call's arguments that returns the reason why
+    the backend cannot serve it, or None.
+    """
+
+    device: str | None
+    packages: tuple[str, ...]
+    install: str
+    operators: dict[str, str]
+    accepts: str | None = None
+
+    def missing(self) -> str | None:
+        """The reason why this machine cannot run the backend, or None."""
+        absent = [name for name in self.packages if find_spec(name) is None]
+        if absent:
+            return f"{' and '.join(absent)} not installed: {self.install}"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "this machine has no CUDA device that PyTorch can use"
+        return None
+
+
+PREFERENCE = ("cuda", "mambapy", "reference")
+BACKENDS = {
+    "cuda": Backend(
+        device="cuda",
+        packages=("mamba_ssm", "causal_conv1d"),
+        install="pip install mamba-ssm causal-conv1d",
+        operators={
+            "selective_scan": "anymamba.ops.scan_cuda:selective_scan",
+            "selective_state_update": "anymamba.ops.scan_cuda:selective_state_update",
+            "causal_conv1d": "anymamba.ops.conv_cuda:causal_conv1d",
+            "causal_conv1d_update": "anymamba.ops.conv_cuda:causal_conv1d_update",
+        },
+        accepts="anymamba.ops.cuda_limits:reason_against",
+    ),
+    "mambapy": Backend(
+        device=None,
+        packages=("mambapy",),
+        install="pip install mambapy",
+        operators={"selective_scan": "anymamba.ops.scan_mambapy:selective_scan"},
+    ),
+    "reference": Backend(
+        device=None,
+        packages=(),
+        install="",
+        operators={
+            "selective_scan": "anymamba.ops.scan_reference:selective_scan",
+            "selective_state_update": "anymamba.ops.scan_reference:selective_state_update",
+            "causal_conv1d": "anymamba.ops.conv_reference:causal_conv1d",
+            "causal_conv1d_update": "anymamba.ops.conv_reference:causal_conv1d_update",
+            "rms_norm": "anymamba.ops.norm_reference:rms_norm",
+        },
+    ),
+}
+# It needs more memory than the reference, so it runs only where it is asked for by name.
+_ONLY_BY_REQUEST = frozenset({"mambapy"})
+
+_choice: ContextVar[str | None] = ContextVar("anymamba_backend", default=None)
+
+
+class _Chosen:
+    """The handle that `backend(name)` returns: leaving it as a context undoes the choice."""
+
+    def __init__(self, name: str) -> None:
+        self._token = _choice.set(name)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _choice.reset(self._token)
+
+
+def backend(name: str | None = None) -> str | _Chosen:
+    """Choose the backend of all operators, or ask which is chosen.
+
+    Args:
+        name: `"auto"` or one of the names that `available_backends` lists. None asks.
+
+    Returns:
+        Without a name the current choice: the last one made here, else the environment variable
+        `ANYMAMBA_BACKEND`, else `"auto"`. With a name, a handle that may be used as a context
+        manager; without `with`, the choice stays.
+
+    Raises:
+        BackendError: the name is unknown, or the backend cannot run on this machine.
+
+    Example:
+        >>> from anymamba import ops
+        >>> with ops.backend("reference"):
+        ...     ops.backend()
+        'reference'
+    """
+    if name is None:
+        return _choice.get() or _from_environment()
+    _demand(name, "anymamba.ops.backend")
+    return _Chosen(name)
+
+
+def available_backends() -> list[tuple[str, bool, str]]:
+    """Every backend in order of preference: its name, whether it can run here, and why (not)."""
+    rows = []
+    for name in PREFERENCE:
+        entry = BACKENDS[name]
+        reason = entry.missing()
+        offers = "all operators" if name == "reference" else ", ".join(entry.operators)
+        rows.append((name, reason is None, reason or f"offers {offers}"))
+    return rows
+
+
+def implementation(
+    operator: str,
+    tensor: torch.Tensor,
+    arguments: dict[str, Any],
+    name: str | None = None,
+    fallback: str = "reference",
+) -> Callable[..., Any]:
+    """The function that serves one call of an operator.
+
+    Args:
+        operator: its name in the table.
+        tensor: an input whose device decides.
+        arguments: the call's other arguments, which a backend may decline.
+        name: a choice for this call alone.
+        fallback: what the automatic choice takes where no kernel serves the call.
+
+    Raises:
+        BackendError: the chosen backend cannot serve the call.
+    """
+    chosen = name or _choice.get() or _from_environment()
+    if chosen != "auto":
+        _demand(chosen, operator)
+        if operator in BACKENDS[chosen].operators:
+            reason = _reason_against(chosen, operator, tensor, arguments)
+            if reason is not None:
+                raise BackendError(f"backend {chosen!r} cannot run {operator}: {reason}")
+            return _load(BACKENDS[chosen].operators[operator])
+    for candidate in PREFERENCE:
+        by_request = candidate in _ONLY_BY_REQUEST and candidate != fallback
+        if by_request or operator not in BACKENDS[candidate].operators:
+            continue
+        if _reason_against(candidate, operator, tensor, arguments) is None:
+            return _load(BACKENDS[candidate].operators[operator])
+    raise BackendError(f"no backend can run {operator} on {tensor.device}")
+
+
+def _from_environment() -> str:
+    name = os.environ.get("ANYMAMBA_BACKEND", "auto")
+    if name != "auto":
+        _demand(name, "the environment variable ANYMAMBA_BACKEND")
+    return name
+
+
+def _demand(name: str, who: str) -> None:
+    if name == "auto":
+        return
+    if name not in BACKENDS:
+        known = ", ".join(["auto", *PREFERENCE])
+        raise BackendError(f"{who}: unknown backend {name!r}; choose one of {known}")
+    reason = BACKENDS[name].missing()
+    if reason is not None:
+        raise BackendError(f"{who}: backend {name!r} cannot run here: {reason}")
+
+
+def _reason_against(
+    name: str, operator: str, tensor: torch.Tensor, arguments: dict[str, Any]
+) -> str | None:
+    entry = BACKENDS[name]
+    if entry.device is not None and tensor.device.type != entry.device:
+        return f"the tensors are on {tensor.device}, not on {entry.device}"
+    missing = entry.missing()
+    if missing is not None or entry.accepts is None:
+        return missing
+    reason: str | None = _load(entry.accepts)(operator, tensor, arguments)
+    return reason
+
+
+def _load(place: str) -> Callable[..., Any]:
+    module, _, function = place.partition(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded

@@ -1,0 +1,32 @@
+"""Shape checks with messages that a person can act on."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from anymamba.errors import InputError
+
+__all__ = ["check_activation", "check_shape"]
+
+
+def check_shape(operator: str, name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
+    """Refuse a tensor that has none of the allowed shapes; None passes.
+
+    Raises:
+        InputError: naming operator, argument, the shape found and those expected.
+    """
+    if tensor is not None and tuple(tensor.shape) not in shapes:
+        expected = " or ".join(str(shape) for shape in shapes)
+        raise InputError(f"{operator}: {name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def check_activation(operator: str, activation: str | None) -> None:
+    """Refuse an activation that the convolution does not fuse.
+
+    Raises:
+        InputError: it is neither None, "silu" nor "swish".
+    """
+    if activation not in (None, "silu", "swish"):
+        raise InputError(
+            f"{operator}: activation is {activation!r}, expected None, 'silu' or 'swish'"
+        )

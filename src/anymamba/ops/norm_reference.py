@@ -1,0 +1,20 @@
+"""RMSNorm in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["rms_norm"]
+
+
+def rms_norm(
+    x: Tensor, weight_d: Tensor, eps: float, residual: Tensor | None, residual_in_fp32: bool
+) -> tuple[Tensor, Tensor]:
+    """Normed rows and the sum; arguments as in `anymamba.ops.rms_norm`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    kept = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    total = x.to(wide) if residual is None else x.to(wide) + residual.to(wide)
+    scale = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
+    normed = total * scale * weight_d.to(wide)
+    return normed.to(weight_d.dtype), total.to(wide if residual_in_fp32 else kept)

@@ -1,0 +1,209 @@
+"""The selective scan, over a whole sequence and for one step.
+
+    h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = C_t h_t + D x_t
+
+Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
+equation 2 with the discretization of section 3.2: zero-order hold for A, Euler for B.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from anymamba.errors import InputError
+from anymamba.ops.backends import implementation
+from anymamba.ops.checks import check_shape
+from anymamba.ops.segments import segments_of
+
+__all__ = ["selective_scan", "selective_state_update"]
+
+
+def selective_scan(
+    x_ble: Float[Tensor, "b l e"],
+    delta_ble: Float[Tensor, "b l e"],
+    A_en: Float[Tensor, "e n"],
+    B_bln: Float[Tensor, "b l n"] | Float[Tensor, "b l g n"],
+    C_bln: Float[Tensor, "b l n"] | Float[Tensor, "b l g n"],
+    D_e: Float[Tensor, " e"] | None = None,
+    z_ble: Float[Tensor, "b l e"] | None = None,
+    delta_bias_e: Float[Tensor, " e"] | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Float[Tensor, "s e n"] | None = None,
+    return_last_state: bool = False,
+    seq_idx: Int[Tensor, "b l"] | None = None,
+    cu_seqlens: Int[Tensor, " s1"] | None = None,
+    reverse: bool = False,
+    backend: str | None = None,
+    fallback: str = "reference",
+) -> Float[Tensor, "b l e"] | tuple[Float[Tensor, "b l e"], Float[Tensor, "s e n"]]:
+    """Run the selective state space over sequences. Differentiable in every tensor.
+
+    Args:
+        x_ble: the input, (b, l, e).
+        delta_ble: the step size before bias and softplus, (b, l, e).
+        A_en: the (negative) rates of decay, (e, n).
+        B_bln, C_bln: input and output maps, (b, l, n), or (b, l, g, n) when each of g groups of
+            e / g neighbouring channels has its own.
+        D_e: the skip connection, (e,).
+        z_ble: a gate; the output is multiplied by silu(z).
+        delta_bias_e: added to delta, (e,).
+        delta_softplus: whether delta goes through softplus after the bias.
+        initial_state: the state before the first step, (b, e, n); zeros when None.
+        return_last_state: whether to return the state after the last step as well.
+        seq_idx: (b, l) integers; the state restarts from zero where they change. initial_state
+            and last state then belong to the rows.
+        cu_seqlens: (s + 1,) offsets of s sequences packed in one row (b is 1). initial_state and
+            last state then belong to the sequences: (s, e, n).
+        reverse: walk from the last position to the first; the initial state stands after the
+            last position, and the last state before the first.
+        backend: a choice for this call alone, see `anymamba.ops.backend`.
+        fallback: what the automatic choice takes where no kernel serves the call, "reference"
+            or "mambapy".
+
+    Returns:
+        y_ble in the type of x, and with return_last_state the last state, (b, e, n) or
+        (s, e, n), float32 (float64 for float64 inputs).
+
+    Raises:
+        InputError: a shape does not fit the others.
+        BackendError: the chosen backend cannot run the call.
+
+    Example:
+        >>> import torch
+        >>> from anymamba.ops import selective_scan
+        >>> x, delta = torch.randn(2, 5, 6), torch.rand(2, 5, 6)
+        >>> A, B, C = -torch.rand(6, 4), torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+        >>> whole, last = selective_scan(x, delta, A, B, C, return_last_state=True)
+        >>> _, state = selective_scan(
+        ...     x[:, :3], delta[:, :3], A, B[:, :3], C[:, :3], return_last_state=True
+        ... )
+        >>> rest = selective_scan(
+        ...     x[:, 3:], delta[:, 3:], A, B[:, 3:], C[:, 3:], initial_state=state
+        ... )
+        >>> torch.allclose(whole[:, 3:], rest, atol=1e-5)
+        True
+    """
+    b, l, e, n = _check_scan(x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e)
+    segments = segments_of(b, l, seq_idx, cu_seqlens, reverse)
+    n_states = b if segments is None else segments.n_states
+    check_shape("selective_scan", "initial_state", initial_state, (n_states, e, n))
+    arguments = {
+        "delta_ble": delta_ble,
+        "A_en": A_en,
+        "B_bln": B_bln,
+        "C_bln": C_bln,
+        "D_e": D_e,
+        "z_ble": z_ble,
+        "delta_bias_e": delta_bias_e,
+        "delta_softplus": delta_softplus,
+        "initial_state": initial_state,
+        "return_last_state": return_last_state,
+        "segments": segments,
+        "reverse": reverse,
+    }
+    run = implementation("selective_scan", x_ble, arguments, backend, fallback)
+    y_ble, last_state = run(x_ble, **arguments)
+    return (y_ble, last_state) if return_last_state else y_ble
+
+
+def selective_state_update(
+    state_ben: Float[Tensor, "b e n"],
+    x_be: Float[Tensor, "b e"],
+    delta_be: Float[Tensor, "b e"],
+    A_en: Float[Tensor, "e n"],
+    B_bn: Float[Tensor, "b n"] | Float[Tensor, "b g n"],
+    C_bn: Float[Tensor, "b n"] | Float[Tensor, "b g n"],
+    D_e: Float[Tensor, " e"] | None = None,
+    z_be: Float[Tensor, "b e"] | None = None,
+    delta_bias_e: Float[Tensor, " e"] | None = None,
+    delta_softplus: bool = False,
+    *,
+    backend: str | None = None,
+) -> Float[Tensor, "b e"]:
+    """One step of the selective scan: changes the state in place, has no gradient.
+
+    Args:
+        state_ben: the state, (b, e, n); overwritten with the state after the step.
+        x_be, delta_be, z_be: one position of what `selective_scan` takes, (b, e).
+        A_en, D_e, delta_bias_e, delta_softplus: as in `selective_scan`.
+        B_bn, C_bn: (b, n), or (b, g, n) in groups.
+        backend: a choice for this call alone.
+
+    Returns:
+        y_be in the type of x.
+
+    Raises:
+        InputError: a shape does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> from anymamba.ops import selective_state_update
+        >>> state = torch.zeros(1, 6, 4)
+        >>> y = selective_state_update(
+        ...     state, torch.ones(1, 6), torch.ones(1, 6), -torch.ones(6, 4), torch.ones(1, 4),
+        ...     torch.ones(1, 4),
+        ... )
+        >>> y.shape, state[0, 0].tolist()
+        (torch.Size([1, 6]), [1.0, 1.0, 1.0, 1.0])
+    """
+    if x_be.ndim != 2:
+        raise InputError(f"selective_state_update: x_be has shape {tuple(x_be.shape)}, not (b, e)")
+    b, l, e, n = _check_scan(
+        x_be[:, None],
+        delta_be[:, None],
+        A_en,
+        B_bn[:, None],
+        C_bn[:, None],
+        D_e,
+        None if z_be is None else z_be[:, None],
+        delta_bias_e,
+        operator="selective_state_update",
+    )
+    check_shape("selective_state_update", "state_ben", state_ben, (b, e, n))
+    arguments = {
+        "x_be": x_be,
+        "delta_be": delta_be,
+        "A_en": A_en,
+        "B_bn": B_bn,
+        "C_bn": C_bn,
+        "D_e": D_e,
+        "z_be": z_be,
+        "delta_bias_e": delta_bias_e,
+        "delta_softplus": delta_softplus,
+    }
+    run = implementation("selective_state_update", x_be, arguments, backend)
+    return cast(Tensor, run(state_ben, **arguments))
+
+
+def _check_scan(
+    x_ble: Tensor,
+    delta_ble: Tensor,
+    A_en: Tensor,
+    B_bln: Tensor,
+    C_bln: Tensor,
+    D_e: Tensor | None,
+    z_ble: Tensor | None,
+    delta_bias_e: Tensor | None,
+    operator: str = "selective_scan",
+) -> tuple[int, int, int, int]:
+    if x_ble.ndim != 3 or A_en.ndim != 2:
+        raise InputError(
+            f"{operator}: expected an input of shape (b, l, e) and A of shape (e, n), "
+            f"got {tuple(x_ble.shape)} and {tuple(A_en.shape)}"
+        )
+    (b, l, e), n = x_ble.shape, A_en.shape[1]
+    check_shape(operator, "delta", delta_ble, (b, l, e))
+    check_shape(operator, "A", A_en, (e, n))
+    for name, tensor in (("B", B_bln), ("C", C_bln)):
+        groups = tensor.shape[2] if tensor.ndim == 4 else 1
+        check_shape(operator, name, tensor, (b, l, n), (b, l, groups, n))
+        if groups < 1 or e % groups:
+            raise InputError(f"{operator}: {name} has {groups} groups, which do not divide e={e}")
+    for name, vector in (("D", D_e), ("delta_bias", delta_bias_e)):
+        check_shape(operator, name, vector, (e,))
+    check_shape(operator, "z", z_ble, (b, l, e))
+    return b, l, e, n

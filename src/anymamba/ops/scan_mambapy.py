@@ -1,0 +1,25 @@
+"""The selective scan over the parallel scan of the `mambapy` package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mambapy.pscan import pscan
+from torch import Tensor
+
+from anymamba.ops import scan_reference
+
+__all__ = ["selective_scan"]
+
+
+def selective_scan(x_ble: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """`anymamba.ops.selective_scan` with mambapy's recurrence in the reference's place."""
+    return scan_reference.selective_scan(x_ble, **arguments, recurrence=_recurrence)
+
+
+def _recurrence(a_blen: Tensor, b_blen: Tensor, h_ben: Tensor) -> Tensor:
+    first = b_blen[:, :1] + a_blen[:, :1] * h_ben[:, None]
+    # pscan writes into its inputs, so it gets copies that nothing else reads.
+    states: Tensor = pscan(a_blen.clone(), torch.cat([first, b_blen[:, 1:]], 1))
+    return states

@@ -1,0 +1,314 @@
+"""The selective scan in plain PyTorch: a sequential one to check by, a parallel one to use.
+
+`selective_scan_sequential` is the definition, one step after the other. `selective_scan` gives
+the same numbers with far fewer PyTorch calls: a time block is cut into chunks that walk side by
+side, each from a zero state, and the states at the chunks' borders are carried through
+afterwards. Between blocks only the state is kept; gradients recompute a block from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anymamba.ops.segments import Segments
+
+__all__ = ["selective_scan", "selective_scan_sequential", "selective_state_update"]
+
+Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+BLOCK_STEPS = 64
+# Below this many state entries a step, PyTorch's cost a call outweighs the arithmetic.
+_WIDE_STEP = 1 << 15
+_NARROW_CHUNKS = 8
+
+
+def selective_scan(
+    x_ble: Tensor,
+    delta_ble: Tensor,
+    A_en: Tensor,
+    B_bln: Tensor,
+    C_bln: Tensor,
+    D_e: Tensor | None,
+    z_ble: Tensor | None,
+    delta_bias_e: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    return_last_state: bool,
+    segments: Segments | None,
+    reverse: bool,
+    recurrence: Recurrence | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The parallel reference; arguments and returns as in `anymamba.ops.selective_scan`.
+
+    `recurrence(a_blen, b_blen, h_ben)` solves h_t = a_t h_{t-1} + b_t for all t.
+    """
+    recurrence = recurrence or linear_recurrence
+
+    def one_piece(
+        x_ble: Tensor, delta_ble: Tensor, B_bln: Tensor, C_bln: Tensor, state_ben: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        blocks = []
+        for start in range(0, x_ble.shape[1], BLOCK_STEPS):
+            now = slice(start, start + BLOCK_STEPS)
+            block = (x_ble[:, now], delta_ble[:, now], B_bln[:, now], C_bln[:, now])
+            y_ble, state_ben = _recomputed(_block, *block, A_en, state_ben, recurrence)
+            blocks.append(y_ble)
+        return (torch.cat(blocks, 1) if blocks else x_ble), state_ben
+
+    return _scan_pieces(
+        one_piece,
+        x_ble,
+        delta_ble,
+        A_en,
+        B_bln,
+        C_bln,
+        D_e,
+        z_ble,
+        delta_bias_e,
+        delta_softplus,
+        initial_state,
+        segments,
+        reverse,
+    )
+
+
+def selective_scan_sequential(
+    x_ble: Tensor,
+    delta_ble: Tensor,
+    A_en: Tensor,
+    B_bln: Tensor,
+    C_bln: Tensor,
+    D_e: Tensor | None = None,
+    z_ble: Tensor | None = None,
+    delta_bias_e: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+    return_last_state: bool = False,
+    segments: Segments | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The definition, one step at a time; arguments and returns as in the parallel one."""
+
+    def one_piece(
+        x_ble: Tensor, delta_ble: Tensor, B_blen: Tensor, C_blen: Tensor, state_ben: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for t in range(x_ble.shape[1]):
+            decay_ben = torch.exp(delta_ble[:, t, :, None] * A_en)
+            drive_ben = (delta_ble[:, t] * x_ble[:, t])[..., None] * B_blen[:, t]
+            state_ben = decay_ben * state_ben + drive_ben
+            outputs.append((state_ben * C_blen[:, t]).sum(-1))
+        return (torch.stack(outputs, 1) if outputs else x_ble), state_ben
+
+    return _scan_pieces(
+        one_piece,
+        x_ble,
+        delta_ble,
+        A_en,
+        B_bln,
+        C_bln,
+        D_e,
+        z_ble,
+        delta_bias_e,
+        delta_softplus,
+        initial_state,
+        segments,
+        reverse,
+    )
+
+
+@torch.no_grad()
+def selective_state_update(
+    state_ben: Tensor,
+    x_be: Tensor,
+    delta_be: Tensor,
+    A_en: Tensor,
+    B_bn: Tensor,
+    C_bn: Tensor,
+    D_e: Tensor | None,
+    z_be: Tensor | None,
+    delta_bias_e: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """One step, in place; arguments as in `anymamba.ops.selective_state_update`."""
+    y_ble, last_ben = selective_scan_sequential(
+        x_be[:, None],
+        delta_be[:, None],
+        A_en,
+        B_bn[:, None],
+        C_bn[:, None],
+        D_e,
+        None if z_be is None else z_be[:, None],
+        delta_bias_e,
+        delta_softplus,
+        initial_state=state_ben,
+    )
+    state_ben.copy_(last_ben)
+    return y_ble[:, 0]
+
+
+def _scan_pieces(
+    one_piece: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    x_ble: Tensor,
+    delta_ble: Tensor,
+    A_en: Tensor,
+    B_bln: Tensor,
+    C_bln: Tensor,
+    D_e: Tensor | None,
+    z_ble: Tensor | None,
+    delta_bias_e: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    segments: Segments | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """What surrounds the recurrence: types, step size, direction, packing, skip and gate."""
+    wide = torch.promote_types(x_ble.dtype, torch.float32)
+    b, _, e = x_ble.shape
+    x = x_ble.to(wide)
+    delta = delta_ble.to(wide)
+    if delta_bias_e is not None:
+        delta = delta + delta_bias_e.to(wide)
+    if delta_softplus:
+        delta = F.softplus(delta)
+    B, C = _by_channel(B_bln.to(wide), e), _by_channel(C_bln.to(wide), e)
+
+    def walk(row: slice, span: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        piece = [t[row, span] for t in (x, delta, B, C)]
+        if not reverse:
+            return one_piece(*piece, state)
+        y, last = one_piece(*(t.flip(1) for t in piece), state)
+        return y.flip(1), last
+
+    states = initial_state
+    if states is None:
+        n_states = b if segments is None else segments.n_states
+        states = x.new_zeros(n_states, e, A_en.shape[1])
+    states = states.to(wide)
+    y, last = _each_segment(walk, x, states, segments)
+    if D_e is not None:
+        y = y + D_e.to(wide) * x
+    if z_ble is not None:
+        y = y * F.silu(z_ble.to(wide))
+    return y.to(x_ble.dtype), last
+
+
+def _each_segment(
+    walk: Callable[[slice, slice, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    states: Tensor,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    if segments is None:
+        return walk(slice(None), slice(None), states)
+    rows: list[list[Tensor]] = [[] for _ in range(x.shape[0])]
+    last = list(states)
+    empty = states.new_zeros(1, *states.shape[1:])
+    for row, start, stop, state_in, state_out in segments:
+        state = states[state_in, None] if state_in >= 0 else empty
+        y, state = walk(slice(row, row + 1), slice(start, stop), state)
+        rows[row].append(y)
+        if state_out >= 0:
+            last[state_out] = state[0]
+    y = torch.cat([torch.cat(pieces, 1) if pieces else x[:1] for pieces in rows]) if rows else x
+    return y, (torch.stack(last) if last else states)
+
+
+def _by_channel(B_bln: Tensor, e: int) -> Tensor:
+    """(b, l, n) as (b, l, 1, n); (b, l, g, n) as (b, l, e, n): what a channel sees."""
+    if B_bln.ndim == 3:
+        return B_bln[:, :, None]
+    return B_bln.repeat_interleave(e // B_bln.shape[2], dim=2)
+
+
+def _recomputed(
+    block: Callable[..., tuple[Tensor, Tensor]], *arguments: object
+) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled():
+        y, state = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return y, state
+    return block(*arguments)
+
+
+def _block(
+    x_ble: Tensor,
+    delta_ble: Tensor,
+    B_blen: Tensor,
+    C_blen: Tensor,
+    A_en: Tensor,
+    state_ben: Tensor,
+    recurrence: Recurrence,
+) -> tuple[Tensor, Tensor]:
+    decay_blen = torch.exp(delta_ble[..., None] * A_en.to(x_ble.dtype))
+    drive_blen = (delta_ble * x_ble)[..., None] * B_blen
+    state_blen = recurrence(decay_blen, drive_blen, state_ben)
+    if C_blen.shape[2] == 1:
+        y_ble = (state_blen @ C_blen.transpose(2, 3)).squeeze(-1)
+    else:
+        y_ble = (state_blen * C_blen).sum(-1)
+    return y_ble, state_blen[:, -1]
+
+
+def linear_recurrence(a_blen: Tensor, b_blen: Tensor, h_ben: Tensor) -> Tensor:
+    """All states of h_t = a_t h_{t-1} + b_t, t = 1..l, from h_0. Differentiable.
+
+    Args:
+        a_blen, b_blen: (b, l, e, n).
+        h_ben: h_0, (b, e, n).
+
+    Returns:
+        h_1 to h_l, (b, l, e, n).
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.full((1, 3, 1, 1), 2.0), torch.ones(1, 3, 1, 1)
+        >>> linear_recurrence(a, b, torch.zeros(1, 1, 1)).flatten().tolist()
+        [1.0, 3.0, 7.0]
+    """
+    states: Tensor = _LinearRecurrence.apply(a_blen, b_blen, h_ben)  # type: ignore[no-untyped-call]
+    return states
+
+
+class _LinearRecurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Tensor) -> Tensor:
+        a_blen, b_blen, h_ben = inputs
+        states = _recur(a_blen, b_blen, h_ben)
+        ctx.save_for_backward(a_blen, states, h_ben)
+        return states
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+        """With g_t the gradient of h_t: g_t = given_t + a_{t+1} g_{t+1}, the same walk backward."""
+        a_blen, states, h_ben = ctx.saved_tensors  # type: ignore[attr-defined]
+        (given,) = grads
+        next_a = torch.cat([a_blen[:, 1:], torch.zeros_like(a_blen[:, :1])], 1)
+        g = _recur(next_a.flip(1), given.flip(1), torch.zeros_like(h_ben)).flip(1)
+        before = torch.cat([h_ben[:, None], states[:, :-1]], 1)
+        return g * before, g, a_blen[:, 0] * g[:, 0]
+
+
+def _recur(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    batch, length, *width = b.shape
+    chunks = 1 if batch * width[0] * width[1] >= _WIDE_STEP else min(_NARROW_CHUNKS, length)
+    steps = -(-length // chunks)
+    spare = steps * chunks - length
+    # a = 1 and b = 0 hold the state still, so that every chunk has the same number of steps.
+    a = F.pad(a, (0, 0, 0, 0, 0, spare), value=1.0).view(batch, chunks, steps, *width)
+    b = F.pad(b, (0, 0, 0, 0, 0, spare)).view(batch, chunks, steps, *width)
+    states = torch.empty_like(b)
+    states[:, :, 0] = b[:, :, 0]
+    states[:, 0, 0].addcmul_(a[:, 0, 0], h)
+    for t in range(1, steps):
+        torch.addcmul(b[:, :, t], a[:, :, t], states[:, :, t - 1], out=states[:, :, t])
+    if chunks > 1:
+        decay_so_far = torch.cumprod(a, dim=2)
+        for chunk in range(1, chunks):
+            carried = states[:, chunk - 1, -1, None]
+            states[:, chunk].addcmul_(decay_so_far[:, chunk], carried)
+    return states.view(batch, steps * chunks, *width)[:, :length]

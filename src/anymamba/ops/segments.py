@@ -1,0 +1,107 @@
+"""Packed sequences: where each begins and ends in its row, and which state belongs to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anymamba.errors import InputError
+
+__all__ = ["Segments", "segments_of"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The stretches of a packed (b, l) batch over which a recurrence runs by itself.
+
+    Each list has one entry a segment. `state_in` is the index of the state that the segment
+    starts from and `state_out` of the state that it leaves, -1 for none (zeros, or not kept).
+    """
+
+    rows: list[int]
+    starts: list[int]
+    stops: list[int]
+    state_in: list[int]
+    state_out: list[int]
+    n_states: int
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, int, int]]:
+        return zip(
+            self.rows, self.starts, self.stops, self.state_in, self.state_out, strict=True
+        )
+
+
+def segments_of(
+    batch: int, length: int, seq_idx: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
+) -> Segments | None:
+    """Read the two ways of marking packed sequences into one; None where nothing is packed.
+
+    Args:
+        batch, length: b and l of the packed tensor.
+        seq_idx: (b, l) integers; a new sequence starts where the number changes. States belong to
+            rows: the first sequence that is walked starts from the row's initial state, and the
+            last one leaves the row's last state.
+        cu_seqlens: (s + 1,) offsets 0 = o_0 <= o_1 <= ... <= o_s = l into the only row. States
+            belong to sequences: s of them go in and come out.
+        reverse: whether the row is walked from its end.
+
+    Raises:
+        InputError: both are given, or one has the wrong shape or values.
+    """
+    if seq_idx is not None and cu_seqlens is not None:
+        raise InputError("seq_idx and cu_seqlens both mark packed sequences: give only one")
+    if cu_seqlens is not None:
+        return _from_offsets(batch, length, cu_seqlens)
+    if seq_idx is not None:
+        return _from_indices(batch, length, seq_idx, reverse)
+    return None
+
+
+def _from_offsets(batch: int, length: int, cu_seqlens: Tensor) -> Segments:
+    if batch != 1:
+        raise InputError(f"cu_seqlens marks sequences in one row, but the batch has {batch} rows")
+    if cu_seqlens.ndim != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 1:
+        raise InputError(
+            f"cu_seqlens must hold s + 1 integer offsets, got shape {tuple(cu_seqlens.shape)} "
+            f"of {cu_seqlens.dtype}"
+        )
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in _pairs(offsets)):
+        raise InputError(
+            f"cu_seqlens must rise from 0 to the row's length {length}, got {_shorten(offsets)}"
+        )
+    count = len(offsets) - 1
+    own = list(range(count))
+    return Segments([0] * count, offsets[:-1], offsets[1:], own, own, count)
+
+
+def _from_indices(batch: int, length: int, seq_idx: Tensor, reverse: bool) -> Segments:
+    if seq_idx.shape != (batch, length) or seq_idx.is_floating_point():
+        raise InputError(
+            f"seq_idx must hold one integer a position, shape {(batch, length)}, "
+            f"got {tuple(seq_idx.shape)} of {seq_idx.dtype}"
+        )
+    found = Segments([], [], [], [], [], batch)
+    changes = seq_idx[:, 1:] != seq_idx[:, :-1]
+    for row in range(batch):
+        borders = [0, *(torch.nonzero(changes[row]).flatten() + 1).tolist(), length]
+        count = len(borders) - 1
+        first, last = (count - 1, 0) if reverse else (0, count - 1)
+        for index, (start, stop) in enumerate(_pairs(borders)):
+            found.rows.append(row)
+            found.starts.append(start)
+            found.stops.append(stop)
+            found.state_in.append(row if index == first else -1)
+            found.state_out.append(row if index == last else -1)
+    return found
+
+
+def _pairs(values: list[int]) -> Iterator[tuple[int, int]]:
+    return zip(values[:-1], values[1:], strict=True)
+
+
+def _shorten(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"

@@ -1,0 +1,342 @@
+"""`register` and `unregister`: what they change, for whom, and that nothing of it remains."""
+
+import copy
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from peft.tuners import tuners_utils
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForPreTraining
+
+import anymamba
+from anymamba.modeling import MambaConfig, MambaForCausalLM, MambaModel, register, unregister
+from anymamba.modeling.adapters import untie_head
+from anymamba.modeling.registration import CONFIG_MAPPING
+
+SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+IDS = torch.tensor([[1, 5, 7, 2, 9], [3, 3, 8, 19, 0]])
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    register()
+    yield
+    unregister()
+
+
+@pytest.fixture
+def model() -> MambaForCausalLM:
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(**SIZES)).eval()
+
+
+def adapted(model: torch.nn.Module, *targets: str, **settings: object) -> peft.PeftModel:
+    """The model with an adapter whose every factor is random, so that it changes the outputs."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **settings)
+    with warnings.catch_warnings():
+        # PEFT says of tied embeddings what these tests are about.
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        return peft.get_peft_model(model, config).eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> Tensor:
+    return model(IDS).logits
+
+
+def same(found: Tensor, reference: Tensor, bound: float = 1e-5) -> bool:
+    """Whether they differ by rounding alone.
+
+    Merging computes (W + B A) x in the place of W x + B (A x): float32, two orders of the same
+    products, so 1e-5 of the largest logit, as the design allows for one operator.
+    """
+    scale = max(1.0, float(reference.abs().max()))
+    return torch.allclose(found, reference, rtol=0, atol=bound * scale)
+
+
+def test_the_auto_classes_build_ours(tmp_path: Path, registered: None) -> None:
+    config = transformers.models.mamba.MambaConfig(**SIZES)
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is MambaConfig
+    assert type(AutoConfig.for_model("mamba")) is MambaConfig
+    assert type(AutoModel.from_config(loaded)) is MambaModel
+    for auto in (AutoModelForCausalLM, AutoModelForPreTraining):
+        assert type(auto.from_config(loaded)) is MambaForCausalLM
+    MambaForCausalLM(loaded).save_pretrained(tmp_path)
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is MambaForCausalLM
+    assert type(AutoModel.from_pretrained(tmp_path)) is MambaModel
+
+
+def test_other_models_and_transformers_own_config_are_not_touched(registered: None) -> None:
+    theirs = transformers.models.mamba.MambaConfig(**SIZES)
+    assert type(AutoModelForCausalLM.from_config(theirs)) is transformers.MambaForCausalLM
+    gpt2 = AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1, vocab_size=8)
+    assert type(AutoModel.from_config(gpt2)) is transformers.GPT2Model
+
+
+SUBPROCESS = """
+import torch, transformers
+import transformers.models.auto.configuration_auto as configs
+import transformers.models.auto.modeling_auto as models
+import transformers.models.auto.tokenization_auto as tokenizers
+from peft.tuners import tuners_utils
+
+def everything():
+    mappings = {
+        f"{module.__name__}.{name}": (id(value), dict(value._extra_content))
+        for module in (configs, models, tokenizers)
+        for name, value in vars(module).items()
+        if hasattr(value, "_extra_content")
+    }
+    patched = {
+        name: getattr(tuners_utils, name, None) or getattr(tuners_utils.BaseTuner, name)
+        for name in ("_check_lora_target_modules_mamba", "merge_and_unload", "merge_adapter")
+    }
+    built = [
+        transformers.AutoConfig.for_model("mamba").__class__,
+        transformers.AutoModelForCausalLM._model_mapping[transformers.MambaConfig],
+        transformers.AutoModel._model_mapping[transformers.MambaConfig],
+        transformers.AutoTokenizer.__dict__.keys(),
+    ]
+    return mappings, patched, built
+
+before = everything()
+assert before[2][0] is transformers.MambaConfig
+import anymamba
+assert everything() == before, "importing anymamba changed something"
+anymamba.MambaForCausalLM
+assert everything() == before, "importing anymamba.modeling changed something"
+anymamba.unregister()
+assert everything() == before
+anymamba.register()
+registered = everything()
+assert registered != before
+assert registered[2][0] is anymamba.MambaConfig
+anymamba.register()
+assert everything() == registered, "the second register changed something"
+anymamba.unregister()
+assert everything() == before, "unregister left something"
+anymamba.unregister()
+assert everything() == before
+anymamba.register()
+assert everything()[2] == registered[2]
+print("done")
+"""
+
+
+def test_unregister_leaves_nothing_behind() -> None:
+    """In a process of its own, where nothing else was imported before the first look."""
+    result = subprocess.run(
+        [sys.executable, "-c", SUBPROCESS], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "done\n", result.stderr
+
+
+def test_somebody_else_s_registration_comes_back() -> None:
+    class Other(transformers.PreTrainedConfig):
+        model_type = "mamba"
+
+    AutoConfig.register("mamba", Other, exist_ok=True)
+    try:
+        register()
+        assert type(AutoConfig.for_model("mamba")) is MambaConfig
+        unregister()
+        assert type(AutoConfig.for_model("mamba")) is Other
+        register()
+        AutoConfig.register("mamba", Other, exist_ok=True)
+        unregister()
+        assert type(AutoConfig.for_model("mamba")) is Other
+    finally:
+        unregister()
+        del CONFIG_MAPPING._extra_content["mamba"]
+
+
+def test_register_works_where_peft_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft.tuners", None)
+    register()
+    assert type(AutoConfig.for_model("mamba")) is MambaConfig
+    unregister()
+
+
+def test_the_package_offers_both() -> None:
+    assert anymamba.register is register
+    assert anymamba.unregister is unregister
+
+
+# PEFT's guard.
+
+
+@pytest.mark.parametrize("target", ["out_proj", "conv1d"])
+def test_peft_s_guard_is_lifted_for_ours_alone(
+    registered: None, model: MambaForCausalLM, target: str
+) -> None:
+    # PEFT asks of an adapter of a depthwise convolution that its rank divides by the groups.
+    rank = {"r": 32} if target == "conv1d" else {}
+    config = peft.LoraConfig(target_modules=[target], **rank)
+    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES))
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        peft.get_peft_model(theirs, config)
+    peft.get_peft_model(copy.deepcopy(model), config)
+    unregister()
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("target", ["in_proj", "x_proj", "dt_proj", "out_proj", "conv1d"])
+def test_an_adapter_of_any_projection_counts(
+    registered: None, model: MambaForCausalLM, target: str
+) -> None:
+    """What PEFT's guard is there for: that no adapter is bypassed, in the forward or backward."""
+    before = logits(model)
+    rank = 32 if target == "conv1d" else 4
+    # A strong adapter: what it does to the step size must show in the logits.
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=16 * rank, target_modules=[target], init_lora_weights=False
+    )
+    torch.manual_seed(1)
+    tuned = peft.get_peft_model(model, config)
+    tuned(IDS, labels=IDS).loss.backward()
+    factors = [p for name, p in tuned.named_parameters() if "lora_" in name]
+    assert len(factors) == 2 * SIZES["num_hidden_layers"]
+    assert all(factor.grad.abs().sum() > 0 for factor in factors)
+    unmerged = logits(tuned.eval())
+    assert not same(unmerged, before)
+    # Conv1d adapters of PEFT do not merge for every rank; projections do.
+    if target != "conv1d":
+        assert same(logits(tuned.merge_and_unload()), unmerged)
+
+
+# Merging adapters of tied embeddings.
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings"),
+    [
+        (["embeddings", "out_proj"], {}),
+        (["lm_head"], {}),
+        (["embeddings", "lm_head"], {}),
+        (["embeddings", "lm_head"], {"ensure_weight_tying": True}),
+    ],
+    ids=["the embeddings", "the head", "both apart", "both as one"],
+)
+def test_merging_an_adapter_of_tied_weights_changes_no_logit(
+    tmp_path: Path,
+    registered: None,
+    model: MambaForCausalLM,
+    targets: list[str],
+    settings: dict[str, bool],
+) -> None:
+    tuned = adapted(model, *targets, **settings)
+    unmerged = logits(tuned)
+    merged = tuned.merge_and_unload()
+    assert same(logits(merged), unmerged)
+    assert merged.config.tie_word_embeddings is False
+    merged.save_pretrained(tmp_path)
+    for loaded in (
+        MambaForCausalLM.from_pretrained(tmp_path),
+        transformers.MambaForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert loaded.config.tie_word_embeddings is False
+        assert loaded.lm_head.weight is not loaded.backbone.embeddings.weight
+        # The design's bound for whole models: Transformers' own adds up in another order.
+        assert same(logits(loaded.eval()), unmerged, 1e-4)
+
+
+def test_without_register_it_does(model: MambaForCausalLM) -> None:
+    """The control: PEFT alone changes the head, so the tests above do test something."""
+    tuned = adapted(model, "embeddings")
+    unmerged = logits(tuned)
+    merged = tuned.merge_and_unload()
+    assert not same(logits(merged), unmerged, 1e-2)
+
+
+def test_merge_adapter_and_back(registered: None, model: MambaForCausalLM) -> None:
+    base = logits(model)
+    tuned = adapted(model, "embeddings", "in_proj")
+    unmerged = logits(tuned)
+    tuned.merge_adapter()
+    assert same(logits(tuned), unmerged)
+    tuned.unmerge_adapter()
+    assert same(logits(tuned), unmerged)
+    assert same(logits(tuned.unload()), base)
+
+
+def test_mixed_adapters_merge_too(registered: None, model: MambaForCausalLM) -> None:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, target_modules=["embeddings"], init_lora_weights=False)
+    tuned = peft.PeftMixedModel(model, config).eval()
+    unmerged = logits(tuned)
+    assert same(logits(tuned.merge_and_unload()), unmerged)
+
+
+def test_embeddings_trained_in_full_merge_too(
+    tmp_path: Path, registered: None, model: MambaForCausalLM
+) -> None:
+    tuned = adapted(model, "in_proj", modules_to_save=["embeddings"])
+    with torch.no_grad():
+        tuned.base_model.model.backbone.embeddings.weight.add_(0.1)
+    unmerged = logits(tuned)
+    merged = tuned.merge_and_unload()
+    assert same(logits(merged), unmerged)
+    merged.save_pretrained(tmp_path)
+    loaded = MambaForCausalLM.from_pretrained(tmp_path)
+    assert same(logits(loaded), unmerged)
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_a_tied_head_stays_tied_where_no_adapter_touches_it(
+    registered: None, model: MambaForCausalLM, merge: str
+) -> None:
+    tuned = adapted(model, "in_proj")
+    getattr(tuned, merge)()
+    assert model.config.tie_word_embeddings is True
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+
+
+def test_unloading_without_merging_keeps_the_head_tied(
+    registered: None, model: MambaForCausalLM
+) -> None:
+    base = logits(model)
+    unloaded = adapted(model, "embeddings").unload()
+    assert unloaded.lm_head.weight is unloaded.backbone.embeddings.weight
+    assert torch.equal(logits(unloaded), base)
+
+
+def test_other_models_merge_as_before(registered: None) -> None:
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8)
+    merged = adapted(transformers.GPT2LMHeadModel(config), "wte").merge_and_unload()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert merged.config.tie_word_embeddings is True
+
+
+def test_an_untied_head_is_a_copy_that_is_saved(tmp_path: Path, model: MambaForCausalLM) -> None:
+    base = logits(model)
+    untie_head(model)
+    head = model.lm_head.weight
+    assert head.requires_grad
+    assert head.data_ptr() != model.backbone.embeddings.weight.data_ptr()
+    untie_head(model)
+    assert model.lm_head.weight is head
+    model.tie_weights()  # what resizing and loading call: it must not tie again
+    assert model.lm_head.weight is head
+    assert torch.equal(logits(model), base)
+    with torch.no_grad():
+        head.mul_(2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(MambaForCausalLM.from_pretrained(tmp_path).lm_head.weight, head)
+
+
+def test_the_guard_s_name_is_still_peft_s() -> None:
+    """If PEFT renames what is patched, `register` would silently lift nothing."""
+    assert callable(tuners_utils._check_lora_target_modules_mamba)
+    assert callable(tuners_utils.BaseTuner.merge_adapter)
+    assert callable(tuners_utils.BaseTuner.merge_and_unload)

@@ -1,0 +1,138 @@
+"""What the documentation says is true: its snippets run, its links lead somewhere.
+
+A fence says how its text is checked. `python` snippets of one file run in order, in one process
+and one namespace, as a reader would type them. `bash` snippets run in a shell. `text` is shown and
+not run, and there is no other kind, so that nothing escapes by accident.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+KINDS = {"python", "bash", "text"}
+# A snippet trains for a few steps at most; ten times what the slowest takes on two cores.
+TIMEOUT_SECONDS = 600
+
+
+@dataclass
+class Snippet:
+    """The text between two fences, and the number of its first line in the page."""
+
+    kind: str
+    line: int
+    text: str
+
+
+def snippets(page: Path) -> list[Snippet]:
+    found: list[Snippet] = []
+    inside = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            inside = not inside
+            if inside:
+                found.append(Snippet(line.strip().removeprefix("```"), number + 1, ""))
+        elif inside:
+            found[-1].text += line + "\n"
+    assert not inside, f"{page.name}: a fence is never closed"
+    return found
+
+
+def names_of_pages_with(kind: str) -> list[str]:
+    return [
+        name
+        for name, page in zip(NAMES, PAGES, strict=True)
+        if any(snippet.kind == kind for snippet in snippets(page))
+    ]
+
+
+def at_their_lines(pieces: list[Snippet]) -> str:
+    """One program whose line numbers are the page's, for tracebacks that lead to the snippet."""
+    program = ""
+    for piece in pieces:
+        program += "\n" * (piece.line - 1 - program.count("\n")) + piece.text
+    return program
+
+
+def run(command: list[str], folder: Path) -> None:
+    """Run in an empty folder, without a network; show what was printed if it fails."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_fence_says_how_it_is_checked(page: Path) -> None:
+    for snippet in snippets(page):
+        assert snippet.kind in KINDS, f"line {snippet.line - 1}: ```{snippet.kind}"
+
+
+@pytest.mark.parametrize("name", names_of_pages_with("python"))
+def test_python_snippets_run(name: str, tmp_path: Path) -> None:
+    pieces = [snippet for snippet in snippets(ROOT / name) if snippet.kind == "python"]
+    program = tmp_path / Path(name).with_suffix(".py").name
+    program.write_text(at_their_lines(pieces), encoding="utf-8")
+    run([sys.executable, str(program)], tmp_path)
+
+
+@pytest.mark.parametrize("name", names_of_pages_with("bash"))
+def test_commands_run(name: str, tmp_path: Path) -> None:
+    for snippet in snippets(ROOT / name):
+        if snippet.kind == "bash":
+            run(["bash", "-euo", "pipefail", "-c", snippet.text], tmp_path)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        place = (page.parent / name) if name else page
+        assert place.exists(), target
+        if anchor:
+            assert anchor in anchors(place), target
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that code hosts make of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_make_has_the_targets_that_are_named(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    assert named <= targets
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    readme = PAGES[0].read_text(encoding="utf-8")
+    assert [name for name in NAMES[1:] if f"({name})" not in readme] == []
+
+
+@pytest.mark.parametrize("picture", list((ROOT / "docs").glob("*.svg")), ids=lambda path: path.name)
+def test_pictures_are_well_formed_and_say_what_they_show(picture: Path) -> None:
+    root = ElementTree.parse(picture).getroot()
+    assert root.get("viewBox")
+    assert root.findtext("{http://www.w3.org/2000/svg}desc")

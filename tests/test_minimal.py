@@ -1,0 +1,372 @@
+"""The specification against scalar loops in float64, Transformers' Mamba, and its own promises."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from anymamba import minimal
+from anymamba.errors import ConfigError, InputError
+from anymamba.minimal import Mamba, ModelArgs
+
+# The project's contract for a whole model in float32: rounding of ~1e-7 a step, some hundred
+# steps deep, with two decades of room.
+TOLERANCE = 1e-4
+
+SHAPES = {
+    "plain": ModelArgs(d_model=16, n_layer=2, vocab_size=32),
+    "odd": ModelArgs(d_model=7, n_layer=3, vocab_size=11, d_state=5, dt_rank=3, d_conv=3),
+    "one of everything": ModelArgs(
+        d_model=1, n_layer=1, vocab_size=2, d_state=1, expand=1, dt_rank=1, d_conv=1
+    ),
+    "biases": ModelArgs(d_model=8, n_layer=1, vocab_size=16, bias=True, conv_bias=True),
+    "no biases": ModelArgs(d_model=8, n_layer=1, vocab_size=16, conv_bias=False),
+    "wide": ModelArgs(d_model=6, n_layer=1, vocab_size=8, expand=3, d_state=20, d_conv=6),
+}
+
+
+def random_model(args: ModelArgs, seed: int = 0) -> Mamba:
+    """A model all of whose weights matter: no zeros, no ones, no two alike."""
+    torch.manual_seed(seed)
+    model = Mamba(args)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+def random_tokens(args: ModelArgs, batch: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(args.vocab_size, (batch, length), generator=generator)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, largest))
+
+
+# --- an independent model: one number at a time, in float64, from the paper's formulas ---------
+
+Weights = dict[str, np.ndarray]
+
+
+def silu(value: float) -> float:
+    return value / (1 + np.exp(-value))
+
+
+def scalar_norm(vector: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    mean_square = sum(value * value for value in vector) / len(vector)
+    return weight * vector / np.sqrt(mean_square + 1e-5)
+
+
+def scalar_block(hidden: np.ndarray, w: Weights, rank: int) -> np.ndarray:
+    """The mixer on one sequence, (l, d) to (l, d)."""
+    A_log, D, kernel = w["A_log"], w["D"], w["conv1d.weight"][:, 0, :]
+    inner, state_size = A_log.shape
+    width = kernel.shape[1]
+    projected = hidden @ w["in_proj.weight"].T + w.get("in_proj.bias", 0.0)
+    window = np.zeros((inner, width))
+    state = np.zeros((inner, state_size))
+    out = []
+    for step in projected:
+        x, gate = step[:inner], step[inner:]
+        window = np.concatenate([window[:, 1:], x[:, None]], axis=1)
+        bias = w.get("conv1d.bias", np.zeros(inner))
+        x = np.array([silu(sum(kernel[c] * window[c]) + bias[c]) for c in range(inner)])
+        mixed = w["x_proj.weight"] @ x
+        B, C = mixed[rank : rank + state_size], mixed[rank + state_size :]
+        step_size = w["dt_proj.weight"] @ mixed[:rank] + w["dt_proj.bias"]
+        y = np.zeros(inner)
+        for c in range(inner):
+            delta = np.log1p(np.exp(step_size[c]))
+            for s in range(state_size):
+                decay = np.exp(-delta * np.exp(A_log[c, s]))
+                state[c, s] = decay * state[c, s] + delta * B[s] * x[c]
+                y[c] += C[s] * state[c, s]
+            y[c] = (y[c] + D[c] * x[c]) * silu(gate[c])
+        out.append(w["out_proj.weight"] @ y + w.get("out_proj.bias", 0.0))
+    return np.array(out)
+
+
+def scalar_model(weights: Weights, tokens: np.ndarray, n_layer: int, rank: int) -> np.ndarray:
+    rows = []
+    for row in tokens:
+        hidden = weights["embedding.weight"][row]
+        for i in range(n_layer):
+            prefix = f"layers.{i}."
+            layer = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+            mixer = {k.removeprefix("mixer."): v for k, v in layer.items()}
+            normed = np.array([scalar_norm(h, layer["norm.weight"]) for h in hidden])
+            hidden = hidden + scalar_block(normed, mixer, rank)
+        normed = np.array([scalar_norm(h, weights["norm_f.weight"]) for h in hidden])
+        rows.append(normed @ weights["lm_head.weight"].T)
+    return np.array(rows)
+
+
+def weights_of(model: Mamba) -> Weights:
+    return {name: value.double().numpy() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_equals_scalar_loops(name: str) -> None:
+    args = SHAPES[name]
+    model = random_model(args)
+    tokens = random_tokens(args, batch=2, length=9)
+    expected = scalar_model(weights_of(model), tokens.numpy(), args.n_layer, int(args.dt_rank))
+    close(model(tokens).double(), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("name", ["odd", "biases"])
+def test_gradients_equal_differences_of_scalar_loops(name: str) -> None:
+    """Along a random direction in each tensor, by central differences in float64."""
+    args = SHAPES[name]
+    model = random_model(args)
+    tokens = random_tokens(args, batch=1, length=6)
+    rng = np.random.default_rng(0)
+    pull = rng.standard_normal((1, 6, args.vocab_size)) / 10
+    (model(tokens) * torch.from_numpy(pull).float()).sum().backward()
+
+    def objective(weights: Weights) -> float:
+        logits = scalar_model(weights, tokens.numpy(), args.n_layer, int(args.dt_rank))
+        return float((logits * pull).sum())
+
+    for tensor, parameter in model.named_parameters():
+        direction = rng.standard_normal(tuple(parameter.shape))
+        # Differences are exact to about step², far below float32's own error.
+        step = 1e-5
+        ends = []
+        for sign in (1, -1):
+            weights = weights_of(model)
+            weights[tensor] = weights[tensor] + sign * step * direction
+            if tensor == "embedding.weight":
+                weights["lm_head.weight"] = weights[tensor]
+            ends.append(objective(weights))
+        expected = (ends[0] - ends[1]) / (2 * step)
+        assert parameter.grad is not None
+        actual = float((parameter.grad.double().numpy() * direction).sum())
+        assert actual == pytest.approx(expected, abs=TOLERANCE * max(1.0, abs(expected))), tensor
+
+
+# --- against Transformers --------------------------------------------------------------------
+
+
+def transformers_twin(model: Mamba) -> transformers.MambaForCausalLM:
+    args = model.args
+    config = transformers.MambaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.d_model,
+        state_size=args.d_state,
+        num_hidden_layers=args.n_layer,
+        expand=args.expand,
+        conv_kernel=args.d_conv,
+        time_step_rank=args.dt_rank,
+        use_bias=args.bias,
+        use_conv_bias=args.conv_bias,
+    )
+    twin = transformers.MambaForCausalLM(config).eval()
+    renamed = {}
+    for name, value in model.state_dict().items():
+        name = name.replace("embedding.", "embeddings.")
+        renamed[name if name.startswith("lm_head") else f"backbone.{name}"] = value
+    twin.load_state_dict(renamed, strict=True)
+    return twin
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_forward_equals_transformers(name: str) -> None:
+    model = random_model(SHAPES[name])
+    tokens = random_tokens(model.args, batch=3, length=17)
+    with torch.no_grad():
+        close(model(tokens), transformers_twin(model)(tokens, use_cache=False).logits)
+
+
+# --- what it promises ------------------------------------------------------------------------
+
+
+def test_no_position_sees_a_later_one() -> None:
+    model = random_model(SHAPES["plain"])
+    tokens = random_tokens(model.args, batch=1, length=12)
+    changed = tokens.clone()
+    changed[0, 5] = (changed[0, 5] + 1) % model.args.vocab_size
+    before, after = model(tokens)[0], model(changed)[0]
+    assert torch.equal(before[:5], after[:5])
+    # ... while every later one does see this one, beyond the convolution's reach too.
+    assert ((before[5:] - after[5:]).abs().amax(dim=-1) > 1e-4).all()
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0), (0, 0), (1, 1), (2, 2)])
+def test_empty_and_short_inputs(batch: int, length: int) -> None:
+    model = random_model(SHAPES["plain"])
+    tokens = random_tokens(model.args, batch, length)
+    logits = model(tokens)
+    assert logits.shape == (batch, length, model.args.vocab_size)
+    logits.sum().backward()
+    # A short input is the start of a long one.
+    longer = F.pad(tokens, (0, 4))
+    close(logits, model(longer)[:, :length])
+
+
+def test_parameter_names_are_those_of_the_original_checkpoints() -> None:
+    names = set(Mamba(ModelArgs(d_model=8, n_layer=1, vocab_size=8, bias=True)).state_dict())
+    mixer = {"A_log", "D", "x_proj.weight"}
+    for linear in ("in_proj", "conv1d", "dt_proj", "out_proj"):
+        mixer |= {f"{linear}.weight", f"{linear}.bias"}
+    assert names == {
+        "embedding.weight",
+        "norm_f.weight",
+        "lm_head.weight",
+        "layers.0.norm.weight",
+    } | {f"layers.0.mixer.{name}" for name in mixer}
+
+
+def test_every_field_shapes_the_model() -> None:
+    args = ModelArgs(
+        d_model=10,
+        n_layer=3,
+        vocab_size=13,
+        d_state=6,
+        expand=3,
+        dt_rank=4,
+        d_conv=5,
+        pad_vocab_size_multiple=7,
+        conv_bias=False,
+        bias=True,
+    )
+    shapes = {name: tuple(value.shape) for name, value in Mamba(args).state_dict().items()}
+    assert shapes["embedding.weight"] == (14, 10)
+    assert shapes["layers.2.mixer.A_log"] == (30, 6)
+    assert shapes["layers.2.mixer.in_proj.weight"] == (60, 10)
+    assert shapes["layers.2.mixer.x_proj.weight"] == (4 + 2 * 6, 30)
+    assert shapes["layers.2.mixer.dt_proj.weight"] == (30, 4)
+    assert shapes["layers.2.mixer.conv1d.weight"] == (30, 1, 5)
+    assert shapes["layers.2.mixer.out_proj.bias"] == (10,)
+    assert shapes["layers.2.mixer.in_proj.bias"] == (60,)
+    assert "layers.2.mixer.conv1d.bias" not in shapes
+    assert "layers.3.norm.weight" not in shapes
+
+
+def test_rank_and_vocabulary_are_derived() -> None:
+    args = ModelArgs(d_model=17, n_layer=1, vocab_size=50277)
+    assert (args.dt_rank, args.d_inner, args.vocab_size) == (2, 34, 50280)
+    assert ModelArgs(d_model=17, n_layer=1, vocab_size=50280).vocab_size == 50280
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("d_model", 0),
+        ("d_model", "128"),
+        ("n_layer", -1),
+        ("n_layer", True),
+        ("vocab_size", 1.5),
+        ("d_state", 0),
+        ("expand", None),
+        ("dt_rank", "automatic"),
+        ("dt_rank", 0),
+        ("d_conv", 0),
+        ("pad_vocab_size_multiple", 0),
+        ("conv_bias", 1),
+        ("bias", "no"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
+    good: dict[str, object] = {"d_model": 8, "n_layer": 1, "vocab_size": 8}
+    with pytest.raises(ConfigError) as refusal:
+        ModelArgs(**{**good, field: value})  # type: ignore[arg-type]
+    assert str(refusal.value).startswith(f"{field} must be ")
+    assert repr(value) in str(refusal.value)
+
+
+def test_tokens_without_a_batch_axis_are_refused() -> None:
+    with pytest.raises(InputError, match=r"\(batch, length\), got \(3,\)"):
+        Mamba(SHAPES["plain"])(torch.tensor([1, 2, 3]))
+
+
+def test_initial_values_are_those_of_the_paper() -> None:
+    mixer = Mamba(ModelArgs(d_model=64, n_layer=4, vocab_size=8)).layers[2].mixer
+    A_en = -torch.exp(mixer.A_log)
+    torch.testing.assert_close(A_en, -torch.arange(1.0, 17).expand(128, 16))
+    step_e = F.softplus(mixer.dt_proj.bias)
+    # softplus and its inverse round: a relative 1e-3 at the lower end, where it is near log 1.
+    assert step_e.min() >= 1e-3 * 0.999
+    assert step_e.max() <= 1e-1 * 1.001
+    # Evenly on a log scale: of 128 steps about half lie below the geometric mean, 0.01; 3 σ = 17.
+    assert 64 - 17 <= (step_e < 1e-2).sum() <= 64 + 17
+
+
+def test_it_learns_from_scratch_what_only_memory_can_know() -> None:
+    """Recall, after seven tokens of noise, the one that came first: chance is log 8 = 2.08."""
+    torch.manual_seed(0)
+    model = Mamba(ModelArgs(d_model=32, n_layer=2, vocab_size=16))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(150):
+        tokens = torch.randint(8, 16, (32, 8))
+        tokens[:, 0] -= 8  # the token to remember is one of 0 ... 7, the noise one of 8 ... 15
+        loss = F.cross_entropy(model(tokens)[:, -1], tokens[:, 0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    # At the scale of its initial values: how much rounding grows is a property of the weights.
+    model = Mamba(ModelArgs(d_model=32, n_layer=2, vocab_size=32)).to(dtype)
+    tokens = random_tokens(model.args, batch=2, length=20)
+    in_half = model(tokens)
+    assert in_half.dtype == torch.float32
+    # The same rounded weights, computed in float32: the contract's figure for 16-bit storage.
+    close(in_half, model.float()(tokens), tolerance=2e-2)
+
+    seen = []
+    scan = minimal.MambaBlock.selective_scan
+
+    def spy(self: minimal.MambaBlock, *tensors: torch.Tensor) -> torch.Tensor:
+        seen.extend(tensor.dtype for tensor in tensors)
+        return scan(self, *tensors)
+
+    monkeypatch.setattr(minimal.MambaBlock, "selective_scan", spy)
+    model.to(dtype)(tokens)
+    assert seen
+    assert set(seen) == {torch.float32}
+
+
+def test_head_and_embedding_are_one_matrix() -> None:
+    model = Mamba(SHAPES["plain"])
+    assert model.lm_head.weight is model.embedding.weight
+
+
+def test_the_module_prints_the_classic_shape() -> None:
+    command = [sys.executable, "-m", "anymamba.minimal"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert run.stdout == "torch.Size([2, 200, 32000])\n"
+
+
+def test_examples_in_the_docstrings() -> None:
+    outcome = doctest.testmod(minimal)
+    assert outcome.attempted >= 8
+    assert outcome.failed == 0
+
+
+def test_it_stays_one_short_file_of_plain_pytorch() -> None:
+    source = Path(minimal.__file__).read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 300
+    imported = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    foreign = {name for name in imported if name.split(".")[0] not in sys.stdlib_module_names}
+    assert foreign == {"torch", "torch.nn.functional", "anymamba.errors"}
