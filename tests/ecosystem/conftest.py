@@ -1,9 +1,5 @@
 """A small checkpoint with a tokenizer, as another library would find it on disk; no network."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +53,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     MambaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """A small text set."""
+    return list(TEXTS)
 
 
 @pytest.fixture

@@ -140,6 +140,7 @@ def run(arguments: argparse.Namespace) -> None:
         prompt_tokens = tokenizer.encode(prompt).ids
         model = load_model(folder, arguments.device, arguments.dtype)
         prompt_tokens = prompt_tokens or [first_token(model)]
+        check_vocabulary(model, prompt_tokens)
         stream = TextStream(tokenizer.decode, ignore if arguments.json else write, arguments.stop)
         if arguments.echo and not arguments.json:
             write(prompt)
@@ -207,6 +208,15 @@ def first_token(model: MambaForCausalLM) -> int:
             "give at least one character"
         )
     return int(token)
+
+
+def check_vocabulary(model: MambaForCausalLM, prompt_tokens: list[int]) -> None:
+    """Refuse tokens that the model does not have."""
+    if max(prompt_tokens) >= model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer does not belong to the model: it makes token {max(prompt_tokens)} of "
+            f"the prompt, and the model has {model.config.vocab_size} tokens"
+        )
 
 
 def write(text: str) -> None:

@@ -29,29 +29,24 @@ class Continuation:
 
 
 class Listener:
-    """Hands tokens to a text stream, and notes when the first came.
+    """Hands each new token to a text stream, and says when the text has come to a stop string.
 
-    It has the two methods that `generate` of Transformers expects of a streamer.
+    To `generate` of Transformers it is a stopping criterion. A streamer would be told of a token
+    only after the decision whether to stop, one token too late for a stop string.
     """
 
     def __init__(self, stream: TextStream) -> None:
         self.first_token_at: float | None = None
         self._stream = stream
-        self._prompt_seen = False
 
-    def put(self, tokens: torch.Tensor) -> None:
-        """Receive the whole prompt at first, then token by token."""
-        if not self._prompt_seen:
-            self._prompt_seen = True
-            return
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
+        """Receive all tokens there are, the newest last; return whether to stop."""
+        import torch
+
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
-        for token in tokens.flatten().tolist():
-            self._stream.add(token)
-
-    def end(self) -> None:
-        """Receive the news that no token follows."""
-        self._stream.finish()
+        self._stream.add(int(input_ids[0, -1]))
+        return input_ids.new_full((1,), self._stream.stopped, dtype=torch.bool)
 
 
 def continue_text(
@@ -64,22 +59,21 @@ def continue_text(
     import torch
     from transformers import StoppingCriteriaList
 
-    def at_stop_string(input_ids: torch.Tensor, scores: object, **_: object) -> torch.Tensor:
-        return torch.full((input_ids.shape[0],), stream.stopped, device=input_ids.device)
-
     torch.manual_seed(arguments.seed)
     listener = Listener(stream)
     prompt_ids = torch.tensor([list(prompt_tokens)], device=model.device)
     start = time.perf_counter()
-    output = model.generate(
+    # Transformers' annotations do not know that a model of its own kind has this method.
+    generate: Any = model.generate
+    output = generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         max_new_tokens=arguments.max_new_tokens,
         repetition_penalty=arguments.repetition_penalty,
-        streamer=listener,
-        stopping_criteria=StoppingCriteriaList([at_stop_string]),
+        stopping_criteria=StoppingCriteriaList([listener]),
         **sampling(arguments),
     )
+    stream.finish()
     tokens = output[0, len(prompt_tokens) :].tolist()
     end = time.perf_counter()
     first = listener.first_token_at or end

@@ -34,6 +34,8 @@ def load_tokenizer(place: Path) -> Tokenizer:
 
 def load_model(folder: Path, device_name: str, dtype: str) -> MambaForCausalLM:
     """The model, on the device and in the type asked for, ready to generate."""
+    import torch
+
     from anymamba import MambaForCausalLM
 
     device = find_device(device_name)
@@ -41,8 +43,8 @@ def load_model(folder: Path, device_name: str, dtype: str) -> MambaForCausalLM:
         # Few CPUs have fast arithmetic in the narrow types that models are stored in.
         dtype = "float32"
     model = MambaForCausalLM.from_pretrained(folder, dtype=dtype)
-    model.to(device)
-    return model.eval()
+    torch.nn.Module.to(model, device)
+    return model
 
 
 def find_device(name: str) -> torch.device:

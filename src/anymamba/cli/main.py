@@ -8,6 +8,7 @@ a person waits for each of these imports.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -41,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done. 2: a mistake, named in one line on standard error. 130: interrupted by Ctrl-C.
     141: whoever read the output stopped reading.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows a question mark, which is better than ending.
+        sys.stdout.reconfigure(errors="replace")
     try:
         run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

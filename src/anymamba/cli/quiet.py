@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ __all__ = ["quiet"]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drop warnings and log lines below errors, and progress bars."""
+    """Drop warnings, log lines below errors, and progress bars."""
+    # Read when the hub's library is imported, which is later; whoever wants bars sets it to 0.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

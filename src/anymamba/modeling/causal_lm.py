@@ -46,7 +46,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.backbone = MambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding layer."""
@@ -135,7 +135,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 f"labels has shape {tuple(labels.shape)}, expected one a position: "
                 f"{tuple(shape_bl)}"
             )
-        packed = pack_batch(*shape_bl, labels.device, *marks)
+        batch, length = shape_bl
+        packed = pack_batch(batch, length, labels.device, *marks)
         targets = next_tokens(labels, packed)[:, kept]
         loss: Tensor = self.loss_function(
             logits=logits,
@@ -146,7 +147,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         )
         return loss
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self,
         generation_config: GenerationConfig,
         model_kwargs: dict[str, Any],
@@ -166,7 +167,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 self.config, batch_size * copies, self.dtype, self.device
             )
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # type: ignore[override]
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
@@ -182,7 +183,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             cache = cache.clone()
             cache.batch_repeat_interleave(expand_size)
             model_kwargs["cache_params"] = cache
-        expanded: tuple[Tensor, dict[str, Any]] = super()._expand_inputs_for_generation(
+        # Transformers annotates `self` there with a protocol of its own.
+        parent: Any = super()
+        expanded: tuple[Tensor, dict[str, Any]] = parent._expand_inputs_for_generation(
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
             input_ids=input_ids,
@@ -190,7 +193,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         )
         return expanded
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
@@ -213,7 +216,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 inputs_embeds = inputs_embeds.gather(1, order[..., None].expand_as(inputs_embeds))
             else:
                 input_ids = input_ids.gather(1, order)
-        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+        parent: Any = super()
+        inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,

@@ -45,7 +45,7 @@ class MambaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         expand: the inner width e is expand * hidden_size, which must be a whole number.
         conv_kernel: k, the width of the causal convolution.
         use_bias, use_conv_bias: biases of in_proj and out_proj, and of the convolution.
-        hidden_act: activation after the convolution and on the gate, a name Transformers knows.
+        hidden_act: activation after the convolution, by Transformers' names; the gate is silu.
         initializer_range: standard deviation of the embedding's initial values.
         residual_in_fp32: whether the residual stream is kept in float32.
         time_step_rank: r, the rank of the step size; 'auto' is ceil(hidden_size / 16).

@@ -54,7 +54,8 @@ class FromAnyLayout:
         )
         for name in (*_HUB_ARGUMENTS, "local_files_only"):
             kwargs.pop(name, None)
-        return _load_folder(cls, load, folder, model_args, kwargs)
+        model: Self = _load_folder(cls, load, folder, model_args, kwargs)
+        return model
 
 
 def _load_folder(

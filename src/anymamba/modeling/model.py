@@ -104,7 +104,9 @@ class MambaMixer(nn.Module):
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
         delta_ble, delta_bias_e = self._step_size(delta_blr)
-        y_ble = self._scan(x_ble, delta_ble, B_bln, C_bln, z_ble, delta_bias_e, cache_params, packed)
+        y_ble = self._scan(
+            x_ble, delta_ble, B_bln, C_bln, z_ble, delta_bias_e, cache_params, packed
+        )
         contextualized: Tensor = self.out_proj(y_ble)
         return contextualized
 
@@ -209,7 +211,7 @@ def _readable(state: Tensor) -> Tensor:
     return state.clone() if torch.is_grad_enabled() else state
 
 
-class MambaBlock(GradientCheckpointingLayer):  # type: ignore[misc]
+class MambaBlock(GradientCheckpointingLayer):
     """hidden + mixer(norm(hidden)), the residual block.
 
     Args:
@@ -315,7 +317,7 @@ class MambaModel(MambaPreTrainedModel):
         )
         self.gradient_checkpointing = False
         self.norm_f = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding layer."""

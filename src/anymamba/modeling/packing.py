@@ -7,6 +7,7 @@ sequence begins. Kernels see only that row and know nothing of masks.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +46,8 @@ class PackedBatch:
     def unpack(self, x_1t: Float[Tensor, "1 t ..."]) -> Float[Tensor, "b l ..."]:
         """A row laid back into the batch, zeros at the deleted positions."""
         flat = x_1t.new_zeros(self.batch * self.length, *x_1t.shape[2:])
-        return flat.index_copy(0, self.position_t, x_1t[0]).unflatten(0, (self.batch, self.length))
+        flat = flat.index_copy(0, self.position_t, x_1t[0])
+        return flat.view(self.batch, self.length, *x_1t.shape[2:])
 
     def states_before(self, state_b: Float[Tensor, "b ..."]) -> Float[Tensor, "s ..."]:
         """Each sequence's initial state: its row's for the first of a row, else zeros."""
@@ -86,9 +88,7 @@ def pack_batch(
         position_t = torch.arange(batch * length, device=device)
     else:
         position_t = torch.nonzero(kept_bl.to(device).flatten()).flatten()
-    new_document_t = _new_documents(
-        batch, length, position_t, seq_idx, cu_seq_lens_q, position_ids
-    )
+    new_document_t = _new_documents(batch, length, position_t, seq_idx, cu_seq_lens_q, position_ids)
     if kept_bl is None and new_document_t is None:
         return None
     row_t = position_t // max(length, 1)
@@ -111,9 +111,7 @@ def pack_batch(
     )
 
 
-def next_tokens(
-    labels_bl: Int[Tensor, "b l"], packed: PackedBatch | None
-) -> Int[Tensor, "b l"]:
+def next_tokens(labels_bl: Int[Tensor, "b l"], packed: PackedBatch | None) -> Int[Tensor, "b l"]:
     """What each position should predict: the next label of its own document, else -100.
 
     Deleted positions are skipped: the shift happens between the positions that remain.
@@ -177,9 +175,7 @@ def _new_documents(
     return new_t if bool((new_t & inside_a_row).any()) else None
 
 
-def _at_positions(
-    name: str, tensor: Tensor, batch: int, length: int, position_t: Tensor
-) -> Tensor:
+def _at_positions(name: str, tensor: Tensor, batch: int, length: int, position_t: Tensor) -> Tensor:
     if tuple(tensor.shape) not in ((batch, length), (1, length)) or tensor.is_floating_point():
         raise InputError(
             f"{name} has shape {tuple(tensor.shape)} of {tensor.dtype}, expected one integer a "
@@ -190,7 +186,7 @@ def _at_positions(
 
 def _checked_offsets(batch: int, length: int, cu_seq_lens_q: Tensor) -> Tensor:
     offsets: list[int] = cu_seq_lens_q.flatten().tolist()
-    rising = all(a <= b for a, b in zip(offsets[:-1], offsets[1:], strict=True))
+    rising = all(a <= b for a, b in itertools.pairwise(offsets))
     if batch != 1 or not offsets or offsets[0] != 0 or offsets[-1] != length or not rising:
         raise InputError(
             f"cu_seq_lens_q must rise from 0 to the length {length} of the only row; the batch has "

@@ -31,9 +31,7 @@ def causal_conv1d(
 
     def convolve(x_ble: Tensor, window_bew: Tensor) -> tuple[Tensor, Tensor]:
         if reverse:
-            y_ble, window_bew = _convolve(
-                x_ble.flip(1), window_bew, weight_ek, bias_e, activation
-            )
+            y_ble, window_bew = _convolve(x_ble.flip(1), window_bew, weight_ek, bias_e, activation)
             return y_ble.flip(1), window_bew
         return _convolve(x_ble, window_bew, weight_ek, bias_e, activation)
 

@@ -152,7 +152,7 @@ def selective_state_update(
     """
     if x_be.ndim != 2:
         raise InputError(f"selective_state_update: x_be has shape {tuple(x_be.shape)}, not (b, e)")
-    b, l, e, n = _check_scan(
+    b, _l, e, n = _check_scan(
         x_be[:, None],
         delta_be[:, None],
         A_en,

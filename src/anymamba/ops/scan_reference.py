@@ -179,10 +179,11 @@ def _scan_pieces(
     B, C = _by_channel(B_bln.to(wide), e), _by_channel(C_bln.to(wide), e)
 
     def walk(row: slice, span: slice, state: Tensor) -> tuple[Tensor, Tensor]:
-        piece = [t[row, span] for t in (x, delta, B, C)]
+        piece = (x[row, span], delta[row, span], B[row, span], C[row, span])
         if not reverse:
             return one_piece(*piece, state)
-        y, last = one_piece(*(t.flip(1) for t in piece), state)
+        backward = (piece[0].flip(1), piece[1].flip(1), piece[2].flip(1), piece[3].flip(1))
+        y, last = one_piece(*backward, state)
         return y.flip(1), last
 
     states = initial_state
@@ -270,7 +271,7 @@ def linear_recurrence(a_blen: Tensor, b_blen: Tensor, h_ben: Tensor) -> Tensor:
         >>> linear_recurrence(a, b, torch.zeros(1, 1, 1)).flatten().tolist()
         [1.0, 3.0, 7.0]
     """
-    states: Tensor = _LinearRecurrence.apply(a_blen, b_blen, h_ben)  # type: ignore[no-untyped-call]
+    states: Tensor = _LinearRecurrence.apply(a_blen, b_blen, h_ben)
     return states
 
 

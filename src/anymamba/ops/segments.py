@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,9 +30,7 @@ class Segments:
     n_states: int
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int, int]]:
-        return zip(
-            self.rows, self.starts, self.stops, self.state_in, self.state_out, strict=True
-        )
+        return zip(self.rows, self.starts, self.stops, self.state_in, self.state_out, strict=True)
 
 
 def segments_of(
@@ -69,7 +68,7 @@ def _from_offsets(batch: int, length: int, cu_seqlens: Tensor) -> Segments:
             f"of {cu_seqlens.dtype}"
         )
     offsets = cu_seqlens.tolist()
-    if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in _pairs(offsets)):
+    if offsets[0] != 0 or offsets[-1] != length or any(b < a for a, b in pairwise(offsets)):
         raise InputError(
             f"cu_seqlens must rise from 0 to the row's length {length}, got {_shorten(offsets)}"
         )
@@ -90,17 +89,13 @@ def _from_indices(batch: int, length: int, seq_idx: Tensor, reverse: bool) -> Se
         borders = [0, *(torch.nonzero(changes[row]).flatten() + 1).tolist(), length]
         count = len(borders) - 1
         first, last = (count - 1, 0) if reverse else (0, count - 1)
-        for index, (start, stop) in enumerate(_pairs(borders)):
+        for index, (start, stop) in enumerate(pairwise(borders)):
             found.rows.append(row)
             found.starts.append(start)
             found.stops.append(stop)
             found.state_in.append(row if index == first else -1)
             found.state_out.append(row if index == last else -1)
     return found
-
-
-def _pairs(values: list[int]) -> Iterator[tuple[int, int]]:
-    return zip(values[:-1], values[1:], strict=True)
 
 
 def _shorten(values: list[int]) -> str:

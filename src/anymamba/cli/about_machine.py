@@ -1,0 +1,70 @@
+"""What `anymamba info` says about an installation."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+from anymamba import __version__
+from anymamba.cli.table import table
+from anymamba.errors import AnyMambaError
+
+__all__ = ["as_text", "describe"]
+
+
+def describe() -> dict[str, Any]:
+    """Versions, backends and the bundled model. A part that is missing says what to install."""
+    torch_version, backends = torch_and_backends()
+    return {
+        "anymamba": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "torch": torch_version,
+        "backends": backends,
+        "bundled_model": bundled_folder(),
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    rows = [(name.replace("_", " "), facts[name]) for name in facts if name != "backends"]
+    parts = [table(rows)]
+    if facts["backends"]:
+        marks = {True: "yes", False: "no"}
+        backends = [
+            (f"  {backend['name']}", f"{marks[backend['available']]:3}  {backend['reason']}")
+            for backend in facts["backends"]
+        ]
+        parts += ["backends", table(backends)]
+    return "\n".join(parts)
+
+
+def torch_and_backends() -> tuple[str, list[dict[str, Any]]]:
+    """PyTorch's version, and the backends of the operators that run on it."""
+    missing = "not installed: pip install 'anymamba[torch]'"
+    try:
+        import torch
+    except ImportError as error:
+        # Anything but its absence is a broken installation, about which the message says more.
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        return missing if absent else f"broken: {error}", []
+    try:
+        from anymamba.ops import available_backends
+    except ImportError as error:
+        return f"{torch.__version__}, but the operators lack a package: {error}", []
+    rows = available_backends()
+    return torch.__version__, [
+        {"name": name, "available": available, "reason": reason} for name, available, reason in rows
+    ]
+
+
+def bundled_folder() -> str:
+    """Where the bundled model is, or why it is not."""
+    from anymamba.assets import bundled_model
+
+    try:
+        return str(bundled_model())
+    except AnyMambaError as error:
+        return f"not available: {error}"

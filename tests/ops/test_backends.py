@@ -1,0 +1,176 @@
+"""The choice of a backend, and the CUDA adapters against stand-ins of the packages they call."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anymamba import ops
+from anymamba.errors import BackendError
+from anymamba.ops import backends
+from tests.ops.inputs import scan_inputs
+from tests.ops.tolerance import assert_contract
+
+
+def test_a_choice_lasts_as_long_as_its_context() -> None:
+    assert ops.backend() == "auto"
+    with ops.backend("reference"):
+        assert ops.backend() == "reference"
+        with ops.backend("mambapy"):
+            assert ops.backend() == "mambapy"
+        assert ops.backend() == "reference"
+    assert ops.backend() == "auto"
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANYMAMBA_BACKEND", "reference")
+    assert ops.backend() == "reference"
+    monkeypatch.setenv("ANYMAMBA_BACKEND", "abacus")
+    with pytest.raises(BackendError, match="ANYMAMBA_BACKEND: unknown backend 'abacus'"):
+        ops.backend()
+
+
+def test_an_unknown_backend_lists_the_known() -> None:
+    with pytest.raises(BackendError, match=r"choose one of auto, .*reference"):
+        ops.backend("abacus")
+
+
+def test_a_backend_that_is_not_installed_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match="pip install mamba-ssm causal-conv1d"):
+        ops.backend("cuda")
+    with pytest.raises(BackendError, match="pip install mambapy"):
+        ops.selective_scan(**scan_inputs(1, 2, 2, 2), backend="mambapy")
+
+
+def test_every_backend_is_listed_with_a_reason() -> None:
+    rows = ops.available_backends()
+    assert [name for name, _, _ in rows] == list(backends.PREFERENCE)
+    assert rows[-1][0] == "reference"
+    assert rows[-1][1]
+    assert all(reason for _, _, reason in rows)
+
+
+def test_the_fallback_is_taken_where_no_kernel_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    real = importlib.import_module("anymamba.ops.scan_mambapy").selective_scan
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        taken.append("mambapy")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("anymamba.ops.scan_mambapy.selective_scan", spy)
+    without_kernels = tuple(n for n in backends.PREFERENCE if n in ("mambapy", "reference"))
+    monkeypatch.setattr(backends, "PREFERENCE", without_kernels)
+    ops.selective_scan(**scan_inputs(1, 2, 2, 2))
+    assert not taken
+    ops.selective_scan(**scan_inputs(1, 2, 2, 2), fallback="mambapy")
+    assert taken == ["mambapy"]
+
+
+def _stand_ins() -> dict[str, ModuleType]:
+    """The CUDA packages' entry points by their documentation, in PyTorch, channels first."""
+
+    def scan(
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None = None,
+        z: Tensor | None = None,
+        delta_bias: Tensor | None = None,
+        delta_softplus: bool = False,
+        return_last_state: bool = False,
+    ) -> Any:
+        assert A.dtype == torch.float32
+        batch, e, length = u.shape
+        if delta_bias is not None:
+            delta = delta + delta_bias[:, None]
+        delta = F.softplus(delta) if delta_softplus else delta
+        h, outputs = torch.zeros(batch, e, A.shape[1]), []
+        for t in range(length):
+            h = torch.exp(delta[:, :, t, None] * A) * h
+            h = h + (delta[:, :, t] * u[:, :, t])[..., None] * B[:, None, :, t]
+            outputs.append((h * C[:, None, :, t]).sum(-1))
+        y = torch.stack(outputs, 2)
+        y = y if D is None else y + D[:, None] * u
+        y = y if z is None else y * F.silu(z)
+        return (y, h) if return_last_state else y
+
+    def conv(
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        width = weight.shape[1]
+        y = F.conv1d(F.pad(x, (width - 1, 0)), weight[:, None], bias, groups=x.shape[1])
+        return F.silu(y) if activation else y
+
+    names = [
+        "mamba_ssm",
+        "mamba_ssm.ops",
+        "mamba_ssm.ops.selective_scan_interface",
+        "mamba_ssm.ops.triton",
+        "mamba_ssm.ops.triton.selective_state_update",
+        "causal_conv1d",
+    ]
+    modules: dict[str, Any] = {name: ModuleType(name) for name in names}
+    modules["mamba_ssm.ops.selective_scan_interface"].selective_scan_fn = scan
+    triton = modules["mamba_ssm.ops.triton.selective_state_update"]
+    modules["mamba_ssm.ops.triton"].selective_state_update = triton
+    modules["causal_conv1d"].causal_conv1d_fn = conv
+    return modules
+
+
+def test_the_cuda_adapters_speak_the_packages_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in _stand_ins().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("anymamba.ops.scan_cuda", "anymamba.ops.conv_cuda"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    scan = importlib.import_module("anymamba.ops.scan_cuda").selective_scan
+    conv = importlib.import_module("anymamba.ops.conv_cuda").causal_conv1d
+    inputs = scan_inputs(2, 9, 8, 4)
+    expected, expected_last = ops.selective_scan(
+        **inputs, return_last_state=True, backend="reference"
+    )
+    options = {"initial_state": None, "segments": None, "reverse": False}
+    y, last = scan(**inputs, **options, return_last_state=True)
+    assert_contract(y, expected)
+    assert_contract(last, expected_last)
+    x, weight, bias = torch.randn(2, 9, 8), torch.randn(8, 4), torch.randn(8)
+    y, _ = conv(x, weight, bias, "silu", None, False, None, False)
+    assert_contract(y, ops.causal_conv1d(x, weight, bias, "silu", backend="reference"))
+    for name in ("anymamba.ops.scan_cuda", "anymamba.ops.conv_cuda"):
+        sys.modules.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"initial_state": torch.zeros(1)}, "no initial state"),
+        ({"reverse": True}, "no reverse"),
+        ({"segments": object()}, "no packed sequences"),
+        ({"A_en": torch.zeros(2, 300)}, "state size of 256"),
+    ],
+)
+def test_what_cuda_cannot_do_has_a_reason(change: dict[str, Any], reason: str) -> None:
+    from anymamba.ops.cuda_limits import reason_against
+
+    arguments: dict[str, Any] = {
+        "initial_state": None,
+        "segments": None,
+        "reverse": False,
+        "return_last_state": False,
+        "A_en": torch.zeros(2, 4),
+    }
+    x = torch.zeros(1, 3, 2)
+    assert reason_against("selective_scan", x, arguments) is None
+    assert reason in str(reason_against("selective_scan", x, arguments | change))
