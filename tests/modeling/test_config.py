@@ -246,13 +246,17 @@ def test_a_file_of_the_hub_loads() -> None:
 def test_derived_sizes_follow_whatever_is_set(
     hidden_size: int, expand: int, layers: int, state_size: int
 ) -> None:
-    theirs = TransformersConfig(
-        hidden_size=hidden_size, expand=expand, num_hidden_layers=layers, state_size=state_size
-    )
-    ours = MambaConfig.from_dict(theirs.to_dict())
-    assert ours.intermediate_size == theirs.intermediate_size
-    assert ours.time_step_rank == theirs.time_step_rank
-    assert ours.layer_types == theirs.layer_types
+    sizes = {
+        "hidden_size": hidden_size,
+        "expand": expand,
+        "num_hidden_layers": layers,
+        "state_size": state_size,
+    }
+    theirs = TransformersConfig(**sizes)
+    for ours in (MambaConfig(**sizes), MambaConfig.from_dict(theirs.to_dict())):
+        assert ours.intermediate_size == theirs.intermediate_size
+        assert ours.time_step_rank == theirs.time_step_rank
+        assert ours.layer_types == theirs.layer_types
     changed = MambaConfig()
     changed.hidden_size = hidden_size
     changed.expand = expand

@@ -141,6 +141,11 @@ def test_a_row_without_a_token_is_refused() -> None:
         MODEL.generate(words(2, 2), attention_mask=mask, max_new_tokens=2, **GREEDY)
 
 
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(InputError, match="at least one token"):
+        MODEL.generate(words(1, 0), cache_params=MambaCache(MODEL.config, 1), **GREEDY)
+
+
 def test_assisted_decoding_keeps_its_error() -> None:
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
         MODEL.generate(words(1, 4), assistant_model=MODEL, max_new_tokens=2, **GREEDY)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from anymamba.cli.figures import figures_line, figures_of
 from anymamba.cli.generation import Continuation, continue_text
 from anymamba.cli.loading import load_model, load_tokenizer
+from anymamba.cli.prompt import prompt_from
 from anymamba.cli.quiet import quiet
 from anymamba.cli.text_stream import TextStream
 from anymamba.cli.values import integer, number
@@ -131,11 +132,11 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
 
-    prompt = read_prompt() if arguments.prompt is None else checked_prompt(arguments.prompt)
+    prompt = prompt_from(arguments.prompt)
     if arguments.seed is None:
         arguments.seed = random.getrandbits(32)
     with quiet():
-        folder = resolve(arguments.model or bundled_model())
+        folder = resolve(bundled_model() if arguments.model is None else arguments.model)
         tokenizer = load_tokenizer(Path(arguments.tokenizer or folder))
         prompt_tokens = tokenizer.encode(prompt).ids
         model = load_model(folder, arguments.device, arguments.dtype)
@@ -147,20 +148,17 @@ def run(arguments: argparse.Namespace) -> None:
         continuation = write_continuation(model, prompt_tokens, stream, arguments)
     figures = figures_of(len(prompt_tokens), continuation)
     if arguments.json:
-        print(
-            json.dumps(
-                {
-                    "model": str(arguments.model or "bundled"),
-                    "prompt": prompt,
-                    "text": stream.text,
-                    "prompt_tokens": prompt_tokens,
-                    "new_tokens": continuation.tokens,
-                    "ended_by": continuation.ended_by,
-                    "seed": arguments.seed,
-                    "figures": figures,
-                }
-            )
-        )
+        result = {
+            "model": "bundled" if arguments.model is None else arguments.model,
+            "prompt": prompt,
+            "text": stream.text,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": continuation.tokens,
+            "ended_by": continuation.ended_by,
+            "seed": arguments.seed,
+            "figures": figures,
+        }
+        print(json.dumps(result))
     else:
         print(figures_line(figures), file=sys.stderr)
 
@@ -177,26 +175,6 @@ def write_continuation(
     finally:
         if not arguments.json and not stream.text.endswith("\n"):
             write("\n")
-
-
-def read_prompt() -> str:
-    """The prompt from standard input, less one line end."""
-    if sys.stdin is None or sys.stdin.isatty():
-        raise InputError('no prompt: give one, as in `anymamba generate "ROMEO:"`, or pipe one in')
-    try:
-        text = sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"the prompt on standard input is not UTF-8 text: {error}") from None
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def checked_prompt(text: str) -> str:
-    """A prompt from the command line, which may hold bytes that are no text."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError("the prompt is not UTF-8 text") from None
-    return text
 
 
 def first_token(model: MambaForCausalLM) -> int:

@@ -6,7 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from anymamba.cli.text_stream import TextStream
 
@@ -63,9 +63,8 @@ def continue_text(
     listener = Listener(stream)
     prompt_ids = torch.tensor([list(prompt_tokens)], device=model.device)
     start = time.perf_counter()
-    # Transformers' annotations do not know that a model of its own kind has this method.
-    generate: Any = model.generate
-    output = generate(
+    # Transformers' annotations deny this method to every model but its own.
+    output = cast(Any, model).generate(
         prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         max_new_tokens=arguments.max_new_tokens,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from anymamba.errors import BackendError, CheckpointError, InputError
 
@@ -34,17 +36,31 @@ def load_tokenizer(place: Path) -> Tokenizer:
 
 def load_model(folder: Path, device_name: str, dtype: str) -> MambaForCausalLM:
     """The model, on the device and in the type asked for, ready to generate."""
-    import torch
-
     from anymamba import MambaForCausalLM
 
     device = find_device(device_name)
     if dtype == "auto" and device.type == "cpu":
         # Few CPUs have fast arithmetic in the narrow types that models are stored in.
         dtype = "float32"
-    model = MambaForCausalLM.from_pretrained(folder, dtype=dtype)
-    torch.nn.Module.to(model, device)
+    with without_progress_bars():
+        model = MambaForCausalLM.from_pretrained(folder, dtype=dtype)
+    # Transformers hides the type of this method from type checkers.
+    cast(Any, model).to(device)
     return model
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep Transformers from drawing on standard error, which belongs to errors and figures."""
+    from transformers.utils import logging
+
+    were_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_on:
+            logging.enable_progress_bar()
 
 
 def find_device(name: str) -> torch.device:
@@ -56,7 +72,7 @@ def find_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise InputError(f"--device {name}: {error}") from None
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).tolist()
     # PyTorch reports a device it was not built for by an AssertionError or NotImplementedError.
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         raise BackendError(f"--device {name} cannot be used here: {error}") from None

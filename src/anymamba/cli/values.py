@@ -9,8 +9,8 @@ from collections.abc import Callable
 __all__ = ["integer", "number"]
 
 
-def integer(at_least: int) -> Callable[[str], int]:
-    """A parser of whole numbers that are `at_least` so large."""
+def integer(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:
+    """A parser of whole numbers in a range."""
 
     def parse(text: str) -> int:
         try:
@@ -19,6 +19,8 @@ def integer(at_least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < at_least:
             raise argparse.ArgumentTypeError(f"{text} is too small, the least is {at_least}")
+        if value > at_most:
+            raise argparse.ArgumentTypeError(f"{text} is too large, the most is {at_most}")
         return value
 
     return parse

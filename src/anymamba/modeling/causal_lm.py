@@ -178,6 +178,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
 
         A state that the caller passed in is copied first, so that it keeps its batch.
         """
+        if input_ids is not None and not input_ids.shape[1] and "inputs_embeds" not in model_kwargs:
+            raise InputError("input_ids is empty: generate needs at least one token to go on from")
         cache = model_kwargs.get("cache_params")
         if cache is not None and expand_size > 1:
             cache = cache.clone()

@@ -28,7 +28,7 @@ INIT_SCHEMES = ("random", "uniform", "constant")
 _LAYER_TYPES = ("linear_attention", "mamba")
 
 
-class MambaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class MambaConfig(PreTrainedConfig):
     """The configuration of a Mamba model.
 
     It holds every size and option that building, initializing and running a model needs, and
@@ -107,16 +107,16 @@ class MambaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     def __post_init__(self, **kwargs: Any) -> None:
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
-        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        super().__post_init__(**kwargs)
         # Warns of token ids outside the vocabulary. They are no error: files on the hub have
         # them, and so has every model whose embedding was cut down.
-        self.validate_token_ids()  # type: ignore[no-untyped-call]
+        self.validate_token_ids()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CHECKS:
             value = _CHECKS[name](name, value)
             _check_together({**self.__dict__, name: value}, changed=name)
-        super().__setattr__(name, value)  # type: ignore[no-untyped-call]
+        super().__setattr__(name, value)
 
     # Equality by what the configs say, kept unknown fields included. A dataclass would compare
     # its declared fields only, and among them the version of the library that wrote a file.

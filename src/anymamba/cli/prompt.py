@@ -1,0 +1,35 @@
+"""The text to continue: from the command line, or from standard input."""
+
+from __future__ import annotations
+
+import sys
+
+from anymamba.errors import InputError
+
+__all__ = ["prompt_from"]
+
+
+def prompt_from(argument: str | None) -> str:
+    """The prompt given as an argument, else what standard input holds, less one line end.
+
+    Raises:
+        InputError: there is none, or it is no text.
+    """
+    if argument is None:
+        return read_prompt()
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not UTF-8 text") from None
+    return argument
+
+
+def read_prompt() -> str:
+    """All of standard input, without the one line end that `echo` adds."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise InputError('no prompt: give one, as in `anymamba generate "ROMEO:"`, or pipe one in')
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt on standard input is not UTF-8 text: {error}") from None
+    return text.removesuffix("\r\n" if text.endswith("\r\n") else "\n")

@@ -1,0 +1,128 @@
+"""The dispatcher: what it imports, how it complains, how it ends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from anymamba import __version__
+from anymamba.cli import main as main_module
+from anymamba.cli.main import COMMANDS, main
+from anymamba.errors import InputError
+
+
+def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_help_and_version_import_nothing_slow(argument):
+    program = (
+        "import sys\n"
+        "from anymamba.cli.main import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    done = python(program, argument)
+    assert done.returncode == 0, done.stderr
+    slow = {"torch", "transformers", "tokenizers", "numpy", "huggingface_hub", "safetensors"}
+    assert not slow & set(done.stdout.split())
+
+
+def test_the_version_is_the_package_s(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"anymamba {__version__}\n"
+
+
+def test_python_m_is_the_same_program():
+    command = [sys.executable, "-m", "anymamba", "--version"]
+    assert subprocess.check_output(command, text=True) == f"anymamba {__version__}\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_has_a_help_text_with_examples(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"\n  anymamba {command}" in shown.partition("examples:")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [([], "COMMAND"), (["fly"], "'fly'"), (["info", "--fly"], "--fly"), (["generate", "-x"], "-x")],
+)
+def test_a_wrong_command_line_is_one_line(arguments, named, anymamba):
+    assert named in anymamba(*arguments).complaint
+
+
+def test_an_error_of_many_lines_is_printed_in_one(monkeypatch, anymamba):
+    def fail(argv):
+        raise InputError("first\n  second\nthird")
+
+    monkeypatch.setattr(main_module, "run_command", fail)
+    assert anymamba("info").complaint == "anymamba: first second third\n"
+
+
+def test_an_interrupt_is_quiet(monkeypatch, anymamba):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_module, "run_command", interrupt)
+    done = anymamba("info")
+    assert (done.status, done.out, done.err) == (130, "", "")
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["generate", "a"]])
+def test_a_closed_pipe_is_quiet(arguments):
+    """The reader is gone before the first byte, which is the worst case."""
+    reading_end, writing_end = os.pipe()
+    os.close(reading_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "anymamba", *arguments],
+        stdout=writing_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing_end)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_terminal_without_a_character_does_not_end_the_program():
+    program = (
+        "import sys\n"
+        "from anymamba.cli import main as m\n"
+        "m.run_command = lambda argv: print('caf\\u00e9')\n"
+        "sys.exit(m.main([]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf?\n", "")
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_generate_without_a_package_says_what_to_install(package):
+    program = (
+        "import sys\n"
+        f"sys.modules[{package!r}] = None\n"
+        "from anymamba.cli.main import main\n"
+        "sys.exit(main(['generate', 'a']))\n"
+    )
+    done = python(program)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{package!r}" in done.stderr
+    assert "pip install 'anymamba[torch]'" in done.stderr

@@ -1,0 +1,64 @@
+"""`anymamba generate` as a process of its own: text comes while it is made, and ends cleanly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+# Far more than a test waits for.
+ENDLESS = ("--max-new-tokens", "1000000")
+
+
+@pytest.fixture
+def endless(tiny):
+    """Starts a generation without end; ends it if the test does not."""
+    started = []
+
+    def start(*options):
+        command = [sys.executable, "-m", "anymamba", "generate", "a", "--model", str(tiny)]
+        process = subprocess.Popen(
+            [*command, *ENDLESS, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_text_comes_while_it_is_made_and_ctrl_c_ends_it(endless):
+    process = endless()
+    # Were the text shown at its end, or in blocks, this would wait for minutes.
+    assert process.stdout.read(10)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == b""
+    assert out.endswith(b"\n")
+
+
+def test_a_reader_that_leaves_ends_it(endless):
+    process = endless()
+    assert process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
+    assert process.stderr.read() == b""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_ctrl_c_leaves_no_half_object(endless):
+    process = endless("--json")
+    # Nothing shows how far it is; the interrupt is as quiet during the imports as after them.
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")

@@ -1,0 +1,103 @@
+"""Who may import whom, as CONTRIBUTING.md says, and what an import brings in."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import anymamba
+
+PACKAGE = Path(anymamba.__file__).parent
+HEAVY = ("torch", "transformers")
+# What a room of the package must not know of, neither at import time nor later.
+STRANGERS = {
+    "checkpoint": ("ops", "modeling", "runtime", "cli", "training"),
+    "ops": ("modeling", "runtime", "checkpoint", "cli", "training"),
+    "modeling": ("runtime", "cli", "training"),
+    "runtime": ("modeling", "ops", "cli", "training"),
+    "training": ("cli",),
+}
+LIGHT = ("checkpoint", "runtime", "cli", "assets", "__init__.py", "__main__.py", "errors.py")
+
+
+def modules(room: str) -> list[Path]:
+    place = PACKAGE / room
+    return [place] if place.is_file() else sorted(place.rglob("*.py"))
+
+
+def imports(file: Path, only_at_import_time: bool = False) -> Iterator[str]:
+    """The absolute names that a file imports; not those for type checkers alone."""
+    pending: list[ast.AST] = [ast.parse(file.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if only_at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        pending.extend(ast.iter_child_nodes(node))
+
+
+@pytest.mark.parametrize("room", STRANGERS)
+def test_rooms_know_only_their_neighbours(room: str) -> None:
+    for file in modules(room):
+        for name in imports(file):
+            for stranger in STRANGERS[room]:
+                place = f"anymamba.{stranger}"
+                assert name != place, file
+                assert not name.startswith(place + "."), file
+
+
+def test_nothing_imports_the_command_line() -> None:
+    for file in modules("."):
+        if "cli" not in file.parts and file.name != "__main__.py":
+            assert not any(name.startswith("anymamba.cli") for name in imports(file)), file
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_rooms_import_no_torch(room: str) -> None:
+    for file in modules(room):
+        for name in imports(file, only_at_import_time=True):
+            assert name.split(".")[0] not in HEAVY, file
+
+
+@pytest.mark.parametrize("module", ["anymamba", "anymamba.cli.main", "anymamba.checkpoint"])
+def test_an_import_brings_in_nothing_heavy(module: str) -> None:
+    script = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"torch", "transformers", "numpy"} & set(loaded)
+
+
+def test_public_names_load_on_first_use() -> None:
+    for name in anymamba.__all__:
+        assert getattr(anymamba, name) is not None
+    assert set(anymamba.__all__) <= set(dir(anymamba))
+    with pytest.raises(AttributeError, match="no attribute 'Hydra'"):
+        anymamba.Hydra  # noqa: B018
+
+
+def test_without_torch_a_name_says_what_to_install() -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None; import anymamba\n"
+        "try: anymamba.MambaModel\n"
+        "except anymamba.errors.MissingDependencyError as error: print(error)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", f"import anymamba.errors; {script}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "pip install 'anymamba[torch]'" in result.stdout
