@@ -14,11 +14,14 @@ STAMP := .venv/.complete
 
 setup: $(STAMP)
 
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard core/*.cpp core/*.h)
+
 # torch is named with its version, because a bare name may bring gigabytes of CUDA libraries.
-$(STAMP): pyproject.toml
+$(STAMP): $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	ANYMAMBA_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --disable-pip-version-check \
+		--editable ".[dev]"
 	touch $(STAMP)
 
 demo:

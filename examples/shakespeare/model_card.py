@@ -32,7 +32,7 @@ Training:
 | --- | --- |
 | text | the first 90 %, {epochs:.1f} times over ({read:,} bytes, in windows from random places) |
 | time | {minutes:.1f} minutes, {cpu_minutes:.0f} minutes of processor time |
-| machine | an ordinary CPU, {threads} threads, no GPU |
+| machine | an ordinary CPU without a GPU, {threads} |
 | seed | {seed} |
 
 The weights are stored in bfloat16. The losses are those of the stored weights, computed in
@@ -69,7 +69,7 @@ def write_model_card(folder: Path, details: dict[str, Any]) -> None:
     text = TEMPLATE.format(
         **recipe,
         data=details["data"],
-        threads=details["threads"],
+        threads=f"{details['threads']} thread{'s' if details['threads'] > 1 else ''}",
         parameters=result["parameters"],
         validation_bytes=result["validation_bytes"],
         windows=result["validation_loss_windows"],

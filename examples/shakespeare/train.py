@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--minutes", type=float, default=60.0, help="processor time to spend")
     parser.add_argument("--steps", type=int, help="train so many steps instead of --minutes")
-    parser.add_argument("--threads", type=int, default=2, help="threads for torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads for torch, default 1")
     parser.add_argument("--report-every", type=int, default=20, help="steps between lines")
     parser.add_argument(
         "--save-every", type=float, default=4.0, help="minutes from one saving to the next"

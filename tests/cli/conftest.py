@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ def write_model(folder: Path, **settings: Any) -> Path:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny model without any special token."""
     return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+def buffered() -> dict[str, str]:
+    """An environment in which Python buffers its output, as it does where nothing is set."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from anymamba.cli import main as main_module
 from anymamba.cli.main import COMMANDS, main
 from anymamba.errors import InputError
 
+from .conftest import buffered
+
 
 def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", program, *arguments]
@@ -87,6 +89,7 @@ def test_a_closed_pipe_is_quiet(arguments):
     os.close(reading_end)
     done = subprocess.run(
         [sys.executable, "-m", "anymamba", *arguments],
+        env=buffered(),
         stdout=writing_end,
         stderr=subprocess.PIPE,
         text=True,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 
 import pytest
+
+from anymamba.cli.generate import write
+
+from .conftest import buffered
 
 # Far more than a test waits for.
 ENDLESS = ("--max-new-tokens", "1000000")
@@ -21,7 +26,10 @@ def endless(tiny):
     def start(*options):
         command = [sys.executable, "-m", "anymamba", "generate", "a", "--model", str(tiny)]
         process = subprocess.Popen(
-            [*command, *ENDLESS, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*command, *ENDLESS, *options],
+            env=buffered(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         started.append(process)
         return process
@@ -32,10 +40,17 @@ def endless(tiny):
         process.communicate()
 
 
+def test_each_piece_leaves_the_program_at_once(monkeypatch):
+    outside = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(outside)))
+    write("piece")
+    assert outside.getvalue() == b"piece"
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 def test_text_comes_while_it_is_made_and_ctrl_c_ends_it(endless):
     process = endless()
-    # Were the text shown at its end, or in blocks, this would wait for minutes.
+    # Were the text shown at its end, this would wait for hours.
     assert process.stdout.read(10)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)

@@ -85,13 +85,13 @@ def test_generation_continues_from_a_cache(num_beams: int) -> None:
 
 def test_generate_builds_a_mamba_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    forward = type(MODEL.backbone).forward
+    forward = type(MODEL).forward
 
-    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append(args[3])
-        return forward(self, *args, **kwargs)
+    def spy(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        seen.append(kwargs["cache_params"])
+        return forward(self, input_ids, **kwargs)
 
-    monkeypatch.setattr(type(MODEL.backbone), "forward", spy)
+    monkeypatch.setattr(type(MODEL), "forward", spy)
     MODEL.generate(words(1, 4), max_new_tokens=3, **GREEDY)
     assert [type(cache) for cache in seen] == [MambaCache] * 3
     assert not any(isinstance(cache, DynamicCache) for cache in seen)

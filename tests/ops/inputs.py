@@ -1,11 +1,72 @@
-"""Random inputs for the operators."""
+"""Random inputs for the operators, and the ways in which a tensor may lie in memory."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+HALVES = (torch.bfloat16, torch.float16)
+TYPES = (torch.float32, *HALVES)
+
+
+def _inside(tensor: Tensor, *margins: tuple[int, int]) -> Tensor:
+    """The same numbers in the middle of a bigger tensor, NaN around them."""
+    shape = [before + size + after for size, (before, after) in zip(tensor.shape, margins, strict=True)]
+    bigger = torch.full(shape, float("nan"), dtype=tensor.dtype)
+    spans = zip(tensor.shape, margins, strict=True)
+    view = bigger[tuple(slice(before, before + size) for size, (before, _) in spans)]
+    return view.copy_(tensor)
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """The last two axes stored the other way round: (b, l, e) with time contiguous."""
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def _every_second(tensor: Tensor) -> Tensor:
+    doubled = tensor.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    return doubled[..., ::2, ::2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda tensor: tensor.contiguous(),
+    "time contiguous": _turned,
+    "half of a projection": lambda tensor: torch.cat([tensor, tensor], -1).chunk(2, -1)[1],
+    "time contiguous, cut out": lambda tensor: _inside(tensor.mT, *[(1, 2)] * tensor.ndim).mT,
+    "odd offset": lambda tensor: torch.cat(
+        [tensor.new_zeros(3), tensor.flatten(), tensor.new_zeros(1)]
+    )[3:-1].view(tensor.shape),
+    "cut out": lambda tensor: _inside(tensor, *[(1, 2)] * tensor.ndim),
+    "every second number": _every_second,
+}
+"""Ways to store the same numbers; the last two axes are (steps, channels)."""
+
+
+def leaves(inputs: dict[str, Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """The same arguments, each floating tensor a leaf of its own that requires a gradient."""
+    return {
+        name: value.detach().to(dtype or value.dtype, copy=True).requires_grad_()
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def gradients(
+    outputs: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The gradient of each input by its name, for the given gradients of the outputs."""
+    names = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad]
+    found = torch.autograd.grad(
+        list(outputs),
+        [inputs[name] for name in names],
+        [c.to(output.dtype) for output, c in zip(outputs, cotangents, strict=True)],
+        materialize_grads=True,
+    )
+    return dict(zip(names, found, strict=True))
 
 
 def scan_inputs(

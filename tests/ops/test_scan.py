@@ -72,6 +72,7 @@ def run(inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
     return y, last
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("extras", [True, False])
 def test_equals_the_brute_force_loop(shape: tuple[int, ...], extras: bool) -> None:
@@ -84,12 +85,14 @@ def test_equals_the_brute_force_loop(shape: tuple[int, ...], extras: bool) -> No
     assert_contract(last, expected_last)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("groups", [1, 2, 6])
 def test_groups_of_channels_have_their_own_B_and_C(groups: int) -> None:
     inputs = scan_inputs(2, 9, 6, 4, groups=groups)
     assert_contract(run(inputs)[0], brute_force(**inputs)[0])
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_only_storage(dtype: torch.dtype) -> None:
     inputs = scan_inputs(2, 40, 6, 16, dtype=dtype)
@@ -102,6 +105,7 @@ def test_half_precision_is_only_storage(dtype: torch.dtype) -> None:
     assert_contract(last, expected_last)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize(("b", "l", "e"), [(0, 5, 4), (2, 0, 4), (0, 0, 4)])
 def test_empty_inputs(b: int, l: int, e: int) -> None:
     state = torch.randn(b, e, 3)
@@ -122,13 +126,16 @@ def test_gradients_are_the_numerical_derivatives(reverse: bool, groups: int | No
 
     def function(*values: Tensor) -> tuple[Tensor, Tensor]:
         changed = inputs | dict(zip(names, values[:-1], strict=True))
-        return run(changed, initial_state=values[-1], reverse=reverse)
+        # Only the reference computes in float64.
+        options = {"reverse": reverse, "backend": "reference"}
+        return run(changed, initial_state=values[-1], **options)
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_parallel_scan_has_the_gradients_of_the_sequential_one(
+def test_the_gradients_are_those_of_the_sequential_scan(
     shape: tuple[int, ...],
 ) -> None:
     from anymamba.ops.scan_reference import selective_scan_sequential
@@ -146,6 +153,7 @@ def test_the_parallel_scan_has_the_gradients_of_the_sequential_one(
         assert_contract(actual, reference, factor=10)
 
 
+@pytest.mark.usefixtures("each_backend")
 @given(cuts=st.lists(st.integers(0, 90), max_size=4), reverse=st.booleans())
 def test_any_cut_gives_the_whole(cuts: list[int], reverse: bool) -> None:
     inputs = scan_inputs(2, 90, 3, 4)
@@ -163,6 +171,7 @@ def test_any_cut_gives_the_whole(cuts: list[int], reverse: bool) -> None:
     assert_contract(state, whole_last)
 
 
+@pytest.mark.usefixtures("each_backend")
 @given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=6), reverse=st.booleans())
 def test_packed_sequences_are_what_they_are_alone(lengths: list[int], reverse: bool) -> None:
     inputs = scan_inputs(1, sum(lengths), 3, 4)
@@ -179,6 +188,7 @@ def test_packed_sequences_are_what_they_are_alone(lengths: list[int], reverse: b
         assert_contract(last[index], last_alone[0])
 
 
+@pytest.mark.usefixtures("each_backend")
 @given(marks=st.lists(st.integers(0, 2), min_size=12, max_size=12), reverse=st.booleans())
 def test_seq_idx_restarts_the_state_and_keeps_the_rows_own(marks: list[int], reverse: bool) -> None:
     inputs = scan_inputs(2, 6, 3, 4)
@@ -200,6 +210,7 @@ def test_seq_idx_restarts_the_state_and_keeps_the_rows_own(marks: list[int], rev
         assert_contract(last[row], h[0])
 
 
+@pytest.mark.usefixtures("each_backend")
 def test_gradients_cross_a_cut_through_the_state() -> None:
     inputs = scan_inputs(1, 20, 3, 4)
     x = inputs["x_ble"].requires_grad_()
@@ -216,6 +227,7 @@ def test_gradients_cross_a_cut_through_the_state() -> None:
     assert_contract(in_pieces, whole, factor=10)
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("extras", [True, False])
 def test_steps_equal_the_scan(groups: int | None, extras: bool) -> None:
@@ -277,12 +289,14 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_bad_shapes_are_named(message: str) -> None:
     with pytest.raises(InputError, match=message):
         ops.selective_scan(**(scan_inputs(2, 5, 6, 4) | BAD_CALLS[message]))
 
 
+@pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("offsets", [[0, 3], [1, 5], [0, 4, 3, 5], []])
 def test_offsets_that_do_not_cover_the_row_are_refused(offsets: list[int]) -> None:
     with pytest.raises(InputError, match="cu_seqlens must"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,18 @@ def assert_contract(actual: Tensor, expected: Tensor, factor: float = 1.0) -> No
     bound = share * max(1.0, float(expected.abs().max()))
     error = float((actual.double() - expected).abs().max())
     assert error <= bound, f"off by {error:.3g}, allowed {bound:.3g}"
+
+
+def assert_gradient(actual: Tensor, expected: Tensor) -> None:
+    """Hold a gradient to the contract: 1e-4 in float32, half precision's own tolerance there."""
+    assert_contract(actual, expected, factor=10 if actual.dtype == torch.float32 else 1)
+
+
+def assert_gradients(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Hold all gradients to the contract, and name the one that fails."""
+    assert actual.keys() == expected.keys()
+    for name, gradient in actual.items():
+        try:
+            assert_gradient(gradient, expected[name])
+        except AssertionError as error:
+            raise AssertionError(f"the gradient of {name}: {error}") from error

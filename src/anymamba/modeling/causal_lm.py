@@ -12,11 +12,16 @@ from transformers.utils import logging
 from anymamba.errors import InputError
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.model import MambaModel, MambaPreTrainedModel
+from anymamba.modeling.decoding import decode
+from anymamba.modeling.model import MambaModel, MambaPreTrainedModel, check_cache
 from anymamba.modeling.outputs import MambaCausalLMOutput
-from anymamba.modeling.packing import next_tokens, pack_batch
+from anymamba.modeling.packing import check_mask, next_tokens, pack_batch
+from anymamba.modeling.plain import project
 
 __all__ = ["MambaForCausalLM"]
+
+# Long enough for matrix products at full speed, short enough for a layer to stay in the caches.
+CHUNK_TOKENS = 1024
 
 logger = logging.get_logger(__name__)
 
@@ -93,33 +98,110 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             InputError: an argument has the wrong shape, or two exclude each other.
         """
         marks = (attention_mask, seq_idx, cu_seq_lens_q, position_ids)
-        outputs = self.backbone(
-            input_ids,
-            attention_mask,
-            inputs_embeds,
-            cache_params,
-            cache_position,
-            use_cache,
-            output_hidden_states,
-            True,
-            seq_idx,
-            cu_seq_lens_q,
-            position_ids,
-        )
-        hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept].to(self.lm_head.weight.dtype)).float()
-        loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels, kept, hidden_states.shape[:2], marks, kwargs)
-        output = MambaCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            cache_params=outputs.cache_params,
-            hidden_states=outputs.hidden_states,
-        )
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "cache_params": cache_params,
+            "cache_position": cache_position,
+            "use_cache": use_cache,
+        }
+        only_logits = labels is None and all(mark is None for mark in marks[1:])
+        if output_hidden_states or self.config.output_hidden_states or torch.is_grad_enabled():
+            only_logits = False
+        output = self._decode(**inputs) if only_logits else None
+        if output is None and only_logits and isinstance(logits_to_keep, int) and logits_to_keep:
+            output = self._walk(logits_to_keep, **inputs)
+        if output is None:
+            outputs = self.backbone(
+                **inputs,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+                seq_idx=seq_idx,
+                cu_seq_lens_q=cu_seq_lens_q,
+                position_ids=position_ids,
+            )
+            hidden_states = outputs.last_hidden_state
+            kept = (
+                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            )
+            logits = self._logits(hidden_states[:, kept])
+            loss = None
+            if labels is not None:
+                loss = self._loss(logits, labels, kept, hidden_states.shape[:2], marks, kwargs)
+            output = MambaCausalLMOutput(loss, logits, outputs.cache_params, outputs.hidden_states)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        return project(self.lm_head, hidden_states.to(self.lm_head.weight.dtype)).float()
+
+    def _decode(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache_params: MambaCache | None,
+        cache_position: Tensor | None,
+        use_cache: bool | None,
+    ) -> MambaCausalLMOutput | None:
+        """One token a row in one call of the native core, where that can be right."""
+        if cache_params is None or input_ids is None or inputs_embeds is not None:
+            return None
+        if input_ids.ndim != 2 or input_ids.shape[1] != 1:
+            return None
+        if attention_mask is not None and not bool(attention_mask[..., -1:].all()):
+            return None
+        check_cache(cache_params, self.config, input_ids.shape[0])
+        logits = decode(self, input_ids, cache_params)
+        if logits is None:
+            return None
+        cache_params.token_counts += 1
+        kept = cache_params if use_cache is not False else None
+        return MambaCausalLMOutput(logits=logits[:, None], cache_params=kept)
+
+    def _walk(
+        self,
+        logits_to_keep: int,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache_params: MambaCache | None,
+        cache_position: Tensor | None,
+        use_cache: bool | None,
+    ) -> MambaCausalLMOutput | None:
+        """A long prompt in chunks, so that memory does not grow with what gets no logits."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or given.ndim < 2 or (input_ids is None) == (inputs_embeds is None):
+            return None
+        batch, length = given.shape[:2]
+        columns = max(CHUNK_TOKENS // max(batch, 1), 1)
+        if length <= columns:
+            return None
+        if use_cache is None:
+            use_cache = cache_params is not None or (self.config.use_cache and not self.training)
+        cache = cache_params
+        if cache is None:
+            cache = MambaCache(self.config, batch, self.dtype, given.device)
+        mask = None
+        if attention_mask is not None:
+            check_mask(batch, length, attention_mask)
+            mask = attention_mask[:, attention_mask.shape[1] - length :]
+        hidden = []
+        for start in range(0, length, columns):
+            now = slice(start, start + columns)
+            outputs = self.backbone(
+                input_ids=None if input_ids is None else input_ids[:, now],
+                inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, now],
+                attention_mask=None if mask is None else mask[:, now],
+                cache_params=cache,
+                cache_position=cache_position,
+            )
+            beyond = start + columns - (length - logits_to_keep)
+            if beyond > 0:
+                hidden.append(outputs.last_hidden_state[:, -beyond:])
+        logits = self._logits(torch.cat(hidden, 1)[:, -logits_to_keep:])
+        return MambaCausalLMOutput(logits=logits, cache_params=cache if use_cache else None)
 
     def _loss(
         self,

@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -25,10 +24,17 @@ from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.loading import FromAnyLayout
 from anymamba.modeling.outputs import MambaOutput
 from anymamba.modeling.packing import PackedBatch, pack_batch
-from anymamba.modeling.plain import why_not_plain
+from anymamba.modeling.plain import project, why_not_plain
 from anymamba.ops.backends import BACKENDS
 
-__all__ = ["MambaBlock", "MambaMixer", "MambaModel", "MambaPreTrainedModel", "MambaRMSNorm"]
+__all__ = [
+    "MambaBlock",
+    "MambaMixer",
+    "MambaModel",
+    "MambaPreTrainedModel",
+    "MambaRMSNorm",
+    "check_cache",
+]
 
 
 class MambaRMSNorm(nn.Module):
@@ -98,22 +104,21 @@ class MambaMixer(nn.Module):
         Returns:
             (b, l, d) in the type of out_proj's result.
         """
-        x_ble, z_ble = self.in_proj(hidden_states).chunk(2, dim=-1)
+        x_ble, z_ble = project(self.in_proj, hidden_states).chunk(2, dim=-1)
         x_ble = self._convolve(x_ble, cache_params, packed)
-        delta_blr, B_bln, C_bln = self.x_proj(x_ble).split(
+        delta_blr, B_bln, C_bln = project(self.x_proj, x_ble).split(
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
         delta_ble, delta_bias_e = self._step_size(delta_blr)
         y_ble = self._scan(
             x_ble, delta_ble, B_bln, C_bln, z_ble, delta_bias_e, cache_params, packed
         )
-        contextualized: Tensor = self.out_proj(y_ble)
-        return contextualized
+        return project(self.out_proj, y_ble)
 
     def _step_size(self, delta_blr: Tensor) -> tuple[Tensor, Tensor | None]:
         """Delta, and its bias apart where the weights can be read, so that it stays float32."""
         if why_not_plain(self.dt_proj, nn.Linear) is None:
-            return F.linear(delta_blr, self.dt_proj.weight), self.dt_proj.bias
+            return ops.linear(delta_blr, self.dt_proj.weight), self.dt_proj.bias
         return self.dt_proj(delta_blr), None
 
     def _convolve(
@@ -429,7 +434,7 @@ class MambaModel(MambaPreTrainedModel):
         """The cache to run on, and whether the caller gets it back."""
         checkpointing = self.gradient_checkpointing and self.training
         if cache is not None:
-            _check_cache(cache, self.config, hidden_states.shape[0])
+            check_cache(cache, self.config, hidden_states.shape[0])
             if checkpointing:
                 raise InputError(
                     "gradient checkpointing computes each layer twice and would advance "
@@ -446,7 +451,12 @@ class MambaModel(MambaPreTrainedModel):
         return cache, True
 
 
-def _check_cache(cache: object, config: MambaConfig, batch: int) -> None:
+def check_cache(cache: object, config: MambaConfig, batch: int) -> None:
+    """Refuse what is no cache, or not one of this model and batch.
+
+    Raises:
+        InputError: naming what was found and what is needed.
+    """
     if not isinstance(cache, MambaCache):
         raise InputError(
             f"cache_params is a {type(cache).__name__}, expected an anymamba.MambaCache: "

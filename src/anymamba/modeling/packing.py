@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 
-__all__ = ["PackedBatch", "next_tokens", "pack_batch"]
+__all__ = ["PackedBatch", "check_mask", "next_tokens", "pack_batch"]
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,12 @@ def next_tokens(labels_bl: Int[Tensor, "b l"], packed: PackedBatch | None) -> In
     return flat.index_copy(0, packed.position_t, next_t).view(packed.batch, packed.length)
 
 
-def _kept(batch: int, length: int, attention_mask: Tensor | None) -> Tensor | None:
-    if attention_mask is None:
-        return None
+def check_mask(batch: int, length: int, attention_mask: Tensor) -> None:
+    """Refuse a mask that does not cover a (b, l) batch.
+
+    Raises:
+        InputError: naming the shape found and the one expected.
+    """
     if attention_mask.ndim != 2 or attention_mask.shape[0] != batch:
         raise InputError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, expected ({batch}, {length}) "
@@ -138,6 +141,12 @@ def _kept(batch: int, length: int, attention_mask: Tensor | None) -> Tensor | No
         raise InputError(
             f"attention_mask has {attention_mask.shape[1]} columns for {length} positions"
         )
+
+
+def _kept(batch: int, length: int, attention_mask: Tensor | None) -> Tensor | None:
+    if attention_mask is None:
+        return None
+    check_mask(batch, length, attention_mask)
     kept_bl = attention_mask[:, attention_mask.shape[1] - length :] != 0
     return None if bool(kept_bl.all()) else kept_bl
 

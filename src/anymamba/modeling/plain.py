@@ -6,11 +6,14 @@ module is untouched: no adapter, quantized weight, hook or parametrization stand
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 from torch.nn.parameter import Parameter
 
-__all__ = ["why_not_plain"]
+from anymamba import ops
+
+__all__ = ["project", "why_not_plain"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -24,6 +27,24 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """x through a linear layer: by its weights where that says it all, else by its forward.
+
+    Args:
+        linear: the `nn.Linear` that the model put there, or what has taken its place.
+        x: (..., k).
+
+    Returns:
+        (..., n).
+    """
+    if type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None:
+        # Autocast rewrites torch's own product and knows nothing of ours.
+        if not torch.is_autocast_enabled(x.device.type):
+            return ops.linear(x, linear.weight, linear.bias)
+    projected: Tensor = linear(x)
+    return projected
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:

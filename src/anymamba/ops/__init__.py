@@ -6,6 +6,7 @@ its tensor's shape: b batch, l length, e inner width, n state size, k convolutio
 
 from anymamba.ops.backends import available_backends, backend
 from anymamba.ops.conv import causal_conv1d, causal_conv1d_update
+from anymamba.ops.linear import linear
 from anymamba.ops.norm import rms_norm
 from anymamba.ops.scan import selective_scan, selective_state_update
 
@@ -14,6 +15,7 @@ __all__ = [
     "backend",
     "causal_conv1d",
     "causal_conv1d_update",
+    "linear",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

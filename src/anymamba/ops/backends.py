@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
@@ -40,7 +42,7 @@ class Backend:
 
     def missing(self) -> str | None:
         """The reason why this machine cannot run the backend, or None."""
-        absent = [name for name in self.packages if find_spec(name) is None]
+        absent = [name for name in self.packages if not is_installed(name)]
         if absent:
             return f"{' and '.join(absent)} not installed: {self.install}"
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -48,8 +50,22 @@ class Backend:
         return None
 
 
-PREFERENCE = ("cuda", "mambapy", "reference")
+PREFERENCE = ("cuda", "cpu", "mambapy", "reference")
 BACKENDS = {
+    "cpu": Backend(
+        device="cpu",
+        packages=("anymamba._core",),
+        install="install a C++ compiler (Debian: apt install g++), then anymamba again",
+        operators={
+            "selective_scan": "anymamba.ops.scan_native:selective_scan",
+            "selective_state_update": "anymamba.ops.scan_native:selective_state_update",
+            "causal_conv1d": "anymamba.ops.conv_native:causal_conv1d",
+            "causal_conv1d_update": "anymamba.ops.conv_native:causal_conv1d_update",
+            "rms_norm": "anymamba.ops.norm_native:rms_norm",
+            "linear": "anymamba.ops.linear_native:linear",
+        },
+        accepts="anymamba.ops.native:reason_against",
+    ),
     "cuda": Backend(
         device="cuda",
         packages=("mamba_ssm", "causal_conv1d"),
@@ -78,11 +94,22 @@ BACKENDS = {
             "causal_conv1d": "anymamba.ops.conv_reference:causal_conv1d",
             "causal_conv1d_update": "anymamba.ops.conv_reference:causal_conv1d_update",
             "rms_norm": "anymamba.ops.norm_reference:rms_norm",
+            "linear": "anymamba.ops.linear_reference:linear",
         },
     ),
 }
 # It needs more memory than the reference, so it runs only where it is asked for by name.
 _ONLY_BY_REQUEST = frozenset({"mambapy"})
+
+
+@cache
+def is_installed(name: str) -> bool:
+    """Whether a package, or a module of one, can be imported. Looked up once a process."""
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
 
 _choice: ContextVar[str | None] = ContextVar("anymamba_backend", default=None)
 
@@ -174,8 +201,21 @@ def implementation(
         if by_request or operator not in BACKENDS[candidate].operators:
             continue
         if _reason_against(candidate, operator, tensor, arguments) is None:
+            if tensor.device.type == "cpu" and candidate != "cpu":
+                _say_once_that_the_core_is_missing()
             return _load(BACKENDS[candidate].operators[operator])
     raise BackendError(f"no backend can run {operator} on {tensor.device}")
+
+
+@cache
+def _say_once_that_the_core_is_missing() -> None:
+    reason = BACKENDS["cpu"].missing()
+    if reason is not None:
+        warnings.warn(
+            f"AnyMamba runs on PyTorch code, many times slower than its native core: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _from_environment() -> str:

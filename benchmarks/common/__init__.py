@@ -1,0 +1,1 @@
+"""What all benchmarks share: shapes, limits, clocks, tables, and the machine's description."""

@@ -1,0 +1,1 @@
+"""The implementations that are compared, all on the same weights behind one interface."""

@@ -1,0 +1,659 @@
+// Python's view of the core, and the only file that knows Python exists.
+//
+// Every array is checked here, its shape, type and strides, before a kernel sees a pointer: no
+// argument from Python makes a kernel read or write outside what it was given.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <initializer_list>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bandwidth.h"
+#include "kernels.h"
+#include "step.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+using namespace anymamba;
+
+namespace {
+
+using In = nb::ndarray<nb::ro, nb::device::cpu>;
+using Out = nb::ndarray<nb::device::cpu>;
+using Shape = std::initializer_list<std::int64_t>;
+
+constexpr std::int64_t kAny = -1;  // an extent that is not checked
+
+[[noreturn]] void refuse(const std::string& message) {
+  throw nb::value_error(message.c_str());
+}
+
+template <class Array>
+std::string shape_of(const Array& array) {
+  std::string text = "(";
+  for (std::size_t i = 0; i < array.ndim(); ++i)
+    text += (i ? ", " : "") + std::to_string(array.shape(i));
+  return text + ")";
+}
+
+template <class Array>
+void check_shape(const char* name, const Array& array, Shape shape) {
+  bool fits = array.ndim() == shape.size();
+  std::size_t axis = 0;
+  for (const std::int64_t extent : shape) {
+    fits = fits && (extent == kAny || static_cast<std::int64_t>(array.shape(axis)) == extent);
+    ++axis;
+  }
+  if (fits) return;
+  std::string expected = "(";
+  for (const std::int64_t extent : shape)
+    expected += (expected.size() > 1 ? ", " : "") + (extent == kAny ? "." : std::to_string(extent));
+  refuse(std::string(name) + " has shape " + shape_of(array) + ", expected " + expected + ")");
+}
+
+template <class Array>
+DType type_of(const char* name, const Array& array) {
+  const auto type = array.dtype();
+  if (type.lanes == 1) {
+    if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float)) {
+      if (type.bits == 32) return DType::f32;
+      if (type.bits == 16) return DType::f16;
+    }
+    if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16)
+      return DType::bf16;
+  }
+  refuse(std::string(name) + " must be float32, bfloat16 or float16");
+}
+
+template <class Array>
+void* pointer(const Array& array) {
+  return const_cast<void*>(static_cast<const void*>(array.data()));
+}
+
+// Is every extent behind the first axis laid out without gaps?
+template <class Array>
+bool is_contiguous(const Array& array, std::size_t from = 0) {
+  for (std::size_t i = from; i < array.ndim(); ++i)
+    if (array.shape(i) == 0) return true;
+  std::int64_t expected = 1;
+  for (std::size_t i = array.ndim(); i-- > from;) {
+    if (array.shape(i) > 1 && array.stride(i) != expected) return false;
+    expected *= static_cast<std::int64_t>(array.shape(i));
+  }
+  return true;
+}
+
+template <class Array>
+Tensor3 tensor3(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  return {pointer(array), type_of(name, array), array.stride(0), array.stride(1), array.stride(2)};
+}
+
+// One step of each row, (b, e).
+template <class Array>
+Tensor3 one_step(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  return {pointer(array), type_of(name, array), array.stride(0), 0, array.stride(1)};
+}
+
+// float32 without gaps.
+template <class Array>
+float* floats(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  if (type_of(name, array) != DType::f32 || !is_contiguous(array))
+    refuse(std::string(name) + " must be contiguous float32");
+  return static_cast<float*>(pointer(array));
+}
+
+template <class Array>
+float* floats(const char* name, const std::optional<Array>& array, Shape shape) {
+  return array ? floats(name, *array, shape) : nullptr;
+}
+
+// (b, l, g, n)
+Projection projection(const char* name, const In& array, std::int64_t b, std::int64_t l,
+                      std::int64_t g, std::int64_t n) {
+  check_shape(name, array, {b, l, g, n});
+  return {pointer(array),  type_of(name, array), array.stride(0),
+          array.stride(1), array.stride(2),      array.stride(3)};
+}
+
+template <class Array>
+Window window(const char* name, const Array& array, std::int64_t count, std::int64_t e,
+              std::int64_t at_least) {
+  check_shape(name, array, {count, e, kAny});
+  const std::int64_t columns = static_cast<std::int64_t>(array.shape(2));
+  if (columns < at_least)
+    refuse(std::string(name) + " has " + std::to_string(columns) + " columns, expected " +
+           std::to_string(at_least) + " or more");
+  return {pointer(array),  type_of(name, array), array.stride(0),
+          array.stride(1), array.stride(2),      columns};
+}
+
+template <class Array>
+Matrix matrix(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  return {pointer(array), type_of(name, array), array.stride(0), array.stride(1)};
+}
+
+template <class Array>
+Rows rows(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  if (array.shape(1) > 1 && array.stride(1) != 1)
+    refuse(std::string(name) + " must have contiguous rows");
+  return {pointer(array), type_of(name, array), array.stride(0)};
+}
+
+// A weight (n, k) whose rows are contiguous.
+Weight weight(const char* name, const In& array, std::int64_t n, std::int64_t k) {
+  check_shape(name, array, {n, k});
+  if (k > 1 && array.stride(1) != 1) refuse(std::string(name) + " must have contiguous rows");
+  return {pointer(array), type_of(name, array), array.stride(0)};
+}
+
+// The segments of a batch, checked; owns the lists that `view` points to.
+struct SegmentList {
+  std::vector<std::int64_t> lists[5];  // rows, starts, stops, state_in, state_out
+  std::int64_t n_states;
+  Segments view;
+
+  // `given` is (5, s) int64, or absent: every row is one segment with its own state.
+  SegmentList(const std::optional<In>& given, std::int64_t b, std::int64_t l, std::int64_t states,
+              bool reverse)
+      : n_states(states) {
+    if (given)
+      read(*given);
+    else
+      for (std::int64_t row = 0; row < b; ++row) {
+        const std::int64_t values[] = {row, 0, l, row, row};
+        for (int i = 0; i < 5; ++i) lists[i].push_back(values[i]);
+      }
+    check(b, l);
+    view = {static_cast<std::int64_t>(lists[0].size()), lists[0].data(), lists[1].data(),
+            lists[2].data(), lists[3].data(), lists[4].data(), reverse};
+  }
+
+ private:
+  void read(const In& given) {
+    check_shape("segments", given, {5, kAny});
+    const auto type = given.dtype();
+    if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::Int) || type.bits != 64)
+      refuse("segments must be int64");
+    const auto* data = static_cast<const std::int64_t*>(pointer(given));
+    for (int i = 0; i < 5; ++i)
+      for (std::size_t s = 0; s < given.shape(1); ++s)
+        lists[i].push_back(data[i * given.stride(0) + static_cast<std::int64_t>(s) * given.stride(1)]);
+  }
+
+  void check(std::int64_t b, std::int64_t l) const {
+    std::vector<bool> left(n_states, false);
+    for (std::size_t s = 0; s < lists[0].size(); ++s) {
+      const std::int64_t out = lists[4][s];
+      if (lists[0][s] < 0 || lists[0][s] >= b || lists[1][s] < 0 || lists[1][s] > lists[2][s] ||
+          lists[2][s] > l || lists[3][s] < -1 || lists[3][s] >= n_states || out < -1 ||
+          out >= n_states)
+        refuse("segment " + std::to_string(s) + " is outside of the batch or of its states");
+      if (out >= 0 && left[out]) refuse("two segments leave the same state");
+      if (out >= 0) left[out] = true;
+    }
+  }
+};
+
+std::int64_t extent(const In& array, std::size_t axis) {
+  if (array.ndim() <= axis) refuse("an array has shape " + shape_of(array) + ", too few axes");
+  return static_cast<std::int64_t>(array.shape(axis));
+}
+
+// What `scan` and `scan_backward` share: the inputs, checked.
+Scan read_scan(const In& x, const In& delta, const In& A, const In& B, const In& C,
+               const std::optional<In>& D, const std::optional<In>& z,
+               const std::optional<In>& delta_bias, bool softplus,
+               const std::optional<In>& initial, const SegmentList& segments) {
+  Scan scan;
+  const std::int64_t b = extent(x, 0), l = extent(x, 1);
+  scan.e = extent(x, 2);
+  scan.n = extent(A, 1);
+  scan.groups = extent(B, 2);
+  if (scan.groups < 1 || scan.e % scan.groups != 0 || scan.n < 1)
+    refuse("the groups of B must divide the channels, and A needs at least one state");
+  scan.segments = segments.view;
+  scan.x = tensor3("x", x, {b, l, scan.e});
+  scan.delta = tensor3("delta", delta, {b, l, scan.e});
+  if (z) scan.z = tensor3("z", *z, {b, l, scan.e});
+  scan.B = projection("B", B, b, l, scan.groups, scan.n);
+  scan.C = projection("C", C, b, l, scan.groups, scan.n);
+  scan.A = floats("A", A, {scan.e, scan.n});
+  scan.D = floats("D", D, {scan.e});
+  scan.delta_bias = floats("delta_bias", delta_bias, {scan.e});
+  scan.softplus = softplus;
+  scan.initial = floats("initial", initial, {segments.n_states, scan.e, scan.n});
+  return scan;
+}
+
+std::int64_t states_of(const std::optional<In>& segments, std::int64_t n_states, std::int64_t b) {
+  if (!segments) return b;
+  if (n_states < 0) refuse("n_states must not be negative");
+  return n_states;
+}
+
+std::int64_t py_scan_checkpoint_floats(std::int64_t b, std::int64_t l, std::int64_t e,
+                                       std::int64_t n, const std::optional<In>& segments,
+                                       std::int64_t n_states) {
+  if (b < 0 || l < 0 || e < 0 || n < 1) refuse("sizes must not be negative");
+  const SegmentList list(segments, b, l, states_of(segments, n_states, b), false);
+  Scan scan;
+  scan.e = e;
+  scan.n = n;
+  scan.segments = list.view;
+  return scan_checkpoint_floats(scan);
+}
+
+void py_scan(const In& x, const In& delta, const In& A, const In& B, const In& C,
+             const std::optional<In>& D, const std::optional<In>& z,
+             const std::optional<In>& delta_bias, bool softplus, const std::optional<In>& initial,
+             const std::optional<In>& segments, std::int64_t n_states, bool reverse, const Out& y,
+             const std::optional<Out>& last, const std::optional<Out>& checkpoints) {
+  const std::int64_t b = extent(x, 0), l = extent(x, 1);
+  const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
+  const Scan scan =
+      read_scan(x, delta, A, B, C, D, z, delta_bias, softplus, initial, list);
+  ScanResult result;
+  result.y = tensor3("y", y, {b, l, scan.e});
+  result.last = floats("last", last, {list.n_states, scan.e, scan.n});
+  result.checkpoints = floats("checkpoints", checkpoints, {scan_checkpoint_floats(scan)});
+  nb::gil_scoped_release release;
+  kernels().scan(scan, result);
+}
+
+void py_scan_backward(const In& x, const In& delta, const In& A, const In& B, const In& C,
+                      const std::optional<In>& D, const std::optional<In>& z,
+                      const std::optional<In>& delta_bias, bool softplus,
+                      const std::optional<In>& initial, const std::optional<In>& segments,
+                      std::int64_t n_states, bool reverse, const In& checkpoints, const In& dy,
+                      const std::optional<In>& dlast, const Out& dx, const Out& ddelta,
+                      const Out& dA, const Out& dB, const Out& dC, const std::optional<Out>& dD,
+                      const std::optional<Out>& dz, const std::optional<Out>& ddelta_bias,
+                      const std::optional<Out>& dinitial) {
+  const std::int64_t b = extent(x, 0), l = extent(x, 1);
+  const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
+  const Scan scan = read_scan(x, delta, A, B, C, D, z, delta_bias, softplus, initial, list);
+  if (scan.D != nullptr && !dD) refuse("dD is missing");
+  if (scan.z && !dz) refuse("dz is missing");
+  if (scan.delta_bias != nullptr && !ddelta_bias) refuse("ddelta_bias is missing");
+  ScanGradients gradients;
+  gradients.y = tensor3("dy", dy, {b, l, scan.e});
+  gradients.last = floats("dlast", dlast, {list.n_states, scan.e, scan.n});
+  gradients.checkpoints = floats("checkpoints", checkpoints, {scan_checkpoint_floats(scan)});
+  gradients.x = tensor3("dx", dx, {b, l, scan.e});
+  gradients.delta = tensor3("ddelta", ddelta, {b, l, scan.e});
+  if (scan.z) gradients.z = tensor3("dz", *dz, {b, l, scan.e});
+  gradients.B = floats("dB", dB, {b, l, scan.groups, scan.n});
+  gradients.C = floats("dC", dC, {b, l, scan.groups, scan.n});
+  gradients.rows = b;
+  gradients.steps = l;
+  gradients.A = floats("dA", dA, {scan.e, scan.n});
+  gradients.D = scan.D ? floats("dD", dD, {scan.e}) : nullptr;
+  gradients.delta_bias = scan.delta_bias ? floats("ddelta_bias", ddelta_bias, {scan.e}) : nullptr;
+  gradients.initial = floats("dinitial", dinitial, {list.n_states, scan.e, scan.n});
+  gradients.n_states = list.n_states;
+  nb::gil_scoped_release release;
+  kernels().scan_backward(scan, gradients);
+}
+
+void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, const In& B,
+                  const In& C, const std::optional<In>& D, const std::optional<In>& z,
+                  const std::optional<In>& delta_bias, bool softplus, const Out& y) {
+  ScanStep step;
+  step.b = extent(x, 0);
+  step.e = extent(x, 1);
+  step.n = extent(A, 1);
+  step.groups = extent(B, 1);
+  if (step.groups < 1 || step.e % step.groups != 0) refuse("the groups of B must divide the channels");
+  step.x = one_step("x", x, {step.b, step.e});
+  step.delta = one_step("delta", delta, {step.b, step.e});
+  if (z) step.z = one_step("z", *z, {step.b, step.e});
+  step.y = one_step("y", y, {step.b, step.e});
+  check_shape("B", B, {step.b, step.groups, step.n});
+  check_shape("C", C, {step.b, step.groups, step.n});
+  step.B = {pointer(B), type_of("B", B), B.stride(0), 0, B.stride(1), B.stride(2)};
+  step.C = {pointer(C), type_of("C", C), C.stride(0), 0, C.stride(1), C.stride(2)};
+  step.A = floats("A", A, {step.e, step.n});
+  step.D = floats("D", D, {step.e});
+  step.delta_bias = floats("delta_bias", delta_bias, {step.e});
+  step.softplus = softplus;
+  check_shape("state", state, {step.b, step.e, step.n});
+  if (type_of("state", state) != DType::f32 || !is_contiguous(state, 1))
+    refuse("state must be float32 with contiguous rows");
+  step.state = static_cast<float*>(pointer(state));
+  step.state_row_stride = state.stride(0);
+  nb::gil_scoped_release release;
+  constexpr std::int64_t kBlock = 256;  // channels a work item
+  parallel_for((step.e + kBlock - 1) / kBlock, [&](std::int64_t item) {
+    kernels().scan_step(step, item * kBlock, std::min(step.e, (item + 1) * kBlock));
+  });
+}
+
+Conv read_conv(const In& x, const In& weight, const std::optional<In>& bias, bool silu,
+               const std::optional<In>& initial, const SegmentList& segments) {
+  Conv conv;
+  conv.e = extent(x, 2);
+  conv.k = extent(weight, 1);
+  if (conv.k < 1) refuse("weight needs at least one tap");
+  conv.segments = segments.view;
+  conv.x = tensor3("x", x, {extent(x, 0), extent(x, 1), conv.e});
+  conv.weight = floats("weight", weight, {conv.e, conv.k});
+  conv.bias = floats("bias", bias, {conv.e});
+  conv.silu = silu;
+  if (initial) conv.initial = window("initial", *initial, segments.n_states, conv.e, conv.k - 1);
+  return conv;
+}
+
+void py_conv(const In& x, const In& weight, const std::optional<In>& bias, bool silu,
+             const std::optional<In>& initial, const std::optional<In>& segments,
+             std::int64_t n_states, bool reverse, const Out& y, const std::optional<Out>& final) {
+  const std::int64_t b = extent(x, 0), l = extent(x, 1);
+  const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
+  const Conv conv = read_conv(x, weight, bias, silu, initial, list);
+  ConvResult result;
+  result.y = tensor3("y", y, {b, l, conv.e});
+  if (final) result.final = window("final", *final, list.n_states, conv.e, 0);
+  if (final && initial && result.final.columns != conv.initial.columns)
+    refuse("the final window must be as wide as the initial one");
+  nb::gil_scoped_release release;
+  kernels().conv(conv, result);
+}
+
+void py_conv_backward(const In& x, const In& weight, const std::optional<In>& bias, bool silu,
+                      const std::optional<In>& initial, const std::optional<In>& segments,
+                      std::int64_t n_states, bool reverse, const In& dy,
+                      const std::optional<In>& dfinal, const Out& dx, const Out& dweight,
+                      const std::optional<Out>& dbias, const std::optional<Out>& dinitial) {
+  const std::int64_t b = extent(x, 0), l = extent(x, 1);
+  const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
+  const Conv conv = read_conv(x, weight, bias, silu, initial, list);
+  ConvGradients gradients;
+  gradients.y = tensor3("dy", dy, {b, l, conv.e});
+  if (dfinal) {
+    gradients.final = window("dfinal", *dfinal, list.n_states, conv.e, 0);
+    if (gradients.final.type != DType::f32) refuse("dfinal must be float32");
+    if (initial && gradients.final.columns != conv.initial.columns)
+      refuse("dfinal must be as wide as the initial window");
+  }
+  gradients.x = tensor3("dx", dx, {b, l, conv.e});
+  gradients.weight = floats("dweight", dweight, {conv.e, conv.k});
+  gradients.bias = floats("dbias", dbias, {conv.e});
+  if (dinitial) {
+    if (!initial) refuse("dinitial is given without an initial window");
+    gradients.initial = window("dinitial", *dinitial, list.n_states, conv.e, 0);
+    if (gradients.initial.type != DType::f32 || gradients.initial.columns != conv.initial.columns)
+      refuse("dinitial must be float32 and as wide as the initial window");
+  }
+  gradients.n_states = list.n_states;
+  nb::gil_scoped_release release;
+  kernels().conv_backward(conv, gradients);
+}
+
+void py_conv_step(const In& x, const Out& state, const In& weight, const std::optional<In>& bias,
+                  bool silu, const Out& y) {
+  ConvStep step;
+  step.b = extent(x, 0);
+  step.e = extent(x, 1);
+  step.k = extent(weight, 1);
+  step.x = one_step("x", x, {step.b, step.e});
+  step.y = one_step("y", y, {step.b, step.e});
+  step.weight = floats("weight", weight, {step.e, step.k});
+  step.bias = floats("bias", bias, {step.e});
+  step.silu = silu;
+  step.window = window("window", state, step.b, step.e, step.k);
+  if (step.k < 1 || step.window.columns != step.k) refuse("the window must be as wide as the weight");
+  nb::gil_scoped_release release;
+  kernels().conv_step(step, 0, step.e);
+}
+
+void py_norm(const In& x, const std::optional<In>& residual, const In& weight, float eps,
+             const Out& normed, const std::optional<Out>& total, const std::optional<Out>& scale) {
+  Norm norm;
+  norm.rows = extent(x, 0);
+  norm.d = extent(x, 1);
+  norm.x = rows("x", x, {norm.rows, norm.d});
+  if (residual) norm.residual = rows("residual", *residual, {norm.rows, norm.d});
+  norm.weight = floats("weight", weight, {norm.d});
+  norm.eps = eps;
+  NormResult result;
+  result.normed = rows("normed", normed, {norm.rows, norm.d});
+  if (total) result.total = rows("total", *total, {norm.rows, norm.d});
+  result.scale = floats("scale", scale, {norm.rows});
+  nb::gil_scoped_release release;
+  kernels().norm(norm, result);
+}
+
+void py_norm_backward(const In& sum, const In& weight, float eps, const In& scale,
+                      const In& dnormed, const std::optional<In>& dtotal, const Out& dx,
+                      const Out& dweight) {
+  Norm norm;
+  norm.rows = extent(sum, 0);
+  norm.d = extent(sum, 1);
+  norm.weight = floats("weight", weight, {norm.d});
+  norm.eps = eps;
+  NormGradients gradients;
+  gradients.sum = rows("sum", sum, {norm.rows, norm.d});
+  gradients.scale = floats("scale", scale, {norm.rows});
+  gradients.normed = rows("dnormed", dnormed, {norm.rows, norm.d});
+  if (dtotal) gradients.total = rows("dtotal", *dtotal, {norm.rows, norm.d});
+  gradients.x = rows("dx", dx, {norm.rows, norm.d});
+  gradients.weight = floats("dweight", dweight, {norm.d});
+  nb::gil_scoped_release release;
+  kernels().norm_backward(norm, gradients);
+}
+
+void py_product(const In& a, const In& b, const std::optional<In>& bias, const Out& c,
+                bool accumulate) {
+  Product product;
+  product.m = extent(a, 0);
+  product.k = extent(a, 1);
+  product.n = extent(b, 1);
+  product.a = matrix("a", a, {product.m, product.k});
+  product.b = matrix("b", b, {product.k, product.n});
+  product.c = matrix("c", c, {product.m, product.n});
+  product.bias = floats("bias", bias, {product.n});
+  product.accumulate = accumulate;
+  nb::gil_scoped_release release;
+  kernels().product(product);
+}
+
+void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& bias,
+                 const Out& y) {
+  const std::int64_t n = extent(weight_array, 0);
+  FewRows product;
+  product.k = extent(weight_array, 1);
+  const Weight w = weight("weight", weight_array, n, product.k);
+  product.weight = w.data;
+  product.type = w.type;
+  product.weight_row_stride = w.row_stride;
+  product.bias = floats("bias", bias, {n});
+  const std::int64_t m = extent(x, 0);
+  if (m > 16) refuse("x has more than 16 rows");
+  product.m = static_cast<int>(m);
+  product.x = floats("x", x, {m, product.k});
+  product.x_row_stride = product.k;
+  product.y = floats("y", y, {m, n});
+  product.y_row_stride = n;
+  if (m == 0) return;
+  nb::gil_scoped_release release;
+  parallel_region([&](int worker, int workers, Barrier&) {
+    const std::int64_t units = (n + 15) / 16;
+    kernels().few_rows(product, std::min(n, units * worker / workers * 16),
+                       std::min(n, units * (worker + 1) / workers * 16));
+  });
+}
+
+// A model's weights as one table of checked pointers. Python keeps the arrays alive beside it.
+class Decoder {
+ public:
+  Decoder(const In& embeddings, const In& head, const In& norm, float eps, const nb::list& layers) {
+    model_.v = extent(embeddings, 0);
+    model_.d = extent(embeddings, 1);
+    model_.eps = eps;
+    model_.embeddings = weight("embeddings", embeddings, model_.v, model_.d);
+    model_.head = weight("head", head, model_.v, model_.d);
+    model_.norm = floats("norm", norm, {model_.d});
+    for (const nb::handle layer : layers) add(nb::cast<nb::dict>(layer));
+  }
+
+  // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
+  void step(const std::optional<In>& tokens, const std::optional<In>& hidden, const Out& conv,
+            const Out& ssm, const Out& logits) const {
+    const std::int64_t b = static_cast<std::int64_t>(logits.ndim() == 2 ? logits.shape(0) : 0);
+    float* const out = floats("logits", logits, {b, model_.v});
+    const std::int64_t n_layer = static_cast<std::int64_t>(model_.layers.size());
+    check_shape("conv", conv, {n_layer, b, model_.e, model_.k});
+    if (!is_contiguous(conv)) refuse("conv must be contiguous");
+    StepState state;
+    state.conv = pointer(conv);
+    state.conv_type = type_of("conv", conv);
+    state.ssm = floats("ssm", ssm, {n_layer, b, model_.e, model_.n});
+    if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
+    const float* given = floats("hidden", hidden, {b, model_.d});
+    const std::int64_t* ids = tokens ? token_ids(*tokens, b) : nullptr;
+    nb::gil_scoped_release release;
+    decode_step(model_, state, b, ids, given, out);
+  }
+
+ private:
+  const std::int64_t* token_ids(const In& tokens, std::int64_t b) const {
+    check_shape("tokens", tokens, {b});
+    const auto type = tokens.dtype();
+    if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::Int) || type.bits != 64 ||
+        !is_contiguous(tokens))
+      refuse("tokens must be contiguous int64");
+    const auto* ids = static_cast<const std::int64_t*>(pointer(tokens));
+    for (std::int64_t i = 0; i < b; ++i)
+      if (ids[i] < 0 || ids[i] >= model_.v)
+        refuse("token " + std::to_string(ids[i]) + " is not in the vocabulary of " +
+               std::to_string(model_.v));
+    return ids;
+  }
+
+  static In array(const nb::dict& layer, const char* name) {
+    if (!layer.contains(name)) refuse(std::string(name) + " is missing");
+    return nb::cast<In>(layer[name]);
+  }
+
+  static std::optional<In> maybe(const nb::dict& layer, const char* name) {
+    if (!layer.contains(name) || layer[name].is_none()) return std::nullopt;
+    return nb::cast<In>(layer[name]);
+  }
+
+  void add(const nb::dict& given) {
+    StepLayer layer;
+    if (model_.layers.empty()) {
+      model_.e = extent(array(given, "A"), 0);
+      model_.n = extent(array(given, "A"), 1);
+      model_.k = extent(array(given, "conv_weight"), 1);
+      model_.r = extent(array(given, "dt_proj"), 1);
+    }
+    const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
+    layer.norm = floats("norm", array(given, "norm"), {d});
+    layer.in_proj = weight("in_proj", array(given, "in_proj"), 2 * e, d);
+    layer.in_proj_bias = floats("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
+    layer.conv_weight = floats("conv_weight", array(given, "conv_weight"), {e, model_.k});
+    layer.conv_bias = floats("conv_bias", maybe(given, "conv_bias"), {e});
+    layer.x_proj = weight("x_proj", array(given, "x_proj"), r + 2 * n, e);
+    layer.dt_proj = weight("dt_proj", array(given, "dt_proj"), e, r);
+    layer.dt_bias = floats("dt_bias", maybe(given, "dt_bias"), {e});
+    layer.A = floats("A", array(given, "A"), {e, n});
+    layer.D = floats("D", array(given, "D"), {e});
+    layer.out_proj = weight("out_proj", array(given, "out_proj"), d, e);
+    layer.out_proj_bias = floats("out_proj_bias", maybe(given, "out_proj_bias"), {d});
+    model_.layers.push_back(layer);
+  }
+
+  StepModel model_;
+};
+
+void apply(const std::string& function, const In& x, const Out& y) {
+  const std::int64_t count = extent(x, 0);
+  const float* from = floats("x", x, {count});
+  float* to = floats("y", y, {count});
+  const Kernels& table = kernels();
+  if (function == "exp") return table.apply_exp(from, to, count);
+  if (function == "silu") return table.apply_silu(from, to, count);
+  if (function == "softplus") return table.apply_softplus(from, to, count);
+  refuse("no function is called " + function);
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> found;
+  for (const char* isa : {"avx512", "avx2", "portable"})
+    if (kernels_of(isa) != nullptr) found.emplace_back(isa);
+  return found;
+}
+
+}  // namespace
+
+NB_MODULE(_core, m) {
+  m.doc() = "AnyMamba's native core. Arrays are checked, then the kernels run without the GIL.";
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
+  m.def("isas", isas, "The instruction sets that this machine has, the best first.");
+  m.def("use_isa", [](const std::string& isa) {
+    if (!use_isa(isa.c_str())) refuse("this machine does not have the instruction set " + isa);
+  });
+  m.def("threads", &Threads::count, "How many threads a kernel uses.");
+  m.def("set_threads", &Threads::set_count);
+  m.def("read_bandwidth", [](std::int64_t bytes, int repeats) {
+    if (bytes < 1 || repeats < 1) refuse("bytes and repeats must be positive");
+    nb::gil_scoped_release release;
+    return read_bandwidth(bytes, repeats);
+  }, "Bytes a second that all threads read together from a buffer; the best of the repeats.");
+  const auto none = nb::none();
+  m.def("scan_checkpoint_floats", py_scan_checkpoint_floats, nb::arg("b"), nb::arg("l"),
+        nb::arg("e"), nb::arg("n"), nb::arg("segments").none() = none, nb::arg("n_states") = 0);
+  m.def("scan", py_scan, nb::arg("x"), nb::arg("delta"), nb::arg("A"), nb::arg("B"), nb::arg("C"),
+        nb::arg("D").none(), nb::arg("z").none(), nb::arg("delta_bias").none(),
+        nb::arg("softplus"), nb::arg("initial").none(), nb::arg("segments").none(),
+        nb::arg("n_states"), nb::arg("reverse"), nb::arg("y"), nb::arg("last").none(),
+        nb::arg("checkpoints").none());
+  m.def("scan_backward", py_scan_backward, nb::arg("x"), nb::arg("delta"), nb::arg("A"),
+        nb::arg("B"), nb::arg("C"), nb::arg("D").none(), nb::arg("z").none(),
+        nb::arg("delta_bias").none(), nb::arg("softplus"), nb::arg("initial").none(),
+        nb::arg("segments").none(), nb::arg("n_states"), nb::arg("reverse"),
+        nb::arg("checkpoints"), nb::arg("dy"), nb::arg("dlast").none(), nb::arg("dx"),
+        nb::arg("ddelta"), nb::arg("dA"), nb::arg("dB"), nb::arg("dC"), nb::arg("dD").none(),
+        nb::arg("dz").none(), nb::arg("ddelta_bias").none(), nb::arg("dinitial").none());
+  m.def("scan_step", py_scan_step, nb::arg("state"), nb::arg("x"), nb::arg("delta"), nb::arg("A"),
+        nb::arg("B"), nb::arg("C"), nb::arg("D").none(), nb::arg("z").none(),
+        nb::arg("delta_bias").none(), nb::arg("softplus"), nb::arg("y"));
+  m.def("conv", py_conv, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("silu"),
+        nb::arg("initial").none(), nb::arg("segments").none(), nb::arg("n_states"),
+        nb::arg("reverse"), nb::arg("y"), nb::arg("final").none());
+  m.def("conv_backward", py_conv_backward, nb::arg("x"), nb::arg("weight"),
+        nb::arg("bias").none(), nb::arg("silu"), nb::arg("initial").none(),
+        nb::arg("segments").none(), nb::arg("n_states"), nb::arg("reverse"), nb::arg("dy"),
+        nb::arg("dfinal").none(), nb::arg("dx"), nb::arg("dweight"), nb::arg("dbias").none(),
+        nb::arg("dinitial").none());
+  m.def("conv_step", py_conv_step, nb::arg("x"), nb::arg("window"), nb::arg("weight"),
+        nb::arg("bias").none(), nb::arg("silu"), nb::arg("y"));
+  m.def("norm", py_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"),
+        nb::arg("eps"), nb::arg("normed"), nb::arg("total").none(), nb::arg("scale").none());
+  m.def("norm_backward", py_norm_backward, nb::arg("sum"), nb::arg("weight"), nb::arg("eps"),
+        nb::arg("scale"), nb::arg("dnormed"), nb::arg("dtotal").none(), nb::arg("dx"),
+        nb::arg("dweight"));
+  m.def("product", py_product, nb::arg("a"), nb::arg("b"), nb::arg("bias").none(), nb::arg("c"),
+        nb::arg("accumulate") = false);
+  m.def("few_rows", py_few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+        nb::arg("y"));
+  m.def("apply", apply, nb::arg("function"), nb::arg("x"), nb::arg("y"));
+  nb::class_<Decoder>(m, "Decoder", "A model's weights, ready to decode one token at a time.")
+      .def(nb::init<const In&, const In&, const In&, float, const nb::list&>(),
+           nb::arg("embeddings"), nb::arg("head"), nb::arg("norm"), nb::arg("eps"),
+           nb::arg("layers"))
+      .def("step", &Decoder::step, nb::arg("tokens").none(), nb::arg("hidden").none(),
+           nb::arg("conv"), nb::arg("ssm"), nb::arg("logits"));
+}

@@ -1,0 +1,33 @@
+// Compiled once for each instruction set: its table.
+#include "kernels.h"
+
+#include "functions.h"
+#include "simd.h"
+
+#define ANYMAMBA_TEXT_OF(x) #x
+#define ANYMAMBA_TEXT(x) ANYMAMBA_TEXT_OF(x)
+
+namespace anymamba::ANYMAMBA_ISA {
+
+extern const Kernels table;
+const Kernels table = {
+    ANYMAMBA_TEXT(ANYMAMBA_ISA),
+    scan,
+    scan_backward,
+    scan_step,
+    conv,
+    conv_backward,
+    conv_step,
+    norm,
+    norm_backward,
+    product,
+    few_rows,
+    widen,
+    apply_exp,
+    apply_exp2,
+    apply_silu,
+    apply_softplus,
+    convert,
+};
+
+}  // namespace anymamba::ANYMAMBA_ISA

@@ -1,0 +1,49 @@
+// The kernels of one instruction set, and the choice among those this machine has.
+#pragma once
+
+#include "conv.h"
+#include "linear.h"
+#include "norm.h"
+#include "scan.h"
+
+namespace anymamba {
+
+struct Kernels {
+  const char* isa;
+  void (*scan)(const Scan&, const ScanResult&);
+  void (*scan_backward)(const Scan&, const ScanGradients&);
+  // Rows of the batch and channels [first, last), so that a caller can spread one step.
+  void (*scan_step)(const ScanStep&, std::int64_t first, std::int64_t last);
+  void (*conv)(const Conv&, const ConvResult&);
+  void (*conv_backward)(const Conv&, const ConvGradients&);
+  void (*conv_step)(const ConvStep&, std::int64_t first, std::int64_t last);
+  void (*norm)(const Norm&, const NormResult&);
+  void (*norm_backward)(const Norm&, const NormGradients&);
+  void (*product)(const Product&);
+  void (*few_rows)(const FewRows&, std::int64_t first, std::int64_t last);
+  // y (count) in float32 from x of any storage type.
+  void (*widen)(const void* x, DType type, float* y, std::int64_t count);
+  // y[i] = f(x[i]), for tests over a function's whole range.
+  void (*apply_exp)(const float* x, float* y, std::int64_t count);
+  void (*apply_exp2)(const float* x, float* y, std::int64_t count);
+  void (*apply_silu)(const float* x, float* y, std::int64_t count);
+  void (*apply_softplus)(const float* x, float* y, std::int64_t count);
+  // y[i] = x[i] in another type, by way of float32.
+  void (*convert)(const void* x, DType from, void* y, DType to, std::int64_t count);
+};
+
+// The best instruction set that this machine has, or the one that ANYMAMBA_ISA names.
+// Throws std::runtime_error if that one is unknown or not to be had.
+const Kernels& kernels();
+
+// Makes kernels() return those of another instruction set from now on; false if it is not to be had.
+bool use_isa(const char* isa);
+
+// By name; null where this machine or this build does not have it.
+const Kernels* kernels_of(const char* isa);
+
+namespace avx512 { extern const Kernels table; }
+namespace avx2 { extern const Kernels table; }
+namespace portable { extern const Kernels table; }
+
+}  // namespace anymamba

@@ -1,0 +1,602 @@
+// Matrix products: the blocked one for many rows, and the one bound by reading the weights.
+//
+// The blocked product follows Goto and van de Geijn. Of its two operands one is read a number at a
+// time and broadcast ("left", in rows), the other by whole vectors ("right", in columns). A block of
+// the left operand is packed so that it stays in L2, a panel of the right one so that it stays in
+// L1, both as float32 whatever they are stored in. A micro-kernel keeps a tile of c in registers
+// over one stretch of k. How k is cut depends on k alone, and every number of c is summed in the
+// order of k by one worker: results are the same for any number of threads and any cut of c.
+#include <cstdlib>
+#include <new>
+
+#include "functions.h"
+#include "simd.h"
+#include "threads.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+namespace {
+
+using std::int64_t;
+
+// A tile of c is kTileRows x kTileVectors vectors: as many registers as leave room for one row of
+// the right panel and the broadcast number.
+constexpr int kTileRows = W == 16 ? 14 : W == 8 ? 6 : 4;
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * W;
+constexpr int kDepth = 384;  // of k at a time
+constexpr int kBlockRows = 40 * kTileRows;  // of the left operand in L2
+constexpr int kRowPadding = 16;  // floats: keeps packed rows from falling into the same cache sets
+constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // at most, of a block not summed in c
+constexpr int64_t kTaskFlops = 1 << 19;  // less is not worth a hand-over to another thread
+
+ANYMAMBA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ANYMAMBA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+ANYMAMBA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+ANYMAMBA_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// ---------------------------------------------------------------------------------------------
+// Vectors across each other.
+
+#if defined(__AVX512F__)
+#define ANYMAMBA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define ANYMAMBA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#elif defined(__AVX2__)
+#define ANYMAMBA_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define ANYMAMBA_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#else
+#define ANYMAMBA_LOW 0, 4, 1, 5
+#define ANYMAMBA_HIGH 2, 6, 3, 7
+#endif
+
+ANYMAMBA_INLINE F interleave_low(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_LOW); }
+ANYMAMBA_INLINE F interleave_high(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_HIGH); }
+
+#undef ANYMAMBA_LOW
+#undef ANYMAMBA_HIGH
+
+// v (W, W) becomes its transpose: interleaving row i with row i + W/2 rotates the bits of an
+// entry's place (row, lane) by one, so log2(W) rounds exchange rows and lanes.
+ANYMAMBA_INLINE void transpose(F (&v)[W]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+    F u[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      u[2 * i] = interleave_low(v[i], v[i + W / 2]);
+      u[2 * i + 1] = interleave_high(v[i], v[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = u[i];
+  }
+}
+
+// Lane i of the result is the sum of the lanes of v[i], in pairs that do not depend on i.
+ANYMAMBA_INLINE F sums_of_lanes(F (&v)[W]) {
+#pragma GCC unroll 4
+  for (int left = W / 2; left > 0; left /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < left; ++i)
+      v[i] = interleave_low(v[i], v[i + left]) + interleave_high(v[i], v[i + left]);
+  return v[0];
+}
+
+// W neighbouring numbers of a type known at compile time. The intrinsics, for GCC takes a detour
+// over two halves when it widens by itself.
+template <DType type>
+ANYMAMBA_INLINE F load_as(const void* p, int64_t index) {
+#if defined(__AVX512F__)
+  if constexpr (type != DType::f32) {
+    const auto* from = static_cast<const std::uint16_t*>(p) + index;
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if constexpr (type == DType::f16) return (F)_mm512_maskz_cvtph_ps(0xffff, halves);
+    return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
+  }
+#endif
+  return read_vector(p, type, index);
+}
+
+// ---------------------------------------------------------------------------------------------
+// Scratch memory of a thread: grows to a bounded size, is kept between calls and freed with it.
+
+struct Scratch {
+  float* data = nullptr;
+  int64_t size = 0;
+
+  ~Scratch() { std::free(data); }
+
+  float* at_least(int64_t floats) {
+    if (floats > size) {
+      std::free(data);
+      size = 0;
+      data = static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>(round_up(floats, 16)) * 4));
+      if (data == nullptr) throw std::bad_alloc();
+      size = floats;
+    }
+    return data;
+  }
+};
+
+thread_local Scratch left_scratch, right_scratch, sums_scratch;
+
+// ---------------------------------------------------------------------------------------------
+// The blocked product.
+
+// One factor: `lane` is the stride along the rows of the left or the columns of the right operand,
+// `depth` the stride along k.
+struct Operand {
+  const void* data;
+  DType type;
+  int64_t lane, depth;
+};
+
+struct Job {
+  int64_t rows, columns, depth;
+  Operand left, right;
+  Matrix c;
+  const float* bias;  // (columns,) or null
+  bool accumulate;
+};
+
+// A stretch of c.
+struct Block {
+  int64_t first_row, last_row, first_column, last_column;
+};
+
+// Left rows as the micro-kernel reads them: number p of row i is data[i * lane + p * depth].
+struct LeftPanel {
+  const float* data;
+  int64_t lane, depth;
+};
+
+// What the tiles of one panel fetch into L2 for the next panel while they compute. It is spread over
+// the loop of each tile, for a burst of fetches would block it. There are `all` stretches of memory;
+// a tile takes `count` of them, each in `steps` steps of `step` bytes.
+struct Fetch {
+  const char* data;
+  int64_t all, count, stride, steps, step;
+};
+
+// tile (rows, columns) of c = left (rows, depth) right (depth, vectors * W) + bias + old c.
+struct Tile {
+  LeftPanel left;
+  const float* right;
+  int64_t depth;
+  float* c;
+  int64_t c_stride;
+  const float* bias;
+  bool add_old;
+  Fetch fetch;
+};
+
+template <int R, int V>
+void micro_kernel(const Tile& tile) {
+  constexpr int kGroups = (R + 2) / 3;  // three rows share a pointer: x86 has few of them
+  const int64_t lane = tile.left.lane, step = tile.left.depth;
+  const float *left[kGroups], *right = tile.right;
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) left[g] = tile.left.data + 3 * g * lane;
+  // The tile's memory arrives during the sums. Each row of it may touch one line more than V.
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    __builtin_prefetch(tile.c + r * tile.c_stride, 1);
+    __builtin_prefetch(tile.c + r * tile.c_stride + V * W - 1, 1);
+  }
+  F sums[R][V] = {};
+  const char* stretch = tile.fetch.data;
+  for (int64_t p = 0; p < tile.depth; stretch += tile.fetch.stride) {
+    const int64_t stop = smaller(p + tile.fetch.steps, tile.depth);
+    const char* fetch = stretch;
+    const int64_t fetch_step = tile.fetch.step;
+    for (; p < stop; ++p) {
+      __builtin_prefetch(fetch, 0, 2);
+      fetch += fetch_step;
+      F b[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) b[v] = load(right + v * W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const F a = splat(left[r / 3][r % 3 * lane]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[r][v] = fma(a, b[v], sums[r][v]);
+      }
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g) left[g] += step;
+      right += V * W;
+    }
+  }
+  const int64_t c_stride = tile.c_stride;
+  float* c = tile.c;
+  const float* bias = tile.bias;
+  const bool add_old = tile.add_old;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r, c += c_stride)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      F sum = sums[r][v];
+      if (bias != nullptr) sum += load(bias + v * W);
+      if (add_old) sum += load(c + v * W);
+      store(c + v * W, sum);
+    }
+}
+
+template <int R, int V>
+ANYMAMBA_INLINE void micro_kernel_of(int64_t rows, const Tile& tile) {
+  if (rows >= R) return micro_kernel<R, V>(tile);
+  if constexpr (R > 1) micro_kernel_of<R - 1, V>(rows, tile);
+}
+
+void run_micro_kernel(int64_t rows, int vectors, const Tile& tile) {
+  if (vectors == 2) micro_kernel_of<kTileRows, 2>(rows, tile);
+  else micro_kernel_of<kTileRows, 1>(rows, tile);
+}
+
+// A tile of less than whole vectors is computed beside c.
+void run_partial_tile(int64_t rows, int vectors, int64_t columns, const Tile& tile) {
+  alignas(64) float sums[kTileRows * kTileColumns];
+  Tile beside = tile;
+  beside.c = sums;
+  beside.c_stride = kTileColumns;
+  beside.bias = nullptr;
+  beside.add_old = false;
+  run_micro_kernel(rows, vectors, beside);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      float* c = tile.c + i * tile.c_stride + j;
+      float sum = sums[i * kTileColumns + j];
+      if (tile.bias != nullptr) sum += tile.bias[j];
+      if (tile.add_old) sum += *c;
+      *c = sum;
+    }
+}
+
+// Rows of the left operand along k become rows of floats; otherwise panels of kTileRows rows are
+// interleaved, number p of each row in the panel beside the next row's.
+template <DType type>
+LeftPanel pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_t first_depth,
+                    int64_t depth, float* packed) {
+  const int64_t start = first_row * left.lane + first_depth * left.depth;
+  if (left.depth == 1) {
+    const int64_t stride = round_up(depth, 16) + kRowPadding;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t from = start + i * left.lane;
+      float* to = packed + i * stride;
+      const int64_t ahead = i + 4 < rows ? 4 * left.lane : 0;
+      int64_t p = 0;
+      for (; p + W <= depth; p += W) {
+        __builtin_prefetch(static_cast<const char*>(left.data) + (from + ahead + p) * static_cast<int64_t>(size_of(type)));
+        store(to + p, load_as<type>(left.data, from + p));
+      }
+      for (; p < depth; ++p) to[p] = read(left.data, type, from + p);
+    }
+    return {packed, stride, 1};
+  }
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const int64_t from = start + i * left.lane;
+    float* to = packed + i * depth;
+    if (i + kTileRows <= rows && left.lane == 1) {
+      for (int64_t p = 0; p < depth; ++p)
+        for (int r = 0; r < kTileRows; ++r)
+          to[p * kTileRows + r] = read(left.data, type, from + p * left.depth + r);
+    } else {
+      const int64_t count = smaller(kTileRows, rows - i);
+      for (int64_t p = 0; p < depth; ++p)
+        for (int64_t r = 0; r < count; ++r)
+          to[p * kTileRows + r] =
+              read(left.data, type, from + p * left.depth + r * left.lane);
+    }
+  }
+  return {packed, 1, kTileRows};
+}
+
+// panel (depth, width) = right (first_depth.., first_column..), zeros behind the last column.
+template <DType type>
+void pack_right(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
+                int64_t depth, int64_t width, float* panel) {
+  const int64_t start = first_column * right.lane + first_depth * right.depth;
+  int64_t j = 0;
+  if (right.lane == 1) {
+    const int64_t whole = columns / W * W;
+    for (int64_t p = 0; p < depth; ++p)
+      for (j = 0; j < whole; j += W)
+        store(panel + p * width + j, load_as<type>(right.data, start + p * right.depth + j));
+    j = whole;
+  } else if (right.depth == 1) {
+    for (; j + W <= columns; j += W) {
+      const int64_t from = start + j * right.lane;
+      int64_t p = 0;
+      for (; p + W <= depth; p += W) {
+        F v[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) v[i] = load_as<type>(right.data, from + i * right.lane + p);
+        transpose(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(panel + (p + i) * width + j, v[i]);
+      }
+      for (; p < depth; ++p)
+        for (int i = 0; i < W; ++i)
+          panel[p * width + j + i] = read(right.data, type, from + i * right.lane + p);
+    }
+  }
+  for (; j < width; ++j)
+    for (int64_t p = 0; p < depth; ++p)
+      panel[p * width + j] =
+          j < columns ? read(right.data, type, start + p * right.depth + j * right.lane) : 0.0f;
+}
+
+// The fetches, over `tiles` tiles, of what pack_right will read.
+Fetch plan_fetches(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
+                   int64_t depth, int64_t tiles) {
+  const int64_t size = static_cast<int64_t>(size_of(right.type));
+  const int64_t lane = right.lane * size, step = right.depth * size;
+  const char* data = static_cast<const char*>(right.data) + first_column * lane + first_depth * step;
+  const bool along_depth = right.depth == 1;
+  const int64_t all = along_depth ? columns : depth;
+  const int64_t count = ceil_div(all, smaller(tiles, all));
+  const int64_t steps = ceil_div(depth, smaller(count, depth));
+  const int64_t bytes = (along_depth ? depth : columns) * size;
+  return {data, all, count, along_depth ? lane : step, steps, ceil_div(bytes, steps)};
+}
+
+// c (block) = sums (rows, stride) + biases + the old c.
+void finish(const Job& job, const Block& block, const float* sums, int64_t stride) {
+  const Matrix& c = job.c;
+  const int64_t rows = block.last_row - block.first_row;
+  const int64_t columns = block.last_column - block.first_column;
+  const float* bias = job.bias ? job.bias + block.first_column : nullptr;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t start =
+        (block.first_row + i) * c.row_stride + block.first_column * c.column_stride;
+    int64_t j = 0;
+    if (c.column_stride == 1)
+      for (; j + W <= columns; j += W) {
+        F sum = load(sums + i * stride + j);
+        if (bias != nullptr) sum += load(bias + j);
+        if (job.accumulate) sum += read_vector(c.data, c.type, start + j);
+        write_vector(c.data, c.type, start + j, sum);
+      }
+    for (; j < columns; ++j) {
+      const int64_t index = start + j * c.column_stride;
+      float sum = sums[i * stride + j];
+      if (bias != nullptr) sum += bias[j];
+      if (job.accumulate) sum += read(c.data, c.type, index);
+      write(c.data, c.type, index, sum);
+    }
+  }
+}
+
+// Whether tiles are summed in c itself.
+bool sums_in_place(const Job& job) {
+  return job.c.type == DType::f32 && job.c.column_stride == 1;
+}
+
+struct Packing {
+  decltype(&pack_left<DType::f32>) left;
+  decltype(&pack_right<DType::f32>) right;
+};
+
+Packing packing_of(const Job& job) {
+  const auto left = job.left.type == DType::f32    ? pack_left<DType::f32>
+                    : job.left.type == DType::bf16 ? pack_left<DType::bf16>
+                                                   : pack_left<DType::f16>;
+  const auto right = job.right.type == DType::f32    ? pack_right<DType::f32>
+                     : job.right.type == DType::bf16 ? pack_right<DType::bf16>
+                                                     : pack_right<DType::f16>;
+  return {left, right};
+}
+
+// Where the tiles of a block are summed: in c, or in scratch if c is not made of rows of floats.
+struct Sums {
+  float* data;
+  int64_t stride;
+  const float* bias;
+  bool add_old;
+};
+
+// sums (rows, columns) = left (rows, depth) panel (depth, columns), for the columns of one panel.
+void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t columns,
+               int64_t depth, const Sums& sums, const Fetch& fetch) {
+  const int vectors = static_cast<int>(ceil_div(columns, W));
+  Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old, fetch};
+  for (int64_t i = 0, stretch = 0; i < rows; i += kTileRows, stretch += fetch.count) {
+    tile.left.data = left.data + i * (left.lane == 1 ? depth : left.lane);
+    tile.c = sums.data + i * sums.stride;
+    tile.fetch.data = fetch.data + smaller(stretch, fetch.all - fetch.count) * fetch.stride;
+    const int64_t tile_rows = smaller(kTileRows, rows - i);
+    if (columns % W == 0) run_micro_kernel(tile_rows, vectors, tile);
+    else run_partial_tile(tile_rows, vectors, columns, tile);
+  }
+}
+
+void run_block(const Job& job, const Block& block) {
+  const Packing packing = packing_of(job);
+  const int64_t rows = block.last_row - block.first_row;
+  const int64_t columns = block.last_column - block.first_column;
+  // Cuts into equal parts. That of k depends on nothing else, or sums would.
+  const int64_t row_step = round_up(ceil_div(rows, ceil_div(rows, kBlockRows)), kTileRows);
+  const int64_t depth_step = round_up(ceil_div(job.depth, ceil_div(job.depth, kDepth)), 16);
+  const bool in_place = sums_in_place(job);
+  const int64_t stride = in_place ? job.c.row_stride : round_up(columns, 16);
+  float* c = in_place ? static_cast<float*>(job.c.data) + block.first_row * stride + block.first_column
+                      : sums_scratch.at_least(rows * stride);
+  float* left = left_scratch.at_least(row_step * (depth_step + kRowPadding));
+  float* panel = right_scratch.at_least(kTileColumns * depth_step);
+
+  for (int64_t p = 0; p < job.depth; p += depth_step) {
+    const int64_t depth = smaller(depth_step, job.depth - p);
+    for (int64_t i = 0; i < rows; i += row_step) {
+      const int64_t part = smaller(row_step, rows - i);
+      const LeftPanel packed = packing.left(job.left, block.first_row + i, part, p, depth, left);
+      for (int64_t j = 0; j < columns; j += kTileColumns) {
+        const int64_t width = smaller(kTileColumns, columns - j), column = block.first_column + j;
+        packing.right(job.right, column, width, p, depth, round_up(width, W), panel);
+        const int64_t next = j + kTileColumns < columns ? kTileColumns : 0;
+        const Fetch fetch =
+            plan_fetches(job.right, column + next, smaller(kTileColumns, columns - j - next), p, depth,
+                         ceil_div(part, kTileRows));
+        const float* bias = in_place && p == 0 && job.bias != nullptr ? job.bias + column : nullptr;
+        const Sums sums = {c + i * stride + j, stride, bias, p > 0 || (in_place && job.accumulate)};
+        run_panel(packed, part, panel, width, depth, sums, fetch);
+      }
+    }
+  }
+  if (!in_place) finish(job, block, c, stride);
+}
+
+// Without any k the sums are zeros.
+void run_empty(const Job& job) {
+  for (int64_t i = 0; i < job.rows; ++i)
+    for (int64_t j = 0; j < job.columns; ++j) {
+      const int64_t index = i * job.c.row_stride + j * job.c.column_stride;
+      float sum = job.accumulate ? read(job.c.data, job.c.type, index) : 0.0f;
+      if (job.bias != nullptr) sum += job.bias[j];
+      write(job.c.data, job.c.type, index, sum);
+    }
+}
+
+void run_job(const Job& job) {
+  // The left operand is packed again for each block of columns, the right one, which costs more,
+  // for each block of rows.
+  const int64_t flops = 2 * job.rows * job.columns * job.depth;
+  const int64_t tasks = larger(1, smaller(2 * Threads::count(), flops / kTaskFlops));
+  int64_t block_rows = job.rows, block_columns = job.columns;
+  if (!sums_in_place(job)) {
+    block_rows = smaller(block_rows, kSumsRows);
+    block_columns = smaller(block_columns, kSumsColumns);
+  }
+  if (tasks > 1) {
+    while (ceil_div(job.rows, block_rows) * ceil_div(job.columns, block_columns) < tasks) {
+      if (block_rows > 4 * block_columns && block_rows > kTileRows)
+        block_rows = round_up(ceil_div(block_rows, 2), kTileRows);
+      else if (block_columns > kTileColumns)
+        block_columns = round_up(ceil_div(block_columns, 2), kTileColumns);
+      else
+        break;
+    }
+  }
+  const int64_t row_blocks = ceil_div(job.rows, block_rows);
+  const int64_t column_blocks = ceil_div(job.columns, block_columns);
+  const auto run = [&](int64_t task) {
+    const int64_t row = task % row_blocks * block_rows, column = task / row_blocks * block_columns;
+    run_block(job, {row, smaller(row + block_rows, job.rows), column,
+                    smaller(column + block_columns, job.columns)});
+  };
+  if (tasks == 1)
+    for (int64_t task = 0; task < row_blocks * column_blocks; ++task) run(task);
+  else
+    parallel_for(row_blocks * column_blocks, run);
+}
+
+}  // namespace
+
+void product(const Product& p) {
+  if (p.m <= 0 || p.n <= 0) return;
+  Job job = {p.m, p.n, p.k,
+             {p.a.data, p.a.type, p.a.row_stride, p.a.column_stride},
+             {p.b.data, p.b.type, p.b.column_stride, p.b.row_stride},
+             p.c, p.bias, p.accumulate};
+  if (p.k <= 0) return run_empty(job);
+  run_job(job);
+}
+
+// ---------------------------------------------------------------------------------------------
+// A few rows.
+
+namespace {
+
+// Weight rows at once for a number of vectors: streams enough for memory, accumulators that fit.
+template <int M>
+constexpr int rows_at_once() {
+  if (W == 16) return M == 1 ? 8 : M == 2 ? 8 : M <= 4 ? 6 : 4;
+  return M == 1 ? 6 : M == 2 ? 4 : 2;
+}
+constexpr int kVectorsAtOnce = W == 16 ? 6 : 4;
+constexpr int64_t kChunkBytes = 128 << 10;
+
+// y (M vectors, R rows) from weight rows row.. and x rows vector..; rows `ahead` bytes further on
+// are fetched meanwhile.
+template <DType type, int R, int M>
+void dot_products(const FewRows& few, int64_t row, int vector, int64_t ahead) {
+  constexpr int64_t size = type == DType::f32 ? 4 : 2;
+  const char* weight = static_cast<const char*>(few.weight) + row * few.weight_row_stride * size;
+  const int64_t stride = few.weight_row_stride * size;
+  const float* x = few.x + vector * few.x_row_stride;
+  F sums[R][M] = {};
+  int64_t p = 0;
+  for (; p + W <= few.k; p += W) {
+    F v[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) v[m] = load(x + m * few.x_row_stride + p);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const char* from = weight + r * stride + p * size;
+      __builtin_prefetch(from + ahead);
+      const F w = load_as<type>(from, 0);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) sums[r][m] = fma(w, v[m], sums[r][m]);
+    }
+  }
+  // Sums over lanes, W of the R * M accumulators at a time; entry (r, m) at r * M + m.
+  constexpr int kGroups = (R * M + W - 1) / W;
+  float totals[kGroups * W];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) {
+    F v[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      v[i] = g * W + i < R * M ? sums[(g * W + i) / M][(g * W + i) % M] : F{};
+    store(totals + g * W, sums_of_lanes(v));
+  }
+  for (int m = 0; m < M; ++m)
+    for (int r = 0; r < R; ++r) {
+      float sum = totals[r * M + m];
+      for (int64_t q = p; q < few.k; ++q)
+        sum += read(weight + r * stride, type, q) * x[m * few.x_row_stride + q];
+      if (few.bias != nullptr) sum += few.bias[row + r];
+      few.y[(vector + m) * few.y_row_stride + row + r] = sum;
+    }
+}
+
+template <DType type, int R, int M>
+void dot_products_of(int vectors, const FewRows& few, int64_t row, int vector, int64_t ahead) {
+  if (vectors == M) return dot_products<type, R, M>(few, row, vector, ahead);
+  if constexpr (M > 1) dot_products_of<type, R, M - 1>(vectors, few, row, vector, ahead);
+}
+
+// Vectors in groups of at most M. Each group goes over a chunk of weight rows that L2 holds, so that
+// the group's part of x stays in L1 and memory is read once.
+template <DType type, int M>
+void few_rows_of(const FewRows& few, int64_t first, int64_t last) {
+  constexpr int R = rows_at_once<M>();
+  const int64_t row_bytes = few.weight_row_stride * (type == DType::f32 ? 4 : 2);
+  const int64_t chunk = few.m > M ? larger(1, kChunkBytes / larger(1, R * row_bytes)) * R : last - first;
+  for (int64_t start = first; start < last; start += chunk) {
+    const int64_t stop = smaller(start + chunk, last);
+    for (int vector = 0; vector < few.m; vector += M) {
+      const int vectors = few.m - vector < M ? few.m - vector : M;
+      int64_t row = start;
+      for (; row + R <= stop; row += R)
+        dot_products_of<type, R, M>(vectors, few, row, vector, row + 2 * R <= last ? R * row_bytes : 0);
+      for (; row < stop; ++row) dot_products_of<type, 1, M>(vectors, few, row, vector, 0);
+    }
+  }
+}
+
+template <DType type, int M>
+void few_rows_in_groups(int group, const FewRows& few, int64_t first, int64_t last) {
+  if (group == M) return few_rows_of<type, M>(few, first, last);
+  if constexpr (M > 1) few_rows_in_groups<type, M - 1>(group, few, first, last);
+}
+
+}  // namespace
+
+void few_rows(const FewRows& few, int64_t first, int64_t last) {
+  const int groups = static_cast<int>(ceil_div(few.m, kVectorsAtOnce));
+  const int group = static_cast<int>(ceil_div(few.m, groups > 0 ? groups : 1));
+  switch (few.type) {
+    case DType::f32: return few_rows_in_groups<DType::f32, kVectorsAtOnce>(group, few, first, last);
+    case DType::bf16: return few_rows_in_groups<DType::bf16, kVectorsAtOnce>(group, few, first, last);
+    case DType::f16: return few_rows_in_groups<DType::f16, kVectorsAtOnce>(group, few, first, last);
+  }
+}
+
+}  // namespace anymamba::ANYMAMBA_ISA

@@ -1,0 +1,138 @@
+// What the tests share: CHECK, random numbers, and conversions written apart from the kernels'.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace anymamba::test {
+
+inline int failures = 0;
+
+// Says what failed, with the values that printf's arguments name. The first 20 times.
+#define CHECK(condition, ...)                                   \
+  do {                                                          \
+    if (!(condition) && ++::anymamba::test::failures <= 20) {   \
+      std::printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+      std::printf(__VA_ARGS__);                                 \
+      std::printf("\n");                                        \
+    }                                                           \
+  } while (0)
+
+// What main returns.
+inline int finish(const char* name) {
+  if (failures == 0) std::printf("%s (%s): passed\n", name, kernels().isa);
+  else std::printf("%s (%s): %d failed\n", name, kernels().isa, failures);
+  return failures == 0 ? 0 : 1;
+}
+
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : state_(seed * 2654435769u + 88172645463325252u) {}
+  std::uint64_t next() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return state_;
+  }
+  // In [-1, 1).
+  double number() { return static_cast<double>(next() >> 11) / 4503599627370496.0 - 1.0; }
+  std::int64_t below(std::int64_t n) { return static_cast<std::int64_t>(next() >> 33) % n; }
+
+ private:
+  std::uint64_t state_;
+};
+
+inline std::uint32_t bits_of(float x) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(std::uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// A binary format with `exponent` and `mantissa` bits, by its definition.
+struct Format {
+  int exponent, mantissa;
+
+  int bias() const { return (1 << (exponent - 1)) - 1; }
+  std::uint32_t infinity() const { return ((1u << exponent) - 1u) << mantissa; }
+
+  double value(std::uint32_t bits) const {
+    const double sign = bits >> (exponent + mantissa) & 1u ? -1 : 1;
+    const int field = static_cast<int>(bits >> mantissa & ((1u << exponent) - 1u));
+    const double fraction = std::ldexp(static_cast<double>(bits & ((1u << mantissa) - 1u)), -mantissa);
+    if (field == (1 << exponent) - 1)
+      return fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
+                           : sign * std::numeric_limits<double>::infinity();
+    return field == 0 ? sign * std::ldexp(fraction, 1 - bias())
+                      : sign * std::ldexp(1 + fraction, field - bias());
+  }
+
+  // The nearest, ties to even; NaN is not for this.
+  std::uint32_t nearest(double x) const {
+    const std::uint32_t sign = std::signbit(x) ? 1u << (exponent + mantissa) : 0u;
+    const double magnitude = std::fabs(x);
+    if (std::isinf(magnitude)) return sign | infinity();
+    int power = magnitude == 0 ? 1 - bias() : std::ilogb(magnitude);
+    if (power < 1 - bias()) power = 1 - bias();
+    // In units of the last place; nearbyint rounds ties to even.
+    const double units = std::nearbyint(std::ldexp(magnitude, mantissa - power));
+    const auto whole = static_cast<std::uint32_t>(units);
+    const std::uint32_t bits =
+        whole + (static_cast<std::uint32_t>(power + bias() - 1) << mantissa);
+    return sign | (bits < infinity() ? bits : infinity());
+  }
+};
+
+inline Format format_of(DType type) {
+  return type == DType::f32 ? Format{8, 23} : type == DType::bf16 ? Format{8, 7} : Format{5, 10};
+}
+
+// Numbers of one type in memory that belongs to a test.
+class Memory {
+ public:
+  Memory() = default;
+  Memory(DType type, std::int64_t count)
+      : type_(type), bytes_(static_cast<std::size_t>(count) * size_of(type), 0xEE) {}
+
+  void* data() { return bytes_.data(); }
+  DType type() const { return type_; }
+  std::uint32_t bits(std::int64_t i) const {
+    std::uint32_t bits = 0;
+    std::memcpy(&bits, bytes_.data() + static_cast<std::size_t>(i) * size_of(type_), size_of(type_));
+    return bits;
+  }
+  void set_bits(std::int64_t i, std::uint32_t bits) {
+    std::memcpy(bytes_.data() + static_cast<std::size_t>(i) * size_of(type_), &bits, size_of(type_));
+  }
+  double get(std::int64_t i) const { return format_of(type_).value(bits(i)); }
+  void set(std::int64_t i, double x) { set_bits(i, format_of(type_).nearest(x)); }
+  bool operator==(const Memory& other) const { return bytes_ == other.bytes_; }
+
+ private:
+  DType type_ = DType::f32;
+  std::vector<unsigned char> bytes_;
+};
+
+constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f16};
+
+// Half a unit in the last place of `type`, relative, and a little.
+inline double rounding(DType type) {
+  return type == DType::f32 ? 0 : type == DType::bf16 ? 0.00391 : 0.000489;
+}
+
+inline double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+}  // namespace anymamba::test

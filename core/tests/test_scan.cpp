@@ -1,0 +1,454 @@
+// The scan's kernels against plain loops in double precision, over shapes, strides and options.
+// Prints what failed; the exit status says whether anything did.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+using namespace anymamba;
+using std::int64_t;
+using Doubles = std::vector<double>;
+using Floats = std::vector<float>;
+
+static int failures = 0;
+static std::string what;  // the case at work
+
+#define CHECK(condition, ...)                            \
+  do {                                                   \
+    if (!(condition)) {                                  \
+      ++failures;                                        \
+      std::printf("FAILED %s: ", what.c_str());          \
+      std::printf(__VA_ARGS__);                          \
+      std::printf(" (%s:%d)\n", __FILE__, __LINE__);     \
+    }                                                    \
+  } while (0)
+
+// ---- Storage -----------------------------------------------------------------------------------
+
+static std::mt19937 randomness(7);
+
+static double normal() { return std::normal_distribution<double>()(randomness); }
+static int64_t below(int64_t limit) { return static_cast<int64_t>(randomness() % limit); }
+
+static double get(const void* p, DType type, int64_t i) {
+  if (type == DType::f32) return static_cast<const float*>(p)[i];
+  const std::uint16_t h = static_cast<const std::uint16_t*>(p)[i];
+  if (type == DType::bf16) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(h) << 16;
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
+  const double size = exponent == 0 ? std::ldexp(mantissa, -24)
+                                    : std::ldexp(1024 + mantissa, exponent - 25);
+  return h & 0x8000 ? -size : size;
+}
+
+// Rounds towards zero in the half types: which numbers are stored does not matter, only that the
+// reference reads the same ones.
+static void put(void* p, DType type, int64_t i, double value) {
+  const float x = static_cast<float>(value);
+  if (type == DType::f32) {
+    static_cast<float*>(p)[i] = x;
+    return;
+  }
+  std::uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  std::uint16_t h = static_cast<std::uint16_t>(bits >> 16);
+  if (type == DType::f16) {
+    const int exponent = static_cast<int>((bits >> 23) & 255) - 112;
+    const std::uint32_t sign = (bits >> 16) & 0x8000u, rest = (bits & 0x7fffffu) >> 13;
+    h = static_cast<std::uint16_t>(
+        exponent <= 0 ? sign : sign | static_cast<std::uint32_t>(exponent) << 10 | rest);
+  }
+  static_cast<std::uint16_t*>(p)[i] = h;
+}
+
+enum class Layout { channel_last, time_contiguous, odd };
+
+// (rows, steps, channels) in memory of its own, exactly as large as the layout needs.
+struct Stored {
+  int64_t rows, steps, channels;
+  Tensor3 view;
+  std::vector<char> memory;
+
+  Stored(int64_t b, int64_t l, int64_t e, DType type, Layout layout)
+      : rows(b), steps(l), channels(e) {
+    view.type = type;
+    if (layout == Layout::channel_last) {
+      view.channel_stride = 1, view.step_stride = e, view.row_stride = l * e;
+    } else if (layout == Layout::time_contiguous) {
+      view.step_stride = 1, view.channel_stride = l, view.row_stride = l * e;
+    } else {
+      view.channel_stride = 3, view.step_stride = 3 * e + 1, view.row_stride = l * (3 * e + 1) + 2;
+    }
+    int64_t size = 0;
+    if (b * l * e > 0)
+      size = 1 + (b - 1) * view.row_stride + (l - 1) * view.step_stride +
+             (e - 1) * view.channel_stride;
+    memory.assign(static_cast<std::size_t>(size) * size_of(type) + 1, 0x3c);
+    view.data = memory.data();
+  }
+
+  int64_t index(int64_t b, int64_t t, int64_t c) const {
+    return b * view.row_stride + t * view.step_stride + c * view.channel_stride;
+  }
+  double at(int64_t b, int64_t t, int64_t c) const {
+    return get(view.data, view.type, index(b, t, c));
+  }
+  void fill(double scale, double shift) {
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t t = 0; t < steps; ++t)
+        for (int64_t c = 0; c < channels; ++c)
+          put(view.data, view.type, index(b, t, c), shift + scale * normal());
+  }
+};
+
+// B and C: channels are (group, state).
+static Projection projection(const Stored& s, int64_t n) {
+  return {s.view.data,        s.view.type, s.view.row_stride, s.view.step_stride,
+          n * s.view.channel_stride, s.view.channel_stride};
+}
+
+static Floats random_floats(int64_t count, double scale, double shift) {
+  Floats v(count);
+  for (float& x : v) x = static_cast<float>(shift + scale * normal());
+  return v;
+}
+
+// ---- The case and its reference ----------------------------------------------------------------
+
+struct Options {
+  int64_t b = 1, l = 1, e = 1, n = 1, groups = 1;
+  int pieces = 0;  // segments a row, empty ones and gaps among them; 0: the whole row
+  DType type = DType::f32;
+  Layout layout = Layout::channel_last;
+  bool reverse = false, gate = true, D = true, bias = true, softplus = true, states = true;
+};
+
+struct Problem {
+  Options o;
+  Stored x, delta, z, B, C, dy;
+  Floats A, D, bias, initial, dlast;
+  std::vector<int64_t> rows, starts, stops, state_in, state_out;
+  int64_t n_states = 0;
+  Scan scan;
+
+  explicit Problem(const Options& options)
+      : o(options),
+        x(o.b, o.l, o.e, o.type, o.layout),
+        delta(o.b, o.l, o.e, o.type, o.layout),
+        z(o.b, o.l, o.e, o.type, o.layout),
+        B(o.b, o.l, o.groups * o.n, o.type, o.layout),
+        C(o.b, o.l, o.groups * o.n, o.type, o.layout),
+        dy(o.b, o.l, o.e, o.type, o.layout) {
+    x.fill(1, 0), z.fill(2, 0), B.fill(1, 0), C.fill(1, 0), dy.fill(1, 0);
+    // Without softplus delta stays positive, or states would outgrow float32.
+    delta.fill(o.softplus ? 1 : 0.05, o.softplus ? -1 : 0.4);
+    A = random_floats(o.e * o.n, 1, 0);
+    for (float& a : A) a = -std::exp(a);
+    D = random_floats(o.e, 1, 0);
+    bias = random_floats(o.e, o.softplus ? 0.3 : 0.03, 0);
+    cut();
+    initial = random_floats(n_states * o.e * o.n, 1, 0);
+    dlast = random_floats(n_states * o.e * o.n, 1, 0);
+    scan.e = o.e, scan.n = o.n, scan.groups = o.groups;
+    scan.segments = {static_cast<int64_t>(rows.size()), rows.data(), starts.data(), stops.data(),
+                     state_in.data(), state_out.data(), o.reverse};
+    scan.x = x.view, scan.delta = delta.view;
+    if (o.gate) scan.z = z.view;
+    scan.B = projection(B, o.n), scan.C = projection(C, o.n);
+    scan.A = A.data();
+    if (o.D) scan.D = D.data();
+    if (o.bias) scan.delta_bias = bias.data();
+    scan.softplus = o.softplus;
+    if (o.states) scan.initial = initial.data();
+  }
+
+  // Every third segment has no state in, every fourth none out; states are counted backwards.
+  void cut() {
+    for (int64_t b = 0; b < o.b; ++b) {
+      int64_t start = 0;
+      for (int piece = 0; piece < (o.pieces ? o.pieces : 1); ++piece) {
+        const int64_t stop = o.pieces == 0 ? o.l : start + below(o.l - start + 1);
+        rows.push_back(b), starts.push_back(start), stops.push_back(stop);
+        start = o.pieces > 2 && stop < o.l && below(3) == 0 ? stop + 1 : stop;
+      }
+    }
+    n_states = static_cast<int64_t>(rows.size()) + 1;
+    for (int64_t s = 0; s + 1 < n_states; ++s) {
+      state_in.push_back(s % 3 == 2 ? -1 : n_states - 1 - s);
+      state_out.push_back(s % 4 == 3 ? -1 : n_states - 1 - s);
+    }
+  }
+};
+
+// Results and gradients, contiguous, in the kernels' order of axes.
+struct Answer {
+  Doubles y, last, dx, ddelta, dz, dB, dC, dA, dD, dbias, dinitial;
+};
+
+// One channel of one segment, forward and then backward.
+static void reference_channel(const Problem& p, int64_t s, int64_t c, Answer& r) {
+  const Options& o = p.o;
+  const int64_t n = o.n, row = p.rows[s], steps = p.stops[s] - p.starts[s];
+  const int64_t group = c / (o.e / o.groups);
+  auto step = [&](int64_t t) { return o.reverse ? p.stops[s] - 1 - t : p.starts[s] + t; };
+  auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
+  Doubles h((steps + 1) * n), inner(steps), raw(steps), delta(steps);
+  if (o.states && p.state_in[s] >= 0)
+    for (int64_t i = 0; i < n; ++i) h[i] = p.initial[(p.state_in[s] * o.e + c) * n + i];
+  for (int64_t t = 0; t < steps; ++t) {
+    const int64_t at = (row * o.l + step(t)) * o.e + c;
+    const double x = p.x.at(row, step(t), c);
+    raw[t] = p.delta.at(row, step(t), c) + (o.bias ? p.bias[c] : 0);
+    delta[t] = o.softplus ? std::log1p(std::exp(raw[t])) : raw[t];
+    inner[t] = o.D ? p.D[c] * x : 0;
+    for (int64_t i = 0; i < n; ++i) {
+      h[(t + 1) * n + i] = std::exp(delta[t] * p.A[c * n + i]) * h[t * n + i] +
+                           delta[t] * p.B.at(row, step(t), group * n + i) * x;
+      inner[t] += p.C.at(row, step(t), group * n + i) * h[(t + 1) * n + i];
+    }
+    const double z = p.z.at(row, step(t), c);
+    r.y[at] = o.gate ? inner[t] * z * sigmoid(z) : inner[t];
+  }
+  Doubles carry(n);
+  if (p.state_out[s] >= 0)
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = (p.state_out[s] * o.e + c) * n + i;
+      r.last[at] = h[steps * n + i];
+      carry[i] = o.states ? p.dlast[at] : 0;
+    }
+  for (int64_t t = steps - 1; t >= 0; --t) {
+    const int64_t at = (row * o.l + step(t)) * o.e + c;
+    const double x = p.x.at(row, step(t), c), z = p.z.at(row, step(t), c), q = sigmoid(z);
+    const double dy = p.dy.at(row, step(t), c), du = o.gate ? dy * z * q : dy;
+    r.dz[at] = o.gate ? dy * inner[t] * q * (1 + z * (1 - q)) : 0;
+    double dx = o.D ? p.D[c] * du : 0, ddelta = 0;
+    r.dD[c] += du * x;
+    for (int64_t i = 0; i < n; ++i) {
+      const double A = p.A[c * n + i], before = h[t * n + i], decay = std::exp(delta[t] * A);
+      const double B = p.B.at(row, step(t), group * n + i);
+      const double g = carry[i] + du * p.C.at(row, step(t), group * n + i);
+      const int64_t shared = ((row * o.l + step(t)) * o.groups + group) * n + i;
+      r.dC[shared] += du * h[(t + 1) * n + i];
+      r.dB[shared] += g * delta[t] * x;
+      dx += g * delta[t] * B;
+      ddelta += g * (B * x + A * decay * before);
+      r.dA[c * n + i] += g * delta[t] * decay * before;
+      carry[i] = g * decay;
+    }
+    r.dx[at] = dx;
+    r.ddelta[at] = o.softplus ? ddelta * sigmoid(raw[t]) : ddelta;
+    r.dbias[c] += r.ddelta[at];
+  }
+  if (p.state_in[s] >= 0)
+    for (int64_t i = 0; i < n; ++i) r.dinitial[(p.state_in[s] * o.e + c) * n + i] = carry[i];
+}
+
+static Answer reference(const Problem& p) {
+  const Options& o = p.o;
+  Answer r;
+  for (Doubles* v : {&r.y, &r.dx, &r.ddelta, &r.dz}) v->assign(o.b * o.l * o.e, NAN);
+  for (Doubles* v : {&r.dB, &r.dC}) v->assign(o.b * o.l * o.groups * o.n, 0);
+  r.last.assign(p.n_states * o.e * o.n, NAN);
+  r.dinitial.assign(p.n_states * o.e * o.n, 0);
+  r.dA.assign(o.e * o.n, 0), r.dD.assign(o.e, 0), r.dbias.assign(o.e, 0);
+  for (std::size_t s = 0; s < p.rows.size(); ++s)
+    for (int64_t c = 0; c < o.e; ++c) reference_channel(p, static_cast<int64_t>(s), c, r);
+  return r;
+}
+
+// ---- What the kernels say ----------------------------------------------------------------------
+
+struct Result {
+  Stored y, dx, ddelta, dz;
+  Floats last, checkpoints, dB, dC, dA, dD, dbias, dinitial;
+
+  explicit Result(const Problem& p)
+      : y(p.o.b, p.o.l, p.o.e, p.o.type, p.o.layout), dx(y), ddelta(y), dz(y) {
+    for (Stored* s : {&y, &dx, &ddelta, &dz}) s->view.data = s->memory.data();
+    const int64_t states = p.n_states * p.o.e * p.o.n, shared = p.o.b * p.o.l * p.o.groups * p.o.n;
+    for (Floats* v : {&last, &dinitial}) v->assign(states, 77.0f);
+    for (Floats* v : {&dB, &dC}) v->assign(shared, 77.0f);
+    dA.assign(p.o.e * p.o.n, 77.0f), dD.assign(p.o.e, 77.0f), dbias.assign(p.o.e, 77.0f);
+    checkpoints.assign(scan_checkpoint_floats(p.scan), 77.0f);
+  }
+};
+
+static Result run(const Problem& p, int threads) {
+  Threads::set_count(threads);
+  Result r(p);
+  ScanResult out;
+  out.y = r.y.view, out.last = r.last.data(), out.checkpoints = r.checkpoints.data();
+  kernels().scan(p.scan, out);
+  ScanGradients g;
+  g.y = p.dy.view, g.checkpoints = r.checkpoints.data();
+  if (p.o.states) g.last = p.dlast.data();
+  g.x = r.dx.view, g.delta = r.ddelta.view;
+  if (p.o.gate) g.z = r.dz.view;
+  g.B = r.dB.data(), g.C = r.dC.data(), g.rows = p.o.b, g.steps = p.o.l;
+  g.A = r.dA.data(), g.D = r.dD.data(), g.delta_bias = r.dbias.data();
+  g.initial = r.dinitial.data(), g.n_states = p.n_states;
+  kernels().scan_backward(p.scan, g);
+  return r;
+}
+
+// Numbers that the reference leaves NaN must be as they were.
+struct Worst {
+  double error = 0, size = 1;
+  bool untouched = true;
+  void add(double found, double expected, double before) {
+    if (std::isnan(expected)) {
+      untouched = untouched && found == before;
+    } else {
+      error = std::isnan(found) ? INFINITY : std::fmax(error, std::fabs(found - expected));
+      size = std::fmax(size, std::fabs(expected));
+    }
+  }
+  void check(const char* name, double tolerance) const {
+    CHECK(error <= tolerance * size, "%s is off by %g of %g", name, error, size);
+    CHECK(untouched, "%s is written where it must not be", name);
+  }
+};
+
+static void compare(const char* name, const Stored& found, const Doubles& expected,
+                    double tolerance) {
+  const Stored fresh(1, 1, 1, found.view.type, Layout::channel_last);
+  Worst worst;
+  for (int64_t b = 0, i = 0; b < found.rows; ++b)
+    for (int64_t t = 0; t < found.steps; ++t)
+      for (int64_t c = 0; c < found.channels; ++c)
+        worst.add(found.at(b, t, c), expected[i++], fresh.at(0, 0, 0));
+  worst.check(name, tolerance);
+}
+
+static void compare(const char* name, const Floats& found, const Doubles& expected,
+                    double tolerance) {
+  Worst worst;
+  for (std::size_t i = 0; i < expected.size(); ++i) worst.add(found[i], expected[i], 77.0);
+  worst.check(name, tolerance);
+}
+
+template <class T>
+static bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * sizeof(T)));
+}
+
+// DESIGN's tolerances: 1e-5 forward and 1e-4 for gradients, 2e-2 where storage has half width.
+static void test_scan(const Options& o) {
+  const Problem p(o);
+  const Answer expected = reference(p);
+  const Result r = run(p, 1);
+  const bool half = o.type != DType::f32;
+  const double forward = half ? 2e-2 : 1e-5, backward = half ? 2e-2 : 1e-4;
+  compare("y", r.y, expected.y, forward);
+  compare("last", r.last, expected.last, 1e-5);
+  compare("dx", r.dx, expected.dx, backward);
+  compare("ddelta", r.ddelta, expected.ddelta, backward);
+  if (o.gate) compare("dz", r.dz, expected.dz, backward);
+  compare("dB", r.dB, expected.dB, 1e-4);
+  compare("dC", r.dC, expected.dC, 1e-4);
+  compare("dA", r.dA, expected.dA, 1e-4);
+  compare("dD", r.dD, expected.dD, 1e-4);
+  compare("dbias", r.dbias, expected.dbias, 1e-4);
+  compare("dinitial", r.dinitial, expected.dinitial, 1e-4);
+  for (const int threads : {2, 4}) {
+    const Result other = run(p, threads);
+    for (const auto member : {&Result::y, &Result::dx, &Result::ddelta, &Result::dz})
+      CHECK(same((r.*member).memory, (other.*member).memory), "%d threads change bits", threads);
+    for (const auto member : {&Result::last, &Result::checkpoints, &Result::dB, &Result::dC,
+                              &Result::dA, &Result::dD, &Result::dbias, &Result::dinitial})
+      CHECK(same(r.*member, other.*member), "%d threads change bits", threads);
+  }
+}
+
+// The first step of a problem, spread over two ranges of channels.
+static void test_step(const Options& o) {
+  const Problem p(o);
+  const Answer expected = reference(p);
+  const int64_t stride = o.e * o.n + 3;
+  Stored y(o.b, 1, o.e, o.type, o.layout);
+  Floats state(o.b * stride + 1, 77.0f);
+  for (int64_t b = 0; b < o.b; ++b)
+    for (int64_t i = 0; i < o.e * o.n; ++i)
+      state[b * stride + i] =
+          o.states && p.state_in[b] >= 0 ? p.initial[p.state_in[b] * o.e * o.n + i] : 0;
+  ScanStep step;
+  step.b = o.b, step.e = o.e, step.n = o.n, step.groups = o.groups;
+  step.x = p.scan.x, step.delta = p.scan.delta, step.z = p.scan.z, step.y = y.view;
+  step.B = p.scan.B, step.C = p.scan.C, step.A = p.scan.A, step.D = p.scan.D;
+  step.delta_bias = p.scan.delta_bias, step.softplus = o.softplus;
+  step.state = state.data(), step.state_row_stride = stride;
+  const int64_t middle = below(o.e + 1);
+  kernels().scan_step(step, 0, middle);
+  kernels().scan_step(step, middle, o.e);
+  compare("y of a step", y, expected.y, o.type == DType::f32 ? 1e-5 : 2e-2);
+  Worst worst;
+  for (int64_t b = 0; b < o.b; ++b) {
+    for (int64_t i = 0; i < o.e * o.n && p.state_out[b] >= 0; ++i)
+      worst.add(state[b * stride + i], expected.last[p.state_out[b] * o.e * o.n + i], 77);
+    for (int64_t i = o.e * o.n; i < stride; ++i) worst.add(state[b * stride + i], NAN, 77);
+  }
+  worst.check("state of a step", 1e-5);
+}
+
+static void test(Options o) {
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "b=%d l=%d e=%d n=%d groups=%d pieces=%d type=%d layout=%d reverse=%d gate=%d D=%d "
+                "bias=%d softplus=%d states=%d",
+                int(o.b), int(o.l), int(o.e), int(o.n), int(o.groups), o.pieces, int(o.type),
+                int(o.layout), o.reverse, o.gate, o.D, o.bias, o.softplus, o.states);
+  what = text;
+  test_scan(o);
+  o.l = 1, o.pieces = 0;
+  if (o.b > 0) test_step(o);
+}
+
+static Options random_options(int64_t e, int64_t n, int64_t l) {
+  Options o;
+  o.e = e, o.n = n, o.l = l;
+  o.b = below(8) == 0 ? 0 : 1 + below(e * n * l > 50000 ? 1 : 3);
+  do o.groups = 1 + below(e);
+  while (e % o.groups != 0);
+  o.pieces = below(2) ? 0 : static_cast<int>(1 + below(6));
+  o.type = below(2) ? DType::f32 : static_cast<DType>(below(3));
+  o.layout = static_cast<Layout>(below(3));
+  o.reverse = below(2), o.gate = below(3), o.D = below(3), o.bias = below(3);
+  o.softplus = below(3), o.states = below(3);
+  return o;
+}
+
+int main() {
+  std::printf("%s\n", kernels().isa);
+  for (const int64_t e : {1, 3, 16, 17, 48})
+    for (const int64_t n : {1, 3, 8, 16, 24, 64, 300})
+      for (const int64_t l : {0, 1, 2, 15, 16, 17, 33, 70}) test(random_options(e, n, l));
+  // Several blocks of channels, more of them than lanes, and more segments than lanes.
+  for (const Layout layout : {Layout::channel_last, Layout::time_contiguous, Layout::odd}) {
+    for (const DType type : {DType::f32, DType::bf16, DType::f16}) {
+      Options o;
+      o.layout = layout, o.type = type;
+      o.b = 2, o.l = 70, o.e = 200, o.n = 16, o.groups = 2;
+      test(o);
+      o.l = 33, o.e = 256, o.groups = 1, o.reverse = true;
+      test(o);
+    }
+  }
+  Options wide;
+  wide.l = 40, wide.e = 1100, wide.n = 5, wide.pieces = 3;
+  test(wide);
+  Options many;
+  many.b = 3, many.l = 64, many.e = 20, many.n = 4, many.pieces = 12;
+  test(many);
+  if (failures == 0) std::printf("all passed\n");
+  return failures == 0 ? 0 : 1;
+}

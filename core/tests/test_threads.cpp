@@ -1,0 +1,226 @@
+// The pool of threads: regions, barriers, nested and concurrent calls, changes of size, fork.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include "check.h"
+
+using namespace anymamba;
+using namespace anymamba::test;
+
+namespace {
+
+void pause_ms(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
+
+// Sums 1 to n over the workers; wrong if an item is lost or done twice.
+bool sums_up(std::int64_t n) {
+  std::atomic<std::int64_t> total{0};
+  parallel_for(n, [&](std::int64_t i) { total.fetch_add(i + 1); });
+  return total.load() == n * (n + 1) / 2;
+}
+
+void test_regions() {
+  for (const int threads : {1, 2, 3, 4, 7, 2, 1, 4}) {
+    Threads::set_count(threads);
+    CHECK(Threads::count() == threads, "count is %d, not %d", Threads::count(), threads);
+    for (const int at_most : {1, 2, 3, 100}) {
+      std::vector<std::atomic<int>> calls(8);
+      std::atomic<int> most{0};
+      parallel_region(
+          [&](int worker, int workers, Barrier&) {
+            calls[static_cast<std::size_t>(worker)].fetch_add(1);
+            most.store(workers);
+          },
+          at_most);
+      const int expected = threads < at_most ? threads : at_most;
+      CHECK(most.load() == expected, "%d workers, not %d", most.load(), expected);
+      for (int worker = 0; worker < 8; ++worker)
+        CHECK(calls[static_cast<std::size_t>(worker)].load() == (worker < expected ? 1 : 0),
+              "worker %d of %d ran %d times", worker, expected,
+              calls[static_cast<std::size_t>(worker)].load());
+    }
+    for (const std::int64_t items : {0, 1, 2, 3, 1000}) CHECK(sums_up(items), "%d threads", threads);
+  }
+  Threads::set_count(0);
+  CHECK(Threads::count() == 1, "a count of 0 is %d", Threads::count());
+}
+
+// Plain memory written by one worker and read by another in the next region: what a region
+// promises about memory, for the thread sanitizer to look at.
+void test_memory() {
+  Threads::set_count(4);
+  std::vector<std::int64_t> plain(64, 0);
+  for (int round = 0; round < 300; ++round) {
+    parallel_for(64, [&](std::int64_t i) { plain[static_cast<std::size_t>(i)] += i; });
+    if (round % 100 == 0) pause_ms(2);  // let them fall asleep
+  }
+  for (std::size_t i = 0; i < 64; ++i)
+    CHECK(plain[i] == static_cast<std::int64_t>(300 * i), "%zu: %lld", i, (long long)plain[i]);
+}
+
+void test_barriers() {
+  for (const int threads : {2, 3, 4}) {
+    Threads::set_count(threads);
+    std::vector<int> step(static_cast<std::size_t>(threads), 0);
+    std::atomic<int> late{0};
+    parallel_region([&](int worker, int workers, Barrier& barrier) {
+      for (int i = 1; i <= 500; ++i) {
+        step[static_cast<std::size_t>(worker)] = i;
+        if (i % 100 == 0 && worker == i / 100 % workers) pause_ms(3);  // the others fall asleep
+        barrier.wait();
+        for (const int other : step) late += other != i;
+        barrier.wait();
+      }
+    });
+    CHECK(late.load() == 0, "%d times a worker passed before the others came", late.load());
+  }
+  Threads::set_count(1);
+  parallel_region([](int, int workers, Barrier& barrier) {
+    CHECK(workers == 1, "%d workers", workers);
+    barrier.wait();
+    barrier.wait();
+  });
+}
+
+void test_nested() {
+  Threads::set_count(4);
+  std::atomic<int> inner{0}, shared{0};
+  parallel_region([&](int, int, Barrier&) {
+    parallel_region([&](int worker, int workers, Barrier& barrier) {
+      barrier.wait();
+      inner.fetch_add(1);
+      if (workers != 1 || worker != 0) shared.fetch_add(1);
+    });
+    parallel_for(10, [&](std::int64_t) { inner.fetch_add(1); });
+  });
+  CHECK(inner.load() == 4 * 11, "%d", inner.load());
+  CHECK(shared.load() == 0, "%d nested calls had company", shared.load());
+}
+
+void test_many_small() {
+  for (const int threads : {2, 4}) {
+    Threads::set_count(threads);
+    std::int64_t calls = 0;
+    for (int i = 0; i < 20000; ++i) {
+      std::atomic<int> workers_seen{0};
+      parallel_region([&](int, int, Barrier&) { workers_seen.fetch_add(1); }, 2 + i % 3);
+      calls += workers_seen.load();
+      if (i % 4000 == 0) pause_ms(2);
+    }
+    std::int64_t expected = 0;
+    for (int i = 0; i < 20000; ++i) expected += std::min(threads, 2 + i % 3);
+    CHECK(calls == expected, "%lld calls, not %lld", (long long)calls, (long long)expected);
+  }
+}
+
+// Several of the program's own threads, some of them changing the count all the while.
+void test_callers() {
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller)
+    callers.emplace_back([&, caller] {
+      for (int i = 0; i < 1000; ++i) {
+        if (caller == 0) Threads::set_count(1 + i % 5);
+        if (!sums_up(1 + i % 50)) wrong.fetch_add(1);
+        if (i % 300 == caller) pause_ms(1);
+      }
+    });
+  for (auto& caller : callers) caller.join();
+  CHECK(wrong.load() == 0, "%d sums are wrong", wrong.load());
+}
+
+#if !defined(__SANITIZE_THREAD__)  // which does not follow threads made after a fork
+
+// Runs the child's part in a child; true if it returned true in time.
+template <class Child>
+bool in_child(const Child& child) {
+  const pid_t id = fork();
+  if (id == 0) {
+    alarm(20);  // a child that hangs fails
+    _exit(child() ? 0 : 1);
+  }
+  int status = -1;
+  waitpid(id, &status, 0);
+  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+bool computes() {
+  for (int i = 0; i < 50; ++i)
+    if (!sums_up(100)) return false;
+  int together = 0;
+  parallel_region([&](int worker, int workers, Barrier& barrier) {
+    barrier.wait();
+    if (worker == 0) together = workers;
+    barrier.wait();
+  });
+  return together == Threads::count();
+}
+
+void test_fork() {
+  Threads::set_count(3);
+  CHECK(computes(), "the parent before");
+  CHECK(in_child(computes), "a child, the pool awake");
+  CHECK(computes(), "the parent between");
+  pause_ms(20);
+  CHECK(in_child(computes), "a child, the pool asleep");
+  CHECK(in_child([] { return computes() && in_child(computes) && computes(); }), "a grandchild");
+  CHECK(in_child([] { Threads::set_count(5); return computes(); }), "a child with more threads");
+
+  std::atomic<bool> stop{false};
+  std::thread other([&] {
+    while (!stop.load())
+      parallel_region([](int, int, Barrier& barrier) {
+        barrier.wait();
+        usleep(200);
+      });
+  });
+  for (int i = 0; i < 20; ++i) CHECK(in_child(computes), "a child, another thread in a region");
+  stop.store(true);
+  other.join();
+  CHECK(computes(), "the parent after");
+}
+
+#endif
+
+void print_times() {
+  using Clock = std::chrono::steady_clock;
+  Threads::set_count(2);
+  double region = 1e9, barrier_time = 1e9, asleep = 1e9;
+  for (int round = 0; round < 20; ++round) {
+    auto start = Clock::now();
+    for (int i = 0; i < 500; ++i) parallel_region([](int, int, Barrier&) {});
+    region = std::min(region, std::chrono::duration<double>(Clock::now() - start).count() / 500);
+    start = Clock::now();
+    parallel_region([](int, int, Barrier& barrier) {
+      for (int i = 0; i < 500; ++i) barrier.wait();
+    });
+    barrier_time =
+        std::min(barrier_time, std::chrono::duration<double>(Clock::now() - start).count() / 500);
+    pause_ms(3);
+    start = Clock::now();
+    parallel_region([](int, int, Barrier&) {});
+    asleep = std::min(asleep, std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  std::printf("best of 20: a region %.2f us, a barrier %.2f us, a region from sleep %.1f us\n",
+              region * 1e6, barrier_time * 1e6, asleep * 1e6);
+}
+
+}  // namespace
+
+int main() {
+  test_regions();
+  test_memory();
+  test_barriers();
+  test_nested();
+  test_many_small();
+  test_callers();
+#if !defined(__SANITIZE_THREAD__)
+  test_fork();
+#endif
+  print_times();
+  return finish("threads");
+}

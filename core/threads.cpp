@@ -1,0 +1,201 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace anymamba {
+
+// Where threads sleep until something that they look at has changed.
+class Bed {
+ public:
+  // `done` loads the atomic that will change, in sequential order (the default). The change and
+  // wake() are in that order too, so either the sleeper sees the change or wake() sees the sleeper.
+  template <class Done>
+  void sleep_until(const Done& done) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    sleepers_.fetch_add(1);
+    while (!done()) condition_.wait(lock);
+    sleepers_.fetch_sub(1);
+  }
+
+  // To be called after the change. Costs one load where nobody sleeps.
+  void wake() {
+    if (sleepers_.load() == 0) return;
+    { const std::lock_guard<std::mutex> lock(mutex_); }  // nobody is between done() and wait()
+    condition_.notify_all();
+  }
+
+ private:
+  std::atomic<int> sleepers_{0};
+  std::mutex mutex_;
+  std::condition_variable condition_;
+};
+
+namespace {
+
+constexpr int kSpins = 2000;
+constexpr int kYields = 50;
+constexpr int kMostThreads = 4096;
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+template <class Done>
+void wait_until(const Done& done, Bed& bed) {
+  for (int i = 0; i < kSpins; ++i) {
+    if (done()) return;
+    relax();
+  }
+  for (int i = 0; i < kYields; ++i) {
+    if (done()) return;
+    sched_yield();
+  }
+  bed.sleep_until(done);
+}
+
+// The helpers beside the caller. They are never joined and a pool is never freed: threads that
+// wait for work may outlive the program's static objects, and a child of fork has no threads.
+class Pool {
+ public:
+  int size() const { return static_cast<int>(beds_.size()) + 1; }
+
+  // Fewer where the system refuses more threads.
+  void grow(int threads) {
+    while (size() < threads && !refused_) {
+      Bed* const bed = new Bed;
+      const int worker = size();
+      try {
+        std::thread([this, worker, bed] { serve(worker, *bed); }).detach();
+        beds_.push_back(bed);
+      } catch (const std::system_error&) {
+        refused_ = true;
+        delete bed;
+      }
+    }
+  }
+
+  void run(Threads::Body body, void* context, int workers) noexcept {
+    Barrier barrier(workers, &inside_);
+    body_ = body;
+    context_ = context;
+    barrier_ = &barrier;
+    running_.store(workers - 1);
+    ticket_.store((++regions_ << kWorkerBits) | static_cast<std::uint64_t>(workers));
+    for (int worker = 1; worker < workers; ++worker) beds_[worker - 1]->wake();
+    body(context, 0, workers, barrier);
+    // A helper still inside the barrier has not counted itself out: the barrier outlives its use.
+    wait_until([this] { return running_.load() == 0; }, inside_);
+  }
+
+ private:
+  static constexpr int kWorkerBits = 16;
+  static int workers_of(std::uint64_t ticket) {
+    return static_cast<int>(ticket & ((1u << kWorkerBits) - 1u));
+  }
+
+  void serve(int worker, Bed& bed) {
+    for (std::uint64_t seen = 0;;) {
+      wait_until(
+          [&] {
+            const std::uint64_t ticket = ticket_.load();
+            return ticket != seen && worker < workers_of(ticket);
+          },
+          bed);
+      // The ticket counts this worker in, so nothing changes until it has counted itself out.
+      seen = ticket_.load();
+      body_(context_, worker, workers_of(seen), *barrier_);
+      if (running_.fetch_sub(1) == 1) inside_.wake();
+    }
+  }
+
+  // A region's number and how many workers it has, in one word: a helper that is not needed can
+  // pass over it without being waited for. On lines of their own, for all spin on them.
+  alignas(64) std::atomic<std::uint64_t> ticket_{0};
+  alignas(64) std::atomic<int> running_{0};
+  // Written before the ticket, read by those whom it counts.
+  alignas(64) Threads::Body body_ = nullptr;
+  void* context_ = nullptr;
+  Barrier* barrier_ = nullptr;
+  // The caller's own.
+  std::uint64_t regions_ = 0;
+  std::vector<Bed*> beds_;
+  bool refused_ = false;
+  // For waiting inside a region: at its barrier, or for its end.
+  Bed inside_;
+};
+
+// Not a mutex: a nested call finds it taken by its own thread, and a child of fork frees it.
+std::atomic<bool> busy{false};
+Pool* pool = nullptr;
+std::atomic<int> wanted{0};
+
+void forget_in_child() {
+  pool = nullptr;
+  busy.store(false);
+}
+
+// Before any pool exists, so that no fork can come between.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_in_child);
+
+int hardware_threads() {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
+#endif
+  const unsigned found = std::thread::hardware_concurrency();
+  return found == 0 ? 1 : static_cast<int>(found);
+}
+
+}  // namespace
+
+void Barrier::wait() {
+  const unsigned generation = generation_.load();
+  if (arrived_.fetch_add(1) == members_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);  // seen by all who see the new generation
+    generation_.fetch_add(1);
+    if (bed_ != nullptr) bed_->wake();
+  } else {
+    wait_until([&] { return generation_.load() != generation; }, *bed_);
+  }
+}
+
+int Threads::count() {
+  int threads = wanted.load(std::memory_order_relaxed);
+  if (threads == 0) {
+    const int found = hardware_threads();
+    threads = wanted.compare_exchange_strong(threads, found) ? found : threads;
+  }
+  return threads;
+}
+
+void Threads::set_count(int threads) {
+  wanted.store(threads < 1 ? 1 : threads < kMostThreads ? threads : kMostThreads);
+}
+
+void Threads::region(Body body, void* context, int at_most) {
+  const int threads = count();
+  int workers = threads < at_most ? threads : at_most;
+  if (workers <= 1 || busy.exchange(true, std::memory_order_acquire)) {
+    Barrier alone(1, nullptr);
+    body(context, 0, 1, alone);
+    return;
+  }
+  if (pool == nullptr) pool = new Pool;
+  pool->grow(threads);
+  workers = workers < pool->size() ? workers : pool->size();
+  pool->run(body, context, workers);
+  busy.store(false, std::memory_order_release);
+}
+
+}  // namespace anymamba

@@ -1,0 +1,65 @@
+// One pool of threads for all kernels.
+//
+// A worker that runs out of work spins briefly, then yields, then sleeps: pure spinning collapses
+// beside another busy process. The pool is made at first use, again in a child after fork, and
+// grows when more threads are wanted. A call from a second program thread while the pool is busy,
+// or from inside a region, runs on the calling thread alone; results never depend on the number of
+// threads. A body must not throw, and a region must not fork.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+namespace anymamba {
+
+class Bed;
+
+// All workers of a region meet here. Reusable.
+class Barrier {
+ public:
+  Barrier(int members, Bed* bed) : members_(members), bed_(bed) {}
+  void wait();
+
+ private:
+  const int members_;
+  Bed* const bed_;  // where they sleep when the others take long
+  std::atomic<int> arrived_{0};
+  std::atomic<unsigned> generation_{0};
+};
+
+class Threads {
+ public:
+  using Body = void (*)(void* context, int worker, int workers, Barrier& barrier);
+
+  // How many threads run a region, the caller included. 1 or more.
+  static int count();
+  static void set_count(int threads);
+
+  // Runs body(context, worker, workers, barrier) on every worker at once, the caller being
+  // worker 0, and returns when all are done. `at_most` limits the number of workers.
+  static void region(Body body, void* context, int at_most);
+};
+
+// Calls body(worker, workers, barrier) on every worker at once.
+template <class F>
+inline void parallel_region(const F& body, int at_most = 1 << 20) {
+  Threads::region(
+      [](void* context, int worker, int workers, Barrier& barrier) {
+        (*static_cast<const F*>(context))(worker, workers, barrier);
+      },
+      const_cast<F*>(&body), at_most);
+}
+
+// Calls body(item) for each item in [0, items), in any order and on any worker.
+template <class F>
+inline void parallel_for(std::int64_t items, const F& body) {
+  if (items <= 0) return;
+  std::atomic<std::int64_t> next{0};
+  parallel_region(
+      [&](int, int, Barrier&) {
+        for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i);
+      },
+      static_cast<int>(items < (1 << 20) ? items : (1 << 20)));
+}
+
+}  // namespace anymamba

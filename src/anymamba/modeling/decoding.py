@@ -1,0 +1,220 @@
+"""One token through the whole model in one call of the native core.
+
+The core works on the model's own weights, through a table of pointers that was checked when it
+was made. The table is used only while it still describes the model: before each step the modules,
+their hooks, and every weight's address and version are compared with what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from anymamba.modeling.plain import why_not_plain
+from anymamba.ops import backend
+from anymamba.ops.backends import BACKENDS
+from anymamba.ops.native import core
+
+if TYPE_CHECKING:
+    from anymamba.modeling.cache import MambaCache
+    from anymamba.modeling.causal_lm import MambaForCausalLM
+
+__all__ = ["MOST_ROWS", "decode", "why_not_fused"]
+
+MOST_ROWS = 64
+"""Batches above this decode faster as matrix products."""
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def decode(model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache) -> Tensor | None:
+    """The next token's logits, or None where the step must go through the modules.
+
+    Args:
+        model: the language model.
+        input_ids: (b, 1), the token that each row has just got.
+        cache: the state before it; advanced in place.
+
+    Returns:
+        (b, v) in float32.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _fits(input_ids, cache):
+        return None
+    table = _TABLES.get(model)
+    if table is None or not table.is_current():
+        _TABLES.pop(model, None)
+        if why_not_fused(model) is not None:
+            return None
+        table = _TABLES[model] = _Table(model)
+    return table.step(input_ids, cache)
+
+
+def why_not_fused(model: MambaForCausalLM) -> str | None:
+    """The reason why single tokens go through the model's modules one by one, or None.
+
+    Args:
+        model: the language model.
+
+    Example:
+        >>> from anymamba import MambaConfig, MambaForCausalLM
+        >>> model = MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9))
+        >>> _ = model.lm_head.register_forward_hook(lambda *_: None)
+        >>> why_not_fused(model)
+        'lm_head: it has hooks'
+    """
+    chosen = backend()
+    if chosen not in ("auto", "cpu"):
+        return f"the backend {chosen!r} is chosen"
+    missing = BACKENDS["cpu"].missing()
+    if missing is not None:
+        return missing
+    if model.config.hidden_act not in ("silu", "swish"):
+        return f"the activation is {model.config.hidden_act}"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    for name, module, kind in _parts(model):
+        reason = why_not_plain(module, kind)
+        if reason is not None:
+            return f"{name}: {reason}"
+    for name, weight in model.named_parameters():
+        if weight.is_inference():
+            return f"{name} was made in inference mode, where changes leave no trace"
+        if weight.device.type != "cpu" or weight.dtype not in _TYPES or not weight.is_contiguous():
+            return f"{name} is {weight.dtype} on {weight.device}, or not contiguous"
+    return None
+
+
+def _fits(input_ids: Tensor, cache: MambaCache) -> bool:
+    return (
+        input_ids.shape[0] <= MOST_ROWS
+        and input_ids.device.type == "cpu"
+        and cache.device.type == "cpu"
+        and cache.dtype in _TYPES
+        and cache.conv_states.is_contiguous()
+        and cache.ssm_states.is_contiguous()
+    )
+
+
+def _parts(model: MambaForCausalLM) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
+    """Every module of the model, with the class that belongs in its place."""
+    from anymamba.modeling.model import MambaBlock, MambaMixer, MambaModel, MambaRMSNorm
+
+    yield "lm_head", model.lm_head, nn.Linear
+    yield "backbone", model.backbone, MambaModel
+    yield "embeddings", model.backbone.embeddings, nn.Embedding
+    yield "norm_f", model.backbone.norm_f, MambaRMSNorm
+    for index, block in enumerate(model.backbone.layers):
+        name = f"layers.{index}"
+        yield name, block, MambaBlock
+        if type(block) is not MambaBlock:
+            return
+        yield f"{name}.norm", block.norm, MambaRMSNorm
+        yield f"{name}.mixer", block.mixer, MambaMixer
+        if type(block.mixer) is not MambaMixer:
+            return
+        yield f"{name}.mixer.conv1d", block.mixer.conv1d, nn.Conv1d
+        for projection in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+            yield f"{name}.mixer.{projection}", getattr(block.mixer, projection), nn.Linear
+
+
+class _Table:
+    """The weights' pointers, and what must not have changed for them to be right."""
+
+    def __init__(self, model: MambaForCausalLM) -> None:
+        modules = [module for _, module, _ in _parts(model)]
+        # A module's own dicts: looking into them notices replaced modules, weights and hooks.
+        self._children = [(m._modules, dict(m._modules)) for m in (model, *model.modules())]
+        self._weights = [
+            (m._parameters, name, weight)
+            for m in modules
+            for name, weight in m._parameters.items()
+            if weight is not None
+        ]
+        self._hooks = [
+            hooks
+            for m in modules
+            for hooks in (
+                m._forward_hooks,
+                m._forward_pre_hooks,
+                m._backward_hooks,
+                m._backward_pre_hooks,
+            )
+        ]
+        self._own = [m.__dict__ for m in modules]
+        self._choice = backend()
+        self._stamps = self._stamp()
+        # Arrays that the core points to and the model does not hold: kept alive here.
+        self._kept: list[Tensor] = []
+        backbone = model.backbone
+        self._shape = model.lm_head.weight.shape[0]
+        self._decoder = core().Decoder(
+            backbone.embeddings.weight.detach(),
+            model.lm_head.weight.detach(),
+            self._float32(backbone.norm_f.weight),
+            backbone.norm_f.variance_epsilon,
+            [self._layer(block) for block in backbone.layers],
+        )
+
+    def is_current(self) -> bool:
+        """Whether the model still is what the pointers say."""
+        return (
+            not any(self._hooks)
+            and not any("forward" in own for own in self._own)
+            and all(live == then for live, then in self._children)
+            and self._stamp() == self._stamps
+            and backend() == self._choice
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def step(self, input_ids: Tensor, cache: MambaCache) -> Tensor:
+        """(b, v) logits; the cache advances."""
+        logits = torch.empty(input_ids.shape[0], self._shape)
+        core()
+        self._decoder.step(
+            input_ids.reshape(-1).long().contiguous(),
+            None,
+            cache.conv_states,
+            cache.ssm_states,
+            logits,
+        )
+        return logits
+
+    def _stamp(self) -> list[tuple[int, int, int]] | None:
+        stamps = []
+        for parameters, name, _ in self._weights:
+            weight = parameters.get(name)
+            if weight is None:
+                return None
+            stamps.append((id(weight), weight.data_ptr(), weight._version))
+        return stamps
+
+    def _float32(self, weight: Tensor | None) -> Tensor | None:
+        """A small weight as the core wants it: the model's own memory where that is float32."""
+        if weight is None:
+            return None
+        self._kept.append(weight.detach().float().contiguous())
+        return self._kept[-1]
+
+    def _layer(self, block: Any) -> dict[str, Tensor | None]:
+        mixer = block.mixer
+        return {
+            "norm": self._float32(block.norm.weight),
+            "in_proj": mixer.in_proj.weight.detach(),
+            "in_proj_bias": self._float32(mixer.in_proj.bias),
+            "conv_weight": self._float32(mixer.conv1d.weight[:, 0]),
+            "conv_bias": self._float32(mixer.conv1d.bias),
+            "x_proj": mixer.x_proj.weight.detach(),
+            "dt_proj": mixer.dt_proj.weight.detach(),
+            "dt_bias": self._float32(mixer.dt_proj.bias),
+            "A": self._float32(-torch.exp(mixer.A_log.float())),
+            "D": self._float32(mixer.D),
+            "out_proj": mixer.out_proj.weight.detach(),
+            "out_proj_bias": self._float32(mixer.out_proj.bias),
+        }
+
+
+_TABLES: WeakKeyDictionary[nn.Module, _Table] = WeakKeyDictionary()

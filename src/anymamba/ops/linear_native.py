@@ -1,0 +1,74 @@
+"""The matrix product on a CPU through the native core, as a PyTorch operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymamba.ops.native import core
+
+__all__ = ["linear"]
+
+
+def linear(x: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:
+    """Arguments and returns as in `anymamba.ops.linear`."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    y: Tensor = _linear(rows, weight_nk, None if bias_n is None else bias_n.float())
+    return y.view(*x.shape[:-1], weight_nk.shape[0])
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """a (m, k) times b (k, n), of any strides and types, plus bias (n,)."""
+    c = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+    bare_bias = None if bias is None else bias.detach().contiguous()
+    core().product(a.detach(), b.detach(), bare_bias, c)
+    return c
+
+
+@torch.library.custom_op("anymamba::linear", mutates_args=(), device_types="cpu")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _product(x, weight.t(), bias, x.dtype)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("anymamba::linear_backward", mutates_args=(), device_types="cpu")
+def _linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight, empty where they are not needed."""
+    nothing = x.new_empty(0)
+    dx = _product(dy, weight, None, x.dtype) if needs_x else nothing
+    dweight = _product(dy.t(), x, None, weight.dtype) if needs_weight else nothing.clone()
+    return dx, dweight
+
+
+@_linear_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return dx if needs_x else x.new_empty(0), dweight if needs_weight else x.new_empty(0)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.bias_type = None if bias is None else bias.dtype
+
+
+def _go_back(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dx, dweight = _linear_backward(dy, x, weight, needs_x, needs_weight)
+    dbias = dy.float().sum(0).to(ctx.bias_type) if ctx.bias_type and needs_bias else None
+    return dx if needs_x else None, dweight if needs_weight else None, dbias
+
+
+_linear.register_autograd(_go_back, setup_context=_keep)

@@ -1,0 +1,85 @@
+"""The native core as PyTorch sees it: is it there, and how many threads does it use?"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymamba.errors import BackendError
+from anymamba.ops.segments import Segments
+
+__all__ = ["core", "is_built", "reason_against", "segment_table"]
+
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_built() -> bool:
+    """Whether the native core was built when the package was installed."""
+    return find_spec("anymamba._core") is not None
+
+
+def core() -> Any:
+    """The native core, set to as many threads as PyTorch uses (or `ANYMAMBA_NUM_THREADS`)."""
+    module = _load()
+    threads = _wanted_threads()
+    if module.threads() != threads:
+        module.set_threads(threads)
+    return module
+
+
+def reason_against(operator: str, tensor: Tensor, arguments: dict[str, Any]) -> str | None:
+    """Why the core cannot serve a call, or None."""
+    if operator == "linear" and tensor.dtype == torch.bfloat16 and _multiplies_bfloat16():
+        return "this processor multiplies bfloat16 itself, which PyTorch uses"
+    for value in (tensor, *arguments.values()):
+        if not isinstance(value, Tensor):
+            continue
+        if value.device.type != "cpu":
+            return f"one of the tensors is on {value.device}"
+        if value.is_floating_point() and value.dtype not in _TYPES:
+            return f"its kernels do not offer {value.dtype}"
+        if value.is_complex():
+            return f"its kernels do not offer {value.dtype}"
+    return None
+
+
+def segment_table(segments: Segments | None) -> Tensor | None:
+    """Segments as the core reads them: (5, s) int64."""
+    if segments is None:
+        return None
+    lists = [
+        segments.rows,
+        segments.starts,
+        segments.stops,
+        segments.state_in,
+        segments.state_out,
+    ]
+    return torch.tensor(lists, dtype=torch.int64)
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_tile"))
+
+
+@cache
+def _load() -> Any:
+    return importlib.import_module("anymamba._core")
+
+
+def _wanted_threads() -> int:
+    text = os.environ.get("ANYMAMBA_NUM_THREADS")
+    if not text:
+        return torch.get_num_threads()
+    if not text.isdecimal() or int(text) < 1:
+        raise BackendError(
+            f"ANYMAMBA_NUM_THREADS is {text!r}, expected a whole number of threads, 1 or more"
+        )
+    return int(text)

@@ -1,0 +1,326 @@
+"""The selective scan on a CPU through the native core, as PyTorch operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymamba.ops.native import core, segment_table
+from anymamba.ops.segments import Segments
+
+__all__ = ["selective_scan", "selective_state_update"]
+
+
+def selective_scan(
+    x_ble: Tensor,
+    delta_ble: Tensor,
+    A_en: Tensor,
+    B_bln: Tensor,
+    C_bln: Tensor,
+    D_e: Tensor | None,
+    z_ble: Tensor | None,
+    delta_bias_e: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    return_last_state: bool,
+    segments: Segments | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and returns as in `anymamba.ops.selective_scan`."""
+    tensors = (
+        x_ble,
+        delta_ble,
+        _float32(A_en),
+        _in_groups(B_bln),
+        _in_groups(C_bln),
+        _float32(D_e),
+        z_ble,
+        _float32(delta_bias_e),
+        _float32(initial_state),
+    )
+    will_go_back = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    y_ble, last, _ = _scan(
+        *tensors,
+        segment_table(segments),
+        x_ble.shape[0] if segments is None else segments.n_states,
+        delta_softplus,
+        reverse,
+        will_go_back,
+    )
+    return y_ble, last
+
+
+def selective_state_update(
+    state_ben: Tensor,
+    x_be: Tensor,
+    delta_be: Tensor,
+    A_en: Tensor,
+    B_bn: Tensor,
+    C_bn: Tensor,
+    D_e: Tensor | None,
+    z_be: Tensor | None,
+    delta_bias_e: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """Arguments and returns as in `anymamba.ops.selective_state_update`."""
+    state = state_ben
+    if state.dtype != torch.float32 or not state[:1].is_contiguous():
+        state = state.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    y_be: Tensor = _scan_step(
+        state,
+        x_be,
+        delta_be,
+        _float32(A_en),
+        B_bn[:, None] if B_bn.ndim == 2 else B_bn,
+        C_bn[:, None] if C_bn.ndim == 2 else C_bn,
+        _float32(D_e),
+        z_be,
+        _float32(delta_bias_e),
+        delta_softplus,
+    )
+    if state is not state_ben:
+        state_ben.detach().copy_(state)
+    return y_be
+
+
+def _float32(tensor: Any) -> Any:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _in_groups(B_bln: Tensor) -> Tensor:
+    return B_bln[:, :, None] if B_bln.ndim == 3 else B_bln
+
+
+def _bare(tensor: Any) -> Any:
+    """Without autograd's claim on it, which array protocols refuse to hand on."""
+    return None if tensor is None else tensor.detach()
+
+
+@torch.library.custom_op("anymamba::selective_scan", mutates_args=(), device_types="cpu")
+def _scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor | None,
+    segments: Tensor | None,
+    n_states: int,
+    softplus: bool,
+    reverse: bool,
+    will_go_back: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last states, and what the backward pass needs (empty unless it will come)."""
+    y, last, kept = _outputs(x, A, n_states)
+    native = core()
+    if will_go_back:
+        b, l, e = x.shape
+        floats = native.scan_checkpoint_floats(b, l, e, A.shape[1], segments, n_states)
+        kept = x.new_empty(floats, dtype=torch.float32)
+    inputs = [_bare(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
+    native.scan(
+        *inputs,
+        softplus,
+        _bare(initial),
+        segments,
+        n_states,
+        reverse,
+        y,
+        last,
+        kept if will_go_back else None,
+    )
+    return y, last, kept
+
+
+def _outputs(x: Tensor, A: Tensor, n_states: int) -> tuple[Tensor, Tensor, Tensor]:
+    last = x.new_empty((n_states, *A.shape), dtype=torch.float32)
+    return torch.empty_like(x), last, x.new_empty(0, dtype=torch.float32)
+
+
+@_scan.register_fake
+def _(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor | None,
+    segments: Tensor | None,
+    n_states: int,
+    softplus: bool,
+    reverse: bool,
+    will_go_back: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, last, kept = _outputs(x, A, n_states)
+    if will_go_back:
+        kept = x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
+    return y, last, kept
+
+
+@torch.library.custom_op("anymamba::selective_scan_backward", mutates_args=(), device_types="cpu")
+def _scan_backward(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor | None,
+    segments: Tensor | None,
+    kept: Tensor,
+    dy: Tensor,
+    dlast: Tensor | None,
+    n_states: int,
+    softplus: bool,
+    reverse: bool,
+) -> list[Tensor]:
+    """The gradients of x, delta, A, B, C, D, z, delta_bias, initial; empty where there is none."""
+    gradients = _gradients(x, delta, A, B, C, D, z, delta_bias, initial)
+    dx, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial = gradients
+    inputs = [_bare(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
+    core().scan_backward(
+        *inputs,
+        softplus,
+        _bare(initial),
+        segments,
+        n_states,
+        reverse,
+        kept.detach(),
+        dy.detach(),
+        None if dlast is None else dlast.detach().contiguous(),
+        dx,
+        ddelta,
+        dA,
+        dB,
+        dC,
+        None if D is None else dD,
+        None if z is None else dz,
+        None if delta_bias is None else ddelta_bias,
+        None if initial is None else dinitial,
+    )
+    return gradients
+
+
+def _gradients(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor | None,
+) -> list[Tensor]:
+    def like(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        if tensor is None:
+            return x.new_empty(0)
+        dtype = dtype or tensor.dtype
+        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+
+    # B and C are summed over channels, in float32 whatever they are stored in.
+    wide = torch.float32
+    return [
+        like(x),
+        like(delta),
+        like(A),
+        like(B, wide),
+        like(C, wide),
+        like(D),
+        like(z),
+        like(delta_bias),
+        like(initial),
+    ]
+
+
+@_scan_backward.register_fake
+def _(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    initial: Tensor | None,
+    segments: Tensor | None,
+    kept: Tensor,
+    dy: Tensor,
+    dlast: Tensor | None,
+    n_states: int,
+    softplus: bool,
+    reverse: bool,
+) -> list[Tensor]:
+    return _gradients(x, delta, A, B, C, D, z, delta_bias, initial)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, segments, n_states, softplus, reverse, _ = inputs
+    ctx.save_for_backward(*tensors, segments, output[2])
+    ctx.options = (n_states, softplus, reverse)
+    ctx.set_materialize_grads(False)
+
+
+def _go_back(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Any) -> tuple[Any, ...]:
+    *tensors, segments, kept = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(tensors[0])
+    found = _scan_backward(*tensors, segments, kept, dy, dlast, *ctx.options)
+    gradients = [
+        None if tensor is None else gradient.to(tensor.dtype)
+        for tensor, gradient in zip(tensors, found, strict=True)
+    ]
+    return (*gradients, None, None, None, None, None)
+
+
+_scan.register_autograd(_go_back, setup_context=_keep)
+
+
+@torch.library.custom_op(
+    "anymamba::selective_state_update", mutates_args=("state",), device_types="cpu"
+)
+def _scan_step(
+    state: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
+    y = torch.empty_like(x)
+    inputs = [_bare(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
+    core().scan_step(state.detach(), *inputs, softplus, y)
+    return y
+
+
+@_scan_step.register_fake
+def _(
+    state: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
+    return torch.empty_like(x)

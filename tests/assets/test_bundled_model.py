@@ -1,0 +1,135 @@
+"""The bundled model: complete, small, and what its card says of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+import anymamba
+from anymamba import assets
+from anymamba.assets import bundled_model
+from anymamba.errors import CheckpointError
+
+# Written for this test in the manner of the training text, of which it is no part.
+VERSE = """\
+DUKE:
+What news, good sir? The night is dark and cold,
+And all my men are weary of the war.
+
+MESSENGER:
+My lord, the king is dead, and in his place
+His brother sits, and will not hear thy name.
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return anymamba.MambaForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
+
+
+def test_it_is_complete_and_small():
+    sizes = {path.name: path.stat().st_size for path in bundled_model().iterdir()}
+    assert sizes.keys() == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    }
+    assert sum(sizes.values()) <= 12e6
+
+
+def test_finding_it_imports_nothing_slow():
+    program = (
+        "import sys\n"
+        "from anymamba.assets import bundled_model\n"
+        "print(bundled_model().name, *{name.partition('.')[0] for name in sys.modules})\n"
+    )
+    done = subprocess.check_output([sys.executable, "-c", program], text=True).split()
+    assert done[0] == "shakespeare"
+    assert not {"torch", "transformers", "tokenizers", "numpy"} & set(done)
+
+
+def test_without_its_weights_it_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(assets, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(CheckpointError, match="bundled model is not installed"):
+        bundled_model()
+
+
+def test_the_card_has_the_figures_of_the_training():
+    card = (bundled_model() / "README.md").read_text(encoding="utf-8")
+    training = json.loads((bundled_model() / "training.json").read_text(encoding="utf-8"))
+    result = training["result"]
+    for name in ("validation_loss_windows", "validation_loss_stream"):
+        assert f"{result[name]:.4f}" in card
+        assert 1.0 < result[name] < 2.0
+    assert f"seed | {training['recipe']['seed']} " in card
+    assert result["sample"].strip() in card
+    assert "nats per byte" in card
+    losses = [point["validation_loss"] for point in training["record"]["curve"]]
+    assert min(losses) == pytest.approx(training["record"]["best_loss"], abs=1e-4)
+
+
+def test_the_parameters_are_as_many_as_the_card_says(model):
+    card = (bundled_model() / "README.md").read_text(encoding="utf-8")
+    assert f"{model.num_parameters():,} parameters" in card
+    assert 2e6 < model.num_parameters() < 5e6
+
+
+def test_it_has_learned_the_manner_of_the_text(model):
+    ids = torch.tensor([list(VERSE.encode())])
+    with torch.no_grad():
+        loss = model(ids, labels=ids).loss
+    # A uniform guess costs log(256) = 5.5; the frequencies of letters alone bring it to about 3.
+    assert loss < 2.3
+    shuffled = ids[:, torch.randperm(ids.shape[1], generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        assert model(shuffled, labels=shuffled).loss > loss + 1
+
+
+def test_transformers_own_mamba_computes_the_same(model):
+    other = transformers.MambaForCausalLM.from_pretrained(bundled_model(), dtype=torch.float32)
+    ids = torch.tensor([list(VERSE.encode()[:64])])
+    with torch.no_grad():
+        ours, theirs = model(ids).logits, other(ids).logits
+    # The design's tolerance for whole models in float32.
+    assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, float(theirs.abs().max()))
+
+
+def load_plain():
+    return Tokenizer.from_file(str(bundled_model() / "tokenizer.json"))
+
+
+def test_the_tokenizer_is_known_to_transformers():
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bundled_model())
+    text = " A rose,  by any other name;\n\tété 花 🌹 . ,'s"
+    tokens = tokenizer(text)["input_ids"]
+    assert tokens == list(text.encode())
+    assert tokenizer.decode(tokens) == text
+    assert len(tokenizer) == tokenizer.vocab_size == 256
+    assert tokenizer.all_special_tokens == []
+
+
+@given(st.text())
+def test_a_token_is_a_byte(text):
+    tokenizer = load_plain()
+    tokens = tokenizer.encode(text).ids
+    assert tokens == list(text.encode())
+    assert tokenizer.decode(tokens) == text
+
+
+def test_every_byte_is_a_token():
+    tokenizer = load_plain()
+    assert tokenizer.get_vocab_size() == 256
+    every = [tokenizer.decode([byte]) for byte in range(256)]
+    assert every == [bytes([byte]).decode("utf-8", errors="replace") for byte in range(256)]
