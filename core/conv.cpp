@@ -204,7 +204,7 @@ ANYMAMBA_INLINE void copy_number(void* to, DType to_type, std::int64_t to_index,
   if (to_type != from_type) {
     write(to, to_type, to_index, read(from, from_type, from_index));
   } else if (to_type == DType::f32) {
-    static_cast<std::uint32_t*>(to)[to_index] = static_cast<const std::uint32_t*>(from)[from_index];
+    static_cast<float*>(to)[to_index] = static_cast<const float*>(from)[from_index];
   } else {
     static_cast<std::uint16_t*>(to)[to_index] = static_cast<const std::uint16_t*>(from)[from_index];
   }
@@ -384,24 +384,31 @@ void add_parts(const ConvGradients& d, const float* sums, std::int64_t parts, st
 
 // One row of a step, some channels: sums (channels,) = bias + sum_j w_j input_j, and the window
 // moves on. x is taken as it is, before the window's type rounds it.
-template <DType X, DType M>
+// With K > 0 all lies as models keep it: channels side by side, each with a window of K columns.
+template <DType X, DType M, int K>
 void shift_row(float* __restrict sums, const ConvStep& step, const void* __restrict x,
                void* __restrict window, std::int64_t first, std::int64_t channels) {
-  const Window& w = step.window;
-  const std::int64_t k = step.k, last = w.columns - 1;
+  const std::int64_t k = K > 0 ? K : step.k, columns = K > 0 ? K : step.window.columns;
+  const std::int64_t channel_stride = K > 0 ? K : step.window.channel_stride;
+  const std::int64_t column_stride = K > 0 ? 1 : step.window.column_stride;
+  const std::int64_t x_stride = K > 0 ? 1 : step.x.channel_stride;
+  const float* __restrict const weight = step.weight;  // (e, k)
   for (std::int64_t c = 0; c < channels; ++c) {
-    const float* const taps = step.weight + (first + c) * k;
-    const std::int64_t at = (first + c) * w.channel_stride;
-    const std::int64_t x_at = (first + c) * step.x.channel_stride;
-    float total = step.bias == nullptr ? 0 : step.bias[first + c];
+    const std::int64_t channel = first + c, at = channel * channel_stride;
+    float total = weight[channel * k + k - 1] * read(x, X, channel * x_stride);
     for (std::int64_t j = 0; j < k - 1; ++j)
-      total += taps[j] * read(window, M, at + (w.columns - (k - 1) + j) * w.column_stride);
-    sums[c] = total + taps[k - 1] * read(x, X, x_at);
-    for (std::int64_t column = 0; column < last; ++column)
-      copy_number(window, M, at + column * w.column_stride, window, M,
-                  at + (column + 1) * w.column_stride);
-    copy_number(window, M, at + last * w.column_stride, x, X, x_at);
+      total += weight[channel * k + j] * read(window, M, at + (columns - (k - 1) + j) * column_stride);
+    sums[c] = total;
+    for (std::int64_t column = 0; column < columns - 1; ++column)
+      copy_number(window, M, at + column * column_stride, window, M,
+                  at + (column + 1) * column_stride);
+    copy_number(window, M, at + (columns - 1) * column_stride, x, X, channel * x_stride);
   }
+}
+
+bool is_packed(const ConvStep& step) {
+  return step.x.channel_stride == 1 && step.window.columns == step.k &&
+         step.window.column_stride == 1 && step.window.channel_stride == step.k;
 }
 
 }  // namespace
@@ -458,10 +465,14 @@ void conv_step(const ConvStep& step, std::int64_t first, std::int64_t last) {
                            row * step.window.state_stride * bytes(step.window.type);
       with_type(step.x.type, [&](auto x_type) {
         with_type(step.window.type, [&](auto window_type) {
-          shift_row<decltype(x_type)::value, decltype(window_type)::value>(sums, step, x, window, c,
-                                                                           channels);
+          with_taps(is_packed(step) ? step.k : 0, [&](auto taps) {
+            shift_row<decltype(x_type)::value, decltype(window_type)::value,
+                      decltype(taps)::value>(sums, step, x, window, c, channels);
+          });
         });
       });
+      if (step.bias != nullptr)
+        for (int i = 0; i < channels; ++i) sums[i] += step.bias[c + i];
       for (int i = channels; i % W != 0; ++i) sums[i] = 0;
       if (step.silu)
         for (int i = 0; i < channels; i += W) store(sums + i, silu_of(load(sums + i)));

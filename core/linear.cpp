@@ -27,7 +27,9 @@ constexpr int kDepth = 384;  // of k at a time
 constexpr int kBlockRows = 40 * kTileRows;  // of the left operand in L2
 constexpr int kRowPadding = 16;  // floats: keeps packed rows from falling into the same cache sets
 constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // at most, of a block not summed in c
-constexpr int64_t kTaskFlops = 1 << 19;  // less is not worth a hand-over to another thread
+constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
+constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
+constexpr int64_t kFewRows = 16, kFewRowsDepth = 1 << 15;  // beyond these, blocked
 
 ANYMAMBA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 ANYMAMBA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -486,22 +488,8 @@ void run_job(const Job& job) {
     parallel_for(row_blocks * column_blocks, run);
 }
 
-}  // namespace
-
-void product(const Product& p) {
-  if (p.m <= 0 || p.n <= 0) return;
-  Job job = {p.m, p.n, p.k,
-             {p.a.data, p.a.type, p.a.row_stride, p.a.column_stride},
-             {p.b.data, p.b.type, p.b.column_stride, p.b.row_stride},
-             p.c, p.bias, p.accumulate};
-  if (p.k <= 0) return run_empty(job);
-  run_job(job);
-}
-
 // ---------------------------------------------------------------------------------------------
 // A few rows.
-
-namespace {
 
 // Weight rows at once for a number of vectors: streams enough for memory, accumulators that fit.
 template <int M>
@@ -597,6 +585,70 @@ void few_rows(const FewRows& few, int64_t first, int64_t last) {
     case DType::bf16: return few_rows_in_groups<DType::bf16, kVectorsAtOnce>(group, few, first, last);
     case DType::f16: return few_rows_in_groups<DType::f16, kVectorsAtOnce>(group, few, first, last);
   }
+}
+
+namespace {
+
+// Left rows as rows of floats: themselves where they are, in scratch otherwise.
+LeftPanel rows_of_floats(const Operand& left, int64_t rows, int64_t depth) {
+  if (left.type == DType::f32 && left.depth == 1)
+    return {static_cast<const float*>(left.data), left.lane, 1};
+  float* x = left_scratch.at_least(rows * depth);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t p = 0; p < depth; ++p)
+      x[i * depth + p] = read(left.data, left.type, i * left.lane + p * left.depth);
+  return {x, depth, 1};
+}
+
+bool suits_few_rows(const Job& job) {
+  return job.rows <= kFewRows && job.right.depth == 1 && job.depth <= kFewRowsDepth;
+}
+
+// The columns [first, last) of c.
+void run_few_rows(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
+  const bool in_place = sums_in_place(job) && !job.accumulate;
+  const int64_t size = static_cast<int64_t>(size_of(job.right.type));
+  FewRows few;
+  few.k = job.depth;
+  few.weight = static_cast<const char*>(job.right.data) + first * job.right.lane * size;
+  few.type = job.right.type;
+  few.weight_row_stride = job.right.lane;
+  few.bias = in_place && job.bias != nullptr ? job.bias + first : nullptr;
+  few.x = x.data;
+  few.x_row_stride = x.lane;
+  few.y = in_place ? static_cast<float*>(job.c.data) + first
+                   : sums_scratch.at_least(job.rows * (last - first));
+  few.y_row_stride = in_place ? job.c.row_stride : last - first;
+  few.m = static_cast<int>(job.rows);
+  few_rows(few, 0, last - first);
+  if (!in_place) finish(job, {0, job.rows, first, last}, few.y, few.y_row_stride);
+}
+
+void run_few_rows(const Job& job) {
+  const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth);
+  const int64_t most = larger(1, smaller(2 * Threads::count(), job.columns * job.depth / kTaskWeights));
+  const int64_t stretch = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kFewRows);
+  const int64_t tasks = ceil_div(job.columns, stretch);
+  const auto run = [&](int64_t task) {
+    run_few_rows(job, x, task * stretch, smaller((task + 1) * stretch, job.columns));
+  };
+  if (most == 1)
+    for (int64_t task = 0; task < tasks; ++task) run(task);
+  else
+    parallel_for(tasks, run);
+}
+
+}  // namespace
+
+void product(const Product& p) {
+  if (p.m <= 0 || p.n <= 0) return;
+  const Job job = {p.m, p.n, p.k,
+                   {p.a.data, p.a.type, p.a.row_stride, p.a.column_stride},
+                   {p.b.data, p.b.type, p.b.column_stride, p.b.row_stride},
+                   p.c, p.bias, p.accumulate};
+  if (p.k <= 0) run_empty(job);
+  else if (suits_few_rows(job)) run_few_rows(job);
+  else run_job(job);
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

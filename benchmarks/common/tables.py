@@ -8,7 +8,7 @@ from typing import Any
 
 from common.timing import Timing
 
-__all__ = ["Column", "Table", "markdown", "not_measured", "timed"]
+__all__ = ["Column", "Row", "Table", "markdown", "not_measured", "timed"]
 
 Row = dict[str, Any]
 
@@ -95,7 +95,10 @@ def markdown(table: Mapping[str, Any]) -> str:
     lines += [[_cell(column, row) for column in columns] for row in table["rows"]]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns))]
     # Words stand on the left, numbers on the right.
-    marks = ["-" * w if _is_text(c) else "-" * (w - 1) + ":" for c, w in zip(columns, widths)]
+    marks = [
+        "-" * width if _is_text(column) else "-" * (width - 1) + ":"
+        for column, width in zip(columns, widths, strict=True)
+    ]
     lines.insert(1, marks)
     padded = [
         [
@@ -105,7 +108,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         for line in lines
     ]
     body = "\n".join(f"| {' | '.join(line)} |" for line in padded)
-    return f"{table['title']}\n\n{body}"
+    return f"**{table['title']}**\n\n{body}"
 
 
 def _is_text(column: Mapping[str, str]) -> bool:

@@ -129,9 +129,8 @@ void check_backward(const Problem& problem, const Result& forward, const Gradien
   const Case& c = problem.c;
   std::vector<double> dweight(static_cast<std::size_t>(c.d), 0.0);
   for (std::int64_t row = 0; row < c.rows; ++row) {
-    // From the stored sum, and its own scale: normed_i = s_i r w_i, r = (mean s^2 + eps)^-1/2.
-    double squares = 0, through_scale = 0;
-    for (std::int64_t i = 0; i < c.d; ++i) squares += std::pow(forward.total.get(row, i), 2);
+    // normed_i = s_i r w_i with r = (mean s^2 + eps)^-1/2, from the sum as it is stored.
+    double through_scale = 0;
     const double scale = forward.scale[static_cast<std::size_t>(row)];
     for (std::int64_t i = 0; i < c.d; ++i) {
       const double dy = problem.dnormed.get(row, i), s = forward.total.get(row, i);

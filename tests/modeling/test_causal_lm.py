@@ -251,7 +251,7 @@ def test_use_mambapy_runs_mambapy_or_says_what_to_install(
 ) -> None:
     ids = words(2, 20)
     assert_same(small_model(use_mambapy=True)(ids).logits, small_model()(ids).logits)
-    monkeypatch.setattr(backends, "is_installed", lambda name: False)
+    monkeypatch.setattr(backends, "INSTALLED", dict.fromkeys(backends.INSTALLED, False))
     with pytest.raises(MissingDependencyError, match="pip install mambapy"):
         small_model(use_mambapy=True)
 

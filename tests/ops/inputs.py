@@ -60,10 +60,11 @@ def gradients(
 ) -> dict[str, Tensor]:
     """The gradient of each input by its name, for the given gradients of the outputs."""
     names = [n for n, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad]
+    pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
     found = torch.autograd.grad(
-        list(outputs),
+        [output for output, _ in pairs],
         [inputs[name] for name in names],
-        [c.to(output.dtype) for output, c in zip(outputs, cotangents, strict=True)],
+        [cotangent.to(output.dtype) for output, cotangent in pairs],
         materialize_grads=True,
     )
     return dict(zip(names, found, strict=True))

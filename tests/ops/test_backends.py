@@ -45,7 +45,7 @@ def test_an_unknown_backend_lists_the_known() -> None:
 def test_a_backend_that_is_not_installed_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends, "is_installed", lambda name: False)
+    monkeypatch.setattr(backends, "INSTALLED", dict.fromkeys(backends.INSTALLED, False))
     with pytest.raises(BackendError, match="pip install mamba-ssm causal-conv1d"):
         ops.backend("cuda")
     with pytest.raises(BackendError, match="pip install mambapy"):
@@ -68,7 +68,7 @@ def test_the_fallback_is_taken_where_no_kernel_is(monkeypatch: pytest.MonkeyPatc
         taken.append("mambapy")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("anymamba.ops.scan_mambapy.selective_scan", spy)
+    monkeypatch.setitem(backends._loaded, "anymamba.ops.scan_mambapy:selective_scan", spy)
     monkeypatch.setattr(backends, "PREFERENCE", ("mambapy", "reference"))
     ops.selective_scan(**scan_inputs(1, 2, 2, 2))
     assert not taken

@@ -165,7 +165,10 @@ def test_gradients_of_one_input_alone(name: str) -> None:
 def test_each_option_may_be_absent(absent: str) -> None:
     inputs = scan_inputs(2, 40, 19, 5)
     del inputs[absent]
-    inputs["delta_ble"] = inputs["delta_ble"].abs() * 0.1
+    # Without softplus, negative steps would make states grow beyond all numbers.
+    for name in ("delta_ble", "delta_bias_e"):
+        if name in inputs:
+            inputs[name] = inputs[name].abs() * 0.1
     assert_scan(inputs)
     assert_scan_gradients(inputs)
 
@@ -412,15 +415,10 @@ def test_updates_write_into_the_state_that_was_given(layout: str, dtype: torch.d
     before = state.clone()
     expected_y, expected = exactly(inputs | {"initial_state": before})
     address, version = state.data_ptr(), state._version
-    # A float64 state is beyond the core, which then must say so rather than take it.
-    if dtype == torch.float64:
-        with pytest.raises(BackendError, match="float64"):
-            update(state, inputs)
-        assert torch.equal(state, before)
-        return
     y = update(state, inputs)
     assert_contract(y, expected_y[:, 0])
-    assert_contract(state, expected)
+    # A float64 state is computed in float32 too, as the reference does.
+    assert_contract(state.float() if dtype == torch.float64 else state, expected)
     assert state.data_ptr() == address
     assert state._version > version
 

@@ -42,7 +42,7 @@ class Backend:
 
     def missing(self) -> str | None:
         """The reason why this machine cannot run the backend, or None."""
-        absent = [name for name in self.packages if not is_installed(name)]
+        absent = [name for name in self.packages if not INSTALLED[name]]
         if absent:
             return f"{' and '.join(absent)} not installed: {self.install}"
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -102,14 +102,15 @@ BACKENDS = {
 _ONLY_BY_REQUEST = frozenset({"mambapy"})
 
 
-@cache
-def is_installed(name: str) -> bool:
-    """Whether a package, or a module of one, can be imported. Looked up once a process."""
+def _is_importable(name: str) -> bool:
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 
+
+# Looked up once a process, and before any function is compiled: a compiler cannot follow imports.
+INSTALLED = {name: _is_importable(name) for entry in BACKENDS.values() for name in entry.packages}
 
 _choice: ContextVar[str | None] = ContextVar("anymamba_backend", default=None)
 
@@ -153,7 +154,7 @@ def backend(name: str | None = None) -> str | _Chosen:
         'reference'
     """
     if name is None:
-        return _choice.get() or _from_environment()
+        return _current()
     _demand(name, "anymamba.ops.backend")
     return _Chosen(name)
 
@@ -188,7 +189,7 @@ def implementation(
     Raises:
         BackendError: the chosen backend cannot serve the call.
     """
-    chosen = name or _choice.get() or _from_environment()
+    chosen = name or _current()
     if chosen != "auto":
         _demand(chosen, operator)
         if operator in BACKENDS[chosen].operators:
@@ -205,6 +206,12 @@ def implementation(
                 _say_once_that_the_core_is_missing()
             return _load(BACKENDS[candidate].operators[operator])
     raise BackendError(f"no backend can run {operator} on {tensor.device}")
+
+
+# A compiled function keeps the choice that was in force when it was compiled.
+@torch.compiler.assume_constant_result
+def _current() -> str:
+    return _choice.get() or _from_environment()
 
 
 @cache
@@ -250,6 +257,15 @@ def _reason_against(
 
 
 def _load(place: str) -> Callable[..., Any]:
-    module, _, function = place.partition(":")
-    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return loaded
+    if place not in _loaded:
+        module, _, function = place.partition(":")
+        _loaded[place] = getattr(importlib.import_module(module), function)
+    return _loaded[place]
+
+
+_loaded: dict[str, Callable[..., Any]] = {}
+# Ours are loaded ahead for the same reason; others' packages may take long to import.
+for _name in ("cpu", "reference"):
+    if BACKENDS[_name].missing() is None:
+        for _place in filter(None, (*BACKENDS[_name].operators.values(), BACKENDS[_name].accepts)):
+            _load(_place)

@@ -16,6 +16,8 @@ from anymamba.ops.segments import Segments
 
 __all__ = ["core", "is_built", "reason_against", "segment_table"]
 
+_FOUND = torch.cpu.get_capabilities()
+_MULTIPLIES_BFLOAT16 = bool(_FOUND.get("avx512_bf16") or _FOUND.get("amx_tile"))
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +37,7 @@ def core() -> Any:
 
 def reason_against(operator: str, tensor: Tensor, arguments: dict[str, Any]) -> str | None:
     """Why the core cannot serve a call, or None."""
-    if operator == "linear" and tensor.dtype == torch.bfloat16 and _multiplies_bfloat16():
+    if operator == "linear" and tensor.dtype == torch.bfloat16 and _MULTIPLIES_BFLOAT16:
         return "this processor multiplies bfloat16 itself, which PyTorch uses"
     for value in (tensor, *arguments.values()):
         if not isinstance(value, Tensor):
@@ -61,12 +63,6 @@ def segment_table(segments: Segments | None) -> Tensor | None:
         segments.state_out,
     ]
     return torch.tensor(lists, dtype=torch.int64)
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_tile"))
 
 
 @cache
