@@ -1,7 +1,8 @@
 # make setup   makes .venv with all that development needs
 # make demo    generates text with the bundled model (sets up first)
 # make test    runs all checks and tests (sets up first)
-# make bench   measures; prints tables, writes JSON
+# make bench   measures; prints tables, writes JSON, draws the chart
+# make bench-peers   installs what it compares with; llama.cpp compiles for about ten minutes
 # make lint, make format
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: setup demo test bench lint format
+.PHONY: setup demo test bench bench-peers lint format
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -44,4 +45,11 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
+	for name in prefill decode train scan memory; do \
+		$(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/chart.py || echo "The tables and JSON files are complete without it."
+
+bench-peers: setup
+	ANYMAMBA_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --disable-pip-version-check \
+		--editable ".[dev,peers]"

@@ -19,17 +19,16 @@ OURS, OTHERS, LIMIT, INK = "#d9730d", "#8a94a6", "#2f9e6e", "#7a828e"
 
 @dataclass(frozen=True)
 class Panel:
-    """One question: where its answer is, and which limit it is held against."""
+    """One question: the script and which of its tables answers it."""
 
     benchmark: str
     table: int
-    title: str
 
 
 PANELS = (
-    Panel("prefill", 0, "Reading a prompt"),
-    Panel("decode", 0, "Writing, token by token"),
-    Panel("train", 0, "Training step"),
+    Panel("prefill", 0),
+    Panel("decode", 0),
+    Panel("train", 0),
 )
 
 
@@ -68,7 +67,7 @@ def draw(panels: Sequence[tuple[Panel, Mapping[str, Any]]], output: Path) -> Non
         1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False
     )
     for axis, (panel, result) in zip(axes[0], panels, strict=True):
-        bars(axis, panel.title, result["tables"][panel.table])
+        bars(axis, result["tables"][panel.table])
     machine = panels[0][1]["machine"]
     figure.suptitle(
         f"mamba-130m, batch 1, tokens a second; {machine['processor']}, "
@@ -78,7 +77,7 @@ def draw(panels: Sequence[tuple[Panel, Mapping[str, Any]]], output: Path) -> Non
     figure.savefig(output, transparent=True, metadata=metadata, dpi=160)
 
 
-def bars(axis: Any, title: str, table: Mapping[str, Any]) -> None:
+def bars(axis: Any, table: Mapping[str, Any]) -> None:
     """Speeds as bars, the fastest on top, and limits as lines from top to bottom."""
     rows = [row for row in table["rows"] if row.get("tokens_per_second")]
     speeds = [row for row in rows if not row["name"].startswith("limit")]
@@ -86,7 +85,7 @@ def bars(axis: Any, title: str, table: Mapping[str, Any]) -> None:
     values = [row["tokens_per_second"] for row in speeds]
     colors = [OURS if "AnyMamba" in row["name"] else OTHERS for row in speeds]
     drawn = axis.barh([row["name"] for row in speeds], values, color=colors)
-    axis.bar_label(drawn, fmt="%.3g", padding=3, color=INK)
+    axis.bar_label(drawn, [f"{v:.0f}" if v >= 10 else f"{v:.1f}" for v in values], padding=3)
     for row in rows:
         if row["name"].startswith("limit"):
             axis.axvline(row["tokens_per_second"], color=LIMIT, linestyle="--", linewidth=1)
@@ -100,7 +99,7 @@ def bars(axis: Any, title: str, table: Mapping[str, Any]) -> None:
                 fontsize=7,
                 horizontalalignment="right",
             )
-    axis.set_title(f"{title}\n{table['title'].partition('(')[0].strip()}", fontsize=9)
+    axis.set_title(table["title"].partition("(")[0].strip(), fontsize=9)
     axis.margins(x=0.12)
     axis.tick_params(colors=INK)
     axis.spines[["top", "right"]].set_visible(False)

@@ -48,7 +48,7 @@ class Operators:
             return torch.randn(*sizes, generator=generator)
 
         self.x_ble, self.z_ble = random(1, length, 2 * e).chunk(2, dim=-1)
-        _, self.B_bln, self.C_bln = random(1, length, r + 2 * n).split([r, n, n], dim=-1)
+        _, self.B_bln, self.C_bln = torch.split(random(1, length, r + 2 * n), [r, n, n], dim=-1)
         self.conv_ble, self.delta_ble = random(1, length, e), random(1, length, e)
         self.A_en = -torch.arange(1.0, n + 1).repeat(e, 1)
         self.D_e, self.delta_bias_e = torch.ones(e), random(e) - 4
@@ -109,7 +109,7 @@ def forward(shape: Shape, length: int, options: Options) -> Table:
     operators = Operators(shape, length)
     cases = [
         Case(LAYER, partial(model.backbone, ids_bl)),
-        Case(PRODUCTS, lambda: [multiply() for multiply in products]),
+        Case(PRODUCTS, partial(all_of, products)),
         Case("scan", operators.scan, repeats=10),
         Case("convolution", operators.convolution, repeats=10),
         Case("norm", operators.norm, repeats=10),
@@ -147,6 +147,12 @@ def backward(shape: Shape, length: int, options: Options) -> Table:
     return table
 
 
+def all_of(products: list[LayerProducts]) -> None:
+    """One layer after another."""
+    for multiply in products:
+        multiply()
+
+
 def peer_cases(
     options: Options, make: Callable[[str], Callable[[], object]]
 ) -> tuple[list[Case], list[Row]]:
@@ -173,7 +179,7 @@ def row(name: str, timings: dict[str, Timing]) -> Row:
         column.key: 1 / timings[name].speed_beside(timings[whole])
         for column, whole in ((OF_LAYER, LAYER), (OF_PRODUCTS, PRODUCTS))
     }
-    return timed(name, timings[name], **shares)
+    return timed(name, timings[name]) | shares
 
 
 def size(shape: Shape, length: int) -> str:

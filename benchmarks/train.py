@@ -38,14 +38,12 @@ def main() -> None:
     """Measure three shapes, then print and write."""
     options = options_from(parser("train", __doc__ or "").parse_args())
     machine = describe(options.quick)
-    big, few, many = (
-        (QUICK, (1, 16), (2, 16)) if options.quick else (MAMBA_130M, (1, 256), (4, 512))
-    )
-    small = (2, 16) if options.quick else (8, 256)
+    big, small = (QUICK, QUICK) if options.quick else (MAMBA_130M, SMALL)
+    few, many = ((1, 16), (2, 16)) if options.quick else ((1, 256), (4, 512))
     tables = [
         beside_limit(big, few, options.rounds or 5, options.peers),
         beside_limit(big, many, options.rounds or 3, None),
-        beside_transformers(QUICK if options.quick else SMALL, small, options),
+        beside_transformers(small, (2, 16) if options.quick else (8, 256), options),
     ]
     tables[1].rows += [
         not_measured(name, f"measured at {few[0]} x {few[1]} only") for name in TRAINABLE

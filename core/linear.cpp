@@ -1,11 +1,12 @@
 // Matrix products: the blocked one for many rows, and the one bound by reading the weights.
 //
 // The blocked product follows Goto and van de Geijn. Of its two operands one is read a number at a
-// time and broadcast ("left", in rows), the other by whole vectors ("right", in columns). A block of
-// the left operand is packed so that it stays in L2, a panel of the right one so that it stays in
-// L1, both as float32 whatever they are stored in. A micro-kernel keeps a tile of c in registers
-// over one stretch of k. How k is cut depends on k alone, and every number of c is summed in the
-// order of k by one worker: results are the same for any number of threads and any cut of c.
+// time and broadcast ("left", in rows), the other by whole vectors ("right", in columns). A block
+// of the left operand is packed for L2 and read once for each panel of the right one, which is
+// packed just before, for L1; both become float32 whatever they are stored in. A micro-kernel keeps
+// a tile of c in registers over one cut of k. How k is cut depends on k alone, and every number of
+// c is summed in the order of k by one worker, in tiles of any size in the same way: results are
+// the same for any number of threads and any cut of c.
 #include <cstdlib>
 #include <new>
 
@@ -23,10 +24,10 @@ using std::int64_t;
 constexpr int kTileRows = W == 16 ? 14 : W == 8 ? 6 : 4;
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * W;
-constexpr int kDepth = 384;  // of k at a time
+constexpr int kDepth = 384;  // of k at a time: fewer passes over c against panels that leave L1
 constexpr int kBlockRows = 40 * kTileRows;  // of the left operand in L2
 constexpr int kRowPadding = 16;  // floats: keeps packed rows from falling into the same cache sets
-constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // at most, of a block not summed in c
+constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of a block summed beside c
 constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
 constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
 constexpr int64_t kFewRows = 16, kFewRowsDepth = 1 << 15;  // beyond these, blocked
@@ -110,7 +111,8 @@ struct Scratch {
     if (floats > size) {
       std::free(data);
       size = 0;
-      data = static_cast<float*>(std::aligned_alloc(64, static_cast<std::size_t>(round_up(floats, 16)) * 4));
+      const auto bytes = static_cast<std::size_t>(round_up(floats, 16)) * sizeof(float);
+      data = static_cast<float*>(std::aligned_alloc(64, bytes));
       if (data == nullptr) throw std::bad_alloc();
       size = floats;
     }
@@ -150,9 +152,9 @@ struct LeftPanel {
   int64_t lane, depth;
 };
 
-// What the tiles of one panel fetch into L2 for the next panel while they compute. It is spread over
-// the loop of each tile, for a burst of fetches would block it. There are `all` stretches of memory;
-// a tile takes `count` of them, each in `steps` steps of `step` bytes.
+// What the tiles of one panel fetch into L2 for the next panel while they compute. It is spread
+// over the loop of each tile, for a burst of fetches would block it. There are `all` stretches of
+// memory; a tile takes `count` of them, each in `steps` steps of `step` bytes.
 struct Fetch {
   const char* data;
   int64_t all, count, stride, steps, step;
@@ -258,14 +260,14 @@ LeftPanel pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_
                     int64_t depth, float* packed) {
   const int64_t start = first_row * left.lane + first_depth * left.depth;
   if (left.depth == 1) {
-    const int64_t stride = round_up(depth, 16) + kRowPadding;
+    const int64_t stride = round_up(depth, 16) + kRowPadding, size = size_of(type);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t from = start + i * left.lane;
       float* to = packed + i * stride;
       const int64_t ahead = i + 4 < rows ? 4 * left.lane : 0;
       int64_t p = 0;
       for (; p + W <= depth; p += W) {
-        __builtin_prefetch(static_cast<const char*>(left.data) + (from + ahead + p) * static_cast<int64_t>(size_of(type)));
+        __builtin_prefetch(static_cast<const char*>(left.data) + (from + ahead + p) * size);
         store(to + p, load_as<type>(left.data, from + p));
       }
       for (; p < depth; ++p) to[p] = read(left.data, type, from + p);
@@ -330,13 +332,15 @@ Fetch plan_fetches(const Operand& right, int64_t first_column, int64_t columns, 
                    int64_t depth, int64_t tiles) {
   const int64_t size = static_cast<int64_t>(size_of(right.type));
   const int64_t lane = right.lane * size, step = right.depth * size;
-  const char* data = static_cast<const char*>(right.data) + first_column * lane + first_depth * step;
+  const int64_t start = first_column * lane + first_depth * step;
   const bool along_depth = right.depth == 1;
   const int64_t all = along_depth ? columns : depth;
   const int64_t count = ceil_div(all, smaller(tiles, all));
   const int64_t steps = ceil_div(depth, smaller(count, depth));
   const int64_t bytes = (along_depth ? depth : columns) * size;
-  return {data, all, count, along_depth ? lane : step, steps, ceil_div(bytes, steps)};
+  const int64_t stride = along_depth ? lane : step;
+  return {static_cast<const char*>(right.data) + start, all, count, stride, steps,
+          ceil_div(bytes, steps)};
 }
 
 // c (block) = sums (rows, stride) + biases + the old c.
@@ -402,7 +406,8 @@ void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t 
   for (int64_t i = 0, stretch = 0; i < rows; i += kTileRows, stretch += fetch.count) {
     tile.left.data = left.data + i * (left.lane == 1 ? depth : left.lane);
     tile.c = sums.data + i * sums.stride;
-    tile.fetch.data = fetch.data + smaller(stretch, fetch.all - fetch.count) * fetch.stride;
+    const int64_t first_stretch = smaller(stretch, fetch.all - fetch.count);
+    tile.fetch.data = fetch.data + first_stretch * fetch.stride;
     const int64_t tile_rows = smaller(kTileRows, rows - i);
     if (columns % W == 0) run_micro_kernel(tile_rows, vectors, tile);
     else run_partial_tile(tile_rows, vectors, columns, tile);
@@ -418,8 +423,8 @@ void run_block(const Job& job, const Block& block) {
   const int64_t depth_step = round_up(ceil_div(job.depth, ceil_div(job.depth, kDepth)), 16);
   const bool in_place = sums_in_place(job);
   const int64_t stride = in_place ? job.c.row_stride : round_up(columns, 16);
-  float* c = in_place ? static_cast<float*>(job.c.data) + block.first_row * stride + block.first_column
-                      : sums_scratch.at_least(rows * stride);
+  float* c = in_place ? static_cast<float*>(job.c.data) : sums_scratch.at_least(rows * stride);
+  if (in_place) c += block.first_row * stride + block.first_column;
   float* left = left_scratch.at_least(row_step * (depth_step + kRowPadding));
   float* panel = right_scratch.at_least(kTileColumns * depth_step);
 
@@ -432,9 +437,9 @@ void run_block(const Job& job, const Block& block) {
         const int64_t width = smaller(kTileColumns, columns - j), column = block.first_column + j;
         packing.right(job.right, column, width, p, depth, round_up(width, W), panel);
         const int64_t next = j + kTileColumns < columns ? kTileColumns : 0;
-        const Fetch fetch =
-            plan_fetches(job.right, column + next, smaller(kTileColumns, columns - j - next), p, depth,
-                         ceil_div(part, kTileRows));
+        const int64_t next_width = smaller(kTileColumns, columns - j - next);
+        const Fetch fetch = plan_fetches(job.right, column + next, next_width, p, depth,
+                                         ceil_div(part, kTileRows));
         const float* bias = in_place && p == 0 && job.bias != nullptr ? job.bias + column : nullptr;
         const Sums sums = {c + i * stride + j, stride, bias, p > 0 || (in_place && job.accumulate)};
         run_panel(packed, part, panel, width, depth, sums, fetch);
@@ -455,41 +460,49 @@ void run_empty(const Job& job) {
     }
 }
 
-void run_job(const Job& job) {
-  // The left operand is packed again for each block of columns, the right one, which costs more,
-  // for each block of rows.
-  const int64_t flops = 2 * job.rows * job.columns * job.depth;
-  const int64_t tasks = larger(1, smaller(2 * Threads::count(), flops / kTaskFlops));
-  int64_t block_rows = job.rows, block_columns = job.columns;
+// The size of the blocks for at least `tasks` of them, as far as they can be had. The left operand
+// is packed again for each block of columns, the right one, which costs more, for each of rows.
+Block first_block(const Job& job, int64_t tasks) {
+  int64_t rows = job.rows, columns = job.columns;
   if (!sums_in_place(job)) {
-    block_rows = smaller(block_rows, kSumsRows);
-    block_columns = smaller(block_columns, kSumsColumns);
+    rows = smaller(rows, kSumsRows);
+    columns = smaller(columns, kSumsColumns);
   }
-  if (tasks > 1) {
-    while (ceil_div(job.rows, block_rows) * ceil_div(job.columns, block_columns) < tasks) {
-      if (block_rows > 4 * block_columns && block_rows > kTileRows)
-        block_rows = round_up(ceil_div(block_rows, 2), kTileRows);
-      else if (block_columns > kTileColumns)
-        block_columns = round_up(ceil_div(block_columns, 2), kTileColumns);
-      else
-        break;
-    }
+  while (ceil_div(job.rows, rows) * ceil_div(job.columns, columns) < tasks) {
+    if (rows > 4 * columns && rows > kTileRows)
+      rows = round_up(ceil_div(rows, 2), kTileRows);
+    else if (columns > kTileColumns)
+      columns = round_up(ceil_div(columns, 2), kTileColumns);
+    else
+      break;
   }
-  const int64_t row_blocks = ceil_div(job.rows, block_rows);
-  const int64_t column_blocks = ceil_div(job.columns, block_columns);
+  return {0, rows, 0, columns};
+}
+
+void run_blocks(const Job& job) {
+  const int64_t worth = 2 * job.rows * job.columns * job.depth / kTaskFlops;
+  const int64_t tasks = larger(1, smaller(2 * Threads::count(), worth));
+  const Block size = first_block(job, tasks);
+  const int64_t row_blocks = ceil_div(job.rows, size.last_row);
+  const int64_t blocks = row_blocks * ceil_div(job.columns, size.last_column);
   const auto run = [&](int64_t task) {
-    const int64_t row = task % row_blocks * block_rows, column = task / row_blocks * block_columns;
-    run_block(job, {row, smaller(row + block_rows, job.rows), column,
-                    smaller(column + block_columns, job.columns)});
+    const int64_t row = task % row_blocks * size.last_row;
+    const int64_t column = task / row_blocks * size.last_column;
+    run_block(job, {row, smaller(row + size.last_row, job.rows), column,
+                    smaller(column + size.last_column, job.columns)});
   };
   if (tasks == 1)
-    for (int64_t task = 0; task < row_blocks * column_blocks; ++task) run(task);
+    for (int64_t task = 0; task < blocks; ++task) run(task);
   else
-    parallel_for(row_blocks * column_blocks, run);
+    parallel_for(blocks, run);
 }
+
+}  // namespace
 
 // ---------------------------------------------------------------------------------------------
 // A few rows.
+
+namespace {
 
 // Weight rows at once for a number of vectors: streams enough for memory, accumulators that fit.
 template <int M>
@@ -498,7 +511,7 @@ constexpr int rows_at_once() {
   return M == 1 ? 6 : M == 2 ? 4 : 2;
 }
 constexpr int kVectorsAtOnce = W == 16 ? 6 : 4;
-constexpr int64_t kChunkBytes = 128 << 10;
+constexpr int64_t kChunkBytes = 128 << 10;  // of weights, in L2
 
 // y (M vectors, R rows) from weight rows row.. and x rows vector..; rows `ahead` bytes further on
 // are fetched meanwhile.
@@ -550,20 +563,23 @@ void dot_products_of(int vectors, const FewRows& few, int64_t row, int vector, i
   if constexpr (M > 1) dot_products_of<type, R, M - 1>(vectors, few, row, vector, ahead);
 }
 
-// Vectors in groups of at most M. Each group goes over a chunk of weight rows that L2 holds, so that
-// the group's part of x stays in L1 and memory is read once.
+// Vectors in groups of at most M. Each group goes over a chunk of weight rows that L2 holds, so
+// that the group's part of x stays in L1 and memory is read once.
 template <DType type, int M>
 void few_rows_of(const FewRows& few, int64_t first, int64_t last) {
   constexpr int R = rows_at_once<M>();
   const int64_t row_bytes = few.weight_row_stride * (type == DType::f32 ? 4 : 2);
-  const int64_t chunk = few.m > M ? larger(1, kChunkBytes / larger(1, R * row_bytes)) * R : last - first;
+  const int64_t chunk =
+      few.m > M ? larger(1, kChunkBytes / larger(1, R * row_bytes)) * R : last - first;
   for (int64_t start = first; start < last; start += chunk) {
     const int64_t stop = smaller(start + chunk, last);
     for (int vector = 0; vector < few.m; vector += M) {
       const int vectors = few.m - vector < M ? few.m - vector : M;
       int64_t row = start;
-      for (; row + R <= stop; row += R)
-        dot_products_of<type, R, M>(vectors, few, row, vector, row + 2 * R <= last ? R * row_bytes : 0);
+      for (; row + R <= stop; row += R) {
+        const int64_t ahead = row + 2 * R <= last ? R * row_bytes : 0;
+        dot_products_of<type, R, M>(vectors, few, row, vector, ahead);
+      }
       for (; row < stop; ++row) dot_products_of<type, 1, M>(vectors, few, row, vector, 0);
     }
   }
@@ -580,10 +596,11 @@ void few_rows_in_groups(int group, const FewRows& few, int64_t first, int64_t la
 void few_rows(const FewRows& few, int64_t first, int64_t last) {
   const int groups = static_cast<int>(ceil_div(few.m, kVectorsAtOnce));
   const int group = static_cast<int>(ceil_div(few.m, groups > 0 ? groups : 1));
+  constexpr int M = kVectorsAtOnce;
   switch (few.type) {
-    case DType::f32: return few_rows_in_groups<DType::f32, kVectorsAtOnce>(group, few, first, last);
-    case DType::bf16: return few_rows_in_groups<DType::bf16, kVectorsAtOnce>(group, few, first, last);
-    case DType::f16: return few_rows_in_groups<DType::f16, kVectorsAtOnce>(group, few, first, last);
+    case DType::f32: return few_rows_in_groups<DType::f32, M>(group, few, first, last);
+    case DType::bf16: return few_rows_in_groups<DType::bf16, M>(group, few, first, last);
+    case DType::f16: return few_rows_in_groups<DType::f16, M>(group, few, first, last);
   }
 }
 
@@ -626,7 +643,8 @@ void run_few_rows(const Job& job, const LeftPanel& x, int64_t first, int64_t las
 
 void run_few_rows(const Job& job) {
   const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth);
-  const int64_t most = larger(1, smaller(2 * Threads::count(), job.columns * job.depth / kTaskWeights));
+  const int64_t worth = job.columns * job.depth / kTaskWeights;
+  const int64_t most = larger(1, smaller(2 * Threads::count(), worth));
   const int64_t stretch = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kFewRows);
   const int64_t tasks = ceil_div(job.columns, stretch);
   const auto run = [&](int64_t task) {
@@ -648,7 +666,7 @@ void product(const Product& p) {
                    p.c, p.bias, p.accumulate};
   if (p.k <= 0) run_empty(job);
   else if (suits_few_rows(job)) run_few_rows(job);
-  else run_job(job);
+  else run_blocks(job);
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

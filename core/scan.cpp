@@ -12,9 +12,8 @@
 // before the next few do, so any n runs the same code.
 #include "scan.h"
 
-#include <new>
-
 #include "functions.h"
+#include "scratch.h"
 #include "simd.h"
 #include "threads.h"
 #include "tile.h"
@@ -35,28 +34,10 @@ std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 // ---- Memory ------------------------------------------------------------------------------------
 
-// An uninitialised array, on a cache line's border.
-template <class Number>
-class Array {
+// Cuts a worker's memory into pieces, each on a cache line's border.
+class Pieces {
  public:
-  explicit Array(std::int64_t count)
-      : data_(static_cast<Number*>(::operator new(static_cast<std::size_t>(count) * sizeof(Number),
-                                                  kAlignment))) {}
-  ~Array() { ::operator delete(data_, kAlignment); }
-  Array(const Array&) = delete;
-  Array& operator=(const Array&) = delete;
-  Number* data() { return data_; }
-  Number& operator[](std::int64_t i) { return data_[i]; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  Number* data_;
-};
-
-// Hands out pieces of a worker's scratch memory, each on a cache line's border.
-class Scratch {
- public:
-  explicit Scratch(float* memory) : next_(memory) {}
+  explicit Pieces(float* memory) : next_(memory) {}
   float* take(std::int64_t floats) {
     float* piece = next_;
     next_ += ceil_div(floats, 16) * 16;
@@ -67,20 +48,24 @@ class Scratch {
   float* next_;
 };
 
-// Calls body(item, scratch) for each item, on any worker, with memory that is the worker's alone.
+// Calls body(item, pieces) for each item, on any worker, with `floats` floats that are the
+// worker's own. They are all taken here, where a lack of memory can still be told to the caller.
 template <class Body>
-void parallel_with_scratch(std::int64_t items, std::int64_t floats, Body&& body) {
+void parallel_with_memory(std::int64_t items, std::int64_t floats, const Body& body) {
   if (items <= 0) return;
   const int workers = static_cast<int>(smaller(items, Threads::count()));
-  floats = ceil_div(floats, 16) * 16;
-  Array<float> memory(floats * workers);
+  const std::int64_t stride = ceil_div(floats, 16) * 16;
+  const Scratch<float> memory(workers * stride);
   std::int64_t next = 0;
-  parallel_region(
-      [&](int worker, int, Barrier&) {
-        for (std::int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;)
-          body(i, Scratch(memory.data() + worker * floats));
+  auto work = [&](int worker) {
+    for (std::int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;)
+      body(i, Pieces(memory + worker * stride));
+  };
+  Threads::loop(
+      [](void* context, int worker, int, Barrier&) {
+        (*static_cast<decltype(work)*>(context))(worker);
       },
-      workers);
+      &work, workers);
 }
 
 void fill_zeros(float* p, std::int64_t floats) {
@@ -255,7 +240,7 @@ void load_checkpoint(float* h, const float* in, const Block& b, std::int64_t n) 
 }
 
 // first_chunk[s]: how many chunks the segments before s have.
-void count_chunks(Array<std::int64_t>& first_chunk, const Segments& segments) {
+void count_chunks(Scratch<std::int64_t>& first_chunk, const Segments& segments) {
   std::int64_t chunks = 0;
   for (std::int64_t s = 0; s < segments.count; ++s) {
     first_chunk[s] = chunks;
@@ -325,18 +310,18 @@ struct Forward {
   Chunk chunk;
   float *D, *bias;  // (columns)
 
-  Forward(Scratch scratch, const Scan& scan, const Block& b) {
+  Forward(Pieces pieces, const Scan& scan, const Block& b) {
     chunk.columns = b.columns;
     chunk.n = scan.n;
-    chunk.delta = scratch.take(kTile);
-    chunk.dx = scratch.take(kTile);
-    chunk.u = scratch.take(kTile);
-    chunk.B = scratch.take(T * scan.n);
-    chunk.C = scratch.take(T * scan.n);
-    chunk.A = scratch.take(kColumns * scan.n);
-    chunk.h = scratch.take(kColumns * scan.n);
-    D = scratch.take(kColumns);
-    bias = scratch.take(kColumns);
+    chunk.delta = pieces.take(kTile);
+    chunk.dx = pieces.take(kTile);
+    chunk.u = pieces.take(kTile);
+    chunk.B = pieces.take(T * scan.n);
+    chunk.C = pieces.take(T * scan.n);
+    chunk.A = pieces.take(kColumns * scan.n);
+    chunk.h = pieces.take(kColumns * scan.n);
+    D = pieces.take(kColumns);
+    bias = pieces.take(kColumns);
   }
   static std::int64_t floats(std::int64_t n) {
     return 3 * kTile + 2 * T * n + 2 * kColumns * n + 2 * kColumns;
@@ -381,8 +366,8 @@ void apply_gate(const Scan& scan, const Chunk& k, const Walk& w, const Block& b)
 
 // One segment of one block of channels.
 void scan_block(const Scan& scan, const ScanResult& result, std::int64_t segment, const Block& b,
-                float* checkpoints, Scratch scratch) {
-  Forward f(scratch, scan, b);
+                float* checkpoints, Pieces pieces) {
+  Forward f(pieces, scan, b);
   Chunk& k = f.chunk;
   const Segments& segments = scan.segments;
   const Walk walk = walk_of(segments, segment);
@@ -429,16 +414,16 @@ struct Backward {
   float *dB, *dC;        // (steps, N, W): sums over the block's vectors
   float *D, *bias, *dD, *dbias;  // (columns)
 
-  Backward(Scratch scratch, const Scan& scan, const Block& b) {
+  Backward(Pieces pieces, const Scan& scan, const Block& b) {
     chunk.columns = b.columns;
     chunk.n = scan.n;
     for (float** tile : {&chunk.delta, &chunk.dx, &chunk.u, &raw, &x, &du, &gate, &ddx, &ddelta})
-      *tile = scratch.take(kTile);
-    for (float** tile : {&chunk.B, &chunk.C}) *tile = scratch.take(T * scan.n);
-    for (float** each : {&chunk.A, &chunk.h, &carry, &dA}) *each = scratch.take(kColumns * scan.n);
-    for (float** each : {&decays, &dB, &dC}) *each = scratch.take(T * N * W);
-    states = scratch.take((T + 1) * N * W);
-    for (float** each : {&D, &bias, &dD, &dbias}) *each = scratch.take(kColumns);
+      *tile = pieces.take(kTile);
+    for (float** tile : {&chunk.B, &chunk.C}) *tile = pieces.take(T * scan.n);
+    for (float** each : {&chunk.A, &chunk.h, &carry, &dA}) *each = pieces.take(kColumns * scan.n);
+    for (float** each : {&decays, &dB, &dC}) *each = pieces.take(T * N * W);
+    states = pieces.take((T + 1) * N * W);
+    for (float** each : {&D, &bias, &dD, &dbias}) *each = pieces.take(kColumns);
   }
   static std::int64_t floats(std::int64_t n) {
     return 9 * kTile + 2 * T * n + 4 * kColumns * n + (4 * T + 2) * N * W + 4 * kColumns;
@@ -585,8 +570,8 @@ struct Lanes {
   std::int64_t blocks, segments;    // in one lane
   std::int64_t channel, segment;    // how many lanes (channel lanes for each group)
   std::int64_t tokens;              // floats of B's gradient
-  Array<float> dB, dC;              // (channel, rows, steps, groups, n)
-  Array<float> dA, dD, dbias;       // (segment, e, n), (segment, e), (segment, e)
+  Scratch<float> dB, dC;              // (channel, rows, steps, groups, n)
+  Scratch<float> dA, dD, dbias;       // (segment, e, n), (segment, e), (segment, e)
 
   Lanes(const Scan& scan, const ScanGradients& grads)
       : blocks(ceil_div(blocks_per_group(scan) * scan.groups, kPartials)),
@@ -604,8 +589,8 @@ struct Lanes {
 // All segments of one lane for one block of channels.
 void backward_block(const Scan& scan, const ScanGradients& grads, Lanes& lanes,
                     std::int64_t segment_lane, std::int64_t channel_lane, const Block& b,
-                    Array<std::int64_t>& first_chunk, Scratch scratch) {
-  Backward f(scratch, scan, b);
+                    Scratch<std::int64_t>& first_chunk, Pieces pieces) {
+  Backward f(pieces, scan, b);
   const std::int64_t e = scan.e, n = scan.n;
   const Segments& segments = scan.segments;
   read_A(f.chunk.A, scan, b);
@@ -622,12 +607,12 @@ void backward_block(const Scan& scan, const ScanGradients& grads, Lanes& lanes,
       backward_chunk(scan, grads, f, b, walk.chunk(chunk),
                      checkpoint_of(const_cast<float*>(grads.checkpoints), first_chunk[s] + chunk,
                                    scan, b),
-                     lanes.dB.data() + channel_lane * lanes.tokens,
-                     lanes.dC.data() + channel_lane * lanes.tokens);
+                     lanes.dB + channel_lane * lanes.tokens,
+                     lanes.dC + channel_lane * lanes.tokens);
     if (grads.initial != nullptr && segments.state_in[s] >= 0)
       write_states(grads.initial + segments.state_in[s] * e * n, f.carry, b, n);
   }
-  write_states(lanes.dA.data() + segment_lane * e * n, f.dA, b, n);
+  write_states(lanes.dA + segment_lane * e * n, f.dA, b, n);
   for (int c = 0; c < b.channels; ++c) {
     lanes.dD[segment_lane * e + b.first + c] = f.dD[c];
     lanes.dbias[segment_lane * e + b.first + c] = f.dbias[c];
@@ -657,29 +642,29 @@ void add_lanes(float* out, const float* partials, std::int64_t lanes, std::int64
 
 void scan(const Scan& scan, const ScanResult& result) {
   const std::int64_t per_group = blocks_per_group(scan), blocks = per_group * scan.groups;
-  Array<std::int64_t> first_chunk(scan.segments.count);
+  Scratch<std::int64_t> first_chunk(scan.segments.count);
   count_chunks(first_chunk, scan.segments);
-  parallel_with_scratch(
-      scan.segments.count * blocks, Forward::floats(scan.n), [&](std::int64_t item, Scratch scratch) {
+  parallel_with_memory(
+      scan.segments.count * blocks, Forward::floats(scan.n), [&](std::int64_t item, Pieces pieces) {
         const std::int64_t s = item / blocks, block = item % blocks;
         float* checkpoints = result.checkpoints;
         if (checkpoints != nullptr) checkpoints += first_chunk[s] * scan.e * scan.n;
         scan_block(scan, result, s, block_of(scan, block / per_group, block % per_group),
-                   checkpoints, scratch);
+                   checkpoints, pieces);
       });
 }
 
 void scan_backward(const Scan& scan, const ScanGradients& grads) {
   const std::int64_t e = scan.e, n = scan.n;
-  Array<std::int64_t> first_chunk(scan.segments.count);
+  Scratch<std::int64_t> first_chunk(scan.segments.count);
   count_chunks(first_chunk, scan.segments);
   Lanes lanes(scan, grads);
-  clear(lanes.dB.data(), lanes.channel * lanes.tokens);
-  clear(lanes.dC.data(), lanes.channel * lanes.tokens);
+  clear(lanes.dB, lanes.channel * lanes.tokens);
+  clear(lanes.dC, lanes.channel * lanes.tokens);
   if (grads.initial != nullptr) clear(grads.initial, grads.n_states * e * n);
-  parallel_with_scratch(
+  parallel_with_memory(
       lanes.segment * scan.groups * lanes.channel, Backward::floats(n),
-      [&](std::int64_t item, Scratch scratch) {
+      [&](std::int64_t item, Pieces pieces) {
         const std::int64_t channel_lane = item % lanes.channel;
         const std::int64_t group = item / lanes.channel % scan.groups;
         const std::int64_t segment_lane = item / lanes.channel / scan.groups;
@@ -687,13 +672,13 @@ void scan_backward(const Scan& scan, const ScanGradients& grads) {
         const std::int64_t stop = smaller(blocks_per_group(scan), first + lanes.blocks);
         for (std::int64_t block = first; block < stop; ++block)
           backward_block(scan, grads, lanes, segment_lane, channel_lane,
-                         block_of(scan, group, block), first_chunk, scratch);
+                         block_of(scan, group, block), first_chunk, pieces);
       });
-  add_lanes(grads.B, lanes.dB.data(), lanes.channel, lanes.tokens);
-  add_lanes(grads.C, lanes.dC.data(), lanes.channel, lanes.tokens);
-  add_lanes(grads.A, lanes.dA.data(), lanes.segment, e * n);
-  add_lanes(grads.D, lanes.dD.data(), lanes.segment, e);
-  add_lanes(grads.delta_bias, lanes.dbias.data(), lanes.segment, e);
+  add_lanes(grads.B, lanes.dB, lanes.channel, lanes.tokens);
+  add_lanes(grads.C, lanes.dC, lanes.channel, lanes.tokens);
+  add_lanes(grads.A, lanes.dA, lanes.segment, e * n);
+  add_lanes(grads.D, lanes.dD, lanes.segment, e);
+  add_lanes(grads.delta_bias, lanes.dbias, lanes.segment, e);
 }
 
 // ---- One step ----------------------------------------------------------------------------------
@@ -743,8 +728,8 @@ void step_channels(const ScanStep& step, std::int64_t row, std::int64_t first, i
 
 void scan_step(const ScanStep& step, std::int64_t first, std::int64_t last) {
   const std::int64_t width = step.e / step.groups, padded = ceil_div(step.n, W) * W;
-  Array<float> projections(2 * padded);
-  float *B = projections.data(), *C = B + padded;
+  Scratch<float> projections(2 * padded);
+  float *B = projections, *C = B + padded;
   fill_zeros(B, 2 * padded);
   for (std::int64_t row = 0; row < step.b; ++row) {
     for (std::int64_t c = first; c < last;) {

@@ -85,45 +85,57 @@ class Pool {
     }
   }
 
-  void run(Threads::Body body, void* context, int workers) noexcept {
+  // With `open`, helpers take part only if they come before the caller is done.
+  void run(Threads::Body body, void* context, int workers, bool open) noexcept {
     Barrier barrier(workers, &inside_);
     body_ = body;
     context_ = context;
     barrier_ = &barrier;
-    running_.store(workers - 1);
-    ticket_.store((++regions_ << kWorkerBits) | static_cast<std::uint64_t>(workers));
+    const std::uint64_t region = ++regions_ << kRegionShift;
+    const auto all = static_cast<std::uint64_t>(workers);
+    crew_.store(region | (open ? 0 : all - 1));
+    ticket_.store(region | (open ? kOpen : 0) | all);
     for (int worker = 1; worker < workers; ++worker) beds_[worker - 1]->wake();
     body(context, 0, workers, barrier);
-    // A helper still inside the barrier has not counted itself out: the barrier outlives its use.
-    wait_until([this] { return running_.load() == 0; }, inside_);
+    crew_.fetch_and(kCount);  // nobody enters any more
+    // Who is still inside, be it inside the barrier, is counted: the barrier outlives its use.
+    wait_until([this] { return crew_.load() == 0; }, inside_);
   }
 
  private:
-  static constexpr int kWorkerBits = 16;
-  static int workers_of(std::uint64_t ticket) {
-    return static_cast<int>(ticket & ((1u << kWorkerBits) - 1u));
-  }
+  // The words below hold a region's number above a count of workers and one flag.
+  static constexpr int kRegionShift = 16;
+  static constexpr std::uint64_t kOpen = 1u << 15, kCount = kOpen - 1;
 
   void serve(int worker, Bed& bed) {
     for (std::uint64_t seen = 0;;) {
+      std::uint64_t ticket = 0;
       wait_until(
           [&] {
-            const std::uint64_t ticket = ticket_.load();
-            return ticket != seen && worker < workers_of(ticket);
+            ticket = ticket_.load();
+            return ticket != seen && worker < static_cast<int>(ticket & kCount);
           },
           bed);
-      // The ticket counts this worker in, so nothing changes until it has counted itself out.
-      seen = ticket_.load();
-      body_(context_, worker, workers_of(seen), *barrier_);
-      if (running_.fetch_sub(1) == 1) inside_.wake();
+      seen = ticket;
+      if ((ticket & kOpen) && !enter(ticket >> kRegionShift)) continue;
+      // Counted in: nothing below changes until this worker has counted itself out.
+      body_(context_, worker, static_cast<int>(ticket & kCount), *barrier_);
+      if ((crew_.fetch_sub(1) & kCount) == 1) inside_.wake();
     }
   }
 
-  // A region's number and how many workers it has, in one word: a helper that is not needed can
-  // pass over it without being waited for. On lines of their own, for all spin on them.
-  alignas(64) std::atomic<std::uint64_t> ticket_{0};
-  alignas(64) std::atomic<int> running_{0};
-  // Written before the ticket, read by those whom it counts.
+  bool enter(std::uint64_t region) {
+    std::uint64_t crew = crew_.load();
+    while (crew >> kRegionShift == region)
+      if (crew_.compare_exchange_weak(crew, crew + 1)) return true;
+    return false;
+  }
+
+  // On lines of their own, for all spin on them. A helper that the ticket does not count, or that
+  // comes too late for an open region, passes over it without being waited for.
+  alignas(64) std::atomic<std::uint64_t> ticket_{0};  // the region, open or not, its workers
+  alignas(64) std::atomic<std::uint64_t> crew_{0};    // the region while it runs, helpers inside
+  // Written before these words, read by those whom they count.
   alignas(64) Threads::Body body_ = nullptr;
   void* context_ = nullptr;
   Barrier* barrier_ = nullptr;
@@ -183,8 +195,10 @@ void Threads::set_count(int threads) {
   wanted.store(threads < 1 ? 1 : threads < kMostThreads ? threads : kMostThreads);
 }
 
-void Threads::region(Body body, void* context, int at_most) {
-  const int threads = count();
+namespace {
+
+void start(Threads::Body body, void* context, int at_most, bool open) {
+  const int threads = Threads::count();
   int workers = threads < at_most ? threads : at_most;
   if (workers <= 1 || busy.exchange(true, std::memory_order_acquire)) {
     Barrier alone(1, nullptr);
@@ -194,8 +208,16 @@ void Threads::region(Body body, void* context, int at_most) {
   if (pool == nullptr) pool = new Pool;
   pool->grow(threads);
   workers = workers < pool->size() ? workers : pool->size();
-  pool->run(body, context, workers);
+  pool->run(body, context, workers, open);
   busy.store(false, std::memory_order_release);
 }
+
+}  // namespace
+
+void Threads::region(Body body, void* context, int at_most) {
+  start(body, context, at_most, false);
+}
+
+void Threads::loop(Body body, void* context, int at_most) { start(body, context, at_most, true); }
 
 }  // namespace anymamba

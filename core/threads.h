@@ -38,6 +38,11 @@ class Threads {
   // Runs body(context, worker, workers, barrier) on every worker at once, the caller being
   // worker 0, and returns when all are done. `at_most` limits the number of workers.
   static void region(Body body, void* context, int at_most);
+
+  // The same for a body that hands out its work as it goes and uses no barrier: workers that have
+  // not come by the time the caller returns from it are left out. Beside other busy processes a
+  // worker may need milliseconds to come.
+  static void loop(Body body, void* context, int at_most);
 };
 
 // Calls body(worker, workers, barrier) on every worker at once.
@@ -55,10 +60,11 @@ template <class F>
 inline void parallel_for(std::int64_t items, const F& body) {
   if (items <= 0) return;
   std::atomic<std::int64_t> next{0};
-  parallel_region(
-      [&](int, int, Barrier&) {
-        for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i);
-      },
+  auto work = [&] {
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(i);
+  };
+  Threads::loop(
+      [](void* context, int, int, Barrier&) { (*static_cast<decltype(work)*>(context))(); }, &work,
       static_cast<int>(items < (1 << 20) ? items : (1 << 20)));
 }
 

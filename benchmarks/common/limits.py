@@ -8,9 +8,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["LayerProducts", "ModelProducts", "core_or_none", "read_bandwidth", "seconds_to_read"]
+__all__ = [
+    "LayerProducts",
+    "ModelProducts",
+    "core_or_none",
+    "read_bandwidth",
+    "seconds_to_read",
+    "stored_bytes",
+]
 
 
 def core_or_none() -> Any:
@@ -40,13 +47,17 @@ def read_bandwidth(size: int, repeats: int = 3) -> tuple[float, str]:
     return best, "torch.sum"
 
 
-def seconds_to_read(model: nn.Module, size: int = 1 << 28) -> float:
-    """The time to read once all weights that a step reads: all but an untied embedding table."""
+def stored_bytes(model: Any) -> int:
+    """The bytes of all weights that a step reads: all but an embedding table that is no head."""
     weights = {id(weight): weight for weight in model.parameters()}  # a tied one counts once
-    if not model.config.tie_word_embeddings:  # type: ignore[union-attr]
-        del weights[id(model.get_input_embeddings().weight)]  # type: ignore[operator]
-    stored = sum(weight.numel() * weight.element_size() for weight in weights.values())
-    return stored / read_bandwidth(size)[0]
+    if not model.config.tie_word_embeddings:
+        del weights[id(model.get_input_embeddings().weight)]
+    return sum(weight.numel() * weight.element_size() for weight in weights.values())
+
+
+def seconds_to_read(model: Any, size: int = 1 << 28) -> float:
+    """The time to read a step's weights once, at the bandwidth of a buffer of `size` bytes."""
+    return stored_bytes(model) / read_bandwidth(size)[0]
 
 
 class LayerProducts:

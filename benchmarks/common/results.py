@@ -24,7 +24,7 @@ def finish(name: str, options: Options, machine: dict[str, Any], tables: Sequenc
         machine: its description, made before measuring began.
         tables: the results.
     """
-    result = {
+    result: dict[str, Any] = {
         "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
         "quick": options.quick,
@@ -34,7 +34,8 @@ def finish(name: str, options: Options, machine: dict[str, Any], tables: Sequenc
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"# {name}\n\n{in_one_line(machine)}\n")
+    smoke = " (a smoke run: the numbers mean nothing)" if options.quick else ""
+    print(f"# {name}{smoke}\n\n{in_one_line(machine)}\n")
     for table in result["tables"]:
         print(markdown(table), end="\n\n")
     print(f"written to {path}\n", flush=True)

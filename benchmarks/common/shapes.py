@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 __all__ = ["MAMBA_130M", "QUICK", "SMALL", "Shape"]
 
@@ -30,7 +31,7 @@ class Shape:
         """r, the rank of the step size."""
         return math.ceil(self.hidden_size / 16)
 
-    def as_config(self) -> dict[str, int | bool]:
+    def as_config(self) -> dict[str, Any]:
         """The fields for `MambaConfig`, AnyMamba's or Transformers'."""
         return asdict(self)
 

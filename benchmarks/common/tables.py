@@ -53,7 +53,6 @@ def timed(
     tokens: int | None = None,
     limit: Timing | None = None,
     note: str = "",
-    **more: Any,
 ) -> Row:
     """A row of a measured case.
 
@@ -63,7 +62,6 @@ def timed(
         tokens: how many tokens one run reads, for the speed.
         limit: what the share is of.
         note: printed at the end of the row.
-        **more: values for further columns.
     """
     values = timing.seconds.values()
     milliseconds = [1e3 * value for value in (min(values), max(values))]
@@ -75,7 +73,6 @@ def timed(
         "share_of_limit": None if limit is None else timing.speed_beside(limit),
         "rounds": len(timing.seconds),
         "note": note,
-        **more,
     }
 
 

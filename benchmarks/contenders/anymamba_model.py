@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ __all__ = ["AnyMamba", "random_model"]
 def random_model(shape: Shape) -> MambaForCausalLM:
     """A float32 model with the random weights that training would start from."""
     torch.manual_seed(0)
-    model = MambaForCausalLM(MambaConfig(**shape.as_config())).eval()
+    model = MambaForCausalLM(MambaConfig(**shape.as_config()))
+    model.train(False)
     # Random weights may say "end of text" at any time; the number of tokens must not depend on it.
     model.generation_config.eos_token_id = None
     return model
@@ -32,7 +34,10 @@ class AnyMamba(TorchContender):
     """
 
     def __init__(self, source: MambaForCausalLM, dtype: torch.dtype = torch.float32) -> None:
-        self.model = source if dtype is torch.float32 else copy.deepcopy(source).to(dtype)
+        self.model: Any = source
+        if dtype is not torch.float32:
+            self.model = copy.deepcopy(source)
+            self.model.to(dtype)
 
     @torch.no_grad()
     def prefill(self, ids_bl: Tensor) -> Tensor:

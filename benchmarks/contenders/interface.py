@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ class TorchContender(Contender):
     def train_step(self, ids_bl: Tensor) -> Tensor:
         """Forward and backward; the loss."""
         loss = self.loss(ids_bl)
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     def forget_gradients(self) -> None:

@@ -51,12 +51,6 @@ class Llama(Contender):
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
 
-    def __del__(self) -> None:
-        if getattr(self, "_context", None):
-            llama_cpp.llama_free(self._context)
-        if getattr(self, "_model", None):
-            llama_cpp.llama_model_free(self._model)
-
     def prefill(self, ids_bl: Tensor) -> Tensor:
         """In its largest batches."""
         return self._read(ids_bl, _BATCH)
@@ -70,7 +64,8 @@ class Llama(Contender):
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
         for start in range(0, len(ids), at_once):
             now = ids[start : start + at_once]
-            batch = llama_cpp.llama_batch_get_one((ctypes.c_int32 * len(now))(*now), len(now))
+            tokens = (ctypes.c_int32 * len(now))(*now)  # a batch only points to it
+            batch = llama_cpp.llama_batch_get_one(tokens, len(now))
             status = llama_cpp.llama_decode(self._context, batch)
             if status != 0:
                 raise RuntimeError(f"llama.cpp stopped with status {status}")

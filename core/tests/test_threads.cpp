@@ -105,15 +105,34 @@ void test_many_small() {
   for (const int threads : {2, 4}) {
     Threads::set_count(threads);
     std::int64_t calls = 0;
-    for (int i = 0; i < 20000; ++i) {
+    for (int i = 0; i < 4000; ++i) {
       std::atomic<int> workers_seen{0};
       parallel_region([&](int, int, Barrier&) { workers_seen.fetch_add(1); }, 2 + i % 3);
       calls += workers_seen.load();
-      if (i % 4000 == 0) pause_ms(2);
+      if (i % 1000 == 0) pause_ms(2);
     }
     std::int64_t expected = 0;
-    for (int i = 0; i < 20000; ++i) expected += std::min(threads, 2 + i % 3);
+    for (int i = 0; i < 4000; ++i) expected += std::min(threads, 2 + i % 3);
     CHECK(calls == expected, "%lld calls, not %lld", (long long)calls, (long long)expected);
+  }
+}
+
+// Loops and regions in turn: a helper that comes late for a loop must not take it for the region
+// behind it, and the loop's body is gone by then.
+void test_late_helpers() {
+  Threads::set_count(4);
+  for (int i = 0; i < 3000; ++i) {
+    std::vector<int> done(static_cast<std::size_t>(1 + i % 7), 0);
+    parallel_for(static_cast<std::int64_t>(done.size()),
+                 [&](std::int64_t item) { ++done[static_cast<std::size_t>(item)]; });
+    for (const int times : done) CHECK(times == 1, "an item was done %d times", times);
+    if (i % 3 != 0) continue;
+    std::atomic<int> met{0};
+    parallel_region([&](int, int, Barrier& barrier) {
+      met.fetch_add(1);
+      barrier.wait();
+      CHECK(met.load() == 4, "%d of 4 met", met.load());
+    });
   }
 }
 
@@ -189,11 +208,14 @@ void test_fork() {
 void print_times() {
   using Clock = std::chrono::steady_clock;
   Threads::set_count(2);
-  double region = 1e9, barrier_time = 1e9, asleep = 1e9;
+  double region = 1e9, loop = 1e9, barrier_time = 1e9, asleep = 1e9;
   for (int round = 0; round < 20; ++round) {
     auto start = Clock::now();
     for (int i = 0; i < 500; ++i) parallel_region([](int, int, Barrier&) {});
     region = std::min(region, std::chrono::duration<double>(Clock::now() - start).count() / 500);
+    start = Clock::now();
+    for (int i = 0; i < 500; ++i) parallel_for(2, [](std::int64_t) {});
+    loop = std::min(loop, std::chrono::duration<double>(Clock::now() - start).count() / 500);
     start = Clock::now();
     parallel_region([](int, int, Barrier& barrier) {
       for (int i = 0; i < 500; ++i) barrier.wait();
@@ -205,8 +227,8 @@ void print_times() {
     parallel_region([](int, int, Barrier&) {});
     asleep = std::min(asleep, std::chrono::duration<double>(Clock::now() - start).count());
   }
-  std::printf("best of 20: a region %.2f us, a barrier %.2f us, a region from sleep %.1f us\n",
-              region * 1e6, barrier_time * 1e6, asleep * 1e6);
+  std::printf("best of 20: a region %.2f us, a loop %.2f us, a barrier %.2f us, a region from sleep "
+              "%.1f us\n", region * 1e6, loop * 1e6, barrier_time * 1e6, asleep * 1e6);
 }
 
 }  // namespace
@@ -217,6 +239,7 @@ int main() {
   test_barriers();
   test_nested();
   test_many_small();
+  test_late_helpers();
   test_callers();
 #if !defined(__SANITIZE_THREAD__)
   test_fork();

@@ -423,11 +423,15 @@ def test_updates_write_into_the_state_that_was_given(layout: str, dtype: torch.d
     assert state._version > version
 
 
-def test_updates_have_no_gradient() -> None:
+@pytest.mark.parametrize("name", ["x_ble", "A_en", "D_e"])
+def test_updates_have_no_gradient(name: str) -> None:
     inputs, state = scan_inputs(2, 1, 6, 4), torch.zeros(2, 6, 4)
-    with torch.no_grad():
-        expected = update(state.clone(), inputs)
-    inputs["x_ble"].requires_grad_()
+    expected, expected_state = update(state.clone(), inputs), state.clone()
+    update(expected_state, inputs)
+    inputs[name].requires_grad_()
+    state.requires_grad_()
     y = update(state, inputs)
-    assert torch.equal(y.detach(), expected)
-    assert not state.requires_grad
+    assert torch.equal(y, expected)
+    assert torch.equal(state, expected_state)
+    assert not y.requires_grad
+    assert state.grad_fn is None

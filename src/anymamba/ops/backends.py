@@ -154,7 +154,8 @@ def backend(name: str | None = None) -> str | _Chosen:
         'reference'
     """
     if name is None:
-        return _current()
+        current: str = _current()
+        return current
     _demand(name, "anymamba.ops.backend")
     return _Chosen(name)
 
@@ -209,7 +210,7 @@ def implementation(
 
 
 # A compiled function keeps the choice that was in force when it was compiled.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _current() -> str:
     return _choice.get() or _from_environment()
 

@@ -38,6 +38,7 @@ def causal_conv1d(
     return y_ble, final_window
 
 
+@torch.no_grad()
 def causal_conv1d_update(
     x_be: Tensor,
     window_bek: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ __all__ = ["linear"]
 
 def linear(x: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:
     """Arguments and returns as in `anymamba.ops.linear`."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    # Not Size.numel(), which would turn symbolic sizes into constants.
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y: Tensor = _linear(rows, weight_nk, None if bias_n is None else bias_n.float())
     return y.view(*x.shape[:-1], weight_nk.shape[0])
 

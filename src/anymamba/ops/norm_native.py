@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Normed rows and the sum; arguments as in `anymamba.ops.rms_norm`."""
     kept = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    shape = (x.shape[:-1].numel(), x.shape[-1])
+    # Not Size.numel(), which would turn symbolic sizes into constants.
+    shape = (math.prod(x.shape[:-1]), x.shape[-1])
     rows = x.reshape(shape)
     other = None if residual is None else residual.reshape(shape)
     sum_type = torch.float32 if residual_in_fp32 else kept
@@ -121,6 +123,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, total, scale = output
     ctx.save_for_backward(x if sum_type is None else total, weight, scale)
     ctx.eps = eps
+    ctx.has_sum = sum_type is not None
     ctx.types = (x.dtype, None if residual is None else residual.dtype)
     ctx.set_materialize_grads(False)
 
@@ -129,7 +132,8 @@ def _go_back(ctx: Any, dnormed: Tensor | None, dtotal: Tensor | None, _: Any) ->
     total, weight, scale = ctx.saved_tensors
     if dnormed is None:
         dnormed = torch.zeros_like(total)
-    dx, dweight = _norm_backward(total, weight, scale, dnormed, dtotal, ctx.eps)
+    of_sum = dtotal if ctx.has_sum else None
+    dx, dweight = _norm_backward(total, weight, scale, dnormed, of_sum, ctx.eps)
     x_type, residual_type = ctx.types
     dresidual = None if residual_type is None else dx.to(residual_type)
     return dx.to(x_type), dweight.to(weight.dtype), dresidual, None, None, None

@@ -54,6 +54,7 @@ def selective_scan(
     return y_ble, last
 
 
+@torch.no_grad()
 def selective_state_update(
     state_ben: Tensor,
     x_be: Tensor,
