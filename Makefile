@@ -21,8 +21,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard core/*.cpp core/*.h)
 $(STAMP): $(SOURCES)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	ANYMAMBA_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --disable-pip-version-check \
-		--editable ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $(STAMP)
 
 demo:
@@ -51,5 +50,4 @@ bench: setup
 	$(BIN)/python benchmarks/chart.py || echo "The tables and JSON files are complete without it."
 
 bench-peers: setup
-	ANYMAMBA_REQUIRE_NATIVE=1 $(BIN)/pip install --quiet --disable-pip-version-check \
-		--editable ".[dev,peers]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,peers]"

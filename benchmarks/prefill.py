@@ -37,7 +37,7 @@ def main() -> None:
         peers = Peers(shape, source, options.peers, Path(folder))
         tables = [
             measure(source, ours, peers, short, options.rounds or 9),
-            measure(source, ours, None, long, options.rounds or 5),
+            measure(source, ours, None, long, options.rounds or 3),
         ]
         tables[1].rows += [not_measured(name, f"measured at {short} tokens only") for name in PEERS]
     finish("prefill", options, machine, tables)

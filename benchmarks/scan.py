@@ -22,6 +22,8 @@ from contenders.registry import MAMBAPY, PEERS
 
 LAYER = "a layer's prefill"
 PRODUCTS = "its matrix products"
+OPERATORS = ("scan", "convolution", "norm")
+REST = "the layer minus these four"
 PSCAN, REFERENCE = "scan, mambapy's pscan", "scan, the reference's loop"
 OF_LAYER = Column("of_layer", "of the layer", "{:.3f}")
 OF_PRODUCTS = Column("of_products", "of its products", "{:.3f}")
@@ -118,12 +120,22 @@ def forward(shape: Shape, length: int, options: Options) -> Table:
     timings = interleave(cases + more, options.rounds or 15)
     for name in (LAYER, PRODUCTS):
         timings[name] = timings[name].times(1 / LAYERS)
+    timings[REST] = remaining(timings)
     table = Table(
         f"Forward, one layer, {size(shape, length)}",
         columns=(NAME, MILLISECONDS, SPREAD, OF_LAYER, OF_PRODUCTS, NOTE),
     )
-    table.rows = [row(name, timings) for name in timings] + missing
+    inside = [LAYER, PRODUCTS, *OPERATORS, REST]
+    others = [name for name in timings if name not in inside]
+    table.rows = [row(name, timings) for name in inside + others] + missing
     return table
+
+
+def remaining(timings: dict[str, Timing]) -> Timing:
+    """What a layer takes beyond its parts. Measured apart, they can add up to more than it."""
+    parts = [timings[name].seconds for name in (PRODUCTS, *OPERATORS)]
+    layer = timings[LAYER].seconds
+    return Timing({at: layer[at] - sum(part[at] for part in parts) for at in layer})
 
 
 def backward(shape: Shape, length: int, options: Options) -> Table:
@@ -176,7 +188,7 @@ def gradients(forward: Callable[[], Tensor], operators: Operators) -> Callable[[
 def row(name: str, timings: dict[str, Timing]) -> Row:
     """A case beside the layer and its products."""
     shares = {
-        column.key: 1 / timings[name].speed_beside(timings[whole])
+        column.key: timings[whole].speed_beside(timings[name])
         for column, whole in ((OF_LAYER, LAYER), (OF_PRODUCTS, PRODUCTS))
     }
     return timed(name, timings[name]) | shares

@@ -30,6 +30,7 @@ using Out = nb::ndarray<nb::device::cpu>;
 using Shape = std::initializer_list<std::int64_t>;
 
 constexpr std::int64_t kAny = -1;  // an extent that is not checked
+constexpr std::int64_t kMostRows = 1 << 24;
 
 [[noreturn]] void refuse(const std::string& message) {
   throw nb::value_error(message.c_str());
@@ -168,6 +169,8 @@ struct SegmentList {
   SegmentList(const std::optional<In>& given, std::int64_t b, std::int64_t l, std::int64_t states,
               bool reverse)
       : n_states(states) {
+    // An array of stride 0 may claim any number of rows.
+    if (!given && b > kMostRows) refuse(std::to_string(b) + " rows are too many");
     if (given)
       read(*given);
     else
@@ -193,14 +196,16 @@ struct SegmentList {
   }
 
   void check(std::int64_t b, std::int64_t l) const {
-    std::vector<bool> left(n_states, false);
+    std::vector<bool> entered(n_states, false), left(n_states, false);
     for (std::size_t s = 0; s < lists[0].size(); ++s) {
-      const std::int64_t out = lists[4][s];
+      const std::int64_t in = lists[3][s], out = lists[4][s];
       if (lists[0][s] < 0 || lists[0][s] >= b || lists[1][s] < 0 || lists[1][s] > lists[2][s] ||
-          lists[2][s] > l || lists[3][s] < -1 || lists[3][s] >= n_states || out < -1 ||
+          lists[2][s] > l || in < -1 || in >= n_states || out < -1 ||
           out >= n_states)
         refuse("segment " + std::to_string(s) + " is outside of the batch or of its states");
+      if (in >= 0 && entered[in]) refuse("two segments begin from the same state");
       if (out >= 0 && left[out]) refuse("two segments leave the same state");
+      if (in >= 0) entered[in] = true;
       if (out >= 0) left[out] = true;
     }
   }
@@ -247,6 +252,9 @@ std::int64_t py_scan_checkpoint_floats(std::int64_t b, std::int64_t l, std::int6
                                        std::int64_t n, const std::optional<In>& segments,
                                        std::int64_t n_states) {
   if (b < 0 || l < 0 || e < 0 || n < 1) refuse("sizes must not be negative");
+  double product = 8;
+  for (const std::int64_t size : {b, l, e, n}) product *= static_cast<double>(size);
+  if (product > 9e18) refuse("sizes are too large");
   const SegmentList list(segments, b, l, states_of(segments, n_states, b), false);
   Scan scan;
   scan.e = e;
@@ -494,7 +502,7 @@ void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& b
   });
 }
 
-// A model's weights as one table of checked pointers. Python keeps the arrays alive beside it.
+// A model's weights as one table of checked pointers, which keeps the arrays alive.
 class Decoder {
  public:
   Decoder(const In& embeddings, const In& head, const In& norm, float eps, const nb::list& layers) {
@@ -504,7 +512,12 @@ class Decoder {
     model_.embeddings = weight("embeddings", embeddings, model_.v, model_.d);
     model_.head = weight("head", head, model_.v, model_.d);
     model_.norm = floats("norm", norm, {model_.d});
-    for (const nb::handle layer : layers) add(nb::cast<nb::dict>(layer));
+    kept_ = {embeddings, head, norm};
+    for (const nb::handle layer : layers) {
+      nb::dict given;
+      if (!nb::try_cast<nb::dict>(layer, given)) refuse("a layer is not a dict of arrays");
+      add(given);
+    }
   }
 
   // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
@@ -541,14 +554,18 @@ class Decoder {
     return ids;
   }
 
-  static In array(const nb::dict& layer, const char* name) {
-    if (!layer.contains(name)) refuse(std::string(name) + " is missing");
-    return nb::cast<In>(layer[name]);
+  In array(const nb::dict& layer, const char* name) {
+    std::optional<In> found = maybe(layer, name);
+    if (!found) refuse(std::string(name) + " is missing");
+    return *found;
   }
 
-  static std::optional<In> maybe(const nb::dict& layer, const char* name) {
+  std::optional<In> maybe(const nb::dict& layer, const char* name) {
     if (!layer.contains(name) || layer[name].is_none()) return std::nullopt;
-    return nb::cast<In>(layer[name]);
+    In found;
+    if (!nb::try_cast<In>(layer[name], found)) refuse(std::string(name) + " is not an array");
+    kept_.push_back(found);
+    return found;
   }
 
   void add(const nb::dict& given) {
@@ -576,6 +593,7 @@ class Decoder {
   }
 
   StepModel model_;
+  std::vector<In> kept_;
 };
 
 void apply(const std::string& function, const In& x, const Out& y) {

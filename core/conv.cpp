@@ -476,7 +476,11 @@ void conv_step(const ConvStep& step, std::int64_t first, std::int64_t last) {
       for (int i = channels; i % W != 0; ++i) sums[i] = 0;
       if (step.silu)
         for (int i = 0; i < channels; i += W) store(sums + i, silu_of(load(sums + i)));
-      store_tile(sums, kColumns, step.y, row, 0, 1, 1, c, channels);
+      with_type(step.y.type, [&](auto type) {
+        for (int i = 0; i < channels; ++i)
+          write(step.y.data, decltype(type)::value,
+                row * step.y.row_stride + (c + i) * step.y.channel_stride, sums[i]);
+      });
     }
 }
 

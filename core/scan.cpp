@@ -25,12 +25,13 @@ constexpr int T = kScanChunk;
 constexpr int kColumns = 64;    // channels of a block
 constexpr int kTile = T * kColumns;
 constexpr int kPartials = 16;   // at most so many partial sums of a gradient are kept apart
-constexpr int N = W == 16 ? 4 : 2;  // states in registers
+constexpr int N = 4;            // states in registers
 
 static_assert(kColumns % W == 0 && T % 16 == 0);
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+std::int64_t larger(std::int64_t a, std::int64_t b) { return a < b ? b : a; }
 
 // ---- Memory ------------------------------------------------------------------------------------
 
@@ -74,21 +75,6 @@ void fill_zeros(float* p, std::int64_t floats) {
 
 // ---- Vectors as rows of a matrix ---------------------------------------------------------------
 
-// Every second number of a followed by b, from the first and from the second on.
-#if defined(__AVX512F__)
-#define ANYMAMBA_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ANYMAMBA_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif defined(__AVX2__)
-#define ANYMAMBA_EVENS 0, 2, 4, 6, 8, 10, 12, 14
-#define ANYMAMBA_ODDS 1, 3, 5, 7, 9, 11, 13, 15
-#else
-#define ANYMAMBA_EVENS 0, 2, 4, 6
-#define ANYMAMBA_ODDS 1, 3, 5, 7
-#endif
-
-ANYMAMBA_INLINE F evens(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_EVENS); }
-ANYMAMBA_INLINE F odds(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_ODDS); }
-
 // The sums of W rows of W floats, as one vector: each round adds neighbours and halves the rows.
 ANYMAMBA_INLINE F row_sums(const float* rows) {
   F m[W];
@@ -99,19 +85,12 @@ ANYMAMBA_INLINE F row_sums(const float* rows) {
   return m[0];
 }
 
-// out (columns, rows) from in (rows, columns), W x W of them. Each round moves the lowest bit of
-// a number's index to the top; after log2(W) rounds rows and columns have changed places.
-ANYMAMBA_INLINE void transpose(float* out, std::int64_t out_stride, const float* in,
-                               std::int64_t in_stride) {
-  F m[W], next[W];
+// out (W, W) = in (W, W) transposed; rows are so far apart as the strides say.
+ANYMAMBA_INLINE void transpose_square(float* out, std::int64_t out_stride, const float* in,
+                                      std::int64_t in_stride) {
+  F m[W];
   for (int i = 0; i < W; ++i) m[i] = load(in + i * in_stride);
-  for (int round = 1; round < W; round *= 2) {
-    for (int i = 0; i < W / 2; ++i) {
-      next[i] = evens(m[2 * i], m[2 * i + 1]);
-      next[i + W / 2] = odds(m[2 * i], m[2 * i + 1]);
-    }
-    for (int i = 0; i < W; ++i) m[i] = next[i];
-  }
+  transpose(m);
   for (int i = 0; i < W; ++i) store(out + i * out_stride, m[i]);
 }
 
@@ -160,7 +139,8 @@ void write_tile(const float* tile, const Tensor3& tensor, const Walk& w, const B
 // tile (steps, n) of B or C for one group.
 void read_projection(float* tile, const Projection& p, const Walk& w, std::int64_t group,
                      std::int64_t n) {
-  const std::int64_t start = w.row * p.row_stride + w.first * p.step_stride + group * p.group_stride;
+  const std::int64_t start =
+      w.row * p.row_stride + w.first * p.step_stride + group * p.group_stride;
   const std::int64_t stride = p.step_stride * w.direction;
   if (p.state_stride == 1) {
     for (std::int64_t t = 0; t < w.steps; ++t) {
@@ -182,7 +162,7 @@ void read_states(float* out, const float* in, const Block& b, std::int64_t n) {
   const std::int64_t whole_c = b.channels / W * W, whole_n = n / W * W;
   for (std::int64_t c = 0; c < whole_c; c += W)
     for (std::int64_t i = 0; i < whole_n; i += W)
-      transpose(out + i * b.columns + c, b.columns, in + c * n + i, n);
+      transpose_square(out + i * b.columns + c, b.columns, in + c * n + i, n);
   for (std::int64_t c = 0; c < b.columns; ++c)
     for (std::int64_t i = c < whole_c ? whole_n : 0; i < n; ++i)
       out[i * b.columns + c] = c < b.channels ? in[c * n + i] : 0.0f;
@@ -194,7 +174,7 @@ void write_states(float* out, const float* in, const Block& b, std::int64_t n) {
   const std::int64_t whole_c = b.channels / W * W, whole_n = n / W * W;
   for (std::int64_t c = 0; c < whole_c; c += W)
     for (std::int64_t i = 0; i < whole_n; i += W)
-      transpose(out + c * n + i, n, in + i * b.columns + c, b.columns);
+      transpose_square(out + c * n + i, n, in + i * b.columns + c, b.columns);
   for (std::int64_t c = 0; c < b.channels; ++c)
     for (std::int64_t i = c < whole_c ? whole_n : 0; i < n; ++i)
       out[c * n + i] = in[i * b.columns + c];
@@ -248,18 +228,23 @@ void count_chunks(Scratch<std::int64_t>& first_chunk, const Segments& segments) 
   }
 }
 
-// Asks for part `part` of `parts` of a tile that will be read later. Rows are far apart, which
-// hardware does not foresee.
+// Asks for part `part` of `parts` of a tile that will be read or written later. Its rows are far
+// apart, which hardware does not foresee.
 void prefetch_tile(const Tensor3& tensor, const Walk& w, const Block& b, std::int64_t part,
                    std::int64_t parts) {
-  if (!tensor || tensor.channel_stride != 1) return;
+  const bool by_step = tensor.channel_stride == 1;
+  if (!tensor || w.steps == 0 || (!by_step && tensor.step_stride != 1)) return;
   const std::int64_t size = static_cast<std::int64_t>(size_of(tensor.type));
+  const std::int64_t lowest = w.direction > 0 ? w.first : w.first - (w.steps - 1);
   const char* start = static_cast<const char*>(tensor.data) +
-                      (w.row * tensor.row_stride + w.first * tensor.step_stride + b.first) * size;
-  const std::int64_t stride = tensor.step_stride * w.direction * size;
-  for (std::int64_t t = w.steps * part / parts; t < w.steps * (part + 1) / parts; ++t)
-    for (std::int64_t byte = 0; byte < b.channels * size; byte += 64)
-      __builtin_prefetch(start + t * stride + byte, 0, 2);
+                      (w.row * tensor.row_stride + lowest * tensor.step_stride +
+                       b.first * tensor.channel_stride) * size;
+  const std::int64_t rows = by_step ? w.steps : b.channels;
+  const std::int64_t bytes = (by_step ? b.channels : w.steps) * size;
+  const std::int64_t stride = (by_step ? tensor.step_stride : tensor.channel_stride) * size;
+  for (std::int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row)
+    for (std::int64_t byte = 0; byte < bytes; byte += 64)
+      __builtin_prefetch(start + row * stride + byte, 0, 2);
 }
 
 // ---- The recurrence ----------------------------------------------------------------------------
@@ -567,20 +552,20 @@ void backward_chunk(const Scan& scan, const ScanGradients& grads, Backward& f, c
 // Gradients that several work items add to are kept apart, lane by lane, and added in one order
 // afterwards: a lane is some blocks of channels for B and C, some segments for A, D and the bias.
 struct Lanes {
-  std::int64_t blocks, segments;    // in one lane
-  std::int64_t channel, segment;    // how many lanes (channel lanes for each group)
-  std::int64_t tokens;              // floats of B's gradient
-  Scratch<float> dB, dC;              // (channel, rows, steps, groups, n)
-  Scratch<float> dA, dD, dbias;       // (segment, e, n), (segment, e), (segment, e)
+  std::int64_t blocks, segments;  // in one lane
+  std::int64_t channel, segment;  // how many lanes (channel lanes for each group)
+  std::int64_t shared;            // floats of B's gradient
+  Scratch<float> dB, dC;          // (channel, rows, steps, groups, n)
+  Scratch<float> dA, dD, dbias;   // (segment, e, n), (segment, e), (segment, e)
 
   Lanes(const Scan& scan, const ScanGradients& grads)
-      : blocks(ceil_div(blocks_per_group(scan) * scan.groups, kPartials)),
+      : blocks(larger(1, ceil_div(blocks_per_group(scan) * scan.groups, kPartials))),
         segments(ceil_div(scan.segments.count, kPartials)),
         channel(ceil_div(blocks_per_group(scan), blocks)),
         segment(segments == 0 ? 0 : ceil_div(scan.segments.count, segments)),
-        tokens(grads.rows * grads.steps * scan.groups * scan.n),
-        dB(channel * tokens),
-        dC(channel * tokens),
+        shared(grads.rows * grads.steps * scan.groups * scan.n),
+        dB(channel * shared),
+        dC(channel * shared),
         dA(segment * scan.e * scan.n),
         dD(segment * scan.e),
         dbias(segment * scan.e) {}
@@ -607,8 +592,8 @@ void backward_block(const Scan& scan, const ScanGradients& grads, Lanes& lanes,
       backward_chunk(scan, grads, f, b, walk.chunk(chunk),
                      checkpoint_of(const_cast<float*>(grads.checkpoints), first_chunk[s] + chunk,
                                    scan, b),
-                     lanes.dB + channel_lane * lanes.tokens,
-                     lanes.dC + channel_lane * lanes.tokens);
+                     lanes.dB + channel_lane * lanes.shared,
+                     lanes.dC + channel_lane * lanes.shared);
     if (grads.initial != nullptr && segments.state_in[s] >= 0)
       write_states(grads.initial + segments.state_in[s] * e * n, f.carry, b, n);
   }
@@ -659,8 +644,8 @@ void scan_backward(const Scan& scan, const ScanGradients& grads) {
   Scratch<std::int64_t> first_chunk(scan.segments.count);
   count_chunks(first_chunk, scan.segments);
   Lanes lanes(scan, grads);
-  clear(lanes.dB, lanes.channel * lanes.tokens);
-  clear(lanes.dC, lanes.channel * lanes.tokens);
+  clear(lanes.dB, lanes.channel * lanes.shared);
+  clear(lanes.dC, lanes.channel * lanes.shared);
   if (grads.initial != nullptr) clear(grads.initial, grads.n_states * e * n);
   parallel_with_memory(
       lanes.segment * scan.groups * lanes.channel, Backward::floats(n),
@@ -674,8 +659,8 @@ void scan_backward(const Scan& scan, const ScanGradients& grads) {
           backward_block(scan, grads, lanes, segment_lane, channel_lane,
                          block_of(scan, group, block), first_chunk, pieces);
       });
-  add_lanes(grads.B, lanes.dB, lanes.channel, lanes.tokens);
-  add_lanes(grads.C, lanes.dC, lanes.channel, lanes.tokens);
+  add_lanes(grads.B, lanes.dB, lanes.channel, lanes.shared);
+  add_lanes(grads.C, lanes.dC, lanes.channel, lanes.shared);
   add_lanes(grads.A, lanes.dA, lanes.segment, e * n);
   add_lanes(grads.D, lanes.dD, lanes.segment, e);
   add_lanes(grads.delta_bias, lanes.dbias, lanes.segment, e);

@@ -38,7 +38,8 @@ struct ScanResult {
   float* checkpoints = nullptr;  // scan_checkpoint_floats(...) floats for the backward pass, or null
 };
 
-// Gradients in and out. Absent outputs are not computed. All float outputs are overwritten.
+// Gradients in and out. Absent outputs are not written. All float outputs are overwritten, with
+// zeros where no segment is. With `initial`, no two segments may begin from the same state.
 struct ScanGradients {
   Tensor3 y;                      // given
   const float* last = nullptr;    // given, like ScanResult::last, or null

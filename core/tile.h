@@ -6,6 +6,66 @@
 
 namespace anymamba::ANYMAMBA_ISA {
 
+// Every second number of a followed by b, from the first and from the second on.
+#if defined(__AVX512F__)
+#define ANYMAMBA_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ANYMAMBA_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX2__)
+#define ANYMAMBA_EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define ANYMAMBA_ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define ANYMAMBA_EVENS 0, 2, 4, 6
+#define ANYMAMBA_ODDS 1, 3, 5, 7
+#endif
+
+ANYMAMBA_INLINE F evens(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_EVENS); }
+ANYMAMBA_INLINE F odds(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_ODDS); }
+
+// m as W rows of W numbers. Each round moves the lowest bit of a number's index to the top; after
+// log2(W) rounds rows and columns have changed places.
+ANYMAMBA_INLINE void transpose(F (&m)[W]) {
+  F next[W];
+  for (int round = 1; round < W; round *= 2) {
+    for (int i = 0; i < W / 2; ++i) {
+      next[i] = evens(m[2 * i], m[2 * i + 1]);
+      next[i + W / 2] = odds(m[2 * i], m[2 * i + 1]);
+    }
+    for (int i = 0; i < W; ++i) m[i] = next[i];
+  }
+}
+
+// How many steps of a tile are read or written in vectors: along channels if those are neighbours
+// in memory, and in squares of W steps and W channels if instead steps are neighbours.
+ANYMAMBA_INLINE int steps_in_rows(const Tensor3& tensor, int steps) {
+  return tensor.channel_stride == 1 ? steps : 0;
+}
+
+ANYMAMBA_INLINE int steps_in_squares(const Tensor3& tensor, int steps) {
+  return tensor.channel_stride != 1 && tensor.step_stride == 1 ? steps - steps % W : 0;
+}
+
+// W steps of W channels, `from` being the place of the first. Against time, the steps are read
+// from the last on and stored in opposite order.
+ANYMAMBA_INLINE void load_transposed(float* buffer, int columns, const Tensor3& tensor, DType type,
+                                     std::int64_t from, std::int64_t direction) {
+  F m[W];
+  const std::int64_t lowest = direction < 0 ? from - (W - 1) : from;
+  for (int i = 0; i < W; ++i)
+    m[i] = read_vector(tensor.data, type, lowest + i * tensor.channel_stride);
+  transpose(m);
+  for (int i = 0; i < W; ++i) store(buffer + (direction < 0 ? W - 1 - i : i) * columns, m[i]);
+}
+
+ANYMAMBA_INLINE void store_transposed(const float* buffer, int columns, const Tensor3& tensor,
+                                      DType type, std::int64_t to, std::int64_t direction) {
+  F m[W];
+  const std::int64_t lowest = direction < 0 ? to - (W - 1) : to;
+  for (int i = 0; i < W; ++i) m[i] = load(buffer + (direction < 0 ? W - 1 - i : i) * columns);
+  transpose(m);
+  for (int i = 0; i < W; ++i)
+    write_vector(tensor.data, type, lowest + i * tensor.channel_stride, m[i]);
+}
+
 // buffer[t * columns + c] = tensor(row, first_step + t * direction, first_channel + c), zeros for
 // the channels from `channels` to `columns` (a multiple of W).
 ANYMAMBA_INLINE void load_tile(float* buffer, int columns, const Tensor3& tensor, std::int64_t row,
@@ -16,17 +76,20 @@ ANYMAMBA_INLINE void load_tile(float* buffer, int columns, const Tensor3& tensor
   const std::int64_t stride = tensor.step_stride * direction;
   for (int t = 0; t < steps; ++t)
     for (int c = channels; c < columns; ++c) buffer[t * columns + c] = 0;
-  const int vectors = tensor.channel_stride == 1 ? channels - channels % W : 0;
+  const int whole = channels - channels % W;
+  const int rows = steps_in_rows(tensor, steps), squares = steps_in_squares(tensor, steps);
   with_type(tensor.type, [=](auto type) {
     const DType known = decltype(type)::value;
-    for (int t = 0; t < steps; ++t)
-      for (int c = 0; c < vectors; c += W)
-        store(buffer + t * columns + c, read_vector(tensor.data, known, start + t * stride + c));
-    // Channels outside: where time is contiguous, each of them is one run of memory.
-    for (int c = vectors; c < channels; ++c)
-      for (int t = 0; t < steps; ++t)
-        buffer[t * columns + c] =
-            read(tensor.data, known, start + t * stride + c * tensor.channel_stride);
+    auto at = [=](int t, int c) { return start + t * stride + c * tensor.channel_stride; };
+    for (int t = 0; t < rows; ++t)
+      for (int c = 0; c < whole; c += W)
+        store(buffer + t * columns + c, read_vector(tensor.data, known, at(t, c)));
+    for (int t = 0; t < squares; t += W)
+      for (int c = 0; c < whole; c += W)
+        load_transposed(buffer + t * columns + c, columns, tensor, known, at(t, c), direction);
+    for (int c = rows + squares < steps ? 0 : whole; c < channels; ++c)
+      for (int t = c < whole ? rows + squares : 0; t < steps; ++t)
+        buffer[t * columns + c] = read(tensor.data, known, at(t, c));
   });
 }
 
@@ -36,16 +99,20 @@ ANYMAMBA_INLINE void store_tile(const float* buffer, int columns, const Tensor3&
   const std::int64_t start = row * tensor.row_stride + first_step * tensor.step_stride +
                              first_channel * tensor.channel_stride;
   const std::int64_t stride = tensor.step_stride * direction;
-  const int vectors = tensor.channel_stride == 1 ? channels - channels % W : 0;
+  const int whole = channels - channels % W;
+  const int rows = steps_in_rows(tensor, steps), squares = steps_in_squares(tensor, steps);
   with_type(tensor.type, [=](auto type) {
     const DType known = decltype(type)::value;
-    for (int t = 0; t < steps; ++t)
-      for (int c = 0; c < vectors; c += W)
-        write_vector(tensor.data, known, start + t * stride + c, load(buffer + t * columns + c));
-    for (int c = vectors; c < channels; ++c)
-      for (int t = 0; t < steps; ++t)
-        write(tensor.data, known, start + t * stride + c * tensor.channel_stride,
-              buffer[t * columns + c]);
+    auto at = [=](int t, int c) { return start + t * stride + c * tensor.channel_stride; };
+    for (int t = 0; t < rows; ++t)
+      for (int c = 0; c < whole; c += W)
+        write_vector(tensor.data, known, at(t, c), load(buffer + t * columns + c));
+    for (int t = 0; t < squares; t += W)
+      for (int c = 0; c < whole; c += W)
+        store_transposed(buffer + t * columns + c, columns, tensor, known, at(t, c), direction);
+    for (int c = rows + squares < steps ? 0 : whole; c < channels; ++c)
+      for (int t = c < whole ? rows + squares : 0; t < steps; ++t)
+        write(tensor.data, known, at(t, c), buffer[t * columns + c]);
   });
 }
 

@@ -1,75 +1,22 @@
 // The scan's kernels against plain loops in double precision, over shapes, strides and options.
-// Prints what failed; the exit status says whether anything did.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <random>
-#include <string>
-#include <vector>
 
-#include "kernels.h"
-#include "threads.h"
+#include "check.h"
 
 using namespace anymamba;
+using namespace anymamba::test;
 using std::int64_t;
 using Doubles = std::vector<double>;
 using Floats = std::vector<float>;
 
-static int failures = 0;
 static std::string what;  // the case at work
-
-#define CHECK(condition, ...)                            \
-  do {                                                   \
-    if (!(condition)) {                                  \
-      ++failures;                                        \
-      std::printf("FAILED %s: ", what.c_str());          \
-      std::printf(__VA_ARGS__);                          \
-      std::printf(" (%s:%d)\n", __FILE__, __LINE__);     \
-    }                                                    \
-  } while (0)
-
-// ---- Storage -----------------------------------------------------------------------------------
 
 static std::mt19937 randomness(7);
 
 static double normal() { return std::normal_distribution<double>()(randomness); }
 static int64_t below(int64_t limit) { return static_cast<int64_t>(randomness() % limit); }
 
-static double get(const void* p, DType type, int64_t i) {
-  if (type == DType::f32) return static_cast<const float*>(p)[i];
-  const std::uint16_t h = static_cast<const std::uint16_t*>(p)[i];
-  if (type == DType::bf16) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(h) << 16;
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-  }
-  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
-  const double size = exponent == 0 ? std::ldexp(mantissa, -24)
-                                    : std::ldexp(1024 + mantissa, exponent - 25);
-  return h & 0x8000 ? -size : size;
-}
-
-// Rounds towards zero in the half types: which numbers are stored does not matter, only that the
-// reference reads the same ones.
-static void put(void* p, DType type, int64_t i, double value) {
-  const float x = static_cast<float>(value);
-  if (type == DType::f32) {
-    static_cast<float*>(p)[i] = x;
-    return;
-  }
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  std::uint16_t h = static_cast<std::uint16_t>(bits >> 16);
-  if (type == DType::f16) {
-    const int exponent = static_cast<int>((bits >> 23) & 255) - 112;
-    const std::uint32_t sign = (bits >> 16) & 0x8000u, rest = (bits & 0x7fffffu) >> 13;
-    h = static_cast<std::uint16_t>(
-        exponent <= 0 ? sign : sign | static_cast<std::uint32_t>(exponent) << 10 | rest);
-  }
-  static_cast<std::uint16_t*>(p)[i] = h;
-}
+// ---- Storage and the case ----------------------------------------------------------------------
 
 enum class Layout { channel_last, time_contiguous, odd };
 
@@ -77,7 +24,7 @@ enum class Layout { channel_last, time_contiguous, odd };
 struct Stored {
   int64_t rows, steps, channels;
   Tensor3 view;
-  std::vector<char> memory;
+  Memory memory;
 
   Stored(int64_t b, int64_t l, int64_t e, DType type, Layout layout)
       : rows(b), steps(l), channels(e) {
@@ -93,7 +40,7 @@ struct Stored {
     if (b * l * e > 0)
       size = 1 + (b - 1) * view.row_stride + (l - 1) * view.step_stride +
              (e - 1) * view.channel_stride;
-    memory.assign(static_cast<std::size_t>(size) * size_of(type) + 1, 0x3c);
+    memory = Memory(type, size);
     view.data = memory.data();
   }
 
@@ -101,13 +48,13 @@ struct Stored {
     return b * view.row_stride + t * view.step_stride + c * view.channel_stride;
   }
   double at(int64_t b, int64_t t, int64_t c) const {
-    return get(view.data, view.type, index(b, t, c));
+    return memory.get(index(b, t, c));
   }
   void fill(double scale, double shift) {
     for (int64_t b = 0; b < rows; ++b)
       for (int64_t t = 0; t < steps; ++t)
         for (int64_t c = 0; c < channels; ++c)
-          put(view.data, view.type, index(b, t, c), shift + scale * normal());
+          memory.set(index(b, t, c), shift + scale * normal());
   }
 };
 
@@ -122,8 +69,6 @@ static Floats random_floats(int64_t count, double scale, double shift) {
   for (float& x : v) x = static_cast<float>(shift + scale * normal());
   return v;
 }
-
-// ---- The case and its reference ----------------------------------------------------------------
 
 struct Options {
   int64_t b = 1, l = 1, e = 1, n = 1, groups = 1;
@@ -190,6 +135,8 @@ struct Problem {
   }
 };
 
+// ---- Reference ---------------------------------------------------------------------------------
+
 // Results and gradients, contiguous, in the kernels' order of axes.
 struct Answer {
   Doubles y, last, dx, ddelta, dz, dB, dC, dA, dD, dbias, dinitial;
@@ -201,7 +148,6 @@ static void reference_channel(const Problem& p, int64_t s, int64_t c, Answer& r)
   const int64_t n = o.n, row = p.rows[s], steps = p.stops[s] - p.starts[s];
   const int64_t group = c / (o.e / o.groups);
   auto step = [&](int64_t t) { return o.reverse ? p.stops[s] - 1 - t : p.starts[s] + t; };
-  auto sigmoid = [](double v) { return 1 / (1 + std::exp(-v)); };
   Doubles h((steps + 1) * n), inner(steps), raw(steps), delta(steps);
   if (o.states && p.state_in[s] >= 0)
     for (int64_t i = 0; i < n; ++i) h[i] = p.initial[(p.state_in[s] * o.e + c) * n + i];
@@ -314,19 +260,19 @@ struct Worst {
     }
   }
   void check(const char* name, double tolerance) const {
-    CHECK(error <= tolerance * size, "%s is off by %g of %g", name, error, size);
-    CHECK(untouched, "%s is written where it must not be", name);
+    CHECK(error <= tolerance * size, "%s: %g of %g, %s", name, error, size, what.c_str());
+    CHECK(untouched, "%s outside the segments in %s", name, what.c_str());
   }
 };
 
 static void compare(const char* name, const Stored& found, const Doubles& expected,
                     double tolerance) {
-  const Stored fresh(1, 1, 1, found.view.type, Layout::channel_last);
+  const Memory fresh(found.view.type, 1);
   Worst worst;
   for (int64_t b = 0, i = 0; b < found.rows; ++b)
     for (int64_t t = 0; t < found.steps; ++t)
       for (int64_t c = 0; c < found.channels; ++c)
-        worst.add(found.at(b, t, c), expected[i++], fresh.at(0, 0, 0));
+        worst.add(found.at(b, t, c), expected[i++], fresh.get(0));
   worst.check(name, tolerance);
 }
 
@@ -337,9 +283,8 @@ static void compare(const char* name, const Floats& found, const Doubles& expect
   worst.check(name, tolerance);
 }
 
-template <class T>
-static bool same(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * sizeof(T)));
+static bool same(const Floats& a, const Floats& b) {
+  return a.size() == b.size() && (a.empty() || !std::memcmp(a.data(), b.data(), a.size() * 4));
 }
 
 // DESIGN's tolerances: 1e-5 forward and 1e-4 for gradients, 2e-2 where storage has half width.
@@ -363,10 +308,10 @@ static void test_scan(const Options& o) {
   for (const int threads : {2, 4}) {
     const Result other = run(p, threads);
     for (const auto member : {&Result::y, &Result::dx, &Result::ddelta, &Result::dz})
-      CHECK(same((r.*member).memory, (other.*member).memory), "%d threads change bits", threads);
+      CHECK((r.*member).memory == (other.*member).memory, "%d threads, %s", threads, what.c_str());
     for (const auto member : {&Result::last, &Result::checkpoints, &Result::dB, &Result::dC,
                               &Result::dA, &Result::dD, &Result::dbias, &Result::dinitial})
-      CHECK(same(r.*member, other.*member), "%d threads change bits", threads);
+      CHECK(same(r.*member, other.*member), "%d threads, %s", threads, what.c_str());
   }
 }
 
@@ -400,7 +345,7 @@ static void test_step(const Options& o) {
   worst.check("state of a step", 1e-5);
 }
 
-static void test(Options o) {
+static void check(Options o) {
   char text[200];
   std::snprintf(text, sizeof text,
                 "b=%d l=%d e=%d n=%d groups=%d pieces=%d type=%d layout=%d reverse=%d gate=%d D=%d "
@@ -428,27 +373,28 @@ static Options random_options(int64_t e, int64_t n, int64_t l) {
 }
 
 int main() {
-  std::printf("%s\n", kernels().isa);
   for (const int64_t e : {1, 3, 16, 17, 48})
     for (const int64_t n : {1, 3, 8, 16, 24, 64, 300})
-      for (const int64_t l : {0, 1, 2, 15, 16, 17, 33, 70}) test(random_options(e, n, l));
+      for (const int64_t l : {0, 1, 2, 15, 16, 17, 33, 70}) check(random_options(e, n, l));
   // Several blocks of channels, more of them than lanes, and more segments than lanes.
   for (const Layout layout : {Layout::channel_last, Layout::time_contiguous, Layout::odd}) {
     for (const DType type : {DType::f32, DType::bf16, DType::f16}) {
       Options o;
       o.layout = layout, o.type = type;
       o.b = 2, o.l = 70, o.e = 200, o.n = 16, o.groups = 2;
-      test(o);
+      check(o);
       o.l = 33, o.e = 256, o.groups = 1, o.reverse = true;
-      test(o);
+      check(o);
     }
   }
   Options wide;
   wide.l = 40, wide.e = 1100, wide.n = 5, wide.pieces = 3;
-  test(wide);
+  check(wide);
   Options many;
   many.b = 3, many.l = 64, many.e = 20, many.n = 4, many.pieces = 12;
-  test(many);
-  if (failures == 0) std::printf("all passed\n");
-  return failures == 0 ? 0 : 1;
+  check(many);
+  Options none;
+  none.l = 3, none.e = 0;
+  check(none);
+  return finish("test_scan");
 }

@@ -6,35 +6,54 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.benchmarks.conftest import FOLDER
+from tests.benchmarks.conftest import FOLDER, load
 
 SCRIPTS = ("prefill", "decode", "train", "scan", "memory")
+TOOLS = ("chart", "report", "gguf_export")
 NUMBERS = ("ms", "bytes")
 
-
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(FOLDER / f"{script}.py"), *arguments], capture_output=True, text=True
-    )
+Run = Callable[..., tuple[int, str, str]]
 
 
-def smoke(script: str, folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """Runs a script in this process: exit status, standard output, standard error."""
+    threads = torch.get_num_threads()
+
+    def run_it(script: str, *arguments: str) -> tuple[int, str, str]:
+        module = load(script)
+        if script == "memory":  # what processes of their own are for is tested by itself below
+            monkeypatch.setattr(module, "in_a_process", module.measure)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+        try:
+            status = module.main() or 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return status, *capsys.readouterr()
+
+    yield run_it
+    torch.set_num_threads(threads)
+
+
+def smoke(run: Run, script: str, folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
     """What a smoke run printed, and what it wrote."""
     common = ("--quick", "--threads", "1", "--rounds", "1", "--output", str(folder))
-    done = run(script, *common, *arguments)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads((folder / f"{script}.json").read_text(encoding="utf-8"))
+    status, printed, error = run(script, *common, *arguments)
+    assert status == 0, error
+    return printed, json.loads((folder / f"{script}.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_smoke_run_prints_and_writes(script: str, tmp_path: Path) -> None:
-    printed, written = smoke(script, tmp_path)
+def test_a_smoke_run_prints_and_writes(script: str, run: Run, tmp_path: Path) -> None:
+    printed, written = smoke(run, script, tmp_path)
     assert written["benchmark"] == script
     assert written["quick"] is True
     assert written["machine"]["threads"] == 1
@@ -47,44 +66,57 @@ def test_a_smoke_run_prints_and_writes(script: str, tmp_path: Path) -> None:
             assert any(row.get(key) is not None for key in NUMBERS) or row["note"], row
 
 
-def test_peers_left_out_are_named(tmp_path: Path) -> None:
-    printed, written = smoke("prefill", tmp_path, "--no-peers")
+def test_peers_left_out_are_named(run: Run, tmp_path: Path) -> None:
+    printed, written = smoke(run, "prefill", tmp_path, "--no-peers")
     notes = {row["name"]: row["note"] for row in written["tables"][0]["rows"]}
     for peer in ("Transformers", "mamba.py", "minimal.py", "llama.cpp f32", "llama.cpp f16"):
         assert notes[peer] == "not measured: --no-peers"
         assert peer in printed
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "chart", "report", "gguf_export"])
-def test_help_shows_an_example(script: str) -> None:
-    done = run(script, "--help")
-    assert done.returncode == 0
-    assert f"example: python benchmarks/{script}.py" in " ".join(done.stdout.split())
+@pytest.mark.parametrize("script", [*SCRIPTS, *TOOLS])
+def test_help_shows_an_example(script: str, run: Run) -> None:
+    status, printed, _ = run(script, "--help")
+    assert status == 0
+    assert f"example: python benchmarks/{script}.py" in " ".join(printed.split())
 
 
-def test_results_become_a_chart_and_a_report(tmp_path: Path) -> None:
-    smoke("train", tmp_path, "--no-peers")
-    done = run("chart", "--results", str(tmp_path))
+def test_a_script_runs_alone_and_memory_is_measured_in_processes(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "memory.py"), "--quick", "--threads", "1"]
+    only = ["--only", "generate, max_new_tokens=1", "512"]
+    done = subprocess.run([*command, *only], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0 <= int(done.stdout) < 1 << 30
+
+    memory = load("memory")
+    options = memory.options_from(memory.parser("memory", "").parse_args(["--quick"]))
+    with pytest.raises(SystemExit, match="measuring 'nonsense' at 8 tokens failed: KeyError"):
+        memory.in_a_process("nonsense", 8, options)
+
+
+def test_results_become_a_chart_and_a_report(run: Run, tmp_path: Path) -> None:
+    smoke(run, "train", tmp_path, "--no-peers")
+    status, _, error = run("chart", "--results", str(tmp_path))
     if find_spec("matplotlib") is None:
-        assert done.returncode == 1
-        assert done.stderr.strip() == ("matplotlib is not installed: pip install 'anymamba[peers]'")
+        assert status == 1
+        assert error.strip() == "matplotlib is not installed: pip install 'anymamba[peers]'"
     else:
-        assert done.returncode == 0, done.stderr
+        assert status == 0, error
         assert "<svg" in (tmp_path / "overview.svg").read_text(encoding="utf-8")
 
     readme = tmp_path / "README.md"
     shutil.copy(FOLDER / "README.md", readme)
     for _ in range(2):  # the second time replaces what the first one wrote
-        done = run("report", "--results", str(tmp_path), "--readme", str(readme))
-        assert done.returncode == 0, done.stderr
+        status, _, error = run("report", "--results", str(tmp_path), "--readme", str(readme))
+        assert status == 0, error
     text = readme.read_text(encoding="utf-8")
     assert text.count("| limit: 3 x the forward products") == 2
     assert "Not measured yet: `python benchmarks/prefill.py`" in text
 
 
-def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+def test_nothing_to_draw_is_said(run: Run, tmp_path: Path) -> None:
     if find_spec("matplotlib") is None:
         pytest.skip("without matplotlib that is said first")
-    done = run("chart", "--results", str(tmp_path))
-    assert done.returncode == 1
-    assert "run make bench first" in done.stderr
+    status, _, error = run("chart", "--results", str(tmp_path))
+    assert status == 1
+    assert "run make bench first" in error

@@ -19,7 +19,7 @@ def assert_contract(actual: Tensor, expected: Tensor, factor: float = 1.0) -> No
     if not actual.numel():
         return
     share = SHARE_OF_LARGEST[actual.dtype] * factor
-    expected = expected.double()
+    actual, expected = actual.detach(), expected.detach().double()
     bound = share * max(1.0, float(expected.abs().max()))
     error = float((actual.double() - expected).abs().max())
     assert error <= bound, f"off by {error:.3g}, allowed {bound:.3g}"

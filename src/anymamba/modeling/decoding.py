@@ -13,7 +13,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
 
+from anymamba.errors import InputError
 from anymamba.modeling.plain import why_not_plain
 from anymamba.ops import backend
 from anymamba.ops.backends import BACKENDS
@@ -41,6 +43,9 @@ def decode(model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache) -> Ten
 
     Returns:
         (b, v) in float32.
+
+    Raises:
+        InputError: a token is not in the vocabulary; the cache is then what it was.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _fits(input_ids, cache):
         return None
@@ -50,7 +55,10 @@ def decode(model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache) -> Ten
         if why_not_fused(model) is not None:
             return None
         table = _TABLES[model] = _Table(model)
-    return table.step(input_ids, cache)
+    try:
+        return table.step(input_ids, cache)
+    except ValueError as error:
+        raise InputError(f"input_ids: {error}") from error
 
 
 def why_not_fused(model: MambaForCausalLM) -> str | None:
@@ -77,7 +85,7 @@ def why_not_fused(model: MambaForCausalLM) -> str | None:
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     for name, module, kind in _parts(model):
-        reason = why_not_plain(module, kind)
+        reason = why_not_plain(module, kind) or _why_not_usual(name, module, model)
         if reason is not None:
             return f"{name}: {reason}"
     for name, weight in model.named_parameters():
@@ -91,6 +99,7 @@ def why_not_fused(model: MambaForCausalLM) -> str | None:
 def _fits(input_ids: Tensor, cache: MambaCache) -> bool:
     return (
         input_ids.shape[0] <= MOST_ROWS
+        and input_ids.dtype in (torch.int32, torch.int64)
         and input_ids.device.type == "cpu"
         and cache.device.type == "cpu"
         and cache.dtype in _TYPES
@@ -121,6 +130,26 @@ def _parts(model: MambaForCausalLM) -> Iterator[tuple[str, nn.Module, type[nn.Mo
             yield f"{name}.mixer.{projection}", getattr(block.mixer, projection), nn.Linear
 
 
+# What decides a module's result beside its weights.
+_SETTINGS = ("variance_epsilon", "max_norm", "stride", "dilation", "groups", "padding_mode")
+
+
+def _why_not_usual(name: str, module: nn.Module, model: MambaForCausalLM) -> str | None:
+    """Why a module of the right class computes something else than the core would."""
+    if name.endswith(("lm_head", "x_proj")) and module.bias is not None:
+        return "it has a bias"
+    if isinstance(module, nn.Conv1d):
+        usual = (module.weight.shape[0], (1,), (1,), "zeros")
+        if (module.groups, module.stride, module.dilation, module.padding_mode) != usual:
+            return "it is not a depthwise convolution of neighbours"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "it limits the norm of what it returns"
+    eps = getattr(module, "variance_epsilon", None)
+    if eps is not None and eps != model.backbone.norm_f.variance_epsilon:
+        return "its epsilon is not that of the final norm"
+    return None
+
+
 class _Table:
     """The weights' pointers, and what must not have changed for them to be right."""
 
@@ -132,7 +161,6 @@ class _Table:
             (m._parameters, name, weight)
             for m in modules
             for name, weight in m._parameters.items()
-            if weight is not None
         ]
         self._hooks = [
             hooks
@@ -144,7 +172,20 @@ class _Table:
                 m._backward_pre_hooks,
             )
         ]
+        self._hooks += [
+            module_globals._global_forward_hooks,
+            module_globals._global_forward_pre_hooks,
+            module_globals._global_backward_hooks,
+            module_globals._global_backward_pre_hooks,
+        ]
         self._own = [m.__dict__ for m in modules]
+        self._classes = [(m, type(m)) for m in modules]
+        self._settings = [
+            (m.__dict__, key, m.__dict__[key])
+            for m in modules
+            for key in _SETTINGS
+            if key in m.__dict__
+        ]
         self._choice = backend()
         self._stamps = self._stamp()
         # Arrays that the core points to and the model does not hold: kept alive here.
@@ -165,6 +206,8 @@ class _Table:
             not any(self._hooks)
             and not any("forward" in own for own in self._own)
             and all(live == then for live, then in self._children)
+            and all(type(module) is then for module, then in self._classes)
+            and all(own.get(key) == then for own, key, then in self._settings)
             and self._stamp() == self._stamps
             and backend() == self._choice
             and not torch.is_autocast_enabled("cpu")
@@ -183,13 +226,14 @@ class _Table:
         )
         return logits
 
-    def _stamp(self) -> list[tuple[int, int, int]] | None:
-        stamps = []
+    def _stamp(self) -> list[tuple[int, int, int] | None]:
+        stamps: list[tuple[int, int, int] | None] = []
         for parameters, name, _ in self._weights:
             weight = parameters.get(name)
             if weight is None:
-                return None
-            stamps.append((id(weight), weight.data_ptr(), weight._version))
+                stamps.append(None)
+            else:
+                stamps.append((id(weight), weight.data_ptr(), weight._version))
         return stamps
 
     def _float32(self, weight: Tensor | None) -> Tensor | None:

@@ -31,7 +31,8 @@ class Backend:
 
     `operators` maps an operator to `module:function`; the module is imported at first use.
     `accepts`, where given, names a function of the call's arguments that returns the reason why
-    the backend cannot serve it, or None.
+    the backend cannot serve it, or None. `yields` names one that says whether another serves the
+    call better, which the automatic choice asks and a demand does not.
     """
 
     device: str | None
@@ -39,6 +40,7 @@ class Backend:
     install: str
     operators: dict[str, str]
     accepts: str | None = None
+    yields: str | None = None
 
     def missing(self) -> str | None:
         """The reason why this machine cannot run the backend, or None."""
@@ -65,6 +67,7 @@ BACKENDS = {
             "linear": "anymamba.ops.linear_native:linear",
         },
         accepts="anymamba.ops.native:reason_against",
+        yields="anymamba.ops.native:yields",
     ),
     "cuda": Backend(
         device="cuda",
@@ -202,6 +205,8 @@ def implementation(
         by_request = candidate in _ONLY_BY_REQUEST and candidate != fallback
         if by_request or operator not in BACKENDS[candidate].operators:
             continue
+        if _yields(candidate, operator, tensor):
+            continue
         if _reason_against(candidate, operator, tensor, arguments) is None:
             if tensor.device.type == "cpu" and candidate != "cpu":
                 _say_once_that_the_core_is_missing()
@@ -255,6 +260,13 @@ def _reason_against(
         return missing
     reason: str | None = _load(entry.accepts)(operator, tensor, arguments)
     return reason
+
+
+def _yields(name: str, operator: str, tensor: torch.Tensor) -> bool:
+    entry = BACKENDS[name]
+    if entry.yields is None or entry.missing() is not None:
+        return False
+    return bool(_load(entry.yields)(operator, tensor))
 
 
 def _load(place: str) -> Callable[..., Any]:

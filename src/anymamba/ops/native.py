@@ -14,7 +14,7 @@ from torch import Tensor
 from anymamba.errors import BackendError
 from anymamba.ops.segments import Segments
 
-__all__ = ["core", "is_built", "reason_against", "segment_table"]
+__all__ = ["core", "is_built", "reason_against", "segment_table", "yields"]
 
 _FOUND = torch.cpu.get_capabilities()
 _MULTIPLIES_BFLOAT16 = bool(_FOUND.get("avx512_bf16") or _FOUND.get("amx_tile"))
@@ -37,8 +37,6 @@ def core() -> Any:
 
 def reason_against(operator: str, tensor: Tensor, arguments: dict[str, Any]) -> str | None:
     """Why the core cannot serve a call, or None."""
-    if operator == "linear" and tensor.dtype == torch.bfloat16 and _MULTIPLIES_BFLOAT16:
-        return "this processor multiplies bfloat16 itself, which PyTorch uses"
     for value in (tensor, *arguments.values()):
         if not isinstance(value, Tensor):
             continue
@@ -49,6 +47,11 @@ def reason_against(operator: str, tensor: Tensor, arguments: dict[str, Any]) -> 
         if value.is_complex():
             return f"its kernels do not offer {value.dtype}"
     return None
+
+
+def yields(operator: str, tensor: Tensor) -> bool:
+    """Whether PyTorch is faster: where the processor multiplies bfloat16 itself."""
+    return operator == "linear" and tensor.dtype == torch.bfloat16 and _MULTIPLIES_BFLOAT16
 
 
 def segment_table(segments: Segments | None) -> Tensor | None:
