@@ -159,6 +159,17 @@ Weight weight(const char* name, const In& array, std::int64_t n, std::int64_t k)
   return {pointer(array), type_of(name, array), array.stride(0)};
 }
 
+// Small tensors of any type, without gaps.
+Array small(const char* name, const In& array, Shape shape) {
+  check_shape(name, array, shape);
+  if (!is_contiguous(array)) refuse(std::string(name) + " must be contiguous");
+  return {pointer(array), type_of(name, array)};
+}
+
+Array small(const char* name, const std::optional<In>& array, Shape shape) {
+  return array ? small(name, *array, shape) : Array{};
+}
+
 // The segments of a batch, checked; owns the lists that `view` points to.
 struct SegmentList {
   std::vector<std::int64_t> lists[5];  // rows, starts, stops, state_in, state_out
@@ -186,6 +197,7 @@ struct SegmentList {
  private:
   void read(const In& given) {
     check_shape("segments", given, {5, kAny});
+    if (static_cast<std::int64_t>(given.shape(1)) > kMostRows) refuse("segments are too many");
     const auto type = given.dtype();
     if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::Int) || type.bits != 64)
       refuse("segments must be int64");
@@ -244,7 +256,8 @@ Scan read_scan(const In& x, const In& delta, const In& A, const In& B, const In&
 
 std::int64_t states_of(const std::optional<In>& segments, std::int64_t n_states, std::int64_t b) {
   if (!segments) return b;
-  if (n_states < 0) refuse("n_states must not be negative");
+  if (n_states < 0 || n_states > kMostRows)
+    refuse("n_states is " + std::to_string(n_states) + ", expected 0 or more, but not that many");
   return n_states;
 }
 
@@ -511,7 +524,7 @@ class Decoder {
     model_.eps = eps;
     model_.embeddings = weight("embeddings", embeddings, model_.v, model_.d);
     model_.head = weight("head", head, model_.v, model_.d);
-    model_.norm = floats("norm", norm, {model_.d});
+    model_.norm = small("norm", norm, {model_.d});
     kept_ = {embeddings, head, norm};
     for (const nb::handle layer : layers) {
       nb::dict given;
@@ -571,24 +584,24 @@ class Decoder {
   void add(const nb::dict& given) {
     StepLayer layer;
     if (model_.layers.empty()) {
-      model_.e = extent(array(given, "A"), 0);
-      model_.n = extent(array(given, "A"), 1);
+      model_.e = extent(array(given, "A_log"), 0);
+      model_.n = extent(array(given, "A_log"), 1);
       model_.k = extent(array(given, "conv_weight"), 1);
       model_.r = extent(array(given, "dt_proj"), 1);
     }
     const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
-    layer.norm = floats("norm", array(given, "norm"), {d});
+    layer.norm = small("norm", array(given, "norm"), {d});
     layer.in_proj = weight("in_proj", array(given, "in_proj"), 2 * e, d);
-    layer.in_proj_bias = floats("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
-    layer.conv_weight = floats("conv_weight", array(given, "conv_weight"), {e, model_.k});
-    layer.conv_bias = floats("conv_bias", maybe(given, "conv_bias"), {e});
+    layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
+    layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {e, model_.k});
+    layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {e});
     layer.x_proj = weight("x_proj", array(given, "x_proj"), r + 2 * n, e);
     layer.dt_proj = weight("dt_proj", array(given, "dt_proj"), e, r);
-    layer.dt_bias = floats("dt_bias", maybe(given, "dt_bias"), {e});
-    layer.A = floats("A", array(given, "A"), {e, n});
-    layer.D = floats("D", array(given, "D"), {e});
+    layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {e});
+    layer.A_log = small("A_log", array(given, "A_log"), {e, n});
+    layer.D = small("D", array(given, "D"), {e});
     layer.out_proj = weight("out_proj", array(given, "out_proj"), d, e);
-    layer.out_proj_bias = floats("out_proj_bias", maybe(given, "out_proj_bias"), {d});
+    layer.out_proj_bias = small("out_proj_bias", maybe(given, "out_proj_bias"), {d});
     model_.layers.push_back(layer);
   }
 

@@ -268,8 +268,8 @@ void add_weight_gradients(float* sums, const float* gradients, const float* inpu
   }
 }
 
-// gradients (steps + k - 1, columns): its first `steps` rows become sum_j taps_j gradient_{i+k-1-j},
-// the gradients of the inputs.
+// gradients (steps + k - 1, columns): its first `steps` rows become the gradients of the inputs,
+// sum_j taps_j gradient_{i+k-1-j}.
 void to_inputs(float* gradients, const float* taps, std::int64_t k, std::int64_t steps,
                int columns) {
   for (int c = 0; c < columns; c += W)
@@ -397,7 +397,8 @@ void shift_row(float* __restrict sums, const ConvStep& step, const void* __restr
     const std::int64_t channel = first + c, at = channel * channel_stride;
     float total = weight[channel * k + k - 1] * read(x, X, channel * x_stride);
     for (std::int64_t j = 0; j < k - 1; ++j)
-      total += weight[channel * k + j] * read(window, M, at + (columns - (k - 1) + j) * column_stride);
+      total += weight[channel * k + j] *
+               read(window, M, at + (columns - (k - 1) + j) * column_stride);
     sums[c] = total;
     for (std::int64_t column = 0; column < columns - 1; ++column)
       copy_number(window, M, at + column * column_stride, window, M,

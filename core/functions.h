@@ -18,6 +18,7 @@ void norm(const Norm&, const NormResult&);
 void norm_backward(const Norm&, const NormGradients&);
 void product(const Product&);
 void few_rows(const FewRows&, std::int64_t first, std::int64_t last);
+void rates(const void* x, DType type, float* y, std::int64_t count);
 void widen(const void* x, DType type, float* y, std::int64_t count);
 void apply_exp(const float* x, float* y, std::int64_t count);
 void apply_exp2(const float* x, float* y, std::int64_t count);

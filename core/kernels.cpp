@@ -23,6 +23,7 @@ const Kernels table = {
     product,
     few_rows,
     widen,
+    rates,
     apply_exp,
     apply_exp2,
     apply_silu,

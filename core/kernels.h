@@ -23,6 +23,8 @@ struct Kernels {
   void (*few_rows)(const FewRows&, std::int64_t first, std::int64_t last);
   // y (count) in float32 from x of any storage type.
   void (*widen)(const void* x, DType type, float* y, std::int64_t count);
+  // y (count) = -exp(x), for A from A_log.
+  void (*rates)(const void* x, DType type, float* y, std::int64_t count);
   // y[i] = f(x[i]), for tests over a function's whole range.
   void (*apply_exp)(const float* x, float* y, std::int64_t count);
   void (*apply_exp2)(const float* x, float* y, std::int64_t count);

@@ -83,18 +83,9 @@ ANYMAMBA_INLINE F sums_of_lanes(F (&v)[W]) {
   return v[0];
 }
 
-// W neighbouring numbers of a type known at compile time. The intrinsics, for GCC takes a detour
-// over two halves when it widens by itself.
+// W neighbouring numbers of a type known at compile time.
 template <DType type>
 ANYMAMBA_INLINE F load_as(const void* p, int64_t index) {
-#if defined(__AVX512F__)
-  if constexpr (type != DType::f32) {
-    const auto* from = static_cast<const std::uint16_t*>(p) + index;
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    if constexpr (type == DType::f16) return (F)_mm512_maskz_cvtph_ps(0xffff, halves);
-    return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
-  }
-#endif
   return read_vector(p, type, index);
 }
 

@@ -22,6 +22,12 @@ void widen(const void* x, DType type, float* y, std::int64_t count) {
   for (; i < count; ++i) y[i] = read(x, type, i);
 }
 
+void rates(const void* x, DType type, float* y, std::int64_t count) {
+  std::int64_t i = 0;
+  for (; i + W <= count; i += W) store(y + i, -exp_of(read_vector(x, type, i)));
+  for (; i < count; ++i) y[i] = -exp_of(splat(read(x, type, i)))[0];
+}
+
 void apply_exp(const float* x, float* y, std::int64_t count) { apply<exp_of>(x, y, count); }
 void apply_exp2(const float* x, float* y, std::int64_t count) { apply<exp2_of>(x, y, count); }
 void apply_silu(const float* x, float* y, std::int64_t count) { apply<silu_of>(x, y, count); }

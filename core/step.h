@@ -18,19 +18,27 @@ struct Weight {
   std::int64_t row_stride = 0;
 };
 
+// A small tensor without gaps, of any storage type; may be absent.
+struct Array {
+  const void* data = nullptr;
+  DType type = DType::f32;
+};
+
+// Only the model's own memory: what follows from it (A from A_log, float32 from bfloat16) is
+// computed anew at each step, so that no change of a weight can go unnoticed.
 struct StepLayer {
-  const float* norm = nullptr;         // (d,)
-  Weight in_proj;                      // (2e, d)
-  const float* in_proj_bias = nullptr; // (2e,) or null
-  const float* conv_weight = nullptr;  // (e, k)
-  const float* conv_bias = nullptr;    // (e,) or null
-  Weight x_proj;                       // (r + 2n, e)
-  Weight dt_proj;                      // (e, r)
-  const float* dt_bias = nullptr;      // (e,)
-  const float* A = nullptr;            // (e, n), negative
-  const float* D = nullptr;            // (e,)
-  Weight out_proj;                     // (d, e)
-  const float* out_proj_bias = nullptr;  // (d,) or null
+  Array norm;           // (d,)
+  Weight in_proj;       // (2e, d)
+  Array in_proj_bias;   // (2e,) or absent
+  Array conv_weight;    // (e, k)
+  Array conv_bias;      // (e,) or absent
+  Weight x_proj;        // (r + 2n, e)
+  Weight dt_proj;       // (e, r)
+  Array dt_bias;        // (e,) or absent
+  Array A_log;          // (e, n)
+  Array D;              // (e,)
+  Weight out_proj;      // (d, e)
+  Array out_proj_bias;  // (d,) or absent
 };
 
 struct StepModel {
@@ -38,7 +46,7 @@ struct StepModel {
   float eps = 0;
   Weight embeddings;                   // (v, d)
   Weight head;                         // (v, d)
-  const float* norm = nullptr;         // (d,)
+  Array norm;                          // (d,)
   std::vector<StepLayer> layers;
 };
 

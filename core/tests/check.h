@@ -72,7 +72,8 @@ struct Format {
   double value(std::uint32_t bits) const {
     const double sign = bits >> (exponent + mantissa) & 1u ? -1 : 1;
     const int field = static_cast<int>(bits >> mantissa & ((1u << exponent) - 1u));
-    const double fraction = std::ldexp(static_cast<double>(bits & ((1u << mantissa) - 1u)), -mantissa);
+    const std::uint32_t below = bits & ((1u << mantissa) - 1u);
+    const double fraction = std::ldexp(static_cast<double>(below), -mantissa);
     if (field == (1 << exponent) - 1)
       return fraction != 0 ? std::numeric_limits<double>::quiet_NaN()
                            : sign * std::numeric_limits<double>::infinity();
@@ -111,11 +112,11 @@ class Memory {
   DType type() const { return type_; }
   std::uint32_t bits(std::int64_t i) const {
     std::uint32_t bits = 0;
-    std::memcpy(&bits, bytes_.data() + static_cast<std::size_t>(i) * size_of(type_), size_of(type_));
+    std::memcpy(&bits, &bytes_[static_cast<std::size_t>(i) * size_of(type_)], size_of(type_));
     return bits;
   }
   void set_bits(std::int64_t i, std::uint32_t bits) {
-    std::memcpy(bytes_.data() + static_cast<std::size_t>(i) * size_of(type_), &bits, size_of(type_));
+    std::memcpy(&bytes_[static_cast<std::size_t>(i) * size_of(type_)], &bits, size_of(type_));
   }
   double get(std::int64_t i) const { return format_of(type_).value(bits(i)); }
   void set(std::int64_t i, double x) { set_bits(i, format_of(type_).nearest(x)); }

@@ -22,16 +22,20 @@ struct Tensor {
     std::int64_t channel = 1, step = e, row = l * e, count = b * l * e;
     if (layout == kChannelsFirst) step = 1, channel = l;
     if (layout == kGaps) channel = 3, step = 3 * e + 2, row = step * l + 7, count = row * b;
-    if (layout == kBackwards) step = -(e + 5), row = (e + 5) * l, count = row * b, base = (e + 5) * (l - 1);
-    if (base < 0) base = 0;
+    if (layout == kBackwards) {
+      step = -(e + 5), row = (e + 5) * l, count = row * b;
+      base = (e + 5) * std::max<std::int64_t>(l - 1, 0);
+    }
     memory = Memory(type, count);
-    view = {static_cast<char*>(memory.data()) + base * static_cast<std::int64_t>(size_of(type)), type,
-            row, step, channel};
+    char* const first = static_cast<char*>(memory.data());
+    view = {first + base * static_cast<std::int64_t>(size_of(type)), type, row, step, channel};
   }
   std::int64_t index(std::int64_t b, std::int64_t t, std::int64_t c) const {
     return base + b * view.row_stride + t * view.step_stride + c * view.channel_stride;
   }
-  double get(std::int64_t b, std::int64_t t, std::int64_t c) const { return memory.get(index(b, t, c)); }
+  double get(std::int64_t b, std::int64_t t, std::int64_t c) const {
+    return memory.get(index(b, t, c));
+  }
 };
 
 // (states, e, w), with a gap between states; the columns first or the channels first.
@@ -94,7 +98,8 @@ struct Problem {
           x.memory.set(x.index(b, t, e), 2 * random.number());
           dy.memory.set(dy.index(b, t, e), random.number());
         }
-    for (std::int64_t i = 0; i < c.e * c.k; ++i) weight.push_back(static_cast<float>(random.number()));
+    for (std::int64_t i = 0; i < c.e * c.k; ++i)
+      weight.push_back(static_cast<float>(random.number()));
     for (std::int64_t i = 0; i < c.e; ++i) bias.push_back(static_cast<float>(random.number()));
     initial = Windows(c.window_type, random.below(2) == 0, states, c.e, c.w);
     dfinal = Windows(DType::f32, random.below(2) == 0, states, c.e, c.w);
@@ -122,8 +127,13 @@ struct Problem {
   Conv conv() {
     Conv conv;
     conv.e = c.e, conv.k = c.k;
-    conv.segments = {static_cast<std::int64_t>(rows.size()), rows.data(), starts.data(), stops.data(),
-                     in.data(), out.data(), c.reverse};
+    conv.segments = {static_cast<std::int64_t>(rows.size()),
+                     rows.data(),
+                     starts.data(),
+                     stops.data(),
+                     in.data(),
+                     out.data(),
+                     c.reverse};
     conv.x = x.view;
     conv.weight = weight.data();
     conv.bias = c.bias ? bias.data() : nullptr;
@@ -145,7 +155,8 @@ struct Problem {
   double before_silu(std::size_t s, std::int64_t p, std::int64_t e, double* size = nullptr) const {
     double total = c.bias ? bias[static_cast<std::size_t>(e)] : 0, sizes = 1;
     for (std::int64_t j = 0; j < c.k; ++j) {
-      const double term = weight[static_cast<std::size_t>(e * c.k + j)] * input(s, p - c.k + 1 + j, e);
+      const double term =
+          weight[static_cast<std::size_t>(e * c.k + j)] * input(s, p - c.k + 1 + j, e);
       total += term, sizes += std::fabs(term);
     }
     if (size != nullptr) *size = sizes;
@@ -196,7 +207,8 @@ void check_forward(Problem& problem, DType final_type) {
         CHECK(bits == right, "%s: final window %08x, not %08x", problem.name.c_str(), bits, right);
       }
     }
-  CHECK(expected.memory == f.y.memory, "%s: y is written outside of segments", problem.name.c_str());
+  CHECK(expected.memory == f.y.memory, "%s: y is written outside of segments",
+        problem.name.c_str());
 }
 
 struct Backward {
@@ -230,8 +242,9 @@ struct Sum {
 };
 
 void check_sum(const char* what, const Problem& problem, double found, const Sum& sum, DType type) {
-  CHECK(std::fabs(found - sum.value) <= 4e-6 * (1 + sum.size) + rounding(type) * std::fabs(sum.value),
-        "%s: %s is %g, not %g", problem.name.c_str(), what, found, sum.value);
+  const double allowed = 4e-6 * (1 + sum.size) + rounding(type) * std::fabs(sum.value);
+  CHECK(std::fabs(found - sum.value) <= allowed, "%s: %s is %g, not %g",
+        problem.name.c_str(), what, found, sum.value);
 }
 
 void check_backward(Problem& problem, bool with_final) {
@@ -246,7 +259,8 @@ void check_backward(Problem& problem, bool with_final) {
           "%s: %d threads give other gradients", problem.name.c_str(), threads);
   }
   for (std::int64_t e = 0; e < c.e; ++e) {
-    std::vector<Sum> dx(static_cast<std::size_t>(c.b * c.l)), dweight(static_cast<std::size_t>(c.k)),
+    std::vector<Sum> dx(static_cast<std::size_t>(c.b * c.l)),
+        dweight(static_cast<std::size_t>(c.k)),
         dwindow(static_cast<std::size_t>(problem.states * c.w));
     std::vector<bool> covered(dx.size());
     Sum dbias;
@@ -278,7 +292,8 @@ void check_backward(Problem& problem, bool with_final) {
     for (std::int64_t b = 0; b < c.b; ++b)
       for (std::int64_t t = 0; t < c.l; ++t)
         if (covered[static_cast<std::size_t>(b * c.l + t)])
-          check_sum("dx", problem, d.x.get(b, t, e), dx[static_cast<std::size_t>(b * c.l + t)], c.x_type);
+          check_sum("dx", problem, d.x.get(b, t, e), dx[static_cast<std::size_t>(b * c.l + t)],
+                    c.x_type);
     for (std::int64_t j = 0; j < c.k; ++j)
       check_sum("dweight", problem, d.weight[static_cast<std::size_t>(e * c.k + j)],
                 dweight[static_cast<std::size_t>(j)], DType::f32);
@@ -327,10 +342,11 @@ void check_bits() {
       Problem problem(c, random);
       problem.in = {0}, problem.out = {0};
       const std::uint32_t snan = format_of(type).infinity() + 1;
-      for (std::int64_t i = 0; i < l * c.e; ++i)
-        problem.x.memory.set_bits(i, i % 3 == 0 ? snan : static_cast<std::uint32_t>(random.next()));
-      for (std::int64_t i = 0; i < c.w * c.e; ++i)
-        problem.initial.memory.set_bits(i, i % 3 == 0 ? snan : static_cast<std::uint32_t>(random.next()));
+      const auto any = [&](std::int64_t i) {
+        return i % 3 == 0 ? snan : static_cast<std::uint32_t>(random.next());
+      };
+      for (std::int64_t i = 0; i < l * c.e; ++i) problem.x.memory.set_bits(i, any(i));
+      for (std::int64_t i = 0; i < c.w * c.e; ++i) problem.initial.memory.set_bits(i, any(i));
       const Memory before = problem.initial.memory;
       Tensor y(type, c.layout, c.b, c.l, c.e);
       kernels().conv(problem.conv(), {y.view, problem.initial.view});

@@ -42,8 +42,9 @@ struct Problem {
         residual(c.residual_type, c.rows, c.d, c.gap + 1),
         dnormed(c.normed_type, c.rows, c.d, c.gap),
         dtotal(c.total_type, c.rows, c.d, 0) {
-    std::snprintf(name, sizeof name, "rows %d d %d types %d%d%d%d%s%s size %g", (int)c.rows, (int)c.d,
-                  (int)c.x_type, (int)c.residual_type, (int)c.normed_type, (int)c.total_type,
+    std::snprintf(name, sizeof name, "rows %d d %d types %d%d%d%d%s%s size %g", (int)c.rows,
+                  (int)c.d, (int)c.x_type, (int)c.residual_type, (int)c.normed_type,
+                  (int)c.total_type,
                   c.residual ? " residual" : "", c.total ? " total" : "", c.size);
     x.fill(c.rows, c.d, c.size, random);
     residual.fill(c.rows, c.d, c.size, random);
@@ -139,7 +140,8 @@ void check_backward(const Problem& problem, const Result& forward, const Gradien
     }
     for (std::int64_t i = 0; i < c.d; ++i) {
       const double s = forward.total.get(row, i);
-      const double right = scale * problem.dnormed.get(row, i) * problem.weight[static_cast<std::size_t>(i)] -
+      const double g = problem.dnormed.get(row, i) * problem.weight[static_cast<std::size_t>(i)];
+      const double right = scale * g -
                            scale * scale * scale * s / static_cast<double>(c.d) * through_scale +
                            (c.total ? problem.dtotal.get(row, i) : 0);
       const double found = d.x.get(row, i);
@@ -148,7 +150,8 @@ void check_backward(const Problem& problem, const Result& forward, const Gradien
     }
   }
   for (std::int64_t i = 0; i < c.d; ++i) {
-    const double found = d.weight[static_cast<std::size_t>(i)], right = dweight[static_cast<std::size_t>(i)];
+    const double found = d.weight[static_cast<std::size_t>(i)];
+    const double right = dweight[static_cast<std::size_t>(i)];
     CHECK(std::fabs(found - right) <= 1e-5 * (1 + static_cast<double>(c.rows) / 10),
           "%s: dweight %g, not %g", problem.name, found, right);
   }
@@ -212,12 +215,13 @@ void check_in_place() {
 // A row of zeros has the scale that eps gives, and NaN stays in its row.
 void check_special() {
   Random random(3);
-  Problem problem({3, 40, 0, DType::f32, DType::f32, DType::f32, DType::f32, false, false, 1, 1e-4f},
-                  random);
+  constexpr DType f32 = DType::f32;
+  Problem problem({3, 40, 0, f32, f32, f32, f32, false, false, 1, 1e-4f}, random);
   for (std::int64_t i = 0; i < 40; ++i) problem.x.memory.set(problem.x.index(0, i), 0);
   problem.x.memory.set_bits(problem.x.index(1, 5), 0x7fc00000u);
   const Result r = run_forward(problem);
-  CHECK(std::fabs(r.scale[0] - 100) < 1e-3 && r.normed.get(0, 7) == 0, "zeros: scale %g", r.scale[0]);
+  CHECK(std::fabs(r.scale[0] - 100) < 1e-3 && r.normed.get(0, 7) == 0, "zeros: scale %g",
+        r.scale[0]);
   for (std::int64_t i = 0; i < 40; ++i) {
     CHECK(std::isnan(r.normed.get(1, i)), "NaN was lost");
     CHECK(!std::isnan(r.normed.get(2, i)), "NaN has spread");

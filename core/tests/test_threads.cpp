@@ -43,7 +43,8 @@ void test_regions() {
               "worker %d of %d ran %d times", worker, expected,
               calls[static_cast<std::size_t>(worker)].load());
     }
-    for (const std::int64_t items : {0, 1, 2, 3, 1000}) CHECK(sums_up(items), "%d threads", threads);
+    for (const std::int64_t items : {0, 1, 2, 3, 1000})
+      CHECK(sums_up(items), "%d threads", threads);
   }
   Threads::set_count(0);
   CHECK(Threads::count() == 1, "a count of 0 is %d", Threads::count());
@@ -227,8 +228,8 @@ void print_times() {
     parallel_region([](int, int, Barrier&) {});
     asleep = std::min(asleep, std::chrono::duration<double>(Clock::now() - start).count());
   }
-  std::printf("best of 20: a region %.2f us, a loop %.2f us, a barrier %.2f us, a region from sleep "
-              "%.1f us\n", region * 1e6, loop * 1e6, barrier_time * 1e6, asleep * 1e6);
+  std::printf("best of 20: a region %.2f us, a loop %.2f us, a barrier %.2f us, a region from "
+              "sleep %.1f us\n", region * 1e6, loop * 1e6, barrier_time * 1e6, asleep * 1e6);
 }
 
 }  // namespace

@@ -14,7 +14,9 @@ TYPES = (torch.float32, *HALVES)
 
 def _inside(tensor: Tensor, *margins: tuple[int, int]) -> Tensor:
     """The same numbers in the middle of a bigger tensor, NaN around them."""
-    shape = [before + size + after for size, (before, after) in zip(tensor.shape, margins, strict=True)]
+    shape = [
+        before + size + after for size, (before, after) in zip(tensor.shape, margins, strict=True)
+    ]
     bigger = torch.full(shape, float("nan"), dtype=tensor.dtype)
     spans = zip(tensor.shape, margins, strict=True)
     view = bigger[tuple(slice(before, before + size) for size, (before, _) in spans)]

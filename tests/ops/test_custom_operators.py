@@ -274,7 +274,10 @@ def test_exported() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.weights = torch.nn.ParameterDict(
-                {name: torch.nn.Parameter(value.detach()) for name, value in block_weights().items()}
+                {
+                    name: torch.nn.Parameter(value.detach())
+                    for name, value in block_weights().items()
+                }
             )
 
         def forward(self, x_bld: Tensor) -> Tensor:

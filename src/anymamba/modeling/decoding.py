@@ -2,7 +2,8 @@
 
 The core works on the model's own weights, through a table of pointers that was checked when it
 was made. The table is used only while it still describes the model: before each step the modules,
-their hooks, and every weight's address and version are compared with what they were.
+their hooks and every weight's address are compared with what they were. What is in a weight may
+change as it likes, for nothing that follows from it is kept.
 """
 
 from __future__ import annotations
@@ -89,8 +90,6 @@ def why_not_fused(model: MambaForCausalLM) -> str | None:
         if reason is not None:
             return f"{name}: {reason}"
     for name, weight in model.named_parameters():
-        if weight.is_inference():
-            return f"{name} was made in inference mode, where changes leave no trace"
         if weight.device.type != "cpu" or weight.dtype not in _TYPES or not weight.is_contiguous():
             return f"{name} is {weight.dtype} on {weight.device}, or not contiguous"
     return None
@@ -158,9 +157,7 @@ class _Table:
         # A module's own dicts: looking into them notices replaced modules, weights and hooks.
         self._children = [(m._modules, dict(m._modules)) for m in (model, *model.modules())]
         self._weights = [
-            (m._parameters, name, weight)
-            for m in modules
-            for name, weight in m._parameters.items()
+            (m._parameters, name, weight) for m in modules for name, weight in m._parameters.items()
         ]
         self._hooks = [
             hooks
@@ -188,16 +185,14 @@ class _Table:
         ]
         self._choice = backend()
         self._stamps = self._stamp()
-        # Arrays that the core points to and the model does not hold: kept alive here.
-        self._kept: list[Tensor] = []
         backbone = model.backbone
         self._shape = model.lm_head.weight.shape[0]
         self._decoder = core().Decoder(
             backbone.embeddings.weight.detach(),
             model.lm_head.weight.detach(),
-            self._float32(backbone.norm_f.weight),
+            backbone.norm_f.weight.detach(),
             backbone.norm_f.variance_epsilon,
-            [self._layer(block) for block in backbone.layers],
+            [_layer(block) for block in backbone.layers],
         )
 
     def is_current(self) -> bool:
@@ -226,39 +221,32 @@ class _Table:
         )
         return logits
 
-    def _stamp(self) -> list[tuple[int, int, int] | None]:
-        stamps: list[tuple[int, int, int] | None] = []
+    def _stamp(self) -> list[tuple[int, int] | None]:
+        stamps: list[tuple[int, int] | None] = []
         for parameters, name, _ in self._weights:
             weight = parameters.get(name)
-            if weight is None:
-                stamps.append(None)
-            else:
-                stamps.append((id(weight), weight.data_ptr(), weight._version))
+            stamps.append(None if weight is None else (id(weight), weight.data_ptr()))
         return stamps
 
-    def _float32(self, weight: Tensor | None) -> Tensor | None:
-        """A small weight as the core wants it: the model's own memory where that is float32."""
-        if weight is None:
-            return None
-        self._kept.append(weight.detach().float().contiguous())
-        return self._kept[-1]
 
-    def _layer(self, block: Any) -> dict[str, Tensor | None]:
-        mixer = block.mixer
-        return {
-            "norm": self._float32(block.norm.weight),
-            "in_proj": mixer.in_proj.weight.detach(),
-            "in_proj_bias": self._float32(mixer.in_proj.bias),
-            "conv_weight": self._float32(mixer.conv1d.weight[:, 0]),
-            "conv_bias": self._float32(mixer.conv1d.bias),
-            "x_proj": mixer.x_proj.weight.detach(),
-            "dt_proj": mixer.dt_proj.weight.detach(),
-            "dt_bias": self._float32(mixer.dt_proj.bias),
-            "A": self._float32(-torch.exp(mixer.A_log.float())),
-            "D": self._float32(mixer.D),
-            "out_proj": mixer.out_proj.weight.detach(),
-            "out_proj_bias": self._float32(mixer.out_proj.bias),
-        }
+def _layer(block: Any) -> dict[str, Tensor | None]:
+    """One layer's tensors, the model's own memory every one of them."""
+    mixer = block.mixer
+    tensors = {
+        "norm": block.norm.weight,
+        "in_proj": mixer.in_proj.weight,
+        "in_proj_bias": mixer.in_proj.bias,
+        "conv_weight": mixer.conv1d.weight[:, 0],
+        "conv_bias": mixer.conv1d.bias,
+        "x_proj": mixer.x_proj.weight,
+        "dt_proj": mixer.dt_proj.weight,
+        "dt_bias": mixer.dt_proj.bias,
+        "A_log": mixer.A_log,
+        "D": mixer.D,
+        "out_proj": mixer.out_proj.weight,
+        "out_proj_bias": mixer.out_proj.bias,
+    }
+    return {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
 
 
 _TABLES: WeakKeyDictionary[nn.Module, _Table] = WeakKeyDictionary()

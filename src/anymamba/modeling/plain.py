@@ -39,10 +39,10 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (..., n).
     """
-    if type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None:
-        # Autocast rewrites torch's own product and knows nothing of ours.
-        if not torch.is_autocast_enabled(x.device.type):
-            return ops.linear(x, linear.weight, linear.bias)
+    # Autocast rewrites torch's own product and knows nothing of ours.
+    ours = not torch.is_autocast_enabled(x.device.type)
+    if ours and type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None:
+        return ops.linear(x, linear.weight, linear.bias)
     projected: Tensor = linear(x)
     return projected
 

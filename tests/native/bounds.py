@@ -1,0 +1,52 @@
+"""Runs every function of the core on arrays beside forbidden pages: python -m tests.native.bounds
+
+Prints what was called; dies where a kernel reads or writes outside of what it was given.
+"""
+
+from __future__ import annotations
+
+import sys
+from random import Random
+from typing import Any
+
+import torch
+
+from anymamba import _core
+from tests.native.calls import CALLS, Array, decoder, make
+
+
+def behind_fences(call: dict[str, Any], rng: Random) -> dict[str, Any]:
+    side = "end" if rng.random() < 0.7 else "begin"
+    return {
+        name: make(value, rng, side) if isinstance(value, Array) else value
+        for name, value in call.items()
+    }
+
+
+def decode(rng: Random) -> None:
+    call = decoder(rng)
+    step = call.pop("step")
+    layers = [behind_fences(layer, rng) for layer in call.pop("layers")]
+    model = _core.Decoder(**behind_fences(call, rng), layers=layers)
+    # The arrays' only owner is the model from here on.
+    del layers, call
+    model.step(**behind_fences(step, rng))
+
+
+def main(calls: int) -> None:
+    torch.manual_seed(0)
+    _core.set_threads(3)
+    for isa in _core.isas():
+        _core.use_isa(isa)
+        for name, valid in CALLS.items():
+            for seed in range(calls):
+                rng = Random(f"{name} {seed}")
+                print(isa, name, seed, flush=True)
+                getattr(_core, name)(**behind_fences(valid(rng), rng))
+        for seed in range(calls):
+            print(isa, "Decoder", seed, flush=True)
+            decode(Random(seed))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
