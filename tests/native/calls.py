@@ -300,7 +300,7 @@ def decoder(rng: Random) -> Call:
             "x_proj": weight(r + 2 * n, e),
             "dt_proj": weight(e, r),
             "dt_bias": _maybe(rng, dense(e)),
-            "A": dense(e, n),
+            "A_log": dense(e, n),
             "D": dense(e),
             "out_proj": weight(d, e),
             "out_proj_bias": _maybe(rng, dense(d)),

@@ -13,7 +13,12 @@ from anymamba.errors import InputError
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.decoding import decode
-from anymamba.modeling.model import MambaModel, MambaPreTrainedModel, check_cache
+from anymamba.modeling.model import (
+    MambaModel,
+    MambaPreTrainedModel,
+    check_cache,
+    check_cache_position,
+)
 from anymamba.modeling.outputs import MambaCausalLMOutput
 from anymamba.modeling.packing import check_mask, next_tokens, pack_batch
 from anymamba.modeling.plain import project
@@ -150,9 +155,12 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             return None
         if input_ids.ndim != 2 or input_ids.shape[1] != 1:
             return None
-        if attention_mask is not None and not bool(attention_mask[..., -1:].all()):
-            return None
+        if attention_mask is not None:
+            check_mask(input_ids.shape[0], 1, attention_mask)
+            if not bool(attention_mask[:, -1].all()):
+                return None
         check_cache(cache_params, self.config, input_ids.shape[0])
+        check_cache_position(cache_position)
         logits = decode(self, input_ids, cache_params)
         if logits is None:
             return None

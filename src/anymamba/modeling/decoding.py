@@ -137,10 +137,6 @@ def _why_not_usual(name: str, module: nn.Module, model: MambaForCausalLM) -> str
     """Why a module of the right class computes something else than the core would."""
     if name.endswith(("lm_head", "x_proj")) and module.bias is not None:
         return "it has a bias"
-    if isinstance(module, nn.Conv1d):
-        usual = (module.weight.shape[0], (1,), (1,), "zeros")
-        if (module.groups, module.stride, module.dilation, module.padding_mode) != usual:
-            return "it is not a depthwise convolution of neighbours"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "it limits the norm of what it returns"
     eps = getattr(module, "variance_epsilon", None)

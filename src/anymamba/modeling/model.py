@@ -34,6 +34,7 @@ __all__ = [
     "MambaPreTrainedModel",
     "MambaRMSNorm",
     "check_cache",
+    "check_cache_position",
 ]
 
 
@@ -376,7 +377,7 @@ class MambaModel(MambaPreTrainedModel):
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch, length, _ = hidden_states.shape
         cache, returned = self._open_cache(cache_params, use_cache, hidden_states)
-        _check_cache_position(cache_position, length)
+        check_cache_position(cache_position)
         packed = pack_batch(
             batch,
             length,
@@ -475,7 +476,12 @@ def check_cache(cache: object, config: MambaConfig, batch: int) -> None:
         )
 
 
-def _check_cache_position(cache_position: Tensor | None, length: int) -> None:
+def check_cache_position(cache_position: Tensor | None) -> None:
+    """Refuse what is no row of positions; None passes.
+
+    Raises:
+        InputError: naming the shape and type found.
+    """
     if cache_position is None:
         return
     if cache_position.ndim != 1 or cache_position.is_floating_point():

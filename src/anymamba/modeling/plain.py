@@ -69,6 +69,10 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return "it has hooks"
     if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
         return "hooks are set for all modules"
+    if isinstance(module, nn.Conv1d):
+        usual = (module.weight.shape[0], (1,), (1,), "zeros")
+        if (module.groups, module.stride, module.dilation, module.padding_mode) != usual:
+            return "it is not a depthwise convolution of neighbours"
     for name, tensor in module._parameters.items():
         if tensor is not None and type(tensor) not in (Parameter, Tensor):
             return f"its {name} is a {type(tensor).__name__}"
