@@ -103,9 +103,29 @@ def odd_numpy(value: Tensor, rng: Random) -> Any:
 
 def no_array(value: Any, rng: Random) -> Any:
     return rng.choice(
-        [None, 0, -1, 1.5, "x", b"xxxx", bytearray(16), [], [[1.0]], {}, object, object(), ()]
-        + [torch.float32, torch.empty(3, device="meta"), torch.zeros(2).to_sparse(), range(3)]
-        + [torch.zeros(2, requires_grad=True), memoryview(b"abcd"), float("nan"), *HUGE]
+        [
+            None,
+            0,
+            -1,
+            1.5,
+            "x",
+            b"xxxx",
+            bytearray(16),
+            [],
+            [[1.0]],
+            {},
+            object,
+            object(),
+            (),
+            torch.float32,
+            torch.empty(3, device="meta"),
+            torch.zeros(2).to_sparse(),
+            range(3),
+            torch.zeros(2, requires_grad=True),
+            memoryview(b"abcd"),
+            float("nan"),
+            *HUGE,
+        ]
     )
 
 

@@ -99,8 +99,8 @@ def test_around_every_number_at_which_something_changes(name: str) -> None:
 
 
 SPECIAL = {
-    "exp": {np.inf: np.inf, -np.inf: 0.0, 0.0: 1.0, -0.0: 1.0, 1e30: np.inf, -1e30: 0.0},
-    "silu": {np.inf: np.inf, -np.inf: 0.0, 0.0: 0.0, -0.0: 0.0, 1e30: 1e30, -1e30: 0.0},
+    "exp": {np.inf: np.inf, -np.inf: 0.0, 0.0: 1.0, 1e30: np.inf, -1e30: 0.0},
+    "silu": {np.inf: np.inf, -np.inf: 0.0, 0.0: 0.0, 1e30: 1e30, -1e30: 0.0},
     "softplus": {np.inf: np.inf, -np.inf: 0.0, 1e30: 1e30, -1e30: 0.0, LARGEST: LARGEST},
 }
 

@@ -149,7 +149,8 @@ def test_gradients_that_are_one_number_for_all() -> None:
     actual = torch.autograd.grad(y.sum() + final.sum(), list(ours.values()))
     y, final = convolve(theirs, backend="reference")
     expected = torch.autograd.grad(y.sum() + final.sum(), list(theirs.values()))
-    assert_gradients(dict(zip(ours, actual)), dict(zip(theirs, expected)))
+    found = dict(zip(ours, actual, strict=True))
+    assert_gradients(found, dict(zip(theirs, expected, strict=True)))
 
 
 @pytest.mark.parametrize("index", [0, 1])

@@ -132,7 +132,8 @@ def test_gradients_that_are_one_number_for_all() -> None:
     actual = torch.autograd.grad(y.sum() + last.sum(), [ours[name] for name in names])
     y, last = scan(theirs, backend="reference")
     expected = torch.autograd.grad(y.sum() + last.sum(), [theirs[name] for name in names])
-    assert_gradients(dict(zip(names, actual)), dict(zip(names, expected)))
+    found = dict(zip(names, actual, strict=True))
+    assert_gradients(found, dict(zip(names, expected, strict=True)))
 
 
 @pytest.mark.parametrize("of", ["y", "last"])
@@ -338,7 +339,7 @@ def test_a_wrong_number_of_threads_is_named(monkeypatch: pytest.MonkeyPatch, tex
 
 def test_what_the_core_does_not_offer_is_said() -> None:
     inputs = double(scan_inputs(1, 2, 2, 2))
-    with pytest.raises(BackendError, match="do not offer torch.float64"):
+    with pytest.raises(BackendError, match=r"do not offer torch\.float64"):
         scan(inputs)
     with ops.backend("auto"):
         assert scan(inputs)[0].dtype == torch.float64
