@@ -80,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="a text file")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--minutes", type=float, default=60.0, help="processor time to spend")
+    parser.add_argument("--minutes", type=float, default=8.0, help="processor time to spend")
     parser.add_argument("--steps", type=int, help="train so many steps instead of --minutes")
     parser.add_argument("--threads", type=int, default=1, help="threads for torch, default 1")
     parser.add_argument("--report-every", type=int, default=20, help="steps between lines")
