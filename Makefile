@@ -1,6 +1,7 @@
 # make setup   makes .venv with all that development needs
 # make demo    generates text with the bundled model (sets up first)
 # make test    runs all checks and tests (sets up first)
+# make sanitize   runs the core's C++ tests under sanitizers, as make test does too
 # make bench   measures; prints tables, writes JSON, draws the chart
 # make bench-peers   installs what it compares with; llama.cpp compiles for about ten minutes
 # make lint, make format
@@ -10,7 +11,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: setup demo test bench bench-peers lint format
+.PHONY: setup demo test sanitize bench bench-peers lint format
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -32,7 +33,21 @@ demo:
 test:
 	@start=$$(date +%s); $(MAKE) --no-print-directory setup lint \
 	&& $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+	&& $(MAKE) --no-print-directory sanitize \
 	&& echo "make test took $$(($$(date +%s) - start)) s"
+
+# With each instruction set of this machine. UndefinedBehaviorSanitizer would else only warn.
+sanitize: setup
+	@export PATH="$(abspath $(BIN)):$$PATH" UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
+	isas=$$(python -c "from anymamba import _core; print('|'.join(_core.isas()))") || exit 1; \
+	for kind in address,undefined thread; do \
+		echo "The C++ tests under $$kind" \
+		&& cmake -S . -B build/$$kind -G Ninja --log-level=WARNING \
+			-DANYMAMBA_TESTS=ON -DANYMAMBA_SANITIZE=$$kind > /dev/null \
+		&& cmake --build build/$$kind -- --quiet \
+		&& ctest --test-dir build/$$kind --tests-regex "_($$isas)$$" --no-tests=error \
+			--parallel 2 --timeout 600 --output-on-failure || exit 1; \
+	done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -169,7 +169,9 @@ def available_backends() -> list[tuple[str, bool, str]]:
     for name in PREFERENCE:
         entry = BACKENDS[name]
         reason = entry.missing()
-        offers = "all operators" if name == "reference" else ", ".join(entry.operators)
+        offers = "all operators" if name in ("cpu", "reference") else ", ".join(entry.operators)
+        if name == "cpu" and reason is None:
+            offers += f"; {_load('anymamba.ops.native:description')()}"
         rows.append((name, reason is None, reason or f"offers {offers}"))
     return rows
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from anymamba.errors import BackendError
 from anymamba.ops.segments import Segments
 
-__all__ = ["core", "is_built", "reason_against", "segment_table", "yields"]
+__all__ = ["core", "description", "is_built", "reason_against", "segment_table", "yields"]
 
 _FOUND = torch.cpu.get_capabilities()
 _MULTIPLIES_BFLOAT16 = bool(_FOUND.get("avx512_bf16") or _FOUND.get("amx_tile"))
@@ -33,6 +33,12 @@ def core() -> Any:
     if module.threads() != threads:
         module.set_threads(threads)
     return module
+
+
+def description() -> str:
+    """What the core runs with here: its instruction set, and how many threads."""
+    native = core()
+    return f"native code for {native.isa()}, {native.threads()} threads"
 
 
 def reason_against(operator: str, tensor: Tensor, arguments: dict[str, Any]) -> str | None:
