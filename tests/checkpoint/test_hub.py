@@ -15,13 +15,19 @@ from .by_hand import one_line, weights, write_model, write_shards
 from .hub_stand_in import COMMIT, serve
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch):
+    """As if nobody had said offline; the library reads that once, when it is imported."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     with serve() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         yield hub
 
 

@@ -30,6 +30,8 @@ def endless(tiny):
             env=buffered(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            # A shell starts its background jobs deaf to Ctrl-C, and they hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         return process
