@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
 # Before anything imports them: no test may reach for a network, and two workers share the cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -18,3 +21,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("anymamba")
+
+
+@pytest.fixture(autouse=True)
+def usual_verbosity() -> Iterator[None]:
+    """What one test silences in Transformers speaks again in the next."""
+    yield
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_warning()
