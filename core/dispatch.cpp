@@ -17,10 +17,11 @@ bool has(const char* isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  if (std::strcmp(isa, "avx512") == 0)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
+  if (std::strcmp(isa, "avx512") == 0) return avx512;
   if (std::strcmp(isa, "avx2") == 0) return avx2;
 #endif
   return std::strcmp(isa, "portable") == 0;
@@ -31,10 +32,11 @@ const Kernels& choose() {
     if (const Kernels* found = kernels_of(wanted)) return *found;
     throw std::runtime_error(std::string("ANYMAMBA_ISA is '") + wanted +
                              "', which this machine does not have; it has" +
+                             (has("avx512_bf16") ? " avx512_bf16" : "") +
                              (has("avx512") ? " avx512" : "") + (has("avx2") ? " avx2" : "") +
                              " portable");
   }
-  for (const char* isa : {"avx512", "avx2"})
+  for (const char* isa : {"avx512_bf16", "avx512", "avx2"})
     if (const Kernels* found = kernels_of(isa)) return *found;
   return portable::table;
 }
@@ -44,6 +46,7 @@ const Kernels& choose() {
 const Kernels* kernels_of(const char* isa) {
   if (!has(isa)) return nullptr;
 #if defined(__x86_64__)
+  if (std::strcmp(isa, "avx512_bf16") == 0) return &avx512_bf16::table;
   if (std::strcmp(isa, "avx512") == 0) return &avx512::table;
   if (std::strcmp(isa, "avx2") == 0) return &avx2::table;
 #endif

@@ -12,6 +12,11 @@ namespace anymamba::ANYMAMBA_ISA {
 extern const Kernels table;
 const Kernels table = {
     ANYMAMBA_TEXT(ANYMAMBA_ISA),
+#if defined(__AVX512BF16__)
+    true,
+#else
+    false,
+#endif
     scan,
     scan_backward,
     scan_step,

@@ -10,6 +10,7 @@ namespace anymamba {
 
 struct Kernels {
   const char* isa;
+  bool multiplies_bf16;  // at twice float32's speed: activations are then best kept in bfloat16
   void (*scan)(const Scan&, const ScanResult&);
   void (*scan_backward)(const Scan&, const ScanGradients&);
   // Rows of the batch and channels [first, last), so that a caller can spread one step.
@@ -38,12 +39,13 @@ struct Kernels {
 // Throws std::runtime_error if that one is unknown or not to be had.
 const Kernels& kernels();
 
-// Makes kernels() return those of another instruction set from now on; false if it is not to be had.
+// Makes kernels() return those of another instruction set from now on; false where it is missing.
 bool use_isa(const char* isa);
 
 // By name; null where this machine or this build does not have it.
 const Kernels* kernels_of(const char* isa);
 
+namespace avx512_bf16 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
 namespace portable { extern const Kernels table; }

@@ -1,4 +1,4 @@
-// Matrix products: the blocked one for many rows, and the one bound by reading the weights.
+// Matrix products of any size; those of few rows go to few_rows.
 //
 // The blocked product follows Goto and van de Geijn. Of its two operands one is read a number at a
 // time and broadcast ("left", in rows), the other by whole vectors ("right", in columns). A block
@@ -11,13 +11,20 @@
 #include <new>
 
 #include "functions.h"
-#include "simd.h"
+#include "integers.h"
+#include "lanes.h"
 #include "threads.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
 using std::int64_t;
+
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;  // of bfloat16 numbers, with sums in float32
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
 
 // A tile of c is kTileRows x kTileVectors vectors: as many registers as leave room for one row of
 // the right panel and the broadcast number.
@@ -32,56 +39,6 @@ constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to ano
 constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
 constexpr int64_t kFewRows = 16, kFewRowsDepth = 1 << 15;  // beyond these, blocked
 
-ANYMAMBA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ANYMAMBA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-ANYMAMBA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-ANYMAMBA_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// ---------------------------------------------------------------------------------------------
-// Vectors across each other.
-
-#if defined(__AVX512F__)
-#define ANYMAMBA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define ANYMAMBA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined(__AVX2__)
-#define ANYMAMBA_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define ANYMAMBA_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define ANYMAMBA_LOW 0, 4, 1, 5
-#define ANYMAMBA_HIGH 2, 6, 3, 7
-#endif
-
-ANYMAMBA_INLINE F interleave_low(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_LOW); }
-ANYMAMBA_INLINE F interleave_high(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_HIGH); }
-
-#undef ANYMAMBA_LOW
-#undef ANYMAMBA_HIGH
-
-// v (W, W) becomes its transpose: interleaving row i with row i + W/2 rotates the bits of an
-// entry's place (row, lane) by one, so log2(W) rounds exchange rows and lanes.
-ANYMAMBA_INLINE void transpose(F (&v)[W]) {
-#pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
-    F u[W];
-#pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      u[2 * i] = interleave_low(v[i], v[i + W / 2]);
-      u[2 * i + 1] = interleave_high(v[i], v[i + W / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = u[i];
-  }
-}
-
-// Lane i of the result is the sum of the lanes of v[i], in pairs that do not depend on i.
-ANYMAMBA_INLINE F sums_of_lanes(F (&v)[W]) {
-#pragma GCC unroll 4
-  for (int left = W / 2; left > 0; left /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < left; ++i)
-      v[i] = interleave_low(v[i], v[i + left]) + interleave_high(v[i], v[i + left]);
-  return v[0];
-}
 
 // W neighbouring numbers of a type known at compile time.
 template <DType type>
@@ -130,7 +87,36 @@ struct Job {
   Matrix c;
   const float* bias;  // (columns,) or null
   bool accumulate;
+  bool pairs = false;
 };
+
+// Two bfloat16 neighbours along k as one number of 32 bits, where the processor multiplies such
+// pairs: half as many of them, moved and packed as floats are. Only the sums know the difference.
+bool multiplies_pairs(const Operand& left, const Operand& right, int64_t depth) {
+  const auto in_pairs = [](const Operand& o) {
+    return o.type == DType::bf16 && o.depth == 1 && o.lane % 2 == 0 &&
+           reinterpret_cast<std::uintptr_t>(o.data) % 4 == 0;
+  };
+  return kMultipliesPairs && in_pairs(left) && in_pairs(right) && depth % 2 == 0;
+}
+
+Job as_pairs(Job job) {
+  for (Operand* operand : {&job.left, &job.right}) {
+    operand->type = DType::f32;
+    operand->lane /= 2;
+  }
+  job.depth /= 2;
+  job.pairs = true;
+  return job;
+}
+
+ANYMAMBA_INLINE F sum_of_products(F a, F b, F sum, bool pairs) {
+#if defined(__AVX512BF16__)
+  if (pairs) return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  (void)pairs;
+  return fma(a, b, sum);
+}
 
 // A stretch of c.
 struct Block {
@@ -160,10 +146,11 @@ struct Tile {
   int64_t c_stride;
   const float* bias;
   bool add_old;
+  bool pairs;
   Fetch fetch;
 };
 
-template <int R, int V>
+template <int R, int V, bool pairs>
 void micro_kernel(const Tile& tile) {
   constexpr int kGroups = (R + 2) / 3;  // three rows share a pointer: x86 has few of them
   const int64_t lane = tile.left.lane, step = tile.left.depth;
@@ -192,7 +179,7 @@ void micro_kernel(const Tile& tile) {
       for (int r = 0; r < R; ++r) {
         const F a = splat(left[r / 3][r % 3 * lane]);
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sums[r][v] = fma(a, b[v], sums[r][v]);
+        for (int v = 0; v < V; ++v) sums[r][v] = sum_of_products(a, b[v], sums[r][v], pairs);
       }
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) left[g] += step;
@@ -214,15 +201,21 @@ void micro_kernel(const Tile& tile) {
     }
 }
 
-template <int R, int V>
+template <int R, int V, bool pairs>
 ANYMAMBA_INLINE void micro_kernel_of(int64_t rows, const Tile& tile) {
-  if (rows >= R) return micro_kernel<R, V>(tile);
-  if constexpr (R > 1) micro_kernel_of<R - 1, V>(rows, tile);
+  if (rows >= R) return micro_kernel<R, V, pairs>(tile);
+  if constexpr (R > 1) micro_kernel_of<R - 1, V, pairs>(rows, tile);
+}
+
+template <bool pairs>
+ANYMAMBA_INLINE void run_micro_kernel_of(int64_t rows, int vectors, const Tile& tile) {
+  if (vectors == 2) micro_kernel_of<kTileRows, 2, pairs>(rows, tile);
+  else micro_kernel_of<kTileRows, 1, pairs>(rows, tile);
 }
 
 void run_micro_kernel(int64_t rows, int vectors, const Tile& tile) {
-  if (vectors == 2) micro_kernel_of<kTileRows, 2>(rows, tile);
-  else micro_kernel_of<kTileRows, 1>(rows, tile);
+  if (kMultipliesPairs && tile.pairs) run_micro_kernel_of<kMultipliesPairs>(rows, vectors, tile);
+  else run_micro_kernel_of<false>(rows, vectors, tile);
 }
 
 // A tile of less than whole vectors is computed beside c.
@@ -391,9 +384,10 @@ struct Sums {
 
 // sums (rows, columns) = left (rows, depth) panel (depth, columns), for the columns of one panel.
 void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t columns,
-               int64_t depth, const Sums& sums, const Fetch& fetch) {
+               int64_t depth, const Sums& sums, bool pairs, const Fetch& fetch) {
   const int vectors = static_cast<int>(ceil_div(columns, W));
-  Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old, fetch};
+  Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old,
+               pairs, fetch};
   for (int64_t i = 0, stretch = 0; i < rows; i += kTileRows, stretch += fetch.count) {
     tile.left.data = left.data + i * (left.lane == 1 ? depth : left.lane);
     tile.c = sums.data + i * sums.stride;
@@ -433,7 +427,7 @@ void run_block(const Job& job, const Block& block) {
                                          ceil_div(part, kTileRows));
         const float* bias = in_place && p == 0 && job.bias != nullptr ? job.bias + column : nullptr;
         const Sums sums = {c + i * stride + j, stride, bias, p > 0 || (in_place && job.accumulate)};
-        run_panel(packed, part, panel, width, depth, sums, fetch);
+        run_panel(packed, part, panel, width, depth, sums, job.pairs, fetch);
       }
     }
   }
@@ -491,109 +485,7 @@ void run_blocks(const Job& job) {
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------
-// A few rows.
-
-namespace {
-
-// Weight rows at once for a number of vectors: streams enough for memory, accumulators that fit.
-template <int M>
-constexpr int rows_at_once() {
-  if (W == 16) return M == 1 ? 8 : M == 2 ? 8 : M <= 4 ? 6 : 4;
-  return M == 1 ? 6 : M == 2 ? 4 : 2;
-}
-constexpr int kVectorsAtOnce = W == 16 ? 6 : 4;
-constexpr int64_t kChunkBytes = 128 << 10;  // of weights, in L2
-
-// y (M vectors, R rows) from weight rows row.. and x rows vector..; rows `ahead` bytes further on
-// are fetched meanwhile.
-template <DType type, int R, int M>
-void dot_products(const FewRows& few, int64_t row, int vector, int64_t ahead) {
-  constexpr int64_t size = type == DType::f32 ? 4 : 2;
-  const char* weight = static_cast<const char*>(few.weight) + row * few.weight_row_stride * size;
-  const int64_t stride = few.weight_row_stride * size;
-  const float* x = few.x + vector * few.x_row_stride;
-  F sums[R][M] = {};
-  int64_t p = 0;
-  for (; p + W <= few.k; p += W) {
-    F v[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) v[m] = load(x + m * few.x_row_stride + p);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const char* from = weight + r * stride + p * size;
-      __builtin_prefetch(from + ahead);
-      const F w = load_as<type>(from, 0);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) sums[r][m] = fma(w, v[m], sums[r][m]);
-    }
-  }
-  // Sums over lanes, W of the R * M accumulators at a time; entry (r, m) at r * M + m.
-  constexpr int kGroups = (R * M + W - 1) / W;
-  float totals[kGroups * W];
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroups; ++g) {
-    F v[W];
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      v[i] = g * W + i < R * M ? sums[(g * W + i) / M][(g * W + i) % M] : F{};
-    store(totals + g * W, sums_of_lanes(v));
-  }
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r) {
-      float sum = totals[r * M + m];
-      for (int64_t q = p; q < few.k; ++q)
-        sum += read(weight + r * stride, type, q) * x[m * few.x_row_stride + q];
-      if (few.bias != nullptr) sum += few.bias[row + r];
-      few.y[(vector + m) * few.y_row_stride + row + r] = sum;
-    }
-}
-
-template <DType type, int R, int M>
-void dot_products_of(int vectors, const FewRows& few, int64_t row, int vector, int64_t ahead) {
-  if (vectors == M) return dot_products<type, R, M>(few, row, vector, ahead);
-  if constexpr (M > 1) dot_products_of<type, R, M - 1>(vectors, few, row, vector, ahead);
-}
-
-// Vectors in groups of at most M. Each group goes over a chunk of weight rows that L2 holds, so
-// that the group's part of x stays in L1 and memory is read once.
-template <DType type, int M>
-void few_rows_of(const FewRows& few, int64_t first, int64_t last) {
-  constexpr int R = rows_at_once<M>();
-  const int64_t row_bytes = few.weight_row_stride * (type == DType::f32 ? 4 : 2);
-  const int64_t chunk =
-      few.m > M ? larger(1, kChunkBytes / larger(1, R * row_bytes)) * R : last - first;
-  for (int64_t start = first; start < last; start += chunk) {
-    const int64_t stop = smaller(start + chunk, last);
-    for (int vector = 0; vector < few.m; vector += M) {
-      const int vectors = few.m - vector < M ? few.m - vector : M;
-      int64_t row = start;
-      for (; row + R <= stop; row += R) {
-        const int64_t ahead = row + 2 * R <= last ? R * row_bytes : 0;
-        dot_products_of<type, R, M>(vectors, few, row, vector, ahead);
-      }
-      for (; row < stop; ++row) dot_products_of<type, 1, M>(vectors, few, row, vector, 0);
-    }
-  }
-}
-
-template <DType type, int M>
-void few_rows_in_groups(int group, const FewRows& few, int64_t first, int64_t last) {
-  if (group == M) return few_rows_of<type, M>(few, first, last);
-  if constexpr (M > 1) few_rows_in_groups<type, M - 1>(group, few, first, last);
-}
-
-}  // namespace
-
-void few_rows(const FewRows& few, int64_t first, int64_t last) {
-  const int groups = static_cast<int>(ceil_div(few.m, kVectorsAtOnce));
-  const int group = static_cast<int>(ceil_div(few.m, groups > 0 ? groups : 1));
-  constexpr int M = kVectorsAtOnce;
-  switch (few.type) {
-    case DType::f32: return few_rows_in_groups<DType::f32, M>(group, few, first, last);
-    case DType::bf16: return few_rows_in_groups<DType::bf16, M>(group, few, first, last);
-    case DType::f16: return few_rows_in_groups<DType::f16, M>(group, few, first, last);
-  }
-}
+// Few rows of the left operand, spread over the workers by weight rows.
 
 namespace {
 
@@ -657,7 +549,7 @@ void product(const Product& p) {
                    p.c, p.bias, p.accumulate};
   if (p.k <= 0) run_empty(job);
   else if (suits_few_rows(job)) run_few_rows(job);
-  else run_blocks(job);
+  else run_blocks(multiplies_pairs(job.left, job.right, job.depth) ? as_pairs(job) : job);
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

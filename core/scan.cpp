@@ -13,6 +13,7 @@
 #include "scan.h"
 
 #include "functions.h"
+#include "integers.h"
 #include "scratch.h"
 #include "simd.h"
 #include "threads.h"
@@ -28,10 +29,6 @@ constexpr int kPartials = 16;   // at most so many partial sums of a gradient ar
 constexpr int N = 4;            // states in registers
 
 static_assert(kColumns % W == 0 && T % 16 == 0);
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-std::int64_t larger(std::int64_t a, std::int64_t b) { return a < b ? b : a; }
 
 // ---- Memory ------------------------------------------------------------------------------------
 
@@ -75,14 +72,11 @@ void fill_zeros(float* p, std::int64_t floats) {
 
 // ---- Vectors as rows of a matrix ---------------------------------------------------------------
 
-// The sums of W rows of W floats, as one vector: each round adds neighbours and halves the rows.
+// The sums of W rows of W floats, as one vector.
 ANYMAMBA_INLINE F row_sums(const float* rows) {
   F m[W];
   for (int i = 0; i < W; ++i) m[i] = load(rows + i * W);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i)
-      m[i] = evens(m[2 * i], m[2 * i + 1]) + odds(m[2 * i], m[2 * i + 1]);
-  return m[0];
+  return sums_of_lanes(m);
 }
 
 // out (W, W) = in (W, W) transposed; rows are so far apart as the strides say.

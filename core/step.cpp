@@ -10,6 +10,7 @@ namespace anymamba {
 namespace {
 
 constexpr int kMostVectors = 16;        // that few_rows takes at once
+constexpr std::int64_t kScanBlock = 64;  // channels
 constexpr std::int64_t kWeightRows = 32;  // read from memory once, then used for all vectors
 
 struct Span {
@@ -17,11 +18,30 @@ struct Span {
 };
 
 // A worker's share of `count` rows, in units of 16 so that workers do not share cache lines.
-Span share(std::int64_t count, int worker, int workers) {
-  const std::int64_t units = (count + 15) / 16;
-  const auto border = [&](int w) { return std::min(count, units * w / workers * 16); };
+Span share(std::int64_t count, int worker, int workers, std::int64_t unit = 16) {
+  const std::int64_t units = (count + unit - 1) / unit;
+  const auto border = [&](int w) { return std::min(count, units * w / workers * unit); };
   return {border(worker), border(worker + 1)};
 }
+
+// The weight rows that a worker will read next. They are fetched into its second cache while it
+// waits for others or computes, when memory would stand idle.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const Weight& weight, Span rows) {
+    const std::int64_t row = weight.row_stride * static_cast<std::int64_t>(size_of(weight.type));
+    next_ = static_cast<const char*>(weight.data) + rows.first * row;
+    end_ = next_ + std::min((rows.last - rows.first) * row, kMost);
+  }
+  void fetch(int lines) {
+    for (; lines > 0 && next_ < end_; --lines, next_ += 64) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  static constexpr std::int64_t kMost = 128 << 10;
+  const char *next_ = nullptr, *end_ = nullptr;
+};
 
 // y (b, .) = x (b, k) weight^T + bias for the weight's rows [first, last).
 void project(const Kernels& kernels, const Weight& weight, std::int64_t k, const float* bias,
@@ -50,7 +70,7 @@ void project(const Kernels& kernels, const Weight& weight, std::int64_t k, const
 // The buffers of one step, shared by the workers.
 struct Buffers {
   std::vector<float> hidden, xz, x, rBC, delta, y, change;
-  Buffers(const StepModel& m, std::int64_t b)
+  Buffers(const Model& m, std::int64_t b)
       : hidden(b * m.d), xz(b * 2 * m.e), x(b * m.e), rBC(b * (m.r + 2 * m.n)), delta(b * m.e),
         y(b * m.e), change(b * m.d) {}
 };
@@ -58,7 +78,7 @@ struct Buffers {
 // A worker's float32 forms of a layer's small tensors, of which it fills its own rows.
 struct Widened {
   std::vector<float> norm, in_proj_bias, conv_weight, conv_bias, dt_bias, A, D, out_proj_bias;
-  explicit Widened(const StepModel& m)
+  explicit Widened(const Model& m)
       : norm(m.d), in_proj_bias(2 * m.e), conv_weight(m.e * m.k), conv_bias(m.e), dt_bias(m.e),
         A(m.e * m.n), D(m.e), out_proj_bias(m.d) {}
 };
@@ -69,7 +89,7 @@ Tensor3 rows_of(float* data, std::int64_t row_stride) {
 
 class Step {
  public:
-  Step(const StepModel& model, const StepState& state, std::int64_t b, Buffers& buffers,
+  Step(const Model& model, const States& state, std::int64_t b, Buffers& buffers,
        float* logits)
       : kernels_(kernels()), m_(model), state_(state), b_(b), buf_(buffers), logits_(logits) {}
 
@@ -78,18 +98,26 @@ class Step {
     std::vector<float> normed(b_ * m_.d);  // every worker's own: cheaper than waiting for one
     Widened widened(m_);
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
-      const StepLayer& layer = m_.layers[index];
+      const Layer& layer = m_.layers[index];
       const Span channels = share(m_.e, worker, workers);
       norm(layer.norm, widened, normed.data());
       convolve(layer, index, normed.data(), widened, channels);
-      barrier.wait();
+      const Span narrow = share(wide(), worker, workers, 4);
+      Ahead to_x_proj(layer.x_proj, narrow);
+      barrier.wait([&] { to_x_proj.fetch(1); });
       project(kernels_, layer.x_proj, m_.e, nullptr, buf_.x.data(), m_.e, buf_.rBC.data(), wide(),
-              b_, share(wide(), worker, workers));
-      barrier.wait();
+              b_, narrow);
+      Ahead to_dt_proj(layer.dt_proj, channels);
+      barrier.wait([&] { to_dt_proj.fetch(1); });
+      const Span rows = share(m_.d, worker, workers);
+      Ahead to_out_proj(layer.out_proj, rows);
       scan(layer, index, widened, channels);
-      barrier.wait();
-      add_back(layer, widened, share(m_.d, worker, workers));
-      barrier.wait();
+      barrier.wait([&] { to_out_proj.fetch(1); });
+      add_back(layer, widened, rows);
+      Ahead to_next = index + 1 < m_.layers.size()
+          ? Ahead(m_.layers[index + 1].in_proj, channels)
+          : Ahead(m_.head, share(m_.v, worker, workers));
+      barrier.wait([&] { to_next.fetch(1); });
     }
     norm(m_.norm, widened, normed.data());
     project(kernels_, m_.head, m_.d, nullptr, normed.data(), m_.d, logits_, m_.v, b_,
@@ -105,7 +133,7 @@ class Step {
     norm.rows = b_;
     norm.d = m_.d;
     norm.x = {buf_.hidden.data(), DType::f32, m_.d};
-    norm.weight = floats(weight, widened.norm, {0, m_.d});
+    norm.weight = floats(weight, widened.norm, 0, m_.d);
     norm.eps = m_.eps;
     NormResult result;
     result.normed = {normed, DType::f32, m_.d};
@@ -113,31 +141,33 @@ class Step {
   }
 
   // x and z of this worker's channels, then the convolution of x.
-  void convolve(const StepLayer& layer, std::size_t index, const float* normed, Widened& widened,
+  void convolve(const Layer& layer, std::size_t index, const float* normed, Widened& widened,
                 Span channels) {
     for (const std::int64_t half : {std::int64_t{0}, m_.e}) {
       const Span rows{half + channels.first, half + channels.last};
-      const float* bias = floats(layer.in_proj_bias, widened.in_proj_bias, rows);
+      const float* bias = floats(layer.in_proj_bias, widened.in_proj_bias, rows.first, rows.last - rows.first);
       project(kernels_, layer.in_proj, m_.d, bias, normed, m_.d, buf_.xz.data(), 2 * m_.e, b_,
               rows);
     }
+    const std::int64_t width = channels.last - channels.first;
     ConvStep conv;
     conv.b = b_;
     conv.e = m_.e;
     conv.k = m_.k;
     conv.x = rows_of(buf_.xz.data(), 2 * m_.e);
     conv.y = rows_of(buf_.x.data(), m_.e);
-    conv.weight = floats(layer.conv_weight, widened.conv_weight, channels, m_.k);
-    conv.bias = floats(layer.conv_bias, widened.conv_bias, channels);
+    conv.weight = floats(layer.conv_weight, widened.conv_weight, channels.first * m_.k, width * m_.k);
+    conv.bias = floats(layer.conv_bias, widened.conv_bias, channels.first, width);
     conv.silu = true;
-    conv.window = window(index);
+    conv.window = window_of(m_, state_, b_, static_cast<std::int64_t>(index));
     kernels_.conv_step(conv, channels.first, channels.last);
   }
 
-  // The step size of this worker's channels, then their state space with D and gate.
-  void scan(const StepLayer& layer, std::size_t index, Widened& widened, Span channels) {
-    project(kernels_, layer.dt_proj, m_.r, nullptr, buf_.rBC.data(), wide(), buf_.delta.data(),
-            m_.e, b_, channels);
+  // The step size of this worker's channels, then their state space with D and gate. One row goes
+  // through some channels at a time, so that reading the next ones' numbers and computing overlap;
+  // of more rows each keeps to its own stretch of memory.
+  void scan(const Layer& layer, std::size_t index, Widened& widened, Span channels) {
+    const std::int64_t width = channels.last - channels.first;
     ScanStep scan;
     scan.b = b_;
     scan.e = m_.e;
@@ -148,21 +178,37 @@ class Step {
     scan.y = rows_of(buf_.y.data(), m_.e);
     scan.B = {buf_.rBC.data() + m_.r, DType::f32, wide(), 0, 0, 1};
     scan.C = {buf_.rBC.data() + m_.r + m_.n, DType::f32, wide(), 0, 0, 1};
-    const std::int64_t first = channels.first * m_.n;
-    kernels_.rates(at(layer.A_log, first), layer.A_log.type, widened.A.data() + first,
-                   channels.last * m_.n - first);
     scan.A = widened.A.data();
-    scan.D = floats(layer.D, widened.D, channels);
-    scan.delta_bias = floats(layer.dt_bias, widened.dt_bias, channels);
+    scan.D = floats(layer.D, widened.D, channels.first, width);
+    scan.delta_bias = floats(layer.dt_bias, widened.dt_bias, channels.first, width);
     scan.softplus = true;
-    scan.state = state_.ssm + static_cast<std::int64_t>(index) * b_ * m_.e * m_.n;
+    scan.state = states_of(m_, state_, b_, static_cast<std::int64_t>(index));
     scan.state_row_stride = m_.e * m_.n;
-    kernels_.scan_step(scan, channels.first, channels.last);
+    const std::int64_t block = b_ == 1 ? kScanBlock : channels.last - channels.first;
+    for (std::int64_t first = channels.first; first < channels.last; first += block) {
+      const Span some{first, std::min(first + block, channels.last)};
+      const Span next{some.last, std::min(some.last + block, channels.last)};
+      fetch(layer.A_log, next);
+      fetch({scan.state, DType::f32}, next);
+      project(kernels_, layer.dt_proj, m_.r, nullptr, buf_.rBC.data(), wide(), buf_.delta.data(),
+              m_.e, b_, some);
+      const std::int64_t start = some.first * m_.n;
+      kernels_.rates(at(layer.A_log, start), layer.A_log.type, widened.A.data() + start,
+                     some.last * m_.n - start);
+      kernels_.scan_step(scan, some.first, some.last);
+    }
+  }
+
+  // Asks for the rows of an array (e, n).
+  void fetch(Array array, Span rows) const {
+    const char* const last = static_cast<const char*>(at(array, rows.last * m_.n));
+    for (const char* p = static_cast<const char*>(at(array, rows.first * m_.n)); p < last; p += 64)
+      __builtin_prefetch(p);
   }
 
   // hidden += out_proj(y), for this worker's rows of out_proj.
-  void add_back(const StepLayer& layer, Widened& widened, Span rows) {
-    const float* bias = floats(layer.out_proj_bias, widened.out_proj_bias, rows);
+  void add_back(const Layer& layer, Widened& widened, Span rows) {
+    const float* bias = floats(layer.out_proj_bias, widened.out_proj_bias, rows.first, rows.last - rows.first);
     project(kernels_, layer.out_proj, m_.e, bias, buf_.y.data(), m_.e, buf_.change.data(), m_.d,
             b_, rows);
     for (std::int64_t row = 0; row < b_; ++row)
@@ -170,59 +216,22 @@ class Step {
         buf_.hidden[row * m_.d + i] += buf_.change[row * m_.d + i];
   }
 
-  // Rows [first, last) of a small tensor with `width` numbers a row as floats: where they lie, or
-  // widened into `buffer`. Indexed from row 0 either way.
-  const float* floats(Array array, std::vector<float>& buffer, Span rows,
-                      std::int64_t width = 1) const {
-    if (array.data == nullptr) return nullptr;
-    if (array.type == DType::f32) return static_cast<const float*>(array.data);
-    const std::int64_t first = rows.first * width;
-    kernels_.widen(at(array, first), array.type, buffer.data() + first, rows.last * width - first);
-    return buffer.data();
-  }
-
-  static const void* at(Array array, std::int64_t index) {
-    return static_cast<const char*>(array.data) + index * static_cast<std::int64_t>(size_of(array.type));
-  }
-
-  Window window(std::size_t index) const {
-    const std::int64_t layer = static_cast<std::int64_t>(index) * b_ * m_.e * m_.k;
-    Window window;
-    window.data = static_cast<char*>(state_.conv) + layer * size_of(state_.conv_type);
-    window.type = state_.conv_type;
-    window.state_stride = m_.e * m_.k;
-    window.channel_stride = m_.k;
-    window.column_stride = 1;
-    window.columns = m_.k;
-    return window;
-  }
-
   const Kernels& kernels_;
-  const StepModel& m_;
-  const StepState& state_;
+  const Model& m_;
+  const States& state_;
   const std::int64_t b_;
   Buffers& buf_;
   float* const logits_;
 };
 
-// hidden (b, d): the embeddings of the tokens, widened by the matrix kernel's conversion.
-void embed(const StepModel& m, std::int64_t b, const std::int64_t* tokens, float* hidden) {
-  const Kernels& table = kernels();
-  for (std::int64_t row = 0; row < b; ++row) {
-    const char* source = static_cast<const char*>(m.embeddings.data) +
-                         tokens[row] * m.embeddings.row_stride * size_of(m.embeddings.type);
-    table.widen(source, m.embeddings.type, hidden + row * m.d, m.d);
-  }
-}
-
 }  // namespace
 
-void decode_step(const StepModel& model, const StepState& state, std::int64_t b,
+void decode_step(const Model& model, const States& state, std::int64_t b,
                  const std::int64_t* tokens, const float* hidden, float* logits) {
   if (b == 0) return;
   Buffers buffers(model, b);
   if (tokens != nullptr)
-    embed(model, b, tokens, buffers.hidden.data());
+    embed(model, tokens, b, buffers.hidden.data());
   else
     std::memcpy(buffers.hidden.data(), hidden, sizeof(float) * b * model.d);
   Step step(model, state, b, buffers, logits);

@@ -40,7 +40,7 @@ class Bed {
 namespace {
 
 constexpr int kSpins = 2000;
-constexpr int kYields = 50;
+constexpr int kYields = 1000;
 constexpr int kMostThreads = 4096;
 
 inline void relax() {
@@ -171,15 +171,16 @@ int hardware_threads() {
 
 }  // namespace
 
-void Barrier::wait() {
-  const unsigned generation = generation_.load();
-  if (arrived_.fetch_add(1) == members_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);  // seen by all who see the new generation
-    generation_.fetch_add(1);
-    if (bed_ != nullptr) bed_->wake();
-  } else {
-    wait_until([&] { return generation_.load() != generation; }, *bed_);
-  }
+bool Barrier::last_to_arrive() {
+  if (arrived_.fetch_add(1) != members_ - 1) return false;
+  arrived_.store(0, std::memory_order_relaxed);  // seen by all who see the new generation
+  generation_.fetch_add(1);
+  if (bed_ != nullptr) bed_->wake();
+  return true;
+}
+
+void Barrier::sleep_through(unsigned generation) {
+  wait_until([&] { return generation_.load() != generation; }, *bed_);
 }
 
 int Threads::count() {

@@ -18,9 +18,23 @@ class Bed;
 class Barrier {
  public:
   Barrier(int members, Bed* bed) : members_(members), bed_(bed) {}
-  void wait();
+  void wait() { wait([] {}); }
+
+  // Calls `meanwhile` again and again until the others come.
+  template <class Meanwhile>
+  void wait(const Meanwhile& meanwhile) {
+    const unsigned generation = generation_.load();
+    if (last_to_arrive()) return;
+    for (int i = 0; i < kPatience && generation_.load() == generation; ++i) meanwhile();
+    sleep_through(generation);
+  }
 
  private:
+  static constexpr int kPatience = 4096;
+
+  bool last_to_arrive();
+  void sleep_through(unsigned generation);
+
   const int members_;
   Bed* const bed_;  // where they sleep when the others take long
   std::atomic<int> arrived_{0};

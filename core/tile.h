@@ -2,37 +2,9 @@
 // buffer of floats that kernels compute on. A row of the buffer holds `columns` floats.
 #pragma once
 
-#include "simd.h"
+#include "lanes.h"
 
 namespace anymamba::ANYMAMBA_ISA {
-
-// Every second number of a followed by b, from the first and from the second on.
-#if defined(__AVX512F__)
-#define ANYMAMBA_EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ANYMAMBA_ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif defined(__AVX2__)
-#define ANYMAMBA_EVENS 0, 2, 4, 6, 8, 10, 12, 14
-#define ANYMAMBA_ODDS 1, 3, 5, 7, 9, 11, 13, 15
-#else
-#define ANYMAMBA_EVENS 0, 2, 4, 6
-#define ANYMAMBA_ODDS 1, 3, 5, 7
-#endif
-
-ANYMAMBA_INLINE F evens(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_EVENS); }
-ANYMAMBA_INLINE F odds(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_ODDS); }
-
-// m as W rows of W numbers. Each round moves the lowest bit of a number's index to the top; after
-// log2(W) rounds rows and columns have changed places.
-ANYMAMBA_INLINE void transpose(F (&m)[W]) {
-  F next[W];
-  for (int round = 1; round < W; round *= 2) {
-    for (int i = 0; i < W / 2; ++i) {
-      next[i] = evens(m[2 * i], m[2 * i + 1]);
-      next[i + W / 2] = odds(m[2 * i], m[2 * i + 1]);
-    }
-    for (int i = 0; i < W; ++i) m[i] = next[i];
-  }
-}
 
 // How many steps of a tile are read or written in vectors: along channels if those are neighbours
 // in memory, and in squares of W steps and W channels if instead steps are neighbours.

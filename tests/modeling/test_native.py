@@ -20,8 +20,8 @@ from torch.nn.utils import parametrize
 
 from anymamba import MambaCache, MambaForCausalLM, _core, ops
 from anymamba.errors import InputError
-from anymamba.modeling import causal_lm
-from anymamba.modeling.decoding import MOST_ROWS, why_not_fused
+from anymamba.modeling import fused
+from anymamba.modeling.fused import MOST_ROWS, why_not_fused
 from anymamba.modeling.model import MambaMixer, MambaRMSNorm
 from anymamba.ops import backends, scan_native
 from tests.modeling.small import assert_same, small_model, words
@@ -184,8 +184,8 @@ def test_the_state_space_is_computed_in_float32(
     model = lively_model().to(dtype)
     cache = MambaCache(model.config, 2, dtype)
     with torch.no_grad(), ops.backend("cpu"):
-        model(words(2, 5), cache_params=cache)
-        model(words(2, 5), cache_params=cache)
+        for _ in range(2):  # through the modules, for only they return hidden states
+            model(words(2, 5), cache_params=cache, output_hidden_states=True)
     assert len(seen) == 4
     for arguments, block in zip(seen, list(model.backbone.layers) * 2, strict=True):
         assert arguments["A_en"].dtype == torch.float32
@@ -254,12 +254,73 @@ def test_the_step_with_a_window_in_half_precision(dtype: torch.dtype) -> None:
         assert_contract(cache.conv_states, expected_cache.conv_states)
 
 
-def test_more_rows_than_the_step_takes_go_through_the_modules(mixers: list[int]) -> None:
-    model = lively_model()
-    cache = prefilled(model, MOST_ROWS + 1)
+def test_more_rows_than_the_step_takes_are_read_as_prompts(mixers: list[int]) -> None:
+    model, rows = lively_model(), MOST_ROWS + 1
+    cache = prefilled(model, rows)
+    expected_cache = cache.clone()
+    ids = words(rows, 1)
+    with ops.backend("reference"):
+        expected = step(model, ids, expected_cache)
     del mixers[:]
-    step(model, words(MOST_ROWS + 1, 1), cache)
-    assert mixers
+    assert_same(step(model, ids, cache), expected)
+    assert_same_cache(cache, expected_cache)
+    assert not mixers
+
+
+# A prompt in one call.
+
+
+@pytest.mark.usefixtures("each_isa")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prompt_equals_the_modules(variant: str, mixers: list[int]) -> None:
+    model = lively_model(**VARIANTS[variant])
+    cache = prefilled(model, 3)
+    expected_cache = cache.clone()
+    ids = words(3, 37)
+    with torch.no_grad():
+        with ops.backend("reference"):
+            expected = model(ids, cache_params=expected_cache).logits
+        del mixers[:]
+        assert_same(model(ids, cache_params=cache).logits, expected)
+    assert_same_cache(cache, expected_cache)
+    assert not mixers
+
+
+@pytest.mark.usefixtures("each_isa")
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_prompt_in_half_precision(dtype: torch.dtype) -> None:
+    """Against float32 on the same weights: activations keep 8 bits or more between operators."""
+    model = lively_model().to(dtype)
+    wide = copy.deepcopy(model).float()
+    with torch.no_grad():
+        logits = model(words(2, 37)).logits
+        with ops.backend("reference"):
+            expected = wide(words(2, 37)).logits
+    assert_contract(logits.to(dtype), expected)
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively_model(hidden_size=80, use_bias=True)
+    results = []
+    for threads in (1, 2, 4):
+        monkeypatch.setenv("ANYMAMBA_NUM_THREADS", str(threads))
+        with torch.no_grad():
+            out = model(words(3, 50))
+        results.append((out.logits, out.cache_params.conv_states, out.cache_params.ssm_states))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_a_wrong_token_late_in_a_prompt_leaves_the_state_alone(wrong: int) -> None:
+    model = lively_model()
+    cache = prefilled(model, 1)
+    before = cache.clone()
+    ids = words(1, 2 * fused.CHUNK_TOKENS)
+    ids[0, -1] = wrong
+    with torch.no_grad(), pytest.raises(InputError, match=f"token {wrong} is not in the vocab"):
+        model(ids, cache_params=cache)
+    assert_same_cache(cache, before)
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -912,13 +973,14 @@ def test_lora_factors_get_gradients() -> None:
 @pytest.fixture(scope="module")
 def _short_chunks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal_lm, "CHUNK_TOKENS", 7)
+        patch.setattr(fused, "CHUNK_TOKENS", 7)
         yield
 
 
 def in_one_pass(model: MambaForCausalLM, *args: Any, **options: Any) -> Any:
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(causal_lm, "CHUNK_TOKENS", 10**9)
+    """By the reference, without chunks."""
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), ops.backend("reference"):
+        patch.setattr(fused, "CHUNK_TOKENS", 10**9)
         return model(*args, **options)
 
 
@@ -965,6 +1027,7 @@ def test_a_prompt_in_chunks_is_the_prompt(
 @pytest.mark.usefixtures("_short_chunks")
 def test_chunks_are_chunks(mixers: list[int]) -> None:
     model = lively_model()
+    model.backbone.norm_f.register_forward_hook(lambda *_: None)  # so that the modules are called
     with torch.no_grad():
         model(words(1, 21), logits_to_keep=1)
         assert mixers == [0, 1] * 3
@@ -1007,7 +1070,7 @@ def test_generate_from_a_long_prompt() -> None:
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
     text = model.generate(ids, **options)
     with ops.backend("reference"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(causal_lm, "CHUNK_TOKENS", 10**9)
+        patch.setattr(fused, "CHUNK_TOKENS", 10**9)
         assert torch.equal(text, model.generate(ids, **options))
 
 

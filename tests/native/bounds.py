@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from anymamba import _core
-from tests.native.calls import CALLS, Array, decoder, make
+from tests.native.calls import CALLS, Array, make, model
 
 
 def behind_fences(call: dict[str, Any], rng: Random) -> dict[str, Any]:
@@ -23,14 +23,15 @@ def behind_fences(call: dict[str, Any], rng: Random) -> dict[str, Any]:
     }
 
 
-def decode(rng: Random) -> None:
-    call = decoder(rng)
-    step = call.pop("step")
+def run_model(rng: Random) -> None:
+    call = model(rng)
+    step, read = call.pop("step"), call.pop("read")
     layers = [behind_fences(layer, rng) for layer in call.pop("layers")]
-    model = _core.Decoder(**behind_fences(call, rng), layers=layers)
+    native = _core.Model(**behind_fences(call, rng), layers=layers)
     # The arrays' only owner is the model from here on.
     del layers, call
-    model.step(**behind_fences(step, rng))
+    native.step(**behind_fences(step, rng))
+    native.read(**behind_fences(read, rng))
 
 
 def main(calls: int) -> None:
@@ -44,8 +45,8 @@ def main(calls: int) -> None:
                 print(isa, name, seed, flush=True)
                 getattr(_core, name)(**behind_fences(valid(rng), rng))
         for seed in range(calls):
-            print(isa, "Decoder", seed, flush=True)
-            decode(Random(seed))
+            print(isa, "Model", seed, flush=True)
+            run_model(Random(seed))
 
 
 if __name__ == "__main__":

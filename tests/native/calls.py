@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -282,8 +283,8 @@ CALLS: dict[str, Callable[[Random], Call]] = {
 }
 
 
-def decoder(rng: Random) -> Call:
-    """The arguments of `Decoder`, and in "step" those of one step."""
+def model(rng: Random) -> Call:
+    """The arguments of `Model`, in "step" those of one step, in "read" those of a prompt."""
     v, d, e, n = rng.randint(1, 40), rng.randint(1, 20), rng.randint(1, 40), rng.randint(1, 17)
     r, k, b, n_layer = rng.randint(1, 5), rng.randint(1, 5), rng.randint(0, 20), rng.randint(1, 3)
 
@@ -306,7 +307,7 @@ def decoder(rng: Random) -> Call:
             "out_proj_bias": _maybe(rng, dense(d)),
         }
 
-    tokens = Array((b,), (torch.int64,), "dense", torch.tensor(rng.choices(range(v), k=b)))
+    tokens = _whole(rng.choices(range(v), k=b))
     hidden = rng.random() < 0.3
     return {
         "embeddings": weight(v, d),
@@ -321,4 +322,27 @@ def decoder(rng: Random) -> Call:
             "ssm": dense(n_layer, b, e, n),
             "logits": dense(b, v),
         },
+        "read": _prompt(rng, v, d, (n_layer, rng.randint(0, 4), e, k, n)),
     }
+
+
+def _prompt(rng: Random, v: int, d: int, shape: tuple[int, int, int, int, int]) -> Call:
+    n_layer, b, e, k, n = shape
+    lengths = [rng.choice([0, 1, 2, 5, 20]) for _ in range(b)]
+    total, wanted = sum(lengths), rng.randint(0, 5)
+    positions = [rng.randrange(total) for _ in range(wanted)] if total else []
+    hidden = rng.random() < 0.3
+    return {
+        "tokens": None if hidden else _whole([rng.randrange(v) for _ in range(total)]),
+        "hidden": dense(total, d) if hidden else None,
+        "offsets": _whole([0, *itertools.accumulate(lengths)]),
+        "positions": _whole(positions),
+        "conv": Array((n_layer, b, e, k), order="dense"),
+        "ssm": dense(n_layer, b, e, n),
+        "logits": dense(len(positions), v),
+    }
+
+
+def _whole(numbers: list[int]) -> Array:
+    values = torch.tensor(numbers, dtype=torch.int64)
+    return Array((len(numbers),), (torch.int64,), "dense", values)

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anymamba import _core
-from tests.native.calls import CALLS, Array, decoder, make
+from tests.native.calls import CALLS, Array, make
+from tests.native.calls import model as valid_model
 
 ALLOWED = (TypeError, ValueError, BufferError)
 # A call that asks for this much more memory than a test needs is a failure, not a slow machine.
@@ -217,21 +218,23 @@ def fuzz_function(name: str, rng: Random, tries: Tries) -> None:
     tries(name, getattr(_core, name), call)
 
 
-def fuzz_decoder(rng: Random, tries: Tries) -> None:
-    call = decoder(rng)
+def fuzz_model(rng: Random, tries: Tries) -> None:
+    call = valid_model(rng)
     step = materialized(call.pop("step"), rng)
+    read = materialized(call.pop("read"), rng)
     layers: list[Any] = [materialized(layer, rng) for layer in call.pop("layers")]
     call = materialized(call, rng)
     for _ in range(rng.randint(0, 2)):
-        where = rng.choice([call, step, step, *layers])
+        where = rng.choice([call, step, step, read, read, *layers])
         if isinstance(where, dict):
             mutate(where, rng)
         if rng.random() < 0.1:
             layers[rng.randrange(len(layers))] = no_array(None, rng)
-    model = tries("Decoder", _core.Decoder, {**call, "layers": layers})
+    model = tries("Model", _core.Model, {**call, "layers": layers})
     del layers
     if model is not None:
-        tries("Decoder.step", model.step, step)
+        tries("Model.step", model.step, step)
+        tries("Model.read", model.read, read)
 
 
 def fuzz_settings(rng: Random, tries: Tries) -> None:
@@ -252,7 +255,7 @@ def main(examples: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     _core.set_threads(2)
     tries = Tries()
-    names = sorted([*CALLS, "Decoder", "Decoder", "settings"])
+    names = sorted([*CALLS, "Model", "Model", "settings"])
 
     @settings(
         max_examples=examples,
@@ -266,8 +269,8 @@ def main(examples: int) -> None:
         isas = _core.isas()
         _core.use_isa(isas[isa % len(isas)])
         rng = Random(seed)
-        if name == "Decoder":
-            fuzz_decoder(rng, tries)
+        if name == "Model":
+            fuzz_model(rng, tries)
         elif name == "settings":
             fuzz_settings(rng, tries)
         else:

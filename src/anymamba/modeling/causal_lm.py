@@ -10,9 +10,9 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import logging
 
 from anymamba.errors import InputError
+from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.decoding import decode
 from anymamba.modeling.model import (
     MambaModel,
     MambaPreTrainedModel,
@@ -24,9 +24,6 @@ from anymamba.modeling.packing import check_mask, next_tokens, pack_batch
 from anymamba.modeling.plain import project
 
 __all__ = ["MambaForCausalLM"]
-
-# Long enough for matrix products at full speed, short enough for a layer to stay in the caches.
-CHUNK_TOKENS = 1024
 
 logger = logging.get_logger(__name__)
 
@@ -114,7 +111,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         only_logits = labels is None and all(mark is None for mark in marks[1:])
         if output_hidden_states or self.config.output_hidden_states or torch.is_grad_enabled():
             only_logits = False
-        output = self._decode(**inputs) if only_logits else None
+        output = self._fused(logits_to_keep, **inputs) if only_logits else None
         if output is None and only_logits and isinstance(logits_to_keep, int) and logits_to_keep:
             output = self._walk(logits_to_keep, **inputs)
         if output is None:
@@ -141,8 +138,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
     def _logits(self, hidden_states: Tensor) -> Tensor:
         return project(self.lm_head, hidden_states.to(self.lm_head.weight.dtype)).float()
 
-    def _decode(
+    def _fused(
         self,
+        logits_to_keep: int | Tensor,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
@@ -150,23 +148,38 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         cache_position: Tensor | None,
         use_cache: bool | None,
     ) -> MambaCausalLMOutput | None:
-        """One token a row in one call of the native core, where that can be right."""
-        if cache_params is None or input_ids is None or inputs_embeds is not None:
+        """The whole model in single calls of the native core, where that can be right."""
+        if input_ids is None or inputs_embeds is not None or not isinstance(logits_to_keep, int):
             return None
-        if input_ids.ndim != 2 or input_ids.shape[1] != 1:
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
             return None
+        batch, length = input_ids.shape
         if attention_mask is not None:
-            check_mask(input_ids.shape[0], 1, attention_mask)
-            if not bool(attention_mask[:, -1].all()):
+            check_mask(batch, length, attention_mask)
+            if not bool(attention_mask[:, -length:].all()):
                 return None
-        check_cache(cache_params, self.config, input_ids.shape[0])
+        cache, kept = self._cache_for(cache_params, use_cache, batch, input_ids.device)
         check_cache_position(cache_position)
-        logits = decode(self, input_ids, cache_params)
+        logits = fused.decode(self, input_ids, cache) if length == 1 else None
+        if logits is None:
+            logits = fused.read_prompt(
+                self, input_ids, cache, min(logits_to_keep or length, length)
+            )
         if logits is None:
             return None
-        cache_params.token_counts += 1
-        kept = cache_params if use_cache is not False else None
-        return MambaCausalLMOutput(logits=logits[:, None], cache_params=kept)
+        cache.token_counts += length
+        return MambaCausalLMOutput(logits=logits, cache_params=cache if kept else None)
+
+    def _cache_for(
+        self, cache: MambaCache | None, use_cache: bool | None, batch: int, device: torch.device
+    ) -> tuple[MambaCache, bool]:
+        """The state to read on with, and whether the caller gets it back."""
+        if use_cache is None:
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
+        if cache is None:
+            return MambaCache(self.config, batch, self.dtype, device), use_cache
+        check_cache(cache, self.config, batch)
+        return cache, use_cache
 
     def _walk(
         self,
@@ -183,14 +196,10 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         if given is None or given.ndim < 2 or (input_ids is None) == (inputs_embeds is None):
             return None
         batch, length = given.shape[:2]
-        columns = max(CHUNK_TOKENS // max(batch, 1), 1)
+        columns = max(fused.CHUNK_TOKENS // max(batch, 1), 1)
         if length <= columns:
             return None
-        if use_cache is None:
-            use_cache = cache_params is not None or (self.config.use_cache and not self.training)
-        cache = cache_params
-        if cache is None:
-            cache = MambaCache(self.config, batch, self.dtype, given.device)
+        cache, kept = self._cache_for(cache_params, use_cache, batch, given.device)
         mask = None
         if attention_mask is not None:
             check_mask(batch, length, attention_mask)
@@ -209,7 +218,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             if beyond > 0:
                 hidden.append(outputs.last_hidden_state[:, -beyond:])
         logits = self._logits(torch.cat(hidden, 1)[:, -logits_to_keep:])
-        return MambaCausalLMOutput(logits=logits, cache_params=cache if use_cache else None)
+        return MambaCausalLMOutput(logits=logits, cache_params=cache if kept else None)
 
     def _loss(
         self,
@@ -302,6 +311,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         if is_first_iteration and attention_mask is not None:
             length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
             attention_mask = attention_mask[:, attention_mask.shape[1] - length :]
+        # Long prompts rarely have a mask that says anything: spare them the copies.
+        if is_first_iteration and attention_mask is not None and not bool(attention_mask.all()):
             order = _masked_first(attention_mask)
             attention_mask = attention_mask.gather(1, order)
             if inputs_embeds is not None:

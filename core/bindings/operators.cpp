@@ -1,174 +1,12 @@
-// Python's view of the core, and the only file that knows Python exists.
-//
-// Every array is checked here, its shape, type and strides, before a kernel sees a pointer: no
-// argument from Python makes a kernel read or write outside what it was given.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
-
-#include <initializer_list>
-#include <optional>
-#include <stdexcept>
-#include <string>
+// The kernels as functions on arrays.
 #include <vector>
 
-#include "bandwidth.h"
-#include "kernels.h"
-#include "step.h"
+#include "arrays.h"
+#include "modules.h"
 #include "threads.h"
 
-namespace nb = nanobind;
-using namespace anymamba;
-
+namespace anymamba::bindings {
 namespace {
-
-using In = nb::ndarray<nb::ro, nb::device::cpu>;
-using Out = nb::ndarray<nb::device::cpu>;
-using Shape = std::initializer_list<std::int64_t>;
-
-constexpr std::int64_t kAny = -1;  // an extent that is not checked
-constexpr std::int64_t kMostRows = 1 << 24;
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw nb::value_error(message.c_str());
-}
-
-template <class Array>
-std::string shape_of(const Array& array) {
-  std::string text = "(";
-  for (std::size_t i = 0; i < array.ndim(); ++i)
-    text += (i ? ", " : "") + std::to_string(array.shape(i));
-  return text + ")";
-}
-
-template <class Array>
-void check_shape(const char* name, const Array& array, Shape shape) {
-  bool fits = array.ndim() == shape.size();
-  std::size_t axis = 0;
-  for (const std::int64_t extent : shape) {
-    fits = fits && (extent == kAny || static_cast<std::int64_t>(array.shape(axis)) == extent);
-    ++axis;
-  }
-  if (fits) return;
-  std::string expected = "(";
-  for (const std::int64_t extent : shape)
-    expected += (expected.size() > 1 ? ", " : "") + (extent == kAny ? "." : std::to_string(extent));
-  refuse(std::string(name) + " has shape " + shape_of(array) + ", expected " + expected + ")");
-}
-
-template <class Array>
-DType type_of(const char* name, const Array& array) {
-  const auto type = array.dtype();
-  if (type.lanes == 1) {
-    if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float)) {
-      if (type.bits == 32) return DType::f32;
-      if (type.bits == 16) return DType::f16;
-    }
-    if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16)
-      return DType::bf16;
-  }
-  refuse(std::string(name) + " must be float32, bfloat16 or float16");
-}
-
-template <class Array>
-void* pointer(const Array& array) {
-  return const_cast<void*>(static_cast<const void*>(array.data()));
-}
-
-// Is every extent behind the first axis laid out without gaps?
-template <class Array>
-bool is_contiguous(const Array& array, std::size_t from = 0) {
-  for (std::size_t i = from; i < array.ndim(); ++i)
-    if (array.shape(i) == 0) return true;
-  std::int64_t expected = 1;
-  for (std::size_t i = array.ndim(); i-- > from;) {
-    if (array.shape(i) > 1 && array.stride(i) != expected) return false;
-    expected *= static_cast<std::int64_t>(array.shape(i));
-  }
-  return true;
-}
-
-template <class Array>
-Tensor3 tensor3(const char* name, const Array& array, Shape shape) {
-  check_shape(name, array, shape);
-  return {pointer(array), type_of(name, array), array.stride(0), array.stride(1), array.stride(2)};
-}
-
-// One step of each row, (b, e).
-template <class Array>
-Tensor3 one_step(const char* name, const Array& array, Shape shape) {
-  check_shape(name, array, shape);
-  return {pointer(array), type_of(name, array), array.stride(0), 0, array.stride(1)};
-}
-
-// float32 without gaps.
-template <class Array>
-float* floats(const char* name, const Array& array, Shape shape) {
-  check_shape(name, array, shape);
-  if (type_of(name, array) != DType::f32 || !is_contiguous(array))
-    refuse(std::string(name) + " must be contiguous float32");
-  return static_cast<float*>(pointer(array));
-}
-
-template <class Array>
-float* floats(const char* name, const std::optional<Array>& array, Shape shape) {
-  return array ? floats(name, *array, shape) : nullptr;
-}
-
-// (b, l, g, n)
-Projection projection(const char* name, const In& array, std::int64_t b, std::int64_t l,
-                      std::int64_t g, std::int64_t n) {
-  check_shape(name, array, {b, l, g, n});
-  return {pointer(array),  type_of(name, array), array.stride(0),
-          array.stride(1), array.stride(2),      array.stride(3)};
-}
-
-template <class Array>
-Window window(const char* name, const Array& array, std::int64_t count, std::int64_t e,
-              std::int64_t at_least) {
-  check_shape(name, array, {count, e, kAny});
-  const std::int64_t columns = static_cast<std::int64_t>(array.shape(2));
-  if (columns < at_least)
-    refuse(std::string(name) + " has " + std::to_string(columns) + " columns, expected " +
-           std::to_string(at_least) + " or more");
-  return {pointer(array),  type_of(name, array), array.stride(0),
-          array.stride(1), array.stride(2),      columns};
-}
-
-template <class Array>
-Matrix matrix(const char* name, const Array& array, Shape shape) {
-  check_shape(name, array, shape);
-  return {pointer(array), type_of(name, array), array.stride(0), array.stride(1)};
-}
-
-template <class Array>
-Rows rows(const char* name, const Array& array, Shape shape) {
-  check_shape(name, array, shape);
-  if (array.shape(1) > 1 && array.stride(1) != 1)
-    refuse(std::string(name) + " must have contiguous rows");
-  return {pointer(array), type_of(name, array), array.stride(0)};
-}
-
-// A weight (n, k) whose rows are contiguous.
-Weight weight(const char* name, const In& array, std::int64_t n, std::int64_t k) {
-  check_shape(name, array, {n, k});
-  if (k > 1 && array.stride(1) != 1) refuse(std::string(name) + " must have contiguous rows");
-  return {pointer(array), type_of(name, array), array.stride(0)};
-}
-
-// Small tensors of any type, without gaps.
-Array small(const char* name, const In& array, Shape shape) {
-  check_shape(name, array, shape);
-  if (!is_contiguous(array)) refuse(std::string(name) + " must be contiguous");
-  return {pointer(array), type_of(name, array)};
-}
-
-Array small(const char* name, const std::optional<In>& array, Shape shape) {
-  return array ? small(name, *array, shape) : Array{};
-}
 
 // The segments of a batch, checked; owns the lists that `view` points to.
 struct SegmentList {
@@ -222,11 +60,6 @@ struct SegmentList {
     }
   }
 };
-
-std::int64_t extent(const In& array, std::size_t axis) {
-  if (array.ndim() <= axis) refuse("an array has shape " + shape_of(array) + ", too few axes");
-  return static_cast<std::int64_t>(array.shape(axis));
-}
 
 // What `scan` and `scan_backward` share: the inputs, checked.
 Scan read_scan(const In& x, const In& delta, const In& A, const In& B, const In& C,
@@ -515,100 +348,6 @@ void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& b
   });
 }
 
-// A model's weights as one table of checked pointers, which keeps the arrays alive.
-class Decoder {
- public:
-  Decoder(const In& embeddings, const In& head, const In& norm, float eps, const nb::list& layers) {
-    model_.v = extent(embeddings, 0);
-    model_.d = extent(embeddings, 1);
-    model_.eps = eps;
-    model_.embeddings = weight("embeddings", embeddings, model_.v, model_.d);
-    model_.head = weight("head", head, model_.v, model_.d);
-    model_.norm = small("norm", norm, {model_.d});
-    kept_ = {embeddings, head, norm};
-    for (const nb::handle layer : layers) {
-      nb::dict given;
-      if (!nb::try_cast<nb::dict>(layer, given)) refuse("a layer is not a dict of arrays");
-      add(given);
-    }
-  }
-
-  // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
-  void step(const std::optional<In>& tokens, const std::optional<In>& hidden, const Out& conv,
-            const Out& ssm, const Out& logits) const {
-    const std::int64_t b = static_cast<std::int64_t>(logits.ndim() == 2 ? logits.shape(0) : 0);
-    float* const out = floats("logits", logits, {b, model_.v});
-    const std::int64_t n_layer = static_cast<std::int64_t>(model_.layers.size());
-    check_shape("conv", conv, {n_layer, b, model_.e, model_.k});
-    if (!is_contiguous(conv)) refuse("conv must be contiguous");
-    StepState state;
-    state.conv = pointer(conv);
-    state.conv_type = type_of("conv", conv);
-    state.ssm = floats("ssm", ssm, {n_layer, b, model_.e, model_.n});
-    if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
-    const float* given = floats("hidden", hidden, {b, model_.d});
-    const std::int64_t* ids = tokens ? token_ids(*tokens, b) : nullptr;
-    nb::gil_scoped_release release;
-    decode_step(model_, state, b, ids, given, out);
-  }
-
- private:
-  const std::int64_t* token_ids(const In& tokens, std::int64_t b) const {
-    check_shape("tokens", tokens, {b});
-    const auto type = tokens.dtype();
-    if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::Int) || type.bits != 64 ||
-        !is_contiguous(tokens))
-      refuse("tokens must be contiguous int64");
-    const auto* ids = static_cast<const std::int64_t*>(pointer(tokens));
-    for (std::int64_t i = 0; i < b; ++i)
-      if (ids[i] < 0 || ids[i] >= model_.v)
-        refuse("token " + std::to_string(ids[i]) + " is not in the vocabulary of " +
-               std::to_string(model_.v));
-    return ids;
-  }
-
-  In array(const nb::dict& layer, const char* name) {
-    std::optional<In> found = maybe(layer, name);
-    if (!found) refuse(std::string(name) + " is missing");
-    return *found;
-  }
-
-  std::optional<In> maybe(const nb::dict& layer, const char* name) {
-    if (!layer.contains(name) || layer[name].is_none()) return std::nullopt;
-    In found;
-    if (!nb::try_cast<In>(layer[name], found)) refuse(std::string(name) + " is not an array");
-    kept_.push_back(found);
-    return found;
-  }
-
-  void add(const nb::dict& given) {
-    StepLayer layer;
-    if (model_.layers.empty()) {
-      model_.e = extent(array(given, "A_log"), 0);
-      model_.n = extent(array(given, "A_log"), 1);
-      model_.k = extent(array(given, "conv_weight"), 1);
-      model_.r = extent(array(given, "dt_proj"), 1);
-    }
-    const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
-    layer.norm = small("norm", array(given, "norm"), {d});
-    layer.in_proj = weight("in_proj", array(given, "in_proj"), 2 * e, d);
-    layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
-    layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {e, model_.k});
-    layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {e});
-    layer.x_proj = weight("x_proj", array(given, "x_proj"), r + 2 * n, e);
-    layer.dt_proj = weight("dt_proj", array(given, "dt_proj"), e, r);
-    layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {e});
-    layer.A_log = small("A_log", array(given, "A_log"), {e, n});
-    layer.D = small("D", array(given, "D"), {e});
-    layer.out_proj = weight("out_proj", array(given, "out_proj"), d, e);
-    layer.out_proj_bias = small("out_proj_bias", maybe(given, "out_proj_bias"), {d});
-    model_.layers.push_back(layer);
-  }
-
-  StepModel model_;
-  std::vector<In> kept_;
-};
-
 void apply(const std::string& function, const In& x, const Out& y) {
   const std::int64_t count = extent(x, 0);
   const float* from = floats("x", x, {count});
@@ -620,29 +359,9 @@ void apply(const std::string& function, const In& x, const Out& y) {
   refuse("no function is called " + function);
 }
 
-std::vector<std::string> isas() {
-  std::vector<std::string> found;
-  for (const char* isa : {"avx512", "avx2", "portable"})
-    if (kernels_of(isa) != nullptr) found.emplace_back(isa);
-  return found;
-}
-
 }  // namespace
 
-NB_MODULE(_core, m) {
-  m.doc() = "AnyMamba's native core. Arrays are checked, then the kernels run without the GIL.";
-  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
-  m.def("isas", isas, "The instruction sets that this machine has, the best first.");
-  m.def("use_isa", [](const std::string& isa) {
-    if (!use_isa(isa.c_str())) refuse("this machine does not have the instruction set " + isa);
-  });
-  m.def("threads", &Threads::count, "How many threads a kernel uses.");
-  m.def("set_threads", &Threads::set_count);
-  m.def("read_bandwidth", [](std::int64_t bytes, int repeats) {
-    if (bytes < 1 || repeats < 1) refuse("bytes and repeats must be positive");
-    nb::gil_scoped_release release;
-    return read_bandwidth(bytes, repeats);
-  }, "Bytes a second that all threads read together from a buffer; the best of the repeats.");
+void add_operators(nb::module_& m) {
   const auto none = nb::none();
   m.def("scan_checkpoint_floats", py_scan_checkpoint_floats, nb::arg("b"), nb::arg("l"),
         nb::arg("e"), nb::arg("n"), nb::arg("segments").none() = none, nb::arg("n_states") = 0);
@@ -681,10 +400,6 @@ NB_MODULE(_core, m) {
   m.def("few_rows", py_few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
         nb::arg("y"));
   m.def("apply", apply, nb::arg("function"), nb::arg("x"), nb::arg("y"));
-  nb::class_<Decoder>(m, "Decoder", "A model's weights, ready to decode one token at a time.")
-      .def(nb::init<const In&, const In&, const In&, float, const nb::list&>(),
-           nb::arg("embeddings"), nb::arg("head"), nb::arg("norm"), nb::arg("eps"),
-           nb::arg("layers"))
-      .def("step", &Decoder::step, nb::arg("tokens").none(), nb::arg("hidden").none(),
-           nb::arg("conv"), nb::arg("ssm"), nb::arg("logits"));
 }
+
+}  // namespace anymamba::bindings

@@ -1,7 +1,7 @@
-"""One token through the whole model in one call of the native core.
+"""The whole model in one call of the native core: one token, or a stretch of a prompt.
 
 The core works on the model's own weights, through a table of pointers that was checked when it
-was made. The table is used only while it still describes the model: before each step the modules,
+was made. The table is used only while it still describes the model: before each call the modules,
 their hooks and every weight's address are compared with what they were. What is in a weight may
 change as it likes, for nothing that follows from it is kept.
 """
@@ -26,10 +26,14 @@ if TYPE_CHECKING:
     from anymamba.modeling.cache import MambaCache
     from anymamba.modeling.causal_lm import MambaForCausalLM
 
-__all__ = ["MOST_ROWS", "decode", "why_not_fused"]
+__all__ = ["CHUNK_TOKENS", "MOST_ROWS", "decode", "read_prompt", "why_not_fused"]
 
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
+
+CHUNK_TOKENS = 512
+"""A prompt is read in stretches of so many tokens, all rows together: long enough for products at
+full speed, short enough for little memory."""
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,11 +47,39 @@ def decode(model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache) -> Ten
         cache: the state before it; advanced in place.
 
     Returns:
-        (b, v) in float32.
+        (b, 1, v) in float32.
 
     Raises:
         InputError: a token is not in the vocabulary; the cache is then what it was.
     """
+    if input_ids.shape[0] > MOST_ROWS:
+        return None
+    table = _table_of(model, input_ids, cache)
+    return None if table is None else table.step(input_ids, cache)
+
+
+def read_prompt(
+    model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache, wanted: int
+) -> Tensor | None:
+    """The last logits of each row, or None where the prompt must go through the modules.
+
+    Args:
+        model: the language model.
+        input_ids: (b, l), the tokens of each row.
+        cache: the state before them; advanced in place.
+        wanted: how many positions of each row, from its end, get logits; at most l.
+
+    Returns:
+        (b, wanted, v) in float32.
+
+    Raises:
+        InputError: a token is not in the vocabulary; the cache is then what it was.
+    """
+    table = _table_of(model, input_ids, cache)
+    return None if table is None else table.read(input_ids, cache, wanted)
+
+
+def _table_of(model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache) -> _Table | None:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _fits(input_ids, cache):
         return None
     table = _TABLES.get(model)
@@ -56,10 +88,7 @@ def decode(model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache) -> Ten
         if why_not_fused(model) is not None:
             return None
         table = _TABLES[model] = _Table(model)
-    try:
-        return table.step(input_ids, cache)
-    except ValueError as error:
-        raise InputError(f"input_ids: {error}") from error
+    return table
 
 
 def why_not_fused(model: MambaForCausalLM) -> str | None:
@@ -97,8 +126,7 @@ def why_not_fused(model: MambaForCausalLM) -> str | None:
 
 def _fits(input_ids: Tensor, cache: MambaCache) -> bool:
     return (
-        input_ids.shape[0] <= MOST_ROWS
-        and input_ids.dtype in (torch.int32, torch.int64)
+        input_ids.dtype in (torch.int32, torch.int64)
         and input_ids.device.type == "cpu"
         and cache.device.type == "cpu"
         and cache.dtype in _TYPES
@@ -145,45 +173,35 @@ def _why_not_usual(name: str, module: nn.Module, model: MambaForCausalLM) -> str
     return None
 
 
+_GLOBAL_HOOKS = (
+    module_globals._global_forward_hooks,
+    module_globals._global_forward_pre_hooks,
+    module_globals._global_backward_hooks,
+    module_globals._global_backward_pre_hooks,
+)
+
+
 class _Table:
     """The weights' pointers, and what must not have changed for them to be right."""
 
     def __init__(self, model: MambaForCausalLM) -> None:
         modules = [module for _, module, _ in _parts(model)]
+        # Native, for Python takes half a millisecond once the weights have filled the caches.
+        self._watch = core().Watch()
         # A module's own dicts: looking into them notices replaced modules, weights and hooks.
-        self._children = [(m._modules, dict(m._modules)) for m in (model, *model.modules())]
-        self._weights = [
-            (m._parameters, name, weight) for m in modules for name, weight in m._parameters.items()
-        ]
-        self._hooks = [
-            hooks
-            for m in modules
-            for hooks in (
-                m._forward_hooks,
-                m._forward_pre_hooks,
-                m._backward_hooks,
-                m._backward_pre_hooks,
-            )
-        ]
-        self._hooks += [
-            module_globals._global_forward_hooks,
-            module_globals._global_forward_pre_hooks,
-            module_globals._global_backward_hooks,
-            module_globals._global_backward_pre_hooks,
-        ]
-        self._own = [m.__dict__ for m in modules]
-        self._classes = [(m, type(m)) for m in modules]
-        self._settings = [
-            (m.__dict__, key, m.__dict__[key])
-            for m in modules
-            for key in _SETTINGS
-            if key in m.__dict__
-        ]
+        for module in (model, *model.modules()):
+            self._watch.contents(module._modules)
+        for module in modules:
+            self._watch_module(module)
+        for hooks in _GLOBAL_HOOKS:
+            self._watch.contents(hooks)
+        self._weights = [weight for module in modules for weight in module._parameters.values()]
+        self._weights = [weight for weight in self._weights if weight is not None]
         self._choice = backend()
-        self._stamps = self._stamp()
+        self._addresses = self._addresses_now()
         backbone = model.backbone
-        self._shape = model.lm_head.weight.shape[0]
-        self._decoder = core().Decoder(
+        self._vocabulary = model.lm_head.weight.shape[0]
+        self._model = core().Model(
             backbone.embeddings.weight.detach(),
             model.lm_head.weight.detach(),
             backbone.norm_f.weight.detach(),
@@ -191,38 +209,85 @@ class _Table:
             [_layer(block) for block in backbone.layers],
         )
 
+    def _watch_module(self, module: nn.Module) -> None:
+        self._watch.type_of(module)
+        self._watch.contents(module._parameters)
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            self._watch.contents(hooks)
+        own = module.__dict__
+        for key in ("forward", *(setting for setting in _SETTINGS if setting in own)):
+            self._watch.entry(own, key)
+
     def is_current(self) -> bool:
         """Whether the model still is what the pointers say."""
         return (
-            not any(self._hooks)
-            and not any("forward" in own for own in self._own)
-            and all(live == then for live, then in self._children)
-            and all(type(module) is then for module, then in self._classes)
-            and all(own.get(key) == then for own, key, then in self._settings)
-            and self._stamp() == self._stamps
+            self._watch.holds()
+            and self._addresses_now() == self._addresses
             and backend() == self._choice
             and not torch.is_autocast_enabled("cpu")
         )
 
     def step(self, input_ids: Tensor, cache: MambaCache) -> Tensor:
-        """(b, v) logits; the cache advances."""
-        logits = torch.empty(input_ids.shape[0], self._shape)
+        """(b, 1, v) logits; the cache advances."""
+        logits = torch.empty(input_ids.shape[0], self._vocabulary)
         core()
-        self._decoder.step(
-            input_ids.reshape(-1).long().contiguous(),
+        tokens = input_ids.reshape(-1).long().contiguous()
+        try:
+            self._model.step(tokens, None, cache.conv_states, cache.ssm_states, logits)
+        except ValueError as error:
+            raise InputError(f"input_ids: {error}") from error
+        return logits[:, None]
+
+    def read(self, input_ids: Tensor, cache: MambaCache, wanted: int) -> Tensor:
+        """(b, wanted, v) logits; the cache advances."""
+        batch, length = input_ids.shape
+        self._check_tokens(input_ids)
+        core()
+        columns = max(CHUNK_TOKENS // max(batch, 1), 1)
+        logits = torch.empty(batch, wanted, self._vocabulary)
+        unwanted = length - wanted
+        for start in range(0, length, columns):
+            stretch = input_ids[:, start : start + columns]
+            stop = max(start + stretch.shape[1] - unwanted, 0)  # how many logits there are then
+            here = min(stop, stretch.shape[1])
+            logits[:, stop - here : stop] = self._read_stretch(stretch, cache, here)
+        return logits
+
+    def _read_stretch(self, ids_bl: Tensor, cache: MambaCache, wanted: int) -> Tensor:
+        """The last (b, wanted, v) logits of a stretch that fits into memory."""
+        batch, length = ids_bl.shape
+        positions_bw = torch.arange(batch)[:, None] * length
+        positions_bw = positions_bw + torch.arange(length - wanted, length)
+        logits = torch.empty(batch * wanted, self._vocabulary)
+        self._model.read(
+            ids_bl.reshape(-1).long().contiguous(),
             None,
+            torch.arange(batch + 1) * length,
+            positions_bw.reshape(-1),
             cache.conv_states,
             cache.ssm_states,
             logits,
         )
-        return logits
+        return logits.view(batch, wanted, self._vocabulary)
 
-    def _stamp(self) -> list[tuple[int, int] | None]:
-        stamps: list[tuple[int, int] | None] = []
-        for parameters, name, _ in self._weights:
-            weight = parameters.get(name)
-            stamps.append(None if weight is None else (id(weight), weight.data_ptr()))
-        return stamps
+    def _check_tokens(self, input_ids: Tensor) -> None:
+        """Before anything is read, so that a wrong token leaves the state as it was."""
+        if input_ids.numel() == 0:
+            return
+        low, high = input_ids.min(), input_ids.max()
+        if low < 0 or high >= self._vocabulary:
+            wrong = int(low) if low < 0 else int(high)
+            raise InputError(
+                f"input_ids: token {wrong} is not in the vocabulary of {self._vocabulary}"
+            )
+
+    def _addresses_now(self) -> list[int]:
+        return [weight.data_ptr() for weight in self._weights]
 
 
 def _layer(block: Any) -> dict[str, Tensor | None]:

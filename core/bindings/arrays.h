@@ -1,0 +1,189 @@
+// Arrays from Python, checked: shape, type and strides, before a kernel sees a pointer. No argument
+// from Python makes a kernel read or write outside what it was given.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "model.h"
+
+namespace nb = nanobind;
+
+namespace anymamba::bindings {
+
+using In = nb::ndarray<nb::ro, nb::device::cpu>;
+using Out = nb::ndarray<nb::device::cpu>;
+using Shape = std::initializer_list<std::int64_t>;
+
+constexpr std::int64_t kAny = -1;  // an extent that is not checked
+constexpr std::int64_t kMostRows = 1 << 24;
+
+[[noreturn]] inline void refuse(const std::string& message) {
+  throw nb::value_error(message.c_str());
+}
+
+template <class Array>
+std::string shape_of(const Array& array) {
+  std::string text = "(";
+  for (std::size_t i = 0; i < array.ndim(); ++i)
+    text += (i ? ", " : "") + std::to_string(array.shape(i));
+  return text + ")";
+}
+
+template <class Array>
+void check_shape(const char* name, const Array& array, Shape shape) {
+  bool fits = array.ndim() == shape.size();
+  std::size_t axis = 0;
+  for (const std::int64_t extent : shape) {
+    fits = fits && (extent == kAny || static_cast<std::int64_t>(array.shape(axis)) == extent);
+    ++axis;
+  }
+  if (fits) return;
+  std::string expected = "(";
+  for (const std::int64_t extent : shape)
+    expected += (expected.size() > 1 ? ", " : "") + (extent == kAny ? "." : std::to_string(extent));
+  refuse(std::string(name) + " has shape " + shape_of(array) + ", expected " + expected + ")");
+}
+
+template <class Array>
+DType type_of(const char* name, const Array& array) {
+  const auto type = array.dtype();
+  if (type.lanes == 1) {
+    if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float)) {
+      if (type.bits == 32) return DType::f32;
+      if (type.bits == 16) return DType::f16;
+    }
+    if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16)
+      return DType::bf16;
+  }
+  refuse(std::string(name) + " must be float32, bfloat16 or float16");
+}
+
+template <class Array>
+void* pointer(const Array& array) {
+  return const_cast<void*>(static_cast<const void*>(array.data()));
+}
+
+// Is every extent behind the first axis laid out without gaps?
+template <class Array>
+bool is_contiguous(const Array& array, std::size_t from = 0) {
+  for (std::size_t i = from; i < array.ndim(); ++i)
+    if (array.shape(i) == 0) return true;
+  std::int64_t expected = 1;
+  for (std::size_t i = array.ndim(); i-- > from;) {
+    if (array.shape(i) > 1 && array.stride(i) != expected) return false;
+    expected *= static_cast<std::int64_t>(array.shape(i));
+  }
+  return true;
+}
+
+template <class Array>
+Tensor3 tensor3(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  return {pointer(array), type_of(name, array), array.stride(0), array.stride(1), array.stride(2)};
+}
+
+// One step of each row, (b, e).
+template <class Array>
+Tensor3 one_step(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  return {pointer(array), type_of(name, array), array.stride(0), 0, array.stride(1)};
+}
+
+// float32 without gaps.
+template <class Array>
+float* floats(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  if (type_of(name, array) != DType::f32 || !is_contiguous(array))
+    refuse(std::string(name) + " must be contiguous float32");
+  return static_cast<float*>(pointer(array));
+}
+
+template <class Array>
+float* floats(const char* name, const std::optional<Array>& array, Shape shape) {
+  return array ? floats(name, *array, shape) : nullptr;
+}
+
+// (b, l, g, n)
+inline Projection projection(const char* name, const In& array, std::int64_t b, std::int64_t l,
+                      std::int64_t g, std::int64_t n) {
+  check_shape(name, array, {b, l, g, n});
+  return {pointer(array),  type_of(name, array), array.stride(0),
+          array.stride(1), array.stride(2),      array.stride(3)};
+}
+
+template <class Array>
+Window window(const char* name, const Array& array, std::int64_t count, std::int64_t e,
+              std::int64_t at_least) {
+  check_shape(name, array, {count, e, kAny});
+  const std::int64_t columns = static_cast<std::int64_t>(array.shape(2));
+  if (columns < at_least)
+    refuse(std::string(name) + " has " + std::to_string(columns) + " columns, expected " +
+           std::to_string(at_least) + " or more");
+  return {pointer(array),  type_of(name, array), array.stride(0),
+          array.stride(1), array.stride(2),      columns};
+}
+
+template <class Array>
+Matrix matrix(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  return {pointer(array), type_of(name, array), array.stride(0), array.stride(1)};
+}
+
+template <class Array>
+Rows rows(const char* name, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  if (array.shape(1) > 1 && array.stride(1) != 1)
+    refuse(std::string(name) + " must have contiguous rows");
+  return {pointer(array), type_of(name, array), array.stride(0)};
+}
+
+// A weight (n, k) whose rows are contiguous.
+inline Weight weight(const char* name, const In& array, std::int64_t n, std::int64_t k) {
+  check_shape(name, array, {n, k});
+  if (k > 1 && array.stride(1) != 1) refuse(std::string(name) + " must have contiguous rows");
+  return {pointer(array), type_of(name, array), array.stride(0)};
+}
+
+// Small tensors of any type, without gaps.
+inline Array small(const char* name, const In& array, Shape shape) {
+  check_shape(name, array, shape);
+  if (!is_contiguous(array)) refuse(std::string(name) + " must be contiguous");
+  return {pointer(array), type_of(name, array)};
+}
+
+inline Array small(const char* name, const std::optional<In>& array, Shape shape) {
+  return array ? small(name, *array, shape) : Array{};
+}
+
+template <class Array>
+std::int64_t extent(const Array& array, std::size_t axis) {
+  if (array.ndim() <= axis) refuse("an array has shape " + shape_of(array) + ", too few axes");
+  return static_cast<std::int64_t>(array.shape(axis));
+}
+
+// int64 without gaps.
+inline void check_whole_numbers(const char* name, const In& array) {
+  const auto type = array.dtype();
+  if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::Int) || type.bits != 64 ||
+      type.lanes != 1 || !is_contiguous(array))
+    refuse(std::string(name) + " must be contiguous int64");
+}
+
+// A copy of (n,) int64.
+inline std::vector<std::int64_t> whole_numbers(const char* name, const In& array) {
+  check_shape(name, array, {kAny});
+  check_whole_numbers(name, array);
+  const auto* data = static_cast<const std::int64_t*>(pointer(array));
+  return std::vector<std::int64_t>(data, data + array.shape(0));
+}
+
+}  // namespace anymamba::bindings

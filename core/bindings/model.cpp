@@ -1,0 +1,157 @@
+// A whole model: reading prompts, and decoding token by token.
+#include <vector>
+
+#include "arrays.h"
+#include "modules.h"
+#include "prefill.h"
+#include "step.h"
+
+namespace anymamba::bindings {
+namespace {
+
+// A model's weights as one table of checked pointers, which keeps the arrays alive.
+class PyModel {
+ public:
+  PyModel(const In& embeddings, const In& head, const In& norm, float eps, const nb::list& layers) {
+    model_.v = extent(embeddings, 0);
+    model_.d = extent(embeddings, 1);
+    model_.eps = eps;
+    model_.embeddings = weight("embeddings", embeddings, model_.v, model_.d);
+    model_.head = weight("head", head, model_.v, model_.d);
+    model_.norm = small("norm", norm, {model_.d});
+    kept_ = {embeddings, head, norm};
+    for (const nb::handle layer : layers) {
+      nb::dict given;
+      if (!nb::try_cast<nb::dict>(layer, given)) refuse("a layer is not a dict of arrays");
+      add(given);
+    }
+  }
+
+  // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
+  void step(const std::optional<In>& tokens, const std::optional<In>& hidden, const Out& conv,
+            const Out& ssm, const Out& logits) const {
+    const std::int64_t b = extent(logits, 0);
+    float* const out = floats("logits", logits, {b, model_.v});
+    const States states = states_of(conv, ssm, b);
+    if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
+    const float* given = floats("hidden", hidden, {b, model_.d});
+    const std::vector<std::int64_t> ids = token_ids(tokens, b);
+    nb::gil_scoped_release release;
+    decode_step(model_, states, b, tokens ? ids.data() : nullptr, given, out);
+  }
+
+  // tokens (l,) int64 or hidden (l, d), the sequences one behind the other; offsets (b + 1,) and
+  // positions (w,) int64; conv and ssm as above; logits (w, v).
+  void read(const std::optional<In>& tokens, const std::optional<In>& hidden, const In& offsets,
+            const In& positions, const Out& conv, const Out& ssm, const Out& logits) const {
+    if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
+    const std::int64_t l = extent(tokens ? *tokens : *hidden, 0);
+    Prompt prompt;
+    if (extent(offsets, 0) < 1) refuse("offsets is empty, expected one more than sequences");
+    prompt.sequences = extent(offsets, 0) - 1;
+    prompt.wanted = extent(positions, 0);
+    float* const out = floats("logits", logits, {prompt.wanted, model_.v});
+    const States states = states_of(conv, ssm, prompt.sequences);
+    prompt.hidden = floats("hidden", hidden, {l, model_.d});
+    const std::vector<std::int64_t> ids = token_ids(tokens, l);
+    prompt.tokens = tokens ? ids.data() : nullptr;
+    const std::vector<std::int64_t> starts = whole_numbers("offsets", offsets);
+    const std::vector<std::int64_t> chosen = whole_numbers("positions", positions);
+    check_offsets(starts, l);
+    for (const std::int64_t position : chosen)
+      if (position < 0 || position >= l)
+        refuse("position " + std::to_string(position) + " is not one of " + std::to_string(l));
+    prompt.offsets = starts.data();
+    prompt.positions = chosen.data();
+    nb::gil_scoped_release release;
+    read_prompt(model_, states, prompt, out);
+  }
+
+ private:
+  States states_of(const Out& conv, const Out& ssm, std::int64_t b) const {
+    const std::int64_t n_layer = static_cast<std::int64_t>(model_.layers.size());
+    check_shape("conv", conv, {n_layer, b, model_.e, model_.k});
+    if (!is_contiguous(conv)) refuse("conv must be contiguous");
+    States states;
+    states.conv = pointer(conv);
+    states.conv_type = type_of("conv", conv);
+    states.ssm = floats("ssm", ssm, {n_layer, b, model_.e, model_.n});
+    return states;
+  }
+
+  static void check_offsets(const std::vector<std::int64_t>& offsets, std::int64_t l) {
+    bool fits = offsets.front() == 0 && offsets.back() == l;
+    for (std::size_t i = 1; i < offsets.size(); ++i) fits = fits && offsets[i - 1] <= offsets[i];
+    if (!fits) refuse("offsets must ascend from 0 to the number of tokens, " + std::to_string(l));
+  }
+
+  // A copy of (count,) token ids, so that what was checked is what is used.
+  std::vector<std::int64_t> token_ids(const std::optional<In>& tokens, std::int64_t count) const {
+    if (!tokens) return {};
+    check_shape("tokens", *tokens, {count});
+    std::vector<std::int64_t> ids = whole_numbers("tokens", *tokens);
+    for (const std::int64_t id : ids)
+      if (id < 0 || id >= model_.v)
+        refuse("token " + std::to_string(id) + " is not in the vocabulary of " +
+               std::to_string(model_.v));
+    return ids;
+  }
+
+  In array(const nb::dict& layer, const char* name) {
+    std::optional<In> found = maybe(layer, name);
+    if (!found) refuse(std::string(name) + " is missing");
+    return *found;
+  }
+
+  std::optional<In> maybe(const nb::dict& layer, const char* name) {
+    if (!layer.contains(name) || layer[name].is_none()) return std::nullopt;
+    In found;
+    if (!nb::try_cast<In>(layer[name], found)) refuse(std::string(name) + " is not an array");
+    kept_.push_back(found);
+    return found;
+  }
+
+  void add(const nb::dict& given) {
+    Layer layer;
+    if (model_.layers.empty()) {
+      model_.e = extent(array(given, "A_log"), 0);
+      model_.n = extent(array(given, "A_log"), 1);
+      model_.k = extent(array(given, "conv_weight"), 1);
+      model_.r = extent(array(given, "dt_proj"), 1);
+    }
+    const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
+    layer.norm = small("norm", array(given, "norm"), {d});
+    layer.in_proj = weight("in_proj", array(given, "in_proj"), 2 * e, d);
+    layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
+    layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {e, model_.k});
+    layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {e});
+    layer.x_proj = weight("x_proj", array(given, "x_proj"), r + 2 * n, e);
+    layer.dt_proj = weight("dt_proj", array(given, "dt_proj"), e, r);
+    layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {e});
+    layer.A_log = small("A_log", array(given, "A_log"), {e, n});
+    layer.D = small("D", array(given, "D"), {e});
+    layer.out_proj = weight("out_proj", array(given, "out_proj"), d, e);
+    layer.out_proj_bias = small("out_proj_bias", maybe(given, "out_proj_bias"), {d});
+    model_.layers.push_back(layer);
+  }
+
+  Model model_;
+  std::vector<In> kept_;
+};
+
+}  // namespace
+
+void add_model(nb::module_& m) {
+  nb::class_<PyModel>(m, "Model", "A model's weights as one table of checked pointers.")
+      .def(nb::init<const In&, const In&, const In&, float, const nb::list&>(),
+           nb::arg("embeddings"), nb::arg("head"), nb::arg("norm"), nb::arg("eps"),
+           nb::arg("layers"))
+      .def("step", &PyModel::step, nb::arg("tokens").none(), nb::arg("hidden").none(),
+           nb::arg("conv"), nb::arg("ssm"), nb::arg("logits"),
+           "One token for each row; the states advance in place.")
+      .def("read", &PyModel::read, nb::arg("tokens").none(), nb::arg("hidden").none(),
+           nb::arg("offsets"), nb::arg("positions"), nb::arg("conv"), nb::arg("ssm"),
+           nb::arg("logits"), "The tokens of several sequences; the states advance in place.");
+}
+
+}  // namespace anymamba::bindings

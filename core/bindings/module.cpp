@@ -1,0 +1,42 @@
+// The module anymamba._core, and what it tells of the machine.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "arrays.h"
+#include "bandwidth.h"
+#include "modules.h"
+#include "threads.h"
+
+namespace anymamba::bindings {
+namespace {
+
+std::vector<std::string> isas() {
+  std::vector<std::string> found;
+  for (const char* isa : {"avx512_bf16", "avx512", "avx2", "portable"})
+    if (kernels_of(isa) != nullptr) found.emplace_back(isa);
+  return found;
+}
+
+}  // namespace
+}  // namespace anymamba::bindings
+
+NB_MODULE(_core, m) {
+  using namespace anymamba;
+  m.doc() = "AnyMamba's native core. Arrays are checked, then the kernels run without the GIL.";
+  m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
+  m.def("isas", bindings::isas, "The instruction sets that this machine has, the best first.");
+  m.def("use_isa", [](const std::string& isa) {
+    if (!use_isa(isa.c_str())) bindings::refuse("this machine does not have the instruction set " + isa);
+  });
+  m.def("threads", &Threads::count, "How many threads a kernel uses.");
+  m.def("set_threads", &Threads::set_count);
+  m.def("read_bandwidth", [](std::int64_t bytes, int repeats) {
+    if (bytes < 1 || repeats < 1) bindings::refuse("bytes and repeats must be positive");
+    nb::gil_scoped_release release;
+    return read_bandwidth(bytes, repeats);
+  }, "Bytes a second that all threads read together from a buffer; the best of the repeats.");
+  bindings::add_operators(m);
+  bindings::add_model(m);
+  bindings::add_watch(m);
+}

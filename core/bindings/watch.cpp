@@ -1,0 +1,65 @@
+// Whether Python objects still are what they were: a check of some thousand facts that is made
+// before each decoding step, when the weights have just driven all of them out of the caches.
+#include <utility>
+#include <vector>
+
+#include "arrays.h"
+#include "modules.h"
+
+namespace anymamba::bindings {
+namespace {
+
+// Facts about dicts and classes. It keeps what it looks at alive, and compares by identity.
+class Watch {
+ public:
+  // `own` then holds exactly what it holds now.
+  void contents(const nb::dict& own) {
+    sizes_.emplace_back(own, static_cast<Py_ssize_t>(own.size()));
+    for (const auto [key, value] : own) entries_.push_back({own, nb::borrow(key), nb::borrow(value)});
+  }
+
+  // `own` has no `key`, or this very value for it.
+  void entry(const nb::dict& own, const nb::object& key) {
+    PyObject* const value = PyDict_GetItemWithError(own.ptr(), key.ptr());
+    if (value == nullptr && PyErr_Occurred()) throw nb::python_error();
+    entries_.push_back({own, key, nb::borrow(value)});
+  }
+
+  void type_of(const nb::object& object) { types_.emplace_back(object, object.type().ptr()); }
+
+  bool holds() const {
+    for (const auto& [own, size] : sizes_)
+      if (PyDict_Size(own.ptr()) != size) return false;
+    for (const Entry& entry : entries_) {
+      PyObject* const value = PyDict_GetItemWithError(entry.own.ptr(), entry.key.ptr());
+      if (value == nullptr && PyErr_Occurred()) throw nb::python_error();
+      if (value != entry.value.ptr()) return false;
+    }
+    for (const auto& [object, type] : types_)
+      if (object.type().ptr() != type) return false;
+    return true;
+  }
+
+ private:
+  struct Entry {
+    nb::dict own;
+    nb::object key, value;  // no value: absent
+  };
+
+  std::vector<std::pair<nb::dict, Py_ssize_t>> sizes_;
+  std::vector<Entry> entries_;
+  std::vector<std::pair<nb::object, PyObject*>> types_;
+};
+
+}  // namespace
+
+void add_watch(nb::module_& m) {
+  nb::class_<Watch>(m, "Watch", "Whether dicts and classes of objects are still what they were.")
+      .def(nb::init<>())
+      .def("contents", &Watch::contents, nb::arg("own"))
+      .def("entry", &Watch::entry, nb::arg("own"), nb::arg("key"))
+      .def("type_of", &Watch::type_of, nb::arg("object"))
+      .def("holds", &Watch::holds);
+}
+
+}  // namespace anymamba::bindings

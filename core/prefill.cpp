@@ -1,0 +1,178 @@
+#include "prefill.h"
+
+#include <cstring>
+#include <memory>
+
+namespace anymamba {
+namespace {
+
+// Numbers that are written before they are read, of a type chosen at run time.
+class Buffer {
+ public:
+  Buffer(std::int64_t count, DType type)
+      : type_(type), bytes_(new char[static_cast<std::size_t>(count) * size_of(type)]) {}
+  void* data() const { return bytes_.get(); }
+  float* floats() const { return static_cast<float*>(data()); }
+  DType type() const { return type_; }
+
+ private:
+  DType type_;
+  std::unique_ptr<char[]> bytes_;
+};
+
+// What a product reads is best kept as the weights are, where bfloat16 pairs are multiplied; else
+// everything is float32.
+DType operand_type(const Model& model) {
+  const bool pairs = kernels().multiplies_bf16 && model.head.type == DType::bf16;
+  return pairs ? DType::bf16 : DType::f32;
+}
+
+class Reading {
+ public:
+  Reading(const Model& model, const States& states, const Prompt& prompt)
+      : m_(model), states_(states), prompt_(prompt), l_(prompt.offsets[prompt.sequences]),
+        type_(operand_type(model)), hidden_(l_ * m_.d, DType::f32), normed_(l_ * m_.d, type_),
+        xz_(l_ * 2 * m_.e, DType::f32), x_(l_ * m_.e, type_), rBC_(l_ * wide(), DType::f32),
+        r_(l_ * wide(), type_), delta_(l_ * m_.e, DType::f32), y_(l_ * m_.e, type_),
+        A_(new float[m_.e * m_.n]), norm_(m_.d), bias_(2 * m_.e), conv_weight_(m_.e * m_.k),
+        conv_bias_(m_.e), dt_bias_(m_.e), D_(m_.e) {
+    for (std::int64_t i = 0; i < prompt.sequences; ++i)
+      if (prompt.offsets[i] < prompt.offsets[i + 1]) sequences_.push_back(i);
+    zeros_.assign(sequences_.size(), 0);
+    for (const std::int64_t i : sequences_) {
+      starts_.push_back(prompt.offsets[i]);
+      stops_.push_back(prompt.offsets[i + 1]);
+    }
+  }
+
+  void run(float* logits) {
+    if (prompt_.tokens != nullptr)
+      embed(m_, prompt_.tokens, l_, hidden_.floats());
+    else
+      std::memcpy(hidden_.data(), prompt_.hidden, sizeof(float) * l_ * m_.d);
+    for (std::size_t index = 0; index < m_.layers.size(); ++index) {
+      const Layer& layer = m_.layers[index];
+      norm(layer.norm, hidden_.floats(), l_, normed_);
+      convolve(layer, static_cast<std::int64_t>(index));
+      scan(layer, static_cast<std::int64_t>(index));
+      const float* bias = floats(layer.out_proj_bias, bias_, 0, m_.d);
+      multiply(y_, m_.e, l_, m_.e, layer.out_proj, m_.d, bias, hidden_.floats(), true);
+    }
+    if (prompt_.wanted > 0) write_logits(logits);
+  }
+
+ private:
+  std::int64_t wide() const { return m_.r + 2 * m_.n; }
+
+  Segments segments() const {
+    return {static_cast<std::int64_t>(sequences_.size()), zeros_.data(), starts_.data(),
+            stops_.data(), sequences_.data(), sequences_.data(), false};
+  }
+
+  static Tensor3 rows(const Buffer& buffer, std::int64_t width, std::int64_t first = 0) {
+    char* const data = static_cast<char*>(buffer.data());
+    return {data + first * static_cast<std::int64_t>(size_of(buffer.type())), buffer.type(), 0, width, 1};
+  }
+
+  void norm(Array weight, float* x, std::int64_t count, const Buffer& normed) {
+    Norm norm;
+    norm.rows = count;
+    norm.d = m_.d;
+    norm.x = {x, DType::f32, m_.d};
+    norm.weight = floats(weight, norm_, 0, m_.d);
+    norm.eps = m_.eps;
+    NormResult result;
+    result.normed = {normed.data(), normed.type(), m_.d};
+    kernels().norm(norm, result);
+  }
+
+  // c (m, n) = a (m, k) weight^T + bias, or the same added to c; `stride` between rows of a.
+  static void multiply(const Buffer& a, std::int64_t stride, std::int64_t m, std::int64_t k,
+                       const Weight& weight, std::int64_t n, const float* bias, float* c,
+                       bool accumulate = false) {
+    Product product;
+    product.m = m;
+    product.n = n;
+    product.k = k;
+    product.a = {a.data(), a.type(), stride, 1};
+    product.b = {const_cast<void*>(weight.data), weight.type, 1, weight.row_stride};
+    product.c = {c, DType::f32, n, 1};
+    product.bias = bias;
+    product.accumulate = accumulate;
+    kernels().product(product);
+  }
+
+  // x and z, then x through the convolution.
+  void convolve(const Layer& layer, std::int64_t index) {
+    const float* bias = floats(layer.in_proj_bias, bias_, 0, 2 * m_.e);
+    multiply(normed_, m_.d, l_, m_.d, layer.in_proj, 2 * m_.e, bias, xz_.floats());
+    Conv conv;
+    conv.e = m_.e;
+    conv.k = m_.k;
+    conv.segments = segments();
+    conv.x = rows(xz_, 2 * m_.e);
+    conv.weight = floats(layer.conv_weight, conv_weight_, 0, m_.e * m_.k);
+    conv.bias = floats(layer.conv_bias, conv_bias_, 0, m_.e);
+    conv.silu = true;
+    conv.initial = window_of(m_, states_, prompt_.sequences, index);
+    ConvResult result;
+    result.y = rows(x_, m_.e);
+    result.final = conv.initial;
+    kernels().conv(conv, result);
+  }
+
+  // Step size, B and C from x, then the scan with D and gate.
+  void scan(const Layer& layer, std::int64_t index) {
+    multiply(x_, m_.e, l_, m_.e, layer.x_proj, wide(), nullptr, rBC_.floats());
+    kernels().convert(rBC_.data(), DType::f32, r_.data(), type_, l_ * wide());
+    multiply(r_, wide(), l_, m_.r, layer.dt_proj, m_.e, nullptr, delta_.floats());
+    Scan scan;
+    scan.e = m_.e;
+    scan.n = m_.n;
+    scan.segments = segments();
+    scan.x = rows(x_, m_.e);
+    scan.delta = rows(delta_, m_.e);
+    scan.z = rows(xz_, 2 * m_.e, m_.e);
+    scan.B = {rBC_.floats() + m_.r, DType::f32, 0, wide(), 0, 1};
+    scan.C = {rBC_.floats() + m_.r + m_.n, DType::f32, 0, wide(), 0, 1};
+    kernels().rates(layer.A_log.data, layer.A_log.type, A_.get(), m_.e * m_.n);
+    scan.A = A_.get();
+    scan.D = floats(layer.D, D_, 0, m_.e);
+    scan.delta_bias = floats(layer.dt_bias, dt_bias_, 0, m_.e);
+    scan.softplus = true;
+    float* const state = states_of(m_, states_, prompt_.sequences, index);
+    scan.initial = state;
+    ScanResult result;
+    result.y = rows(y_, m_.e);
+    result.last = state;
+    kernels().scan(scan, result);
+  }
+
+  void write_logits(float* logits) {
+    const Buffer chosen(prompt_.wanted * m_.d, DType::f32), normed(prompt_.wanted * m_.d, type_);
+    for (std::int64_t i = 0; i < prompt_.wanted; ++i)
+      std::memcpy(chosen.floats() + i * m_.d, hidden_.floats() + prompt_.positions[i] * m_.d,
+                  sizeof(float) * m_.d);
+    norm(m_.norm, chosen.floats(), prompt_.wanted, normed);
+    multiply(normed, m_.d, prompt_.wanted, m_.d, m_.head, m_.v, nullptr, logits);
+  }
+
+  const Model& m_;
+  const States& states_;
+  const Prompt& prompt_;
+  const std::int64_t l_;  // tokens of all sequences
+  const DType type_;      // of what products read
+  const Buffer hidden_, normed_, xz_, x_, rBC_, r_, delta_, y_;
+  const std::unique_ptr<float[]> A_;
+  std::vector<float> norm_, bias_, conv_weight_, conv_bias_, dt_bias_, D_;  // widened
+  std::vector<std::int64_t> sequences_, zeros_, starts_, stops_;  // those with tokens
+};
+
+}  // namespace
+
+void read_prompt(const Model& model, const States& states, const Prompt& prompt, float* logits) {
+  if (prompt.offsets[prompt.sequences] == 0) return;
+  Reading(model, states, prompt).run(logits);
+}
+
+}  // namespace anymamba
