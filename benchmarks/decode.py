@@ -31,7 +31,7 @@ SIXTEEN_BITS = ("bf16", "f16")
 def main() -> None:
     """Measure AnyMamba at all batches and the peers at batch 1, then print and write."""
     options = options_from(parser("decode", __doc__ or "").parse_args())
-    shape, steps = (QUICK, 4) if options.quick else (MAMBA_130M, 16)
+    shape, steps = (QUICK, 4) if options.quick else (MAMBA_130M, 64)
     machine = describe(options.quick)
     source = random_model(shape)
     ours = {kind: AnyMamba(source, dtype) for kind, dtype in OURS.items()}

@@ -1,23 +1,55 @@
 #include "prefill.h"
 
+#include <sys/mman.h>
+
+#include <cstdint>
 #include <cstring>
-#include <memory>
+#include <new>
 
 namespace anymamba {
 namespace {
 
-// Numbers that are written before they are read, of a type chosen at run time.
+// Numbers of a type chosen at run time, in memory that is another's.
 class Buffer {
  public:
-  Buffer(std::int64_t count, DType type)
-      : type_(type), bytes_(new char[static_cast<std::size_t>(count) * size_of(type)]) {}
-  void* data() const { return bytes_.get(); }
-  float* floats() const { return static_cast<float*>(data()); }
+  Buffer(char* data, DType type) : data_(data), type_(type) {}
+  void* data() const { return data_; }
+  float* floats() const { return reinterpret_cast<float*>(data_); }
   DType type() const { return type_; }
 
  private:
+  char* data_;
   DType type_;
-  std::unique_ptr<char[]> bytes_;
+};
+
+// One block for all buffers, written before they are read. It comes from the system and goes back
+// to it, for a heap keeps gaps between blocks of some megabytes, and grows with every stretch.
+class Block {
+ public:
+  explicit Block(std::int64_t numbers) : bytes_(static_cast<std::size_t>(numbers) * 4) {
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+    madvise(memory_, bytes_, MADV_HUGEPAGE);
+#endif
+    next_ = static_cast<char*>(memory_);
+  }
+  ~Block() { munmap(memory_, bytes_); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  Buffer take(std::int64_t count, DType type) {
+    char* const data = next_;
+    next_ += rounded(count) * 4;
+    return {data, type};
+  }
+  // What a buffer of `count` numbers takes: whole cache lines.
+  static std::int64_t rounded(std::int64_t count) { return (count + 15) / 16 * 16; }
+
+ private:
+  std::size_t bytes_;
+  void* memory_;
+  char* next_;
 };
 
 // What a product reads is best kept as the weights are, where bfloat16 pairs are multiplied; else
@@ -31,11 +63,14 @@ class Reading {
  public:
   Reading(const Model& model, const States& states, const Prompt& prompt)
       : m_(model), states_(states), prompt_(prompt), l_(prompt.offsets[prompt.sequences]),
-        type_(operand_type(model)), hidden_(l_ * m_.d, DType::f32), normed_(l_ * m_.d, type_),
-        xz_(l_ * 2 * m_.e, DType::f32), x_(l_ * m_.e, type_), rBC_(l_ * wide(), DType::f32),
-        r_(l_ * wide(), type_), delta_(l_ * m_.e, DType::f32), y_(l_ * m_.e, type_),
-        A_(new float[m_.e * m_.n]), norm_(m_.d), bias_(2 * m_.e), conv_weight_(m_.e * m_.k),
-        conv_bias_(m_.e), dt_bias_(m_.e), D_(m_.e) {
+        type_(operand_type(model)), block_(numbers()), hidden_(block_.take(l_ * m_.d, DType::f32)),
+        normed_(block_.take(l_ * m_.d, type_)), xz_(block_.take(l_ * 2 * m_.e, DType::f32)),
+        x_(block_.take(l_ * m_.e, type_)), rBC_(block_.take(l_ * wide(), DType::f32)),
+        r_(block_.take(l_ * wide(), type_)), delta_(block_.take(l_ * m_.e, DType::f32)),
+        y_(block_.take(l_ * m_.e, type_)), A_(block_.take(m_.e * m_.n, DType::f32)),
+        chosen_(block_.take(prompt.wanted * m_.d, DType::f32)),
+        chosen_normed_(block_.take(prompt.wanted * m_.d, type_)), norm_(m_.d), bias_(2 * m_.e),
+        conv_weight_(m_.e * m_.k), conv_bias_(m_.e), dt_bias_(m_.e), D_(m_.e) {
     for (std::int64_t i = 0; i < prompt.sequences; ++i)
       if (prompt.offsets[i] < prompt.offsets[i + 1]) sequences_.push_back(i);
     zeros_.assign(sequences_.size(), 0);
@@ -63,6 +98,13 @@ class Reading {
 
  private:
   std::int64_t wide() const { return m_.r + 2 * m_.n; }
+
+  // Of all buffers, each in float32 whatever its type.
+  std::int64_t numbers() const {
+    const auto of = Block::rounded;
+    return 2 * of(l_ * m_.d) + of(l_ * 2 * m_.e) + 3 * of(l_ * m_.e) + 2 * of(l_ * wide()) +
+           of(m_.e * m_.n) + 2 * of(prompt_.wanted * m_.d);
+  }
 
   Segments segments() const {
     return {static_cast<std::int64_t>(sequences_.size()), zeros_.data(), starts_.data(),
@@ -135,8 +177,8 @@ class Reading {
     scan.z = rows(xz_, 2 * m_.e, m_.e);
     scan.B = {rBC_.floats() + m_.r, DType::f32, 0, wide(), 0, 1};
     scan.C = {rBC_.floats() + m_.r + m_.n, DType::f32, 0, wide(), 0, 1};
-    kernels().rates(layer.A_log.data, layer.A_log.type, A_.get(), m_.e * m_.n);
-    scan.A = A_.get();
+    kernels().rates(layer.A_log.data, layer.A_log.type, A_.floats(), m_.e * m_.n);
+    scan.A = A_.floats();
     scan.D = floats(layer.D, D_, 0, m_.e);
     scan.delta_bias = floats(layer.dt_bias, dt_bias_, 0, m_.e);
     scan.softplus = true;
@@ -149,12 +191,11 @@ class Reading {
   }
 
   void write_logits(float* logits) {
-    const Buffer chosen(prompt_.wanted * m_.d, DType::f32), normed(prompt_.wanted * m_.d, type_);
     for (std::int64_t i = 0; i < prompt_.wanted; ++i)
-      std::memcpy(chosen.floats() + i * m_.d, hidden_.floats() + prompt_.positions[i] * m_.d,
+      std::memcpy(chosen_.floats() + i * m_.d, hidden_.floats() + prompt_.positions[i] * m_.d,
                   sizeof(float) * m_.d);
-    norm(m_.norm, chosen.floats(), prompt_.wanted, normed);
-    multiply(normed, m_.d, prompt_.wanted, m_.d, m_.head, m_.v, nullptr, logits);
+    norm(m_.norm, chosen_.floats(), prompt_.wanted, chosen_normed_);
+    multiply(chosen_normed_, m_.d, prompt_.wanted, m_.d, m_.head, m_.v, nullptr, logits);
   }
 
   const Model& m_;
@@ -162,8 +203,8 @@ class Reading {
   const Prompt& prompt_;
   const std::int64_t l_;  // tokens of all sequences
   const DType type_;      // of what products read
-  const Buffer hidden_, normed_, xz_, x_, rBC_, r_, delta_, y_;
-  const std::unique_ptr<float[]> A_;
+  Block block_;
+  const Buffer hidden_, normed_, xz_, x_, rBC_, r_, delta_, y_, A_, chosen_, chosen_normed_;
   std::vector<float> norm_, bias_, conv_weight_, conv_bias_, dt_bias_, D_;  // widened
   std::vector<std::int64_t> sequences_, zeros_, starts_, stops_;  // those with tokens
 };
