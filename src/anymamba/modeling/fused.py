@@ -195,8 +195,8 @@ class _Table:
             self._watch_module(module)
         for hooks in _GLOBAL_HOOKS:
             self._watch.contents(hooks)
-        self._weights = [weight for module in modules for weight in module._parameters.values()]
-        self._weights = [weight for weight in self._weights if weight is not None]
+        own = [weight for module in modules for weight in module._parameters.values()]
+        self._weights = [weight for weight in own if weight is not None]
         self._choice = backend()
         self._addresses = self._addresses_now()
         backbone = model.backbone
