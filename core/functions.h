@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "linear.h"
 #include "norm.h"
+#include "quantized.h"
 #include "scan.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -18,6 +19,11 @@ void norm(const Norm&, const NormResult&);
 void norm_backward(const Norm&, const NormGradients&);
 void product(const Product&);
 void few_rows(const FewRows&, std::int64_t first, std::int64_t last);
+void quantize_rows(const float* x, std::int64_t row_stride, const QuantizedRows& out,
+                   std::int64_t first, std::int64_t last);
+void few_quantized_rows(const FewQuantizedRows&, std::int64_t first, std::int64_t last);
+void quantized_product(const QuantizedProduct&);
+void widen_quantized(const QuantizedWeight&, std::int64_t row, std::int64_t k, float* y);
 void rates(const void* x, DType type, float* y, std::int64_t count);
 void widen(const void* x, DType type, float* y, std::int64_t count);
 void apply_exp(const float* x, float* y, std::int64_t count);

@@ -4,6 +4,7 @@
 #include "conv.h"
 #include "linear.h"
 #include "norm.h"
+#include "quantized.h"
 #include "scan.h"
 
 namespace anymamba {
@@ -22,6 +23,13 @@ struct Kernels {
   void (*norm_backward)(const Norm&, const NormGradients&);
   void (*product)(const Product&);
   void (*few_rows)(const FewRows&, std::int64_t first, std::int64_t last);
+  // Rows [first, last) of x rounded into `out`.
+  void (*quantize_rows)(const float* x, std::int64_t row_stride, const QuantizedRows& out,
+                        std::int64_t first, std::int64_t last);
+  void (*few_quantized_rows)(const FewQuantizedRows&, std::int64_t first, std::int64_t last);
+  void (*quantized_product)(const QuantizedProduct&);
+  // y (k) = a row of the weight.
+  void (*widen_quantized)(const QuantizedWeight&, std::int64_t row, std::int64_t k, float* y);
   // y (count) in float32 from x of any storage type.
   void (*widen)(const void* x, DType type, float* y, std::int64_t count);
   // y (count) = -exp(x), for A from A_log.

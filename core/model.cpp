@@ -3,7 +3,13 @@
 namespace anymamba {
 
 void embed(const Model& m, const std::int64_t* tokens, std::int64_t count, float* hidden) {
-  const std::int64_t row_bytes = m.embeddings.row_stride * static_cast<std::int64_t>(size_of(m.embeddings.type));
+  if (m.embeddings.quantized.bits != 0) {
+    for (std::int64_t i = 0; i < count; ++i)
+      kernels().widen_quantized(m.embeddings.quantized, tokens[i], m.d, hidden + i * m.d);
+    return;
+  }
+  const std::int64_t row_bytes = 
+      m.embeddings.row_stride * static_cast<std::int64_t>(size_of(m.embeddings.type));
   const char* const rows = static_cast<const char*>(m.embeddings.data);
   for (std::int64_t i = 0; i < count; ++i)
     kernels().widen(rows + tokens[i] * row_bytes, m.embeddings.type, hidden + i * m.d, m.d);

@@ -10,11 +10,12 @@
 
 namespace anymamba {
 
-// A weight of shape (n, k), rows contiguous.
+// A weight of shape (n, k), rows contiguous; where it is quantized, `quantized` has it instead.
 struct Weight {
   const void* data = nullptr;
   DType type = DType::f32;
   std::int64_t row_stride = 0;
+  QuantizedWeight quantized;
 };
 
 // A small tensor without gaps, of any storage type; may be absent.

@@ -53,9 +53,11 @@ class Block {
 };
 
 // What a product reads is best kept as the weights are, where bfloat16 pairs are multiplied; else
-// everything is float32.
+// everything is float32, which quantized weights round by themselves. The head's type stands for all:
+// where others differ, products widen them.
 DType operand_type(const Model& model) {
-  const bool pairs = kernels().multiplies_bf16 && model.head.type == DType::bf16;
+  const bool pairs = kernels().multiplies_bf16 && model.head.type == DType::bf16 &&
+                     model.head.quantized.bits == 0;
   return pairs ? DType::bf16 : DType::f32;
 }
 
@@ -132,6 +134,20 @@ class Reading {
   static void multiply(const Buffer& a, std::int64_t stride, std::int64_t m, std::int64_t k,
                        const Weight& weight, std::int64_t n, const float* bias, float* c,
                        bool accumulate = false) {
+    if (weight.quantized.bits != 0) {
+      QuantizedProduct product;
+      product.m = m;
+      product.n = n;
+      product.k = k;
+      product.a = a.floats();
+      product.a_row_stride = stride;
+      product.weight = weight.quantized;
+      product.c = c;
+      product.c_row_stride = n;
+      product.bias = bias;
+      product.accumulate = accumulate;
+      return kernels().quantized_product(product);
+    }
     Product product;
     product.m = m;
     product.n = n;

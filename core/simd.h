@@ -169,6 +169,19 @@ ANYMAMBA_INLINE F load_bf16(const std::uint16_t* p) {
 #endif
 }
 
+// The first `count` numbers, zeros behind them.
+ANYMAMBA_INLINE F load_some_bf16(const std::uint16_t* p, int count) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
+  const __m256i halves = _mm256_maskz_loadu_epi16(mask, p);
+  return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
+#else
+  std::uint16_t some[W] = {};
+  __builtin_memcpy(some, p, static_cast<std::size_t>(count) * 2);
+  return load_bf16(some);
+#endif
+}
+
 ANYMAMBA_INLINE void store_bf16(std::uint16_t* p, F v) {
   const U bits = (U)v;
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

@@ -29,9 +29,13 @@ Span share(std::int64_t count, int worker, int workers, std::int64_t unit = 16) 
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const Weight& weight, Span rows) {
-    const std::int64_t row = weight.row_stride * static_cast<std::int64_t>(size_of(weight.type));
-    next_ = static_cast<const char*>(weight.data) + rows.first * row;
+  Ahead(const Weight& weight, std::int64_t k, Span rows) {
+    const QuantizedWeight& quantized = weight.quantized;
+    const bool whole = quantized.bits != 0;
+    const std::int64_t row = whole ? k * quantized.bits / 8
+                                   : weight.row_stride * static_cast<std::int64_t>(size_of(weight.type));
+    next_ = (whole ? reinterpret_cast<const char*>(quantized.q)
+                   : static_cast<const char*>(weight.data)) + rows.first * row;
     end_ = next_ + std::min((rows.last - rows.first) * row, kMost);
   }
   void fetch(int lines) {
@@ -43,26 +47,53 @@ class Ahead {
   const char *next_ = nullptr, *end_ = nullptr;
 };
 
-// y (b, .) = x (b, k) weight^T + bias for the weight's rows [first, last).
-void project(const Kernels& kernels, const Weight& weight, std::int64_t k, const float* bias,
-             const float* x, std::int64_t x_stride, float* y, std::int64_t y_stride,
-             std::int64_t b, Span rows) {
-  const std::int64_t block = b <= kMostVectors ? rows.last - rows.first : kWeightRows;
+// A worker's vectors rounded to 8 bits, where a quantized weight wants them.
+struct Rounded {
+  std::vector<std::int8_t> q;
+  std::vector<float> scales;
+  std::vector<std::int32_t> sums;
+
+  QuantizedRows rows(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k, int group) {
+    const std::int64_t groups = b * (k / group);
+    q.resize(b * k);
+    scales.resize(groups);
+    sums.resize(groups);
+    const QuantizedRows rows = {b, k, group, q.data(), scales.data(), sums.data()};
+    kernels().quantize_rows(x, stride, rows, 0, b);
+    return rows;
+  }
+};
+
+// Vectors x (b, k), and the worker's room for rounding them.
+struct Vectors {
+  const float* data;
+  std::int64_t b, k, stride;
+  Rounded& rounded;
+};
+
+// y (b, .) = x weight^T + bias for the weight's rows [first, last).
+void project(const Weight& weight, const Vectors& x, const float* bias, float* y,
+             std::int64_t y_stride, Span rows) {
+  if (const QuantizedWeight& quantized = weight.quantized; quantized.bits != 0) {
+    const QuantizedRows rounded = x.rounded.rows(x.data, x.stride, x.b, x.k, quantized.group);
+    return kernels().few_quantized_rows({quantized, rounded, bias, y, y_stride}, rows.first, rows.last);
+  }
+  const std::int64_t block = x.b <= kMostVectors ? rows.last - rows.first : kWeightRows;
   for (std::int64_t first = rows.first; first < rows.last; first += block) {
     const std::int64_t last = std::min(rows.last, first + block);
-    for (std::int64_t row = 0; row < b; row += kMostVectors) {
+    for (std::int64_t row = 0; row < x.b; row += kMostVectors) {
       FewRows product;
-      product.k = k;
+      product.k = x.k;
       product.weight = weight.data;
       product.type = weight.type;
       product.weight_row_stride = weight.row_stride;
       product.bias = bias;
-      product.x = x + row * x_stride;
-      product.x_row_stride = x_stride;
+      product.x = x.data + row * x.stride;
+      product.x_row_stride = x.stride;
       product.y = y + row * y_stride;
       product.y_row_stride = y_stride;
-      product.m = static_cast<int>(std::min<std::int64_t>(kMostVectors, b - row));
-      kernels.few_rows(product, first, last);
+      product.m = static_cast<int>(std::min<std::int64_t>(kMostVectors, x.b - row));
+      kernels().few_rows(product, first, last);
     }
   }
 }
@@ -75,10 +106,12 @@ struct Buffers {
         y(b * m.e), change(b * m.d) {}
 };
 
-// A worker's float32 forms of a layer's small tensors, of which it fills its own rows.
-struct Widened {
+// A worker's own memory: float32 forms of a layer's small tensors, of which it fills its own rows,
+// and rounded vectors.
+struct Own {
   std::vector<float> norm, in_proj_bias, conv_weight, conv_bias, dt_bias, A, D, out_proj_bias;
-  explicit Widened(const Model& m)
+  Rounded rounded;
+  explicit Own(const Model& m)
       : norm(m.d), in_proj_bias(2 * m.e), conv_weight(m.e * m.k), conv_bias(m.e), dt_bias(m.e),
         A(m.e * m.n), D(m.e), out_proj_bias(m.d) {}
 };
@@ -96,31 +129,31 @@ class Step {
   // What one worker does; the barriers separate what all must have finished.
   void run(int worker, int workers, Barrier& barrier) {
     std::vector<float> normed(b_ * m_.d);  // every worker's own: cheaper than waiting for one
-    Widened widened(m_);
+    Own own(m_);
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
       const Span channels = share(m_.e, worker, workers);
-      norm(layer.norm, widened, normed.data());
-      convolve(layer, index, normed.data(), widened, channels);
+      norm(layer.norm, own, normed.data());
+      convolve(layer, index, normed.data(), own, channels);
       const Span narrow = share(wide(), worker, workers, 4);
-      Ahead to_x_proj(layer.x_proj, narrow);
+      Ahead to_x_proj(layer.x_proj, m_.e, narrow);
       barrier.wait([&] { to_x_proj.fetch(1); });
-      project(kernels_, layer.x_proj, m_.e, nullptr, buf_.x.data(), m_.e, buf_.rBC.data(), wide(),
-              b_, narrow);
-      Ahead to_dt_proj(layer.dt_proj, channels);
+      project(layer.x_proj, {buf_.x.data(), b_, m_.e, m_.e, own.rounded}, nullptr, buf_.rBC.data(),
+              wide(), narrow);
+      Ahead to_dt_proj(layer.dt_proj, m_.r, channels);
       barrier.wait([&] { to_dt_proj.fetch(1); });
       const Span rows = share(m_.d, worker, workers);
-      Ahead to_out_proj(layer.out_proj, rows);
-      scan(layer, index, widened, channels);
+      Ahead to_out_proj(layer.out_proj, m_.e, rows);
+      scan(layer, index, own, channels);
       barrier.wait([&] { to_out_proj.fetch(1); });
-      add_back(layer, widened, rows);
+      add_back(layer, own, rows);
       Ahead to_next = index + 1 < m_.layers.size()
-          ? Ahead(m_.layers[index + 1].in_proj, channels)
-          : Ahead(m_.head, share(m_.v, worker, workers));
+          ? Ahead(m_.layers[index + 1].in_proj, m_.d, channels)
+          : Ahead(m_.head, m_.d, share(m_.v, worker, workers));
       barrier.wait([&] { to_next.fetch(1); });
     }
-    norm(m_.norm, widened, normed.data());
-    project(kernels_, m_.head, m_.d, nullptr, normed.data(), m_.d, logits_, m_.v, b_,
+    norm(m_.norm, own, normed.data());
+    project(m_.head, {normed.data(), b_, m_.d, m_.d, own.rounded}, nullptr, logits_, m_.v,
             share(m_.v, worker, workers));
   }
 
@@ -128,12 +161,12 @@ class Step {
   std::int64_t wide() const { return m_.r + 2 * m_.n; }
 
   // normed (b, d) from hidden (b, d).
-  void norm(Array weight, Widened& widened, float* normed) {
+  void norm(Array weight, Own& own, float* normed) {
     Norm norm;
     norm.rows = b_;
     norm.d = m_.d;
     norm.x = {buf_.hidden.data(), DType::f32, m_.d};
-    norm.weight = floats(weight, widened.norm, 0, m_.d);
+    norm.weight = floats(weight, own.norm, 0, m_.d);
     norm.eps = m_.eps;
     NormResult result;
     result.normed = {normed, DType::f32, m_.d};
@@ -141,12 +174,12 @@ class Step {
   }
 
   // x and z of this worker's channels, then the convolution of x.
-  void convolve(const Layer& layer, std::size_t index, const float* normed, Widened& widened,
+  void convolve(const Layer& layer, std::size_t index, const float* normed, Own& own,
                 Span channels) {
     for (const std::int64_t half : {std::int64_t{0}, m_.e}) {
       const Span rows{half + channels.first, half + channels.last};
-      const float* bias = floats(layer.in_proj_bias, widened.in_proj_bias, rows.first, rows.last - rows.first);
-      project(kernels_, layer.in_proj, m_.d, bias, normed, m_.d, buf_.xz.data(), 2 * m_.e, b_,
+      const float* bias = floats(layer.in_proj_bias, own.in_proj_bias, rows.first, rows.last - rows.first);
+      project(layer.in_proj, {normed, b_, m_.d, m_.d, own.rounded}, bias, buf_.xz.data(), 2 * m_.e,
               rows);
     }
     const std::int64_t width = channels.last - channels.first;
@@ -156,8 +189,8 @@ class Step {
     conv.k = m_.k;
     conv.x = rows_of(buf_.xz.data(), 2 * m_.e);
     conv.y = rows_of(buf_.x.data(), m_.e);
-    conv.weight = floats(layer.conv_weight, widened.conv_weight, channels.first * m_.k, width * m_.k);
-    conv.bias = floats(layer.conv_bias, widened.conv_bias, channels.first, width);
+    conv.weight = floats(layer.conv_weight, own.conv_weight, channels.first * m_.k, width * m_.k);
+    conv.bias = floats(layer.conv_bias, own.conv_bias, channels.first, width);
     conv.silu = true;
     conv.window = window_of(m_, state_, b_, static_cast<std::int64_t>(index));
     kernels_.conv_step(conv, channels.first, channels.last);
@@ -166,7 +199,7 @@ class Step {
   // The step size of this worker's channels, then their state space with D and gate. One row goes
   // through some channels at a time, so that reading the next ones' numbers and computing overlap;
   // of more rows each keeps to its own stretch of memory.
-  void scan(const Layer& layer, std::size_t index, Widened& widened, Span channels) {
+  void scan(const Layer& layer, std::size_t index, Own& own, Span channels) {
     const std::int64_t width = channels.last - channels.first;
     ScanStep scan;
     scan.b = b_;
@@ -178,9 +211,9 @@ class Step {
     scan.y = rows_of(buf_.y.data(), m_.e);
     scan.B = {buf_.rBC.data() + m_.r, DType::f32, wide(), 0, 0, 1};
     scan.C = {buf_.rBC.data() + m_.r + m_.n, DType::f32, wide(), 0, 0, 1};
-    scan.A = widened.A.data();
-    scan.D = floats(layer.D, widened.D, channels.first, width);
-    scan.delta_bias = floats(layer.dt_bias, widened.dt_bias, channels.first, width);
+    scan.A = own.A.data();
+    scan.D = floats(layer.D, own.D, channels.first, width);
+    scan.delta_bias = floats(layer.dt_bias, own.dt_bias, channels.first, width);
     scan.softplus = true;
     scan.state = states_of(m_, state_, b_, static_cast<std::int64_t>(index));
     scan.state_row_stride = m_.e * m_.n;
@@ -190,10 +223,10 @@ class Step {
       const Span next{some.last, std::min(some.last + block, channels.last)};
       fetch(layer.A_log, next);
       fetch({scan.state, DType::f32}, next);
-      project(kernels_, layer.dt_proj, m_.r, nullptr, buf_.rBC.data(), wide(), buf_.delta.data(),
-              m_.e, b_, some);
+      project(layer.dt_proj, {buf_.rBC.data(), b_, m_.r, wide(), own.rounded}, nullptr,
+              buf_.delta.data(), m_.e, some);
       const std::int64_t start = some.first * m_.n;
-      kernels_.rates(at(layer.A_log, start), layer.A_log.type, widened.A.data() + start,
+      kernels_.rates(at(layer.A_log, start), layer.A_log.type, own.A.data() + start,
                      some.last * m_.n - start);
       kernels_.scan_step(scan, some.first, some.last);
     }
@@ -207,10 +240,10 @@ class Step {
   }
 
   // hidden += out_proj(y), for this worker's rows of out_proj.
-  void add_back(const Layer& layer, Widened& widened, Span rows) {
-    const float* bias = floats(layer.out_proj_bias, widened.out_proj_bias, rows.first, rows.last - rows.first);
-    project(kernels_, layer.out_proj, m_.e, bias, buf_.y.data(), m_.e, buf_.change.data(), m_.d,
-            b_, rows);
+  void add_back(const Layer& layer, Own& own, Span rows) {
+    const float* bias = floats(layer.out_proj_bias, own.out_proj_bias, rows.first, rows.last - rows.first);
+    project(layer.out_proj, {buf_.y.data(), b_, m_.e, m_.e, own.rounded}, bias,
+            buf_.change.data(), m_.d, rows);
     for (std::int64_t row = 0; row < b_; ++row)
       for (std::int64_t i = rows.first; i < rows.last; ++i)
         buf_.hidden[row * m_.d + i] += buf_.change[row * m_.d + i];

@@ -61,10 +61,13 @@ DType type_of(const char* name, const Array& array) {
       if (type.bits == 32) return DType::f32;
       if (type.bits == 16) return DType::f16;
     }
-    if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16)
+    // NumPy knows no bfloat16: it gives the bits.
+    const bool bits = type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt);
+    if ((bits || type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat)) &&
+        type.bits == 16)
       return DType::bf16;
   }
-  refuse(std::string(name) + " must be float32, bfloat16 or float16");
+  refuse(std::string(name) + " must be float32, bfloat16 (or its bits as uint16) or float16");
 }
 
 template <class Array>
@@ -147,10 +150,10 @@ Rows rows(const char* name, const Array& array, Shape shape) {
 }
 
 // A weight (n, k) whose rows are contiguous.
-inline Weight weight(const char* name, const In& array, std::int64_t n, std::int64_t k) {
+inline Weight dense_weight(const char* name, const In& array, std::int64_t n, std::int64_t k) {
   check_shape(name, array, {n, k});
   if (k > 1 && array.stride(1) != 1) refuse(std::string(name) + " must have contiguous rows");
-  return {pointer(array), type_of(name, array), array.stride(0)};
+  return {pointer(array), type_of(name, array), array.stride(0), {}};
 }
 
 // Small tensors of any type, without gaps.
@@ -184,6 +187,40 @@ inline std::vector<std::int64_t> whole_numbers(const char* name, const In& array
   check_whole_numbers(name, array);
   const auto* data = static_cast<const std::int64_t*>(pointer(array));
   return std::vector<std::int64_t>(data, data + array.shape(0));
+}
+
+// bfloat16 numbers without gaps.
+inline const std::uint16_t* bfloat16s(const std::string& name, const In& array, Shape shape) {
+  if (type_of(name.c_str(), array) != DType::bf16) refuse(name + " must be bfloat16");
+  check_shape(name.c_str(), array, shape);
+  if (!is_contiguous(array)) refuse(name + " must be contiguous");
+  return static_cast<const std::uint16_t*>(pointer(array));
+}
+
+// A weight (n, k) of which q, scales and minima (or nothing) are given. The bits follow from q's
+// width and the group from that of the scales.
+inline QuantizedWeight quantized_weight(const char* name, const In& q, const In& scales,
+                                        const std::optional<In>& minima, std::int64_t n,
+                                        std::int64_t k) {
+  const std::string called = name;
+  check_shape(name, q, {n, kAny});
+  const auto type = q.dtype();
+  if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt) || type.bits != 8 ||
+      type.lanes != 1 || !is_contiguous(q))
+    refuse(called + ": q must be contiguous uint8");
+  QuantizedWeight weight;
+  const std::int64_t width = static_cast<std::int64_t>(q.shape(1));
+  weight.bits = width == k ? 8 : 2 * width == k ? 4 : 0;
+  const std::int64_t groups = extent(scales, 1);
+  const std::int64_t group = groups > 0 && k % groups == 0 ? k / groups : 0;
+  if (weight.bits == 0 || (group != 32 && group != 64 && group != 128))
+    refuse(called + ": q of shape " + shape_of(q) + " and scales of shape " + shape_of(scales) +
+           " are no " + std::to_string(k) + " columns of 8 or 4 bits in groups of 32, 64 or 128");
+  weight.group = static_cast<int>(group);
+  weight.q = static_cast<const std::uint8_t*>(pointer(q));
+  weight.scales = bfloat16s(called + ": scales", scales, {n, groups});
+  if (minima) weight.minima = bfloat16s(called + ": minima", *minima, {n, groups});
+  return weight;
 }
 
 }  // namespace anymamba::bindings

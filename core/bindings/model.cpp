@@ -12,14 +12,15 @@ namespace {
 // A model's weights as one table of checked pointers, which keeps the arrays alive.
 class PyModel {
  public:
-  PyModel(const In& embeddings, const In& head, const In& norm, float eps, const nb::list& layers) {
-    model_.v = extent(embeddings, 0);
-    model_.d = extent(embeddings, 1);
+  PyModel(const nb::object& embeddings, const nb::object& head, const In& norm, float eps,
+          const nb::list& layers) {
+    model_.d = extent(norm, 0);
+    model_.v = rows_of(embeddings);
     model_.eps = eps;
     model_.embeddings = weight("embeddings", embeddings, model_.v, model_.d);
     model_.head = weight("head", head, model_.v, model_.d);
     model_.norm = small("norm", norm, {model_.d});
-    kept_ = {embeddings, head, norm};
+    kept_.push_back(norm);
     for (const nb::handle layer : layers) {
       nb::dict given;
       if (!nb::try_cast<nb::dict>(layer, given)) refuse("a layer is not a dict of arrays");
@@ -97,6 +98,34 @@ class PyModel {
     return ids;
   }
 
+  // Of a weight given as an array, or as a dict of what a quantized one is made of.
+  std::int64_t rows_of(const nb::object& given) {
+    nb::dict parts;
+    if (nb::try_cast<nb::dict>(given, parts)) return extent(array(parts, "q"), 0);
+    In found;
+    if (!nb::try_cast<In>(given, found)) refuse("embeddings is not an array");
+    return extent(found, 0);
+  }
+
+  Weight weight(const char* name, const nb::object& given, std::int64_t n, std::int64_t k) {
+    nb::dict parts;
+    if (nb::try_cast<nb::dict>(given, parts)) {
+      Weight weight;
+      weight.quantized =
+          quantized_weight(name, array(parts, "q"), array(parts, "scales"), maybe(parts, "minima"), n, k);
+      return weight;
+    }
+    In found;
+    if (!nb::try_cast<In>(given, found)) refuse(std::string(name) + " is not an array");
+    kept_.push_back(found);
+    return dense_weight(name, found, n, k);
+  }
+
+  Weight weight(const nb::dict& layer, const char* name, std::int64_t n, std::int64_t k) {
+    if (!layer.contains(name)) refuse(std::string(name) + " is missing");
+    return weight(name, nb::borrow(layer[name]), n, k);
+  }
+
   In array(const nb::dict& layer, const char* name) {
     std::optional<In> found = maybe(layer, name);
     if (!found) refuse(std::string(name) + " is missing");
@@ -117,20 +146,20 @@ class PyModel {
       model_.e = extent(array(given, "A_log"), 0);
       model_.n = extent(array(given, "A_log"), 1);
       model_.k = extent(array(given, "conv_weight"), 1);
-      model_.r = extent(array(given, "dt_proj"), 1);
+      model_.r = extent(array(given, "dt_proj"), 1);  // never quantized: its rows are short
     }
     const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
     layer.norm = small("norm", array(given, "norm"), {d});
-    layer.in_proj = weight("in_proj", array(given, "in_proj"), 2 * e, d);
+    layer.in_proj = weight(given, "in_proj", 2 * e, d);
     layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
     layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {e, model_.k});
     layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {e});
-    layer.x_proj = weight("x_proj", array(given, "x_proj"), r + 2 * n, e);
-    layer.dt_proj = weight("dt_proj", array(given, "dt_proj"), e, r);
+    layer.x_proj = weight(given, "x_proj", r + 2 * n, e);
+    layer.dt_proj = weight(given, "dt_proj", e, r);
     layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {e});
     layer.A_log = small("A_log", array(given, "A_log"), {e, n});
     layer.D = small("D", array(given, "D"), {e});
-    layer.out_proj = weight("out_proj", array(given, "out_proj"), d, e);
+    layer.out_proj = weight(given, "out_proj", d, e);
     layer.out_proj_bias = small("out_proj_bias", maybe(given, "out_proj_bias"), {d});
     model_.layers.push_back(layer);
   }
@@ -143,7 +172,7 @@ class PyModel {
 
 void add_model(nb::module_& m) {
   nb::class_<PyModel>(m, "Model", "A model's weights as one table of checked pointers.")
-      .def(nb::init<const In&, const In&, const In&, float, const nb::list&>(),
+      .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&>(),
            nb::arg("embeddings"), nb::arg("head"), nb::arg("norm"), nb::arg("eps"),
            nb::arg("layers"))
       .def("step", &PyModel::step, nb::arg("tokens").none(), nb::arg("hidden").none(),

@@ -327,7 +327,7 @@ void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& b
   const std::int64_t n = extent(weight_array, 0);
   FewRows product;
   product.k = extent(weight_array, 1);
-  const Weight w = weight("weight", weight_array, n, product.k);
+  const Weight w = dense_weight("weight", weight_array, n, product.k);
   product.weight = w.data;
   product.type = w.type;
   product.weight_row_stride = w.row_stride;
@@ -345,6 +345,37 @@ void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& b
     const std::int64_t units = (n + 15) / 16;
     kernels().few_rows(product, std::min(n, units * worker / workers * 16),
                        std::min(n, units * (worker + 1) / workers * 16));
+  });
+}
+
+// y (m, n) = x (m, k) times a quantized weight (n, k), by the kernel for few rows or for many.
+void py_quantized_product(const In& x, const In& q, const In& scales, const std::optional<In>& minima,
+                          const std::optional<In>& bias, const Out& y, bool few) {
+  QuantizedProduct product;
+  product.m = extent(x, 0);
+  product.k = extent(x, 1);
+  product.n = extent(q, 0);
+  product.a = floats("x", x, {product.m, product.k});
+  product.a_row_stride = product.k;
+  product.weight = quantized_weight("weight", q, scales, minima, product.n, product.k);
+  product.c = floats("y", y, {product.m, product.n});
+  product.c_row_stride = product.n;
+  product.bias = floats("bias", bias, {product.n});
+  if (product.m == 0) return;
+  nb::gil_scoped_release release;
+  if (!few) return kernels().quantized_product(product);
+  const std::int64_t groups = product.m * (product.k / product.weight.group);
+  std::vector<std::int8_t> rounded(product.m * product.k);
+  std::vector<float> row_scales(groups);
+  std::vector<std::int32_t> sums(groups);
+  const QuantizedRows rows = {product.m, product.k, product.weight.group, rounded.data(),
+                              row_scales.data(), sums.data()};
+  kernels().quantize_rows(product.a, product.k, rows, 0, product.m);
+  parallel_region([&](int worker, int workers, Barrier&) {
+    const std::int64_t units = (product.n + 15) / 16;
+    kernels().few_quantized_rows({product.weight, rows, product.bias, product.c, product.n},
+                                 std::min(product.n, units * worker / workers * 16),
+                                 std::min(product.n, units * (worker + 1) / workers * 16));
   });
 }
 
@@ -399,6 +430,8 @@ void add_operators(nb::module_& m) {
         nb::arg("accumulate") = false);
   m.def("few_rows", py_few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
         nb::arg("y"));
+  m.def("quantized_product", py_quantized_product, nb::arg("x"), nb::arg("q"), nb::arg("scales"),
+        nb::arg("minima").none(), nb::arg("bias").none(), nb::arg("y"), nb::arg("few") = false);
   m.def("apply", apply, nb::arg("function"), nb::arg("x"), nb::arg("y"));
 }
 

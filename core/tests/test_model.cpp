@@ -25,7 +25,7 @@ struct Example {
     kernels().convert(values.data(), DType::f32, data, type, count);
     return data;
   }
-  Weight weight(DType type, std::int64_t n, std::int64_t k) { return {numbers(type, n * k, 0.3), type, k}; }
+  Weight weight(DType type, std::int64_t n, std::int64_t k) { return {numbers(type, n * k, 0.3), type, k, {}}; }
   Array array(DType type, std::int64_t count) { return {numbers(type, count, 1.0), type}; }
 
   Example(DType type, std::int64_t d, std::int64_t e, std::int64_t n) {

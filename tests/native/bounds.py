@@ -13,14 +13,18 @@ import torch
 
 from anymamba import _core
 from tests.native.calls import CALLS, Array, make, model
+from tests.native.fence import Side
 
 
 def behind_fences(call: dict[str, Any], rng: Random) -> dict[str, Any]:
-    side = "end" if rng.random() < 0.7 else "begin"
-    return {
-        name: make(value, rng, side) if isinstance(value, Array) else value
-        for name, value in call.items()
-    }
+    side: Side = "end" if rng.random() < 0.7 else "begin"
+    return {name: _behind_fence(value, rng, side) for name, value in call.items()}
+
+
+def _behind_fence(value: Any, rng: Random, side: Side) -> Any:
+    if isinstance(value, dict):
+        return behind_fences(value, rng)
+    return make(value, rng, side) if isinstance(value, Array) else value
 
 
 def run_model(rng: Random) -> None:

@@ -249,6 +249,30 @@ def few_rows(rng: Random) -> Call:
     }
 
 
+def quantized_weight(rng: Random, n: int, k: int) -> Call:
+    """Of any group that divides k; there must be one."""
+    group = rng.choice([size for size in (32, 64, 128) if k % size == 0])
+    width = rng.choice([k, k // 2])
+    scales = Array((n, k // group), (torch.bfloat16,), "dense")
+    q = Array((n, width), (torch.uint8,), "dense", torch.randint(256, (n, width)))
+    return {"q": q, "scales": scales, "minima": _maybe(rng, scales)}
+
+
+def quantized_product(rng: Random) -> Call:
+    m, n, k = (
+        rng.randint(0, 40),
+        rng.choice([0, 1, 16, 17, 70]),
+        rng.choice([32, 64, 96, 128, 2176]),
+    )
+    return {
+        "x": dense(m, k),
+        **quantized_weight(rng, n, k),
+        "bias": _maybe(rng, dense(n)),
+        "y": dense(m, n),
+        "few": rng.random() < 0.5,
+    }
+
+
 def apply(rng: Random) -> Call:
     count = rng.randint(0, 70)
     return {
@@ -277,6 +301,7 @@ CALLS: dict[str, Callable[[Random], Call]] = {
         norm_backward,
         product,
         few_rows,
+        quantized_product,
         apply,
         scan_checkpoint_floats,
     )
@@ -286,9 +311,14 @@ CALLS: dict[str, Callable[[Random], Call]] = {
 def model(rng: Random) -> Call:
     """The arguments of `Model`, in "step" those of one step, in "read" those of a prompt."""
     v, d, e, n = rng.randint(1, 40), rng.randint(1, 20), rng.randint(1, 40), rng.randint(1, 17)
+    quantized = rng.random() < 0.4
+    if quantized:
+        d, e = rng.choice([32, 64]), rng.choice([32, 96, 128])
     r, k, b, n_layer = rng.randint(1, 5), rng.randint(1, 5), rng.randint(0, 20), rng.randint(1, 3)
 
-    def weight(rows: int, columns: int) -> Array:
+    def weight(rows: int, columns: int) -> Array | Call:
+        if quantized and columns % 32 == 0 and rng.random() < 0.8:
+            return quantized_weight(rng, rows, columns)
         return Array((rows, columns), order="rows")
 
     def layer() -> Call:
@@ -299,7 +329,7 @@ def model(rng: Random) -> Call:
             "conv_weight": dense(e, k),
             "conv_bias": _maybe(rng, dense(e)),
             "x_proj": weight(r + 2 * n, e),
-            "dt_proj": weight(e, r),
+            "dt_proj": Array((e, r), order="rows"),
             "dt_bias": _maybe(rng, dense(e)),
             "A_log": dense(e, n),
             "D": dense(e),

@@ -205,10 +205,13 @@ class Tries:
 
 
 def materialized(call: dict[str, Any], rng: Random) -> dict[str, Any]:
-    return {
-        name: make(value, rng, None) if isinstance(value, Array) else value
-        for name, value in call.items()
-    }
+    return {name: _made(value, rng) for name, value in call.items()}
+
+
+def _made(value: Any, rng: Random) -> Any:
+    if isinstance(value, dict):
+        return materialized(value, rng)
+    return make(value, rng, None) if isinstance(value, Array) else value
 
 
 def fuzz_function(name: str, rng: Random, tries: Tries) -> None:
@@ -224,8 +227,9 @@ def fuzz_model(rng: Random, tries: Tries) -> None:
     read = materialized(call.pop("read"), rng)
     layers: list[Any] = [materialized(layer, rng) for layer in call.pop("layers")]
     call = materialized(call, rng)
+    weights = [part for owner in (call, *layers) for part in owner.values() if type(part) is dict]
     for _ in range(rng.randint(0, 2)):
-        where = rng.choice([call, step, step, read, read, *layers])
+        where = rng.choice([call, step, step, read, read, *layers, *weights])
         if isinstance(where, dict):
             mutate(where, rng)
         if rng.random() < 0.1:

@@ -72,7 +72,7 @@ def test_messages_name_the_argument_and_both_shapes() -> None:
         _core.scan(x, x, A, B, B, *rest, x[:, :2].copy(), None, None)
     with pytest.raises(ValueError, match="A must be contiguous float32"):
         _core.scan(x, x, np.zeros((5, 4), "f4").T, B, B, *rest, x.copy(), None, None)
-    with pytest.raises(ValueError, match="B must be float32, bfloat16 or float16"):
+    with pytest.raises(ValueError, match=r"B must be float32, bfloat16 .* or float16"):
         _core.scan(x, x, A, B.astype("f8"), B, *rest, x.copy(), None, None)
     locked = x.copy()
     locked.flags.writeable = False
