@@ -14,13 +14,15 @@ from common.shapes import Shape
 from common.tables import Row, not_measured
 from contenders.interface import Contender
 
-__all__ = ["LLAMA_TYPES", "MAMBAPY", "MINIMAL", "PEERS", "TRANSFORMERS", "Peers"]
+__all__ = ["LLAMA_QUANTIZED", "LLAMA_TYPES", "MAMBAPY", "MINIMAL", "PEERS", "TRANSFORMERS", "Peers"]
 
 TRANSFORMERS = "Transformers"
 TRANSFORMERS_MAMBAPY = "Transformers + mambapy"
 MAMBAPY = "mamba.py"
 MINIMAL = "minimal.py"
 LLAMA_TYPES = {"llama.cpp f32": "f32", "llama.cpp f16": "f16"}
+# Beside our own quantized weights only.
+LLAMA_QUANTIZED = {"llama.cpp q8_0": "q8_0", "llama.cpp q4_0": "q4_0"}
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,17 @@ class Peers:
 
     def missing(self, name: str) -> Row | None:
         """A row that says why a peer cannot be measured, or None."""
-        reason = PEERS[name].missing() if self._wanted else "not measured: --no-peers"
+        reason = PEERS.get(name, _LLAMA).missing() if self._wanted else "not measured: --no-peers"
         return None if reason is None else not_measured(name, reason)
 
     def build(self, name: str) -> Contender:
         """A peer that is installed."""
-        if name in LLAMA_TYPES:
+        kind = (LLAMA_TYPES | LLAMA_QUANTIZED).get(name)
+        if kind is not None:
             assert self._folder is not None, "llama.cpp needs a folder for its file"
-            path = self._folder / f"{LLAMA_TYPES[name]}.gguf"
+            path = self._folder / f"{kind}.gguf"
             if not path.exists():
-                _load("common.gguf_file", "write_gguf")(self._source, path, LLAMA_TYPES[name])
+                _load("common.gguf_file", "write_gguf")(self._source, path, kind)
             llama: Contender = _load("contenders.llama_model", "Llama")(path)
             return llama
         made: Contender = _torch_class(name)(self._shape, self._source)

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
         register,
         unregister,
     )
+    from anymamba.runtime.engine import Engine
+    from anymamba.runtime.loading import load
+    from anymamba.runtime.state import State
 
 __version__ = "0.1.0"
 
 _HOME_OF = {
+    "Engine": "anymamba.runtime.engine",
     "MambaCache": "anymamba.modeling",
     "MambaCausalLMOutput": "anymamba.modeling",
     "MambaConfig": "anymamba.modeling",
@@ -32,11 +36,14 @@ _HOME_OF = {
     "MambaModel": "anymamba.modeling",
     "MambaOutput": "anymamba.modeling",
     "MambaPreTrainedModel": "anymamba.modeling",
+    "State": "anymamba.runtime.state",
+    "load": "anymamba.runtime.loading",
     "register": "anymamba.modeling",
     "unregister": "anymamba.modeling",
 }
 
 __all__ = [
+    "Engine",
     "MambaCache",
     "MambaCausalLMOutput",
     "MambaConfig",
@@ -44,7 +51,9 @@ __all__ = [
     "MambaModel",
     "MambaOutput",
     "MambaPreTrainedModel",
+    "State",
     "__version__",
+    "load",
     "register",
     "unregister",
 ]

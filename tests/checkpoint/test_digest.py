@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from anymamba.checkpoint import checkpoint_digest, open_checkpoint, state_dict_digest
+from anymamba.checkpoint import bytes_digest, checkpoint_digest, open_checkpoint, state_dict_digest
 from anymamba.errors import CheckpointError
 
 from .by_hand import one_line, renamed, weights, write_model, write_shards
@@ -18,7 +18,7 @@ from .by_hand import one_line, renamed, weights, write_model, write_shards
 
 def test_as_documented():
     """Computed a second time here, from plain bytes."""
-    values = struct.pack("<3f", 1.0, 2.0, 3.0)
+    values = struct.pack("<3f", 1.1, 2.0, 3.0)
     head = struct.pack("<2b", 1, 0)
     listing = [
         ["backbone.norm_f.weight", ["F32", [3], hashlib.sha256(values).hexdigest()]],
@@ -27,7 +27,7 @@ def test_as_documented():
     expected = hashlib.sha256(json.dumps(listing, separators=(",", ":")).encode()).hexdigest()
     tensors = {
         "lm_head.weight": torch.tensor([[True, False]]),
-        "norm_f.weight": torch.tensor([1.0, 2.0, 3.0]),
+        "norm_f.weight": torch.tensor([1.1, 2.0, 3.0]),
     }
     assert state_dict_digest(tensors) == expected
 
@@ -39,6 +39,36 @@ def test_the_same_for_every_layout(tmp_path, layout, pickled, dtype):
     tensors = {name: tensor.to(dtype) for name, tensor in weights().items()}
     folder = write_model(tmp_path, layout, renamed(layout, tensors), pickled=pickled)
     assert checkpoint_digest(open_checkpoint(folder)) == state_dict_digest(tensors)
+
+
+def test_the_same_for_bfloat16_and_the_float32_it_widens_to(tmp_path):
+    """A bfloat16 model that is loaded as float32 is the same model."""
+    tensors = {name: tensor.bfloat16() for name, tensor in weights().items()}
+    wide = {name: tensor.float() for name, tensor in tensors.items()}
+    assert state_dict_digest(wide) == state_dict_digest(tensors) != state_dict_digest(weights())
+    assert checkpoint_digest(open_checkpoint(write_model(tmp_path, tensors=wide))) == (
+        state_dict_digest(tensors)
+    )
+
+
+@pytest.mark.parametrize("place", [0, 299_999, 300_000, 699_999])
+def test_one_number_beyond_bfloat16_makes_another(place):
+    """Wherever it stands in the megabytes that are looked at one after the other."""
+    tensor = torch.ones(700_000)
+    tensor[place] = torch.nextafter(torch.tensor(1.0), torch.tensor(2.0))
+    digest = state_dict_digest({"norm_f.weight": tensor})
+    assert digest != state_dict_digest({"norm_f.weight": torch.ones(700_000)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_for_bytes_in_memory(dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in weights().items()}
+    names = {torch.float32: "F32", torch.bfloat16: "BF16"}
+    parts = {
+        name: (names[dtype], tuple(t.shape), memoryview(t.view(torch.uint8).numpy().tobytes()))
+        for name, t in tensors.items()
+    }
+    assert bytes_digest(parts) == state_dict_digest(tensors)
 
 
 def test_the_same_for_shards(tmp_path):

@@ -5,38 +5,60 @@ its config in whichever layout it has (`read_config`), finds the weight files an
 headers (`read_header`). From there on every tensor has Transformers' name. What must be there
 follows from the config (`expected_shapes`), and `check_tensors` names all that differs. The
 weights are then loaded by torch (`load_torch_state_dict`), or mapped from where their
-`TensorRecord` says. `checkpoint_digest` and `state_dict_digest` tell which weights they are.
+`TensorRecord` says. `checkpoint_digest` and `state_dict_digest` tell which weights they are, and
+`read_state_file` whether a saved state belongs to them.
 
 Files come from strangers: nothing in them is run, and every number is checked before it is used.
 Importing this package imports neither torch nor numpy; only what touches tensors does.
 """
 
 from anymamba.checkpoint.config import Layout, read_config
-from anymamba.checkpoint.digest import checkpoint_digest, state_dict_digest
+from anymamba.checkpoint.digest import bytes_digest, checkpoint_digest, state_dict_digest
 from anymamba.checkpoint.hub import resolve
 from anymamba.checkpoint.names import to_transformers_name
-from anymamba.checkpoint.reading import Checkpoint, open_checkpoint
+from anymamba.checkpoint.quantized import QUANT_METHOD, quantized_bits, quantized_shapes
+from anymamba.checkpoint.reading import Checkpoint, canonical_names, open_checkpoint
 from anymamba.checkpoint.safetensors_header import SafetensorsHeader, TensorRecord, read_header
+from anymamba.checkpoint.safetensors_writing import TensorBytes, write_safetensors
 from anymamba.checkpoint.shapes import ModelShape, check_tensors, expected_shapes, model_shape
+from anymamba.checkpoint.state_file import (
+    StateFile,
+    check_identity,
+    read_state_file,
+    state_identity,
+    state_metadata,
+)
 from anymamba.checkpoint.torch_weights import load_torch_state_dict
 from anymamba.checkpoint.writing import write_atomically
 
 __all__ = [
+    "QUANT_METHOD",
     "Checkpoint",
     "Layout",
     "ModelShape",
     "SafetensorsHeader",
+    "StateFile",
+    "TensorBytes",
     "TensorRecord",
+    "bytes_digest",
+    "canonical_names",
+    "check_identity",
     "check_tensors",
     "checkpoint_digest",
     "expected_shapes",
     "load_torch_state_dict",
     "model_shape",
     "open_checkpoint",
+    "quantized_bits",
+    "quantized_shapes",
     "read_config",
     "read_header",
+    "read_state_file",
     "resolve",
     "state_dict_digest",
+    "state_identity",
+    "state_metadata",
     "to_transformers_name",
     "write_atomically",
+    "write_safetensors",
 ]

@@ -17,19 +17,19 @@ from anymamba.checkpoint.shapes import model_shape
 from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["Layout", "read_config"]
+__all__ = ["LAYER_FIELDS", "MODEL_FIELDS", "Layout", "read_config"]
 
 Layout = Literal["transformers", "original", "minimal"]
 
 # The names below are those of the original layout; behind them, Transformers'.
-_MODEL_FIELDS = {
+MODEL_FIELDS = {
     "d_model": "hidden_size",
     "n_layer": "num_hidden_layers",
     "vocab_size": "vocab_size",
     "residual_in_fp32": "residual_in_fp32",
     "tie_embeddings": "tie_word_embeddings",
 }
-_LAYER_FIELDS = {
+LAYER_FIELDS = {
     "d_state": "state_size",
     "d_conv": "conv_kernel",
     "expand": "expand",
@@ -102,8 +102,8 @@ def _translate(fields: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     layer_fields = _ssm_cfg(fields) if layout == "original" else fields
     _refuse_other_architectures(fields)
     config: dict[str, Any] = {"model_type": "mamba"}
-    config |= {new: fields[old] for old, new in _MODEL_FIELDS.items() if old in fields}
-    config |= {new: layer_fields[old] for old, new in _LAYER_FIELDS.items() if old in layer_fields}
+    config |= {new: fields[old] for old, new in MODEL_FIELDS.items() if old in fields}
+    config |= {new: layer_fields[old] for old, new in LAYER_FIELDS.items() if old in layer_fields}
     config["vocab_size"] = _padded_vocabulary(fields)
     return config
 
@@ -116,7 +116,7 @@ def _ssm_cfg(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if layer != "Mamba1":
         raise ConfigError(f"ssm_cfg.layer is {shown(layer)}, expected 'Mamba1'; {_PURE_MAMBA}")
     # use_fast_path picks between kernels of the same result.
-    unknown = [shown(name) for name in ssm_cfg.keys() - _LAYER_FIELDS - {"layer", "use_fast_path"}]
+    unknown = [shown(name) for name in ssm_cfg.keys() - LAYER_FIELDS - {"layer", "use_fast_path"}]
     if unknown:
         raise ConfigError(f"ssm_cfg has unknown {listed(sorted(unknown))}; {_PURE_MAMBA}")
     return ssm_cfg

@@ -3,14 +3,15 @@
 A saved state belongs to the weights that made it. The digest depends on nothing but the stored
 values: not on the layout, the order or number of files, or whether torch computed it. A head
 that repeats the embedding table says nothing new and is left out, since a tied model's file may
-or may not hold it.
+or may not hold it. A float32 tensor whose numbers all are bfloat16 counts as one, so that a
+bfloat16 model keeps its digest when it is loaded as float32.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD, to_transformers_name
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from anymamba.checkpoint.reading import Checkpoint
     from anymamba.checkpoint.safetensors_header import TensorRecord
 
-__all__ = ["checkpoint_digest", "state_dict_digest"]
+__all__ = ["bytes_digest", "checkpoint_digest", "state_dict_digest"]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -56,7 +57,7 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
         >>> _ = (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
         >>> save_file({"norm_f.weight": numpy.ones(2, "float32")}, folder / "model.safetensors")
         >>> checkpoint_digest(open_checkpoint(folder))[:8]
-        '8207fcc0'
+        '4e05fedd'
     """
     if checkpoint.pickled:
         from anymamba.checkpoint.torch_weights import load_torch_state_dict
@@ -80,9 +81,29 @@ def state_dict_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     Example:
         >>> import torch
         >>> state_dict_digest({"norm_f.weight": torch.ones(2)})[:8]
-        '8207fcc0'
+        '4e05fedd'
     """
     return _combine({to_transformers_name(n): _of_tensor(n, t) for n, t in tensors.items()})
+
+
+def bytes_digest(tensors: Mapping[str, tuple[str, tuple[int, ...], memoryview]]) -> str:
+    """Identify weights that lie in memory.
+
+    Args:
+        tensors: by name, in any layout's names: safetensors' name of the type, the shape, and
+            the bytes as a file holds them.
+
+    Returns:
+        64 hexadecimal digits, those that `checkpoint_digest` gives for the same weights.
+
+    Example:
+        >>> ones = memoryview(b"\\0\\0\\x80\\x3f" * 2)
+        >>> bytes_digest({"norm_f.weight": ("F32", (2,), ones)})[:8]
+        '4e05fedd'
+    """
+    return _combine(
+        {to_transformers_name(name): _of_bytes(*parts) for name, parts in tensors.items()}
+    )
 
 
 def _combine(fingerprints: Mapping[str, _Fingerprint]) -> str:
@@ -94,13 +115,16 @@ def _combine(fingerprints: Mapping[str, _Fingerprint]) -> str:
 
 
 def _of_record(record: TensorRecord) -> _Fingerprint:
-    sha = hashlib.sha256()
+    return _fingerprint(record.dtype, record.shape, lambda: _chunks_of_file(record))
+
+
+def _chunks_of_file(record: TensorRecord) -> Iterator[bytes]:
     left = record.end - record.begin
     try:
         with record.file.open("rb") as file:
             file.seek(record.begin)
             while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
-                sha.update(chunk)
+                yield chunk
                 left -= len(chunk)
     except OSError as error:
         raise CheckpointError(f"cannot read {str(record.file)!r}: {error.strerror}") from error
@@ -108,7 +132,36 @@ def _of_record(record: TensorRecord) -> _Fingerprint:
         raise CheckpointError(
             f"{str(record.file)!r} became shorter while it was read; fetch or write it again"
         )
-    return _Fingerprint(record.dtype, record.shape, sha.hexdigest())
+
+
+def _of_bytes(dtype: str, shape: tuple[int, ...], data: memoryview) -> _Fingerprint:
+    starts = range(0, len(data), _CHUNK_BYTES)
+    return _fingerprint(
+        dtype, shape, lambda: (bytes(data[at : at + _CHUNK_BYTES]) for at in starts)
+    )
+
+
+def _fingerprint(
+    dtype: str, shape: tuple[int, ...], chunks: Callable[[], Iterable[bytes]]
+) -> _Fingerprint:
+    """Of a tensor whose bytes come in chunks, whole numbers of 4 bytes but for the last."""
+    sha = hashlib.sha256()
+    narrow = dtype == "F32" and all(_is_bfloat16(chunk) for chunk in chunks())
+    for chunk in chunks():
+        sha.update(_upper_halves(chunk) if narrow else chunk)
+    return _Fingerprint("BF16" if narrow else dtype, shape, sha.hexdigest())
+
+
+def _is_bfloat16(chunk: bytes) -> bool:
+    """Whether the lower half of every float32 is zero."""
+    return not chunk[0::4].strip(b"\0") and not chunk[1::4].strip(b"\0")
+
+
+def _upper_halves(chunk: bytes) -> bytearray:
+    halves = bytearray(len(chunk) // 2)
+    halves[0::2] = chunk[2::4]
+    halves[1::2] = chunk[3::4]
+    return halves
 
 
 def _of_tensor(name: str, tensor: torch.Tensor) -> _Fingerprint:
@@ -122,9 +175,8 @@ def _of_tensor(name: str, tensor: torch.Tensor) -> _Fingerprint:
             f"{tensor.device}); take the digest of the weights before quantizing them"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    # The array shares the tensor's memory: nothing is copied to be hashed.
-    sha = hashlib.sha256(flat.numpy().data)
-    return _Fingerprint(_DTYPES[dtype], tuple(tensor.shape), sha.hexdigest())
+    # The array shares the tensor's memory: little is copied to be hashed.
+    return _of_bytes(_DTYPES[dtype], tuple(tensor.shape), flat.numpy().data)
 
 
 # torch's names of the types that weights are stored in, and safetensors' names of the same.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from anymamba.errors import CheckpointError, HubError
 
-__all__ = ["resolve"]
+__all__ = ["SMALL_FILES", "resolve"]
 
-_SMALL_FILES = (
+SMALL_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -136,7 +136,7 @@ def _snapshot(request: _Request, weights: tuple[str, ...]) -> Path:
             endpoint=request.endpoint,
             local_files_only=request.offline,
             force_download=request.force,
-            allow_patterns=[request.inside + name for name in (*_SMALL_FILES, *weights)],
+            allow_patterns=[request.inside + name for name in (*SMALL_FILES, *weights)],
             ignore_patterns=[request.inside + "*/*"],  # the hub's * crosses folders
         )
     except Exception as error:  # the hub's client, its HTTP library and the disk: many kinds

@@ -13,13 +13,16 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from anymamba.checkpoint.json_object import MAX_JSON_BYTES, parse_json_object
 from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["SafetensorsHeader", "TensorRecord", "read_header"]
+if TYPE_CHECKING:
+    from mmap import mmap
+
+__all__ = ["SafetensorsHeader", "TensorRecord", "header_of", "read_header"]
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
@@ -105,41 +108,62 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         (2,)
     """
     file = Path(path)
-    text, file_bytes = _read_text(file)
-    where = f"the header of {str(file)!r}"
-    fields = parse_json_object(text, where)
-    metadata = _metadata(fields.pop(_METADATA, {}), where)
-    start = _LENGTH_BYTES + len(text)
-    tensors = {name: _record(file, name, entry, start) for name, entry in fields.items()}
-    _check_layout(tensors.values(), start, file_bytes, file)
-    return SafetensorsHeader(file, tensors, metadata)
-
-
-def _read_text(file: Path) -> tuple[bytes, int]:
-    """The header's JSON text, and the size of the whole file."""
     # Opening a named pipe would wait for ever.
     if not file.is_file():
         raise CheckpointError(f"{str(file)!r} is missing or is not a file")
     try:
         with file.open("rb") as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-            if file_bytes < _LENGTH_BYTES:
-                _truncated(file, file_bytes, "its first 8 bytes")
-            if length > MAX_JSON_BYTES:
-                _broken(
-                    file,
-                    f"its header claims {length} bytes, at most {MAX_JSON_BYTES} are allowed; "
-                    "it may not be a safetensors file at all",
-                )
-            text = stream.read(length)
+            return header_of(file, stream, os.fstat(stream.fileno()).st_size)
     except OSError as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"cannot read {str(file)!r}: {error.strerror}") from error
+
+
+def header_of(file: Path, stream: BinaryIO | mmap, size: int) -> SafetensorsHeader:
+    """Read and check the header of a safetensors file that is open.
+
+    Args:
+        file: what it is called.
+        stream: its content, at the beginning.
+        size: how many bytes it has.
+
+    Returns:
+        What `read_header` returns.
+
+    Raises:
+        CheckpointError: the file is truncated or broken.
+
+    Example:
+        >>> from io import BytesIO
+        >>> header_of(Path("empty"), BytesIO(bytes([2, 0, 0, 0, 0, 0, 0, 0]) + b"{}"), 10).tensors
+        {}
+    """
+    text = _text(file, stream, size)
+    where = f"the header of {str(file)!r}"
+    fields = parse_json_object(text, where)
+    metadata = _metadata(fields.pop(_METADATA, {}), where)
+    start = _LENGTH_BYTES + len(text)
+    tensors = {name: _record(file, name, entry, start) for name, entry in fields.items()}
+    _check_layout(tensors.values(), start, size, file)
+    return SafetensorsHeader(file, tensors, metadata)
+
+
+def _text(file: Path, stream: BinaryIO | mmap, size: int) -> bytes:
+    """The header's JSON text."""
+    length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+    if size < _LENGTH_BYTES:
+        _truncated(file, size, "its first 8 bytes")
+    if length > MAX_JSON_BYTES:
+        _broken(
+            file,
+            f"its header claims {length} bytes, at most {MAX_JSON_BYTES} are allowed; "
+            "it may not be a safetensors file at all",
+        )
+    text = stream.read(length)
     if len(text) < length:
-        _truncated(file, file_bytes, f"its header of {length} bytes")
-    return text, file_bytes
+        _truncated(file, size, f"its header of {length} bytes")
+    return text
 
 
 def _metadata(value: Any, where: str) -> dict[str, str]:

@@ -8,10 +8,9 @@ value: it can be copied, moved, saved, and handed from one call to the next.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,13 +19,22 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from anymamba.checkpoint import state_dict_digest, write_atomically
+from anymamba.checkpoint import (
+    StateFile,
+    check_identity,
+    read_state_file,
+    state_dict_digest,
+    state_metadata,
+    write_atomically,
+)
 from anymamba.errors import InputError, StateError
+
+if TYPE_CHECKING:
+    from anymamba.runtime.engine import Engine
+    from anymamba.runtime.state import State
 
 __all__ = ["MambaCache", "model_identity"]
 
-_FORMAT = "anymamba.state"
-_FORMAT_VERSION = "1"
 _BLOCKS = ("conv_states", "ssm_states")
 
 _Self = TypeVar("_Self", bound="MambaCache")
@@ -327,15 +335,11 @@ class MambaCache(Cache):
             MambaCache(layers=1, batch=2, tokens=[0, 0], dtype=torch.float16, device=cpu)
         """
         identity = model_identity(self.config)
-        metadata = {
-            "format": _FORMAT,
-            "format_version": _FORMAT_VERSION,
-            "model": json.dumps(identity),
-            "token_counts": json.dumps(self.token_counts.tolist()),
-        }
+        digest = None
         if model is not None:
-            _check_identity(identity, model_identity(model.config), "this cache")
-            metadata["weights_digest"] = state_dict_digest(model.state_dict())
+            check_identity(identity, model_identity(model.config), "this cache")
+            digest = state_dict_digest(model.state_dict())
+        metadata = state_metadata(identity, self.token_counts.tolist(), digest)
         blocks = {name: getattr(self, name).contiguous() for name in _BLOCKS}
         write_atomically(Path(path), lambda part: save_file(blocks, part, metadata=metadata))
 
@@ -366,20 +370,92 @@ class MambaCache(Cache):
         target_config = config if model is None else model.config
         if target_config is None or (config is not None and model is not None):
             raise InputError("MambaCache.load: give either the config or the model it is for")
-        source = f"state file {str(path)!r}"
-        metadata, blocks = _read(path, source)
-        _check_identity(_json(metadata, "model", source), model_identity(target_config), source)
-        if model is not None and metadata.get("weights_digest") is not None:
-            _check_digest(metadata["weights_digest"], state_dict_digest(model.state_dict()), source)
-        token_counts = _json(metadata, "token_counts", source)
-        _check_blocks(blocks, token_counts, target_config, source)
+        file = read_state_file(path, model_identity(target_config))
+        if model is not None and file.weights_digest is not None:
+            file.check_digest(state_dict_digest(model.state_dict()))
+        blocks = _read_blocks(path, file)
         if device is None and model is not None:
             device = model.device
-        cache = cls(target_config, len(token_counts), blocks["conv_states"].dtype, device)
+        cache = cls(target_config, len(file.token_counts), blocks["conv_states"].dtype, device)
         for name in _BLOCKS:
             getattr(cache, name).copy_(blocks[name])
-        cache.token_counts.copy_(torch.tensor(token_counts, dtype=torch.int64))
+        cache.token_counts.copy_(torch.tensor(file.token_counts, dtype=torch.int64))
         return cache
+
+    # The runtime's states.
+
+    @classmethod
+    def from_state(
+        cls: type[_Self],
+        state: State,
+        config: PreTrainedConfig,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> _Self:
+        """Copy a state of the torch-free runtime: a cache of one row.
+
+        Args:
+            state: what an `anymamba.Engine` has read.
+            config: the configuration of the model that will continue from it.
+            dtype: storage of `conv_states`.
+            device: where the blocks live; PyTorch's default device if None.
+
+        Raises:
+            StateError: the state belongs to a model of other sizes.
+
+        Example:
+            >>> import anymamba
+            >>> from anymamba.assets import bundled_model
+            >>> engine = anymamba.load()
+            >>> state = engine.feed(engine.state(), "ROMEO:")
+            >>> config = anymamba.MambaConfig.from_pretrained(bundled_model())
+            >>> MambaCache.from_state(state, config)
+            MambaCache(layers=7, batch=1, tokens=[6], dtype=torch.float32, device=cpu)
+        """
+        check_identity(state.identity.sizes, model_identity(config), "this state")
+        cache = cls(config, 1, dtype, device)
+        cache.conv_states.copy_(torch.from_numpy(state.conv_states))
+        cache.ssm_states.copy_(torch.from_numpy(state.ssm_states))
+        cache.token_counts.fill_(state.token_count)
+        return cache
+
+    def to_state(self, engine: Engine, row: int = 0) -> State:
+        """Copy one row as a state of the torch-free runtime.
+
+        Args:
+            engine: the runtime's engine that will continue from it, on the same weights: a cache
+                does not know what made it.
+            row: which row.
+
+        Returns:
+            The state. It does not know which token follows, so that the engine wants at least one
+            token more before it generates.
+
+        Raises:
+            StateError: the engine's model has other sizes.
+            InputError: there is no such row.
+
+        Example:
+            >>> import anymamba
+            >>> from anymamba.assets import bundled_model
+            >>> config = anymamba.MambaConfig.from_pretrained(bundled_model())
+            >>> MambaCache(config, 2).to_state(anymamba.load(), row=1).token_count
+            0
+        """
+        if not isinstance(row, int) or not 0 <= row < self.batch_size:
+            raise InputError(
+                f"MambaCache.to_state: row must be an integer from 0 to {self.batch_size - 1}, "
+                f"got {row!r}"
+            )
+        state = engine.state()
+        check_identity(model_identity(self.config), state.identity.sizes, "this cache")
+        rows = slice(row, row + 1)
+        state.assign(
+            self.conv_states[:, rows].detach().float().cpu().numpy(),
+            self.ssm_states[:, rows].detach().cpu().numpy(),
+            int(self.token_counts[row]),
+        )
+        return state
 
     # What else `generate` may ask of a cache.
 
@@ -511,77 +587,12 @@ def _check_cache_position(cache_position: Tensor) -> None:
         raise InputError(f"{wanted}, got {cache_position.min().item()}")
 
 
-def _read(path: str | Path, source: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not Path(path).is_file():
-        raise StateError(f"{source} does not exist")
+def _read_blocks(path: str | Path, state: StateFile) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            names = set(file.keys())
-            if metadata.get("format") != _FORMAT or names != set(_BLOCKS):
-                raise StateError(f"{source} is no state that MambaCache.save wrote")
-            version = metadata.get("format_version")
-            if version != _FORMAT_VERSION:
-                raise StateError(
-                    f"{source} has format version {version!r} and this release reads "
-                    f"{_FORMAT_VERSION!r}; use the release of AnyMamba that wrote it"
-                )
-            return metadata, {name: file.get_tensor(name) for name in _BLOCKS}
+            if file.metadata() != state.metadata:
+                raise StateError(f"{state.source} was replaced while it was read; load it again")
+            return {name: file.get_tensor(name) for name in _BLOCKS}
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise StateError(f"{source} is broken: {reason}; save the state again") from error
-
-
-def _json(metadata: Mapping[str, str], key: str, source: str) -> Any:
-    try:
-        return json.loads(metadata[key])
-    # RecursionError: a hostile file may nest brackets without end.
-    except (KeyError, ValueError, RecursionError) as error:
-        raise StateError(f"{source} is broken: its {key!r} cannot be read") from error
-
-
-def _check_identity(saved: Any, expected: Mapping[str, str | int], source: str) -> None:
-    if not isinstance(saved, dict):
-        raise StateError(f"{source} is broken: its 'model' is no mapping")
-    for name, value in expected.items():
-        if saved.get(name) != value:
-            raise StateError(
-                f"{source} belongs to a model with {name}={saved.get(name)!r}, this model has "
-                f"{name}={value!r}; use it with the model it was made by"
-            )
-
-
-def _check_digest(saved: str, expected: str, source: str) -> None:
-    if saved != expected:
-        raise StateError(
-            f"{source} belongs to weights with digest {saved[:16]!r}, this model's is "
-            f"{expected[:16]!r}; use it with the weights it was made by"
-        )
-
-
-def _check_blocks(
-    blocks: Mapping[str, Tensor], token_counts: Any, config: PreTrainedConfig, source: str
-) -> None:
-    """Check what the file holds against what its header and the model say."""
-    counts = token_counts if isinstance(token_counts, list) else [None]
-    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
-        raise StateError(f"{source} is broken: its token counts are not integers >= 0")
-    rows = (config.num_hidden_layers, len(counts), config.intermediate_size)
-    expected = {
-        "conv_states": (*rows, config.conv_kernel),
-        "ssm_states": (*rows, config.state_size),
-    }
-    for name, shape in expected.items():
-        found = tuple(blocks[name].shape)
-        if found != shape:
-            raise StateError(f"{source} is broken: {name} has shape {found}, expected {shape}")
-    if not blocks["conv_states"].dtype.is_floating_point:
-        raise StateError(
-            f"{source} is broken: conv_states has type {blocks['conv_states'].dtype}, "
-            "expected a floating one"
-        )
-    if blocks["ssm_states"].dtype != torch.float32:
-        raise StateError(
-            f"{source} is broken: ssm_states has type {blocks['ssm_states'].dtype}, "
-            "expected torch.float32"
-        )
+        raise StateError(f"{state.source} is broken: {reason}; save the state again") from error

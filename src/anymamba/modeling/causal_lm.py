@@ -136,7 +136,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         return output if wants_dict else output.to_tuple()
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
-        return project(self.lm_head, hidden_states.to(self.lm_head.weight.dtype)).float()
+        weight = getattr(self.lm_head, "weight", hidden_states)  # a quantized head takes any type
+        return project(self.lm_head, hidden_states.to(weight.dtype)).float()
 
     def _fused(
         self,

@@ -18,6 +18,7 @@ from torch.nn.modules import module as module_globals
 
 from anymamba.errors import InputError
 from anymamba.modeling.plain import why_not_plain
+from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 from anymamba.ops import backend
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.native import core
@@ -139,9 +140,9 @@ def _parts(model: MambaForCausalLM) -> Iterator[tuple[str, nn.Module, type[nn.Mo
     """Every module of the model, with the class that belongs in its place."""
     from anymamba.modeling.model import MambaBlock, MambaMixer, MambaModel, MambaRMSNorm
 
-    yield "lm_head", model.lm_head, nn.Linear
+    yield "lm_head", model.lm_head, _kind(model.lm_head, nn.Linear)
     yield "backbone", model.backbone, MambaModel
-    yield "embeddings", model.backbone.embeddings, nn.Embedding
+    yield "embeddings", model.backbone.embeddings, _kind(model.backbone.embeddings, nn.Embedding)
     yield "norm_f", model.backbone.norm_f, MambaRMSNorm
     for index, block in enumerate(model.backbone.layers):
         name = f"layers.{index}"
@@ -154,7 +155,14 @@ def _parts(model: MambaForCausalLM) -> Iterator[tuple[str, nn.Module, type[nn.Mo
             return
         yield f"{name}.mixer.conv1d", block.mixer.conv1d, nn.Conv1d
         for projection in ("in_proj", "x_proj", "dt_proj", "out_proj"):
-            yield f"{name}.mixer.{projection}", getattr(block.mixer, projection), nn.Linear
+            module = getattr(block.mixer, projection)
+            yield f"{name}.mixer.{projection}", module, _kind(module, nn.Linear)
+
+
+def _kind(module: nn.Module, usual: type[nn.Module]) -> type[nn.Module]:
+    """What belongs in a place: the usual class, or our own quantized one where it stands there."""
+    ours = QuantizedLinear if usual is nn.Linear else QuantizedEmbedding
+    return ours if type(module) is ours else usual
 
 
 # What decides a module's result beside its weights.
@@ -195,15 +203,15 @@ class _Table:
             self._watch_module(module)
         for hooks in _GLOBAL_HOOKS:
             self._watch.contents(hooks)
-        own = [weight for module in modules for weight in module._parameters.values()]
-        self._weights = [weight for weight in own if weight is not None]
+        own = [(*m._parameters.values(), *m._buffers.values()) for m in modules]
+        self._weights = [weight for weights in own for weight in weights if weight is not None]
         self._choice = backend()
         self._addresses = self._addresses_now()
         backbone = model.backbone
-        self._vocabulary = model.lm_head.weight.shape[0]
+        self._vocabulary = model.config.vocab_size
         self._model = core().Model(
-            backbone.embeddings.weight.detach(),
-            model.lm_head.weight.detach(),
+            _weight_of(backbone.embeddings),
+            _weight_of(model.lm_head),
             backbone.norm_f.weight.detach(),
             backbone.norm_f.variance_epsilon,
             [_layer(block) for block in backbone.layers],
@@ -212,6 +220,7 @@ class _Table:
     def _watch_module(self, module: nn.Module) -> None:
         self._watch.type_of(module)
         self._watch.contents(module._parameters)
+        self._watch.contents(module._buffers)
         for hooks in (
             module._forward_hooks,
             module._forward_pre_hooks,
@@ -290,24 +299,29 @@ class _Table:
         return [weight.data_ptr() for weight in self._weights]
 
 
-def _layer(block: Any) -> dict[str, Tensor | None]:
+def _layer(block: Any) -> dict[str, Any]:
     """One layer's tensors, the model's own memory every one of them."""
     mixer = block.mixer
     tensors = {
         "norm": block.norm.weight,
-        "in_proj": mixer.in_proj.weight,
         "in_proj_bias": mixer.in_proj.bias,
         "conv_weight": mixer.conv1d.weight[:, 0],
         "conv_bias": mixer.conv1d.bias,
-        "x_proj": mixer.x_proj.weight,
-        "dt_proj": mixer.dt_proj.weight,
         "dt_bias": mixer.dt_proj.bias,
         "A_log": mixer.A_log,
         "D": mixer.D,
-        "out_proj": mixer.out_proj.weight,
         "out_proj_bias": mixer.out_proj.bias,
     }
-    return {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+    small = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+    projections = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    return small | {name: _weight_of(getattr(mixer, name)) for name in projections}
+
+
+def _weight_of(module: Any) -> Any:
+    """A layer's matrix as the native core takes it."""
+    if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+        return module.parts()
+    return module.weight.detach()
 
 
 _TABLES: WeakKeyDictionary[nn.Module, _Table] = WeakKeyDictionary()

@@ -6,8 +6,15 @@ import os
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+from safetensors.torch import load_file
+
 from anymamba import checkpoint as files
+from anymamba.checkpoint.quantized import QUANT_METHOD, quantized_bits, quantized_shapes
+from anymamba.checkpoint.reading import canonical_names
+from anymamba.errors import InputError
 from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear, put_quantized_layers
 
 __all__ = ["FromAnyLayout"]
 
@@ -63,6 +70,8 @@ def _load_folder(
 ) -> Any:
     found = files.open_checkpoint(folder)
     if "quantization_config" in found.config:
+        if _is_ours(found.config["quantization_config"]):
+            return _load_quantized(cls, found, kwargs)
         # Its tensors have other names and types; the quantizer knows them.
         return load(folder, *model_args, **kwargs)
     config = kwargs.pop("config", None)
@@ -78,3 +87,50 @@ def _load_folder(
         return load(folder, *model_args, config=config, **kwargs)
     weights = files.load_torch_state_dict(found, expected)
     return load(None, *model_args, config=config, state_dict=weights, **kwargs)
+
+
+def _is_ours(quantization: Any) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def _load_quantized(cls: Any, found: files.Checkpoint, kwargs: dict[str, Any]) -> Any:
+    """A model on our own 8 or 4 bits; of the arguments only those count that such a model has."""
+    for name in ("torch_dtype", "dtype"):
+        if kwargs.pop(name, None) not in (None, "auto", torch.float32):
+            raise InputError(
+                f"{name}: a quantized model computes in float32; leave the argument out"
+            )
+    if kwargs.pop("quantization_config", None) is not None:
+        raise InputError("quantization_config: the folder is quantized already; leave it out")
+    quantized_bits(found.config)
+    shapes = {name: record.shape for name, record in found.tensors.items()}
+    expected = quantized_shapes(found.config, shapes)
+    if not cls.can_generate():
+        expected = {name: shape for name, shape in expected.items() if "lm_head" not in name}
+    files.check_tensors(shapes, expected, found.folder)
+    fields = {key: value for key, value in found.config.items() if key != "quantization_config"}
+    config = kwargs.pop("config", None) or MambaConfig.from_dict(fields)
+    with torch.device("meta"):
+        model = cls(config)
+    weights: dict[str, torch.Tensor] = {}
+    for path in found.files.paths:
+        stored = load_file(path)
+        weights |= {new: stored[old] for new, old in canonical_names(stored, path).items()}
+    put_quantized_layers(model, weights)
+    tied = cls.can_generate() and config.tie_word_embeddings
+    if tied and "lm_head.weight" not in weights:
+        _tie(model)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.config.quantization_config = dict(found.config["quantization_config"])
+    return model.eval()
+
+
+def _tie(model: Any) -> None:
+    """The head is the embeddings' table, and is not saved a second time."""
+    table = model.backbone.embeddings
+    if isinstance(table, QuantizedEmbedding):
+        shared = {name: getattr(table, name) for name in table._buffers}
+        model.lm_head = QuantizedLinear(table.n, table.k, shared)
+        model.lm_head._non_persistent_buffers_set.update(shared)
+    else:
+        model.lm_head.weight = table.weight

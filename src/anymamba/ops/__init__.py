@@ -8,6 +8,7 @@ from anymamba.ops.backends import available_backends, backend
 from anymamba.ops.conv import causal_conv1d, causal_conv1d_update
 from anymamba.ops.linear import linear
 from anymamba.ops.norm import rms_norm
+from anymamba.ops.quantized_linear import quantized_linear
 from anymamba.ops.scan import selective_scan, selective_state_update
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "linear",
+    "quantized_linear",
     "rms_norm",
     "selective_scan",
     "selective_state_update",

@@ -65,6 +65,7 @@ BACKENDS = {
             "causal_conv1d_update": "anymamba.ops.conv_native:causal_conv1d_update",
             "rms_norm": "anymamba.ops.norm_native:rms_norm",
             "linear": "anymamba.ops.linear_native:linear",
+            "quantized_linear": "anymamba.ops.quantized_linear_native:quantized_linear",
         },
         accepts="anymamba.ops.native:reason_against",
         yields="anymamba.ops.native:yields",
@@ -98,6 +99,7 @@ BACKENDS = {
             "causal_conv1d_update": "anymamba.ops.conv_reference:causal_conv1d_update",
             "rms_norm": "anymamba.ops.norm_reference:rms_norm",
             "linear": "anymamba.ops.linear_reference:linear",
+            "quantized_linear": "anymamba.ops.quantized_linear_reference:quantized_linear",
         },
     ),
 }

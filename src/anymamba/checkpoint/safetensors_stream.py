@@ -1,0 +1,112 @@
+"""Writing a safetensors file whose tensors are made one after the other, in any order.
+
+What the file will hold is said before, so that each tensor has its place, and none need be kept in
+memory once it is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+__all__ = ["SafetensorsStream", "TensorPlan"]
+
+_BYTES_OF = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """A tensor that will be written.
+
+    Args:
+        dtype: safetensors' name of its type: U8, F16, BF16 or F32.
+        shape: its dimensions, outermost first.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        return math.prod(self.shape) * _BYTES_OF[self.dtype]
+
+
+class SafetensorsStream:
+    """A file that is being written. It is neither flushed to the disk nor renamed at its end.
+
+    Those tensors come first whose size is a multiple of 64 bytes. They then begin at such
+    multiples too, and whoever maps them finds them aligned.
+
+    Args:
+        path: the file, created or overwritten.
+        plans: all that it will hold, by name.
+        metadata: free text fields.
+
+    Example:
+        >>> import tempfile
+        >>> from anymamba.checkpoint import read_header
+        >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> with SafetensorsStream(file, {"D": TensorPlan("F32", (2,))}) as stream:
+        ...     stream.put("D", bytes(8))
+        >>> read_header(file).tensors["D"].shape
+        (2,)
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        plans: Mapping[str, TensorPlan],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._plans = dict(plans)
+        self._left = set(plans)
+        self._begins: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        reached = 0
+        for name in sorted(plans, key=lambda name: plans[name].nbytes % _ALIGNMENT != 0):
+            plan, self._begins[name] = plans[name], reached
+            reached += plan.nbytes
+            offsets = [self._begins[name], reached]
+            header[name] = {"dtype": plan.dtype, "shape": plan.shape, "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+        self._start = 8 + len(text)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._file.truncate(self._start + reached)
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write one of the planned tensors.
+
+        Args:
+            name: which one; each once.
+            data: its bytes, contiguous and little-endian.
+
+        Raises:
+            ValueError: it is not planned, was written before, or has another size.
+        """
+        size = memoryview(data).nbytes
+        if name not in self._left or size != self._plans[name].nbytes:
+            raise ValueError(f"{name!r} with {size} bytes is not what remains to be written")
+        self._left.remove(name)
+        self._file.seek(self._start + self._begins[name])
+        self._file.write(data)
+
+    def __enter__(self) -> SafetensorsStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if kind is None and self._left:
+            raise ValueError(f"{len(self._left)} tensors were not written: {min(self._left)!r}")

@@ -1,0 +1,1 @@
+"""Running models without PyTorch: engine, state, sampling, quantization, tokenizer."""

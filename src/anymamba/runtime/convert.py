@@ -1,0 +1,185 @@
+"""Writing a model in another layout, another type of weights, or as a GGUF file.
+
+Values change only where another type is asked for, or where GGUF has another form (see
+`gguf_reading`). The embedding table, the head and the projections take the type; norms, the
+convolution, A, D and biases keep theirs, unless it is to be float32 all over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.checkpoint import (
+    Layout,
+    TensorBytes,
+    expected_shapes,
+    model_shape,
+    write_safetensors,
+)
+from anymamba.checkpoint.json_object import parse_json_object
+from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.errors import ConfigError
+from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+from anymamba.runtime.folder_writing import check_destination, write_folder
+from anymamba.runtime.gguf_names import is_gguf, is_matrix
+from anymamba.runtime.gguf_writing import GGUF_WEIGHTS, write_gguf
+from anymamba.runtime.layouts import config_of_layout, name_in_layout, repeats_head
+from anymamba.runtime.sources import Source, open_source
+
+__all__ = ["FOLDER_WEIGHTS", "LAYOUTS", "convert"]
+
+LAYOUTS = (*get_args(Layout), "gguf")
+"""What can be written."""
+
+FOLDER_WEIGHTS = ("f32", "f16", "bf16")
+"""The types that matrices in a folder can have. `anymamba quantize` writes those with less bits."""
+
+_LARGEST_FLOAT16 = 65504.0
+_KINDS = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", np.dtype("<u2"): "BF16"}
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    layout: str = "transformers",
+    weights: str | None = None,
+    *,
+    overwrite: bool = False,
+    offline: bool = False,
+) -> Path:
+    """Write a model in another form, in one step: a reader sees all of it or nothing.
+
+    Args:
+        source: a model's folder in any layout, a GGUF file, or a hub id. Pickled weights need
+            the extra `torch`; nothing in them is run.
+        destination: the folder to write; for the layout "gguf", the file.
+        layout: "transformers", "original", "minimal" or "gguf". Folders hold safetensors, and the
+            tokenizer's and generation's files of the source.
+        weights: the matrices' type, one of `FOLDER_WEIGHTS`, for a GGUF file of `GGUF_WEIGHTS`.
+            By default as they are stored; what is stored in 8 or 4 bits becomes float32 in a
+            folder, which is exact.
+        overwrite: replace a model that is there. A folder that holds other files is refused.
+        offline: use what was downloaded of a hub id before, and no network.
+
+    Returns:
+        The destination, links followed.
+
+    Raises:
+        ConfigError: there is no such layout or type, or the layout cannot express the model.
+        CheckpointError: the source is missing or broken, or the destination exists or cannot be
+            written.
+        MissingDependencyError: pickled weights need torch, a GGUF file the `gguf` package.
+
+    Example:
+        >>> import tempfile
+        >>> from anymamba.assets import bundled_model
+        >>> folder = convert(bundled_model(), Path(tempfile.mkdtemp()) / "model", "original", "f32")
+        >>> sorted(path.name for path in folder.iterdir())[:2]
+        ['config.json', 'generation_config.json']
+    """
+    _check_choice(layout, weights, destination)
+    _check_apart(source, destination)
+    target = check_destination(destination, overwrite, file=layout == "gguf")
+    model = open_source(source, offline)
+    if layout == "gguf":
+        _write_gguf(target, model, weights)
+        return target
+    # Whatever the layout cannot express shows before anything is written.
+    config_of_layout(model.config, layout, "F32")  # type: ignore[arg-type]
+    write_folder(target, lambda folder: _write_files(folder, model, layout, weights))
+    return target
+
+
+def _check_choice(layout: str, weights: str | None, destination: str | os.PathLike[str]) -> None:
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if (layout == "gguf") != is_gguf(destination):
+        wanted = "a GGUF file, whose name ends" if layout == "gguf" else "a folder, not a file"
+        raise ConfigError(
+            f"the layout {layout!r} is {wanted} in .gguf, got {os.fspath(destination)!r}"
+        )
+    known = GGUF_WEIGHTS if layout == "gguf" else FOLDER_WEIGHTS
+    if weights is not None and weights not in known:
+        other = "" if layout == "gguf" else "; `anymamba quantize` writes int8 and int4"
+        raise ConfigError(
+            f"weights of the layout {layout!r} must be one of {', '.join(known)}, got "
+            f"{weights!r}{other}"
+        )
+
+
+def _check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+    real, target = (
+        Path(os.path.realpath(Path(path).expanduser())) for path in (source, destination)
+    )
+    if target == real or target in real.parents:
+        raise ConfigError(
+            f"the destination {str(target)!r} would replace the source; choose another place"
+        )
+
+
+def _write_gguf(target: Path, model: Source, weights: str | None) -> None:
+    by_type = {"F64": "f32"} | {kind.upper(): kind for kind in GGUF_WEIGHTS}
+    write_gguf(
+        target,
+        {**model.config, **_special_tokens(model)},
+        model.tensors,
+        weights or by_type[model.dtype],
+        model.text("tokenizer.json"),
+        model.chat_template(),
+    )
+
+
+def _special_tokens(model: Source) -> dict[str, Any]:
+    """The tokens that begin, end and fill texts, where Transformers looks for them."""
+    file = "generation_config.json"
+    data = model.companions.get(file)
+    generation = {} if data is None else parse_json_object(data, file)
+    found = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # Transformers' default for a Mamba that says nothing is token 0.
+        value = generation.get(name, model.config.get(name, 0))
+        found[name] = value[0] if isinstance(value, list) and value else value
+    return found
+
+
+def _write_files(folder: Path, model: Source, layout: Any, weights: str | None) -> None:
+    arrays = {
+        name: _typed(name, model.tensors[name], weights) for name in expected_shapes(model.config)
+    }
+    if model_shape(model.config).tied and repeats_head(layout):
+        arrays[HEAD] = arrays[EMBEDDINGS]
+    config = config_of_layout(model.config, layout, _KINDS[arrays[EMBEDDINGS].dtype])
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = {name_in_layout(name, layout): _bytes(array) for name, array in arrays.items()}
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    for name, data in model.companions.items():
+        (folder / name).write_bytes(data)
+
+
+def _bytes(array: NDArray[Any]) -> TensorBytes:
+    return TensorBytes(_KINDS[array.dtype], array.shape, np.ascontiguousarray(array).data)
+
+
+def _typed(name: str, tensor: NDArray[Any], weights: str | None) -> NDArray[Any]:
+    """A tensor in the type that it is to be written in; as it is, where that is its own."""
+    tensor = tensor.astype("<f4") if tensor.dtype == np.float64 else tensor
+    own = _KINDS[tensor.dtype].lower()
+    if weights in (None, own) or (weights != "f32" and not is_matrix(name)):
+        return tensor
+    wide = to_float32(tensor) if own == "bf16" else tensor.astype("<f4", copy=False)
+    if weights == "f32":
+        return wide
+    if weights == "bf16":
+        return to_bfloat16(wide)
+    if not (np.abs(wide) <= _LARGEST_FLOAT16).all():
+        raise ConfigError(
+            f"{name} holds numbers beyond float16's {_LARGEST_FLOAT16:.0f}, or no numbers; write "
+            "the weights as f32 or bf16"
+        )
+    return wide.astype("<f2")

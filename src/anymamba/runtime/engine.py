@@ -1,0 +1,448 @@
+"""The runtime's face: a model that reads, writes and scores texts, without PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Generator, Sequence
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.checkpoint import check_identity
+from anymamba.checkpoint.wording import shown
+from anymamba.errors import InputError, StateError
+from anymamba.runtime.blocks import Blocks
+from anymamba.runtime.generation import Generation, Piece, Writer, write_batch, write_text
+from anymamba.runtime.identity import Identity
+from anymamba.runtime.network import Network
+from anymamba.runtime.reading import Progress, read_texts, read_with_logits
+from anymamba.runtime.sampling import Sampler, Sampling
+from anymamba.runtime.scoring import Score, score_ids
+from anymamba.runtime.state import State, load_state
+from anymamba.runtime.tokenizer import TextCodec
+from anymamba.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Engine", "Text"]
+
+Text: TypeAlias = str | Sequence[int]
+"""A text, or its tokens."""
+
+_SETTINGS = tuple(field.name for field in fields(Sampling))
+
+
+class Engine:
+    """A model in the native core, as `anymamba.load` opens it.
+
+    It keeps nothing of what it reads: that is in the `State` that a call continues from and
+    leaves behind. So threads may share an engine, each with states of its own.
+
+    Args:
+        weights: the model's tensors and config.
+        open_tokenizer: finds the tokenizer, once a text is to be read or written; None where the
+            model has none. It then reads tokens and writes tokens, whose text is empty.
+        end_ids: the tokens that end a text.
+        threads: how many threads compute; None takes `ANYMAMBA_NUM_THREADS`, else all processors.
+
+    Attributes:
+        config: the model's config, in Transformers' names.
+        weights_kind: "f32", "bf16", "f16", "int8" or "int4".
+        weight_bytes: the bytes that the weights take, which each decoded token reads.
+        n_parameters: how many numbers were trained.
+        threads: how many threads compute.
+        end_ids: the tokens that end a text.
+
+    Raises:
+        MissingDependencyError: the native core is not installed.
+        CheckpointError: the config asks for what the core does not compute.
+
+    Example:
+        >>> import anymamba
+        >>> engine = anymamba.load()
+        >>> engine.weights_kind, engine.weight_bytes, engine.n_parameters
+        ('bf16', 6091776, 3045888)
+        >>> engine.generate("ROMEO:", max_new_tokens=5).ids
+        [10, 73, 32, 119, 105]
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        open_tokenizer: Callable[[], Tokenizer] | None,
+        end_ids: Collection[int] = (),
+        threads: int | None = None,
+    ) -> None:
+        self._network = Network(weights, threads)
+        self._identity = Identity(weights.config, self._network.vocabulary, weights.digest)
+        self._codec = TextCodec(open_tokenizer)
+        self.config = dict(weights.config)
+        self.weights_kind = weights.kind
+        self.weight_bytes = weights.nbytes
+        self.n_parameters = weights.n_parameters
+        self.threads = self._network.threads
+        self.end_ids = tuple(end_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"Engine({self.n_parameters:,} parameters, {self.weights_kind}, {self.threads} threads)"
+        )
+
+    # Texts and tokens.
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, as the `tokenizers` library has it."""
+        return self._codec.tokenizer
+
+    def tokenize(self, text: str, special: bool = True) -> list[int]:
+        """Make tokens of a text.
+
+        Args:
+            text: any text.
+            special: whether to add what the tokenizer puts at a text's beginning and end.
+
+        Returns:
+            The tokens.
+
+        Raises:
+            CheckpointError: the model came without a tokenizer.
+
+        Example:
+            >>> import anymamba
+            >>> anymamba.load().tokenize("Hi")
+            [72, 105]
+        """
+        return self._codec.encode(text, special)
+
+    def detokenize(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Make a text of tokens.
+
+        Args:
+            ids: the tokens.
+            skip_special: whether to leave out tokens that stand for no text.
+
+        Returns:
+            The text. Bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            CheckpointError: the model came without a tokenizer.
+
+        Example:
+            >>> import anymamba
+            >>> anymamba.load().detokenize([72, 105])
+            'Hi'
+        """
+        return self._codec.decode(ids, skip_special)
+
+    # Reading.
+
+    def state(self) -> State:
+        """Return a new state, of which nothing was read.
+
+        Example:
+            >>> import anymamba
+            >>> anymamba.load().state().token_count
+            0
+        """
+        return State(self._identity)
+
+    def load_state(self, path: str | os.PathLike[str]) -> State:
+        """Read a state from a file that `State.save` or `MambaCache.save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The state.
+
+        Raises:
+            StateError: there is no such file, it is broken, or it belongs to another model or to
+                other weights. A state fits all kinds of one model's weights.
+
+        Example:
+            >>> import anymamba
+            >>> anymamba.load().load_state("nowhere")
+            Traceback (most recent call last):
+                ...
+            anymamba.errors.StateError: state file 'nowhere' does not exist
+        """
+        return load_state(path, self._identity)
+
+    def feed(self, state: State, text: Text, progress: Progress | None = None) -> State:
+        """Let a state read on. It costs no memory however long the text is.
+
+        Args:
+            state: advanced in place. If this is interrupted, it has read a part of the text, as
+                `token_count` says, and can read on from there.
+            text: a text or its tokens. Special tokens are added to the first text of a state.
+            progress: called after each stretch with how many tokens were read and how many there
+                are.
+
+        Returns:
+            The same state.
+
+        Raises:
+            StateError: the state belongs to another model.
+            InputError: a token is not in the vocabulary; then nothing was read.
+
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> engine.feed(engine.state(), "ROMEO:").token_count
+            6
+        """
+        blocks = self._blocks_of(state)
+        read_texts(self._network, blocks, [self._ids(text, state)], progress)
+        return state
+
+    def logits(self, text: Text, state: State | None = None) -> NDArray[np.float32]:
+        """What the model says after each token of a text.
+
+        Args:
+            text: l tokens, or their text.
+            state: what was read before, advanced in place.
+
+        Returns:
+            (l, v) float32: row i is about the token that follows token i.
+
+        Raises:
+            StateError: the state belongs to another model.
+            InputError: a token is not in the vocabulary; then nothing was read.
+
+        Example:
+            >>> import anymamba
+            >>> anymamba.load().logits("ROMEO:").shape
+            (6, 256)
+        """
+        state = self.state() if state is None else state
+        blocks, ids_l = self._blocks_of(state), self._ids(text, state)
+        logits_lv = np.empty((ids_l.size, self._network.vocabulary), np.float32)
+        start = 0
+        for part_w, logits_wv in read_with_logits(self._network, blocks, ids_l):
+            logits_lv[start : start + part_w.size] = logits_wv
+            start += part_w.size
+        return logits_lv
+
+    def score(self, text: Text, state: State | None = None) -> Score:
+        """How well the model predicts a text. It costs little memory however long the text is.
+
+        Args:
+            text: a text or its tokens.
+            state: what was read before, advanced in place; with it, the first token counts too.
+
+        Returns:
+            The log-probabilities of the tokens, and what follows from them.
+
+        Raises:
+            StateError: the state belongs to another model.
+            InputError: a token is not in the vocabulary; then nothing was read.
+
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> engine.score("the cat").perplexity < engine.score("eht tac").perplexity
+            True
+        """
+        state = self.state() if state is None else state
+        return score_ids(self._network, self._blocks_of(state), self._ids(text, state))
+
+    # Writing.
+
+    def generate(
+        self,
+        prompt: Text,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        *,
+        state: State | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Continue a text.
+
+        Args:
+            prompt: a text or its tokens. It may be empty where a state says what comes next, or
+                where the model knows a token for the beginning of a text.
+            max_new_tokens: how many tokens are written at most; 200 if nothing says otherwise.
+            sampling: how tokens are chosen; the likeliest each time if nothing is said.
+            state: what was read before. It is advanced in place, and has in the end read the
+                prompt and all new tokens.
+            **settings: any fields of `Sampling`, which go before those of `sampling`.
+
+        Returns:
+            The new text and its tokens.
+
+        Raises:
+            StateError: the state belongs to another model.
+            InputError: a setting makes no sense, a token is not in the vocabulary, or there is
+                nothing to continue.
+
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> engine.generate("ROMEO:", temperature=0.8, seed=1, stop=[":"]).stopped_by
+            'stop'
+        """
+        chosen = self._sampling(sampling, max_new_tokens, settings)
+        started = self.state() if state is None else state
+        ids = self._prompt_ids(prompt, started)
+        pieces = self._pieces(ids, chosen, started, keep=state is not None)
+        return Generation.of(list(pieces), ids.tolist(), chosen)
+
+    def stream(
+        self,
+        prompt: Text,
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        *,
+        state: State | None = None,
+        **settings: Any,
+    ) -> Generator[Piece, None, None]:
+        """Continue a text, token by token.
+
+        Args:
+            prompt, max_new_tokens, sampling, state, **settings: as for `generate`. If the caller
+                stops listening, the state has read all that was given out.
+
+        Returns:
+            A generator of pieces, one for each token. The prompt is read when the first is asked
+            for; `close()` ends it.
+
+        Raises:
+            StateError, InputError: as `generate`.
+
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> "".join(piece.text for piece in engine.stream("ROMEO:", max_new_tokens=5))
+            '\\nI wi'
+        """
+        chosen = self._sampling(sampling, max_new_tokens, settings)
+        started = self.state() if state is None else state
+        ids = self._prompt_ids(prompt, started)
+        return self._pieces(ids, chosen, started, keep=state is not None)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Text],
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        *,
+        state: State | None = None,
+        **settings: Any,
+    ) -> list[Generation]:
+        """Continue several texts side by side, which takes little longer than one.
+
+        Each comes out as it would by itself. Where tokens are drawn by chance, text i does so
+        with the seed `seed + i`.
+
+        Args:
+            prompts: texts or their tokens, of any lengths.
+            max_new_tokens, sampling, **settings: as for `generate`, for all of them.
+            state: what was read before each of them. It stays as it is.
+
+        Returns:
+            What was written, one for each prompt.
+
+        Raises:
+            StateError, InputError: as `generate`.
+
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> batch = engine.generate_batch(["ROMEO:", "JULIET:\\n"], max_new_tokens=5)
+            >>> [generation.text for generation in batch]
+            ['\\nI wi', 'What ']
+        """
+        if isinstance(prompts, str):
+            raise InputError("prompts is one text, expected several: give a list")
+        chosen = self._sampling(sampling, max_new_tokens, settings)
+        started = self.state() if state is None else state
+        blocks = self._blocks_of(started).take([0] * len(prompts))
+        sequences = [self._prompt_ids(prompt, started) for prompt in prompts]
+        writers = [self._writer(chosen, ids, row) for row, ids in enumerate(sequences)]
+        read_texts(self._network, blocks, sequences)
+        return [
+            Generation.of(pieces, ids.tolist(), chosen)
+            for pieces, ids in zip(
+                write_batch(self._network, blocks, writers), sequences, strict=True
+            )
+        ]
+
+    def _pieces(
+        self, ids: NDArray[np.int64], sampling: Sampling, state: State, keep: bool
+    ) -> Generator[Piece, None, None]:
+        blocks = self._blocks_of(state)
+        writer = self._writer(sampling, ids, 0)
+
+        def pieces() -> Generator[Piece, None, None]:
+            read_texts(self._network, blocks, [ids])
+            yield from write_text(self._network, blocks, writer, keep)
+
+        return pieces()
+
+    def _writer(self, sampling: Sampling, ids: NDArray[np.int64], row: int) -> Writer:
+        sampler = Sampler(sampling, ids.tolist(), self._network.vocabulary, row)
+        # Without a tokenizer there is no text, unless one is to be found in it.
+        has_text = self._codec.exists or sampling.stop
+        return Writer(sampler, self.detokenize if has_text else _no_text, self.end_ids)
+
+    def _sampling(
+        self, sampling: Sampling | None, max_new_tokens: int | None, settings: dict[str, Any]
+    ) -> Sampling:
+        unknown = sorted(settings.keys() - set(_SETTINGS))
+        if unknown:
+            raise InputError(
+                f"there is no setting {', '.join(unknown)}; there are {', '.join(_SETTINGS)}"
+            )
+        if max_new_tokens is not None:
+            settings["max_new_tokens"] = max_new_tokens
+        return Sampling(**settings) if sampling is None else replace(sampling, **settings)
+
+    def _ids(self, text: Text, state: State) -> NDArray[np.int64]:
+        """The tokens of what a state is to read next."""
+        if isinstance(text, str):
+            return np.array(self.tokenize(text, special=state.token_count == 0), np.int64)
+        ids = np.asarray(text)
+        if ids.size == 0 and ids.ndim == 1:
+            return ids.astype(np.int64)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InputError(
+                f"expected a text, or the whole numbers of its tokens in a row, got {shown(text)}"
+            )
+        return ids.astype(np.int64)
+
+    def _prompt_ids(self, prompt: Text, state: State) -> NDArray[np.int64]:
+        ids = self._ids(prompt, state)
+        if ids.size or state.logits is not None:
+            return ids
+        if state.token_count:
+            raise InputError(
+                "the prompt is empty, and the state does not say which token comes next (one from "
+                "a MambaCache never does): give at least one token"
+            )
+        first = self.config.get("bos_token_id", 0)  # Transformers' default
+        if type(first) is not int or not 0 <= first < self._network.vocabulary:
+            raise InputError(
+                "the prompt is empty, and this model has no token for the beginning of a text: "
+                "give at least one character"
+            )
+        return np.array([first])
+
+    def _blocks_of(self, state: State) -> Blocks:
+        """What a state holds, if it belongs to this model."""
+        if state.identity is not self._identity:
+            check_identity(state.identity.sizes, self._identity.sizes, "this state")
+            if state.identity.digest != self._identity.digest:
+                raise StateError(
+                    "this state belongs to a model of the same sizes with other weights; use it "
+                    "with the engine that made it"
+                )
+        return state._blocks
+
+
+def _no_text(ids: Sequence[int]) -> str:
+    return ""

@@ -1,0 +1,137 @@
+"""Writing a folder so that a reader sees all of it or none of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from anymamba.checkpoint.files import SAFETENSORS_NAMES
+from anymamba.checkpoint.hub import SMALL_FILES
+from anymamba.checkpoint.wording import listed, shown
+from anymamba.errors import CheckpointError
+
+__all__ = ["check_destination", "write_folder"]
+
+_KNOWN = (*SMALL_FILES, *SAFETENSORS_NAMES, "README.md", "LICENSE")
+_PATTERNS = ("model-*.safetensors", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+def check_destination(
+    destination: str | os.PathLike[str], overwrite: bool, *, file: bool = False
+) -> Path:
+    """Refuse to write where something is, unless it is to be overwritten and is a model.
+
+    Args:
+        destination: the folder or file that is to be written.
+        overwrite: whether a model that is there may go.
+        file: whether a file is to be written rather than a folder.
+
+    Returns:
+        The destination, links followed.
+
+    Raises:
+        CheckpointError: it exists, and is not to be overwritten, is of the other kind, or holds
+            other files than a model's; or the folder that it is to lie in does not exist.
+
+    Example:
+        >>> folder = tempfile.mkdtemp()
+        >>> check_destination(os.path.join(folder, "new"), overwrite=False).name
+        'new'
+        >>> check_destination(folder, overwrite=False)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.CheckpointError: '...' exists; choose another place, or pass overwrite=True
+    """
+    target = Path(os.path.realpath(Path(destination).expanduser()))
+    if not target.parent.is_dir():
+        raise CheckpointError(
+            f"cannot write {str(target)!r}: the folder {str(target.parent)!r} does not exist"
+        )
+    if target.exists() and not overwrite:
+        raise CheckpointError(
+            f"{str(target)!r} exists; choose another place, or pass overwrite=True"
+        )
+    if target.exists() and target.is_dir() == file:
+        is_there, wanted = ("file", "folder") if target.is_file() else ("folder", "file")
+        raise CheckpointError(
+            f"{str(target)!r} is a {is_there}, and a {wanted} is to be written; "
+            "choose another place"
+        )
+    if target.is_dir():
+        others = [shown(entry.name) for entry in sorted(target.iterdir()) if not _is_known(entry)]
+        if others:
+            raise CheckpointError(
+                f"{str(target)!r} holds more than a model ({listed(others)}), which overwriting "
+                "it would delete; choose another place, or remove it yourself"
+            )
+    return target
+
+
+def _is_known(entry: Path) -> bool:
+    named = entry.name in _KNOWN or any(entry.match(pattern) for pattern in _PATTERNS)
+    return named and not entry.is_dir()
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Create a folder in one step, or replace one.
+
+    `write` fills a folder of the same name inside a hidden one beside the target; all is flushed
+    to disk, then renamed. Whatever fails, there is no half target; a killed process leaves the
+    hidden folder behind. A folder that is replaced is set aside first and is back if that fails.
+
+    Args:
+        target: what `check_destination` returned.
+        write: called once with the folder to fill. What it raises is passed on.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+
+    Example:
+        >>> target = Path(tempfile.mkdtemp()) / "model"
+        >>> write_folder(target, lambda folder: (folder / "config.json").write_text("{}") and None)
+        >>> [entry.name for entry in target.iterdir()]
+        ['config.json']
+    """
+    try:
+        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"cannot write {str(target)!r}: {error.strerror}") from error
+    try:
+        unfinished = workplace / target.name
+        unfinished.mkdir()
+        write(unfinished)
+        for entry in (*unfinished.iterdir(), unfinished):
+            _flush(entry)
+        _put_in_place(unfinished, target, workplace / "replaced by another")
+        _flush(target.parent)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot write {str(target)!r}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _put_in_place(finished: Path, target: Path, aside: Path) -> None:
+    if not target.is_dir():
+        finished.rename(target)
+        return
+    target.rename(aside)
+    try:
+        finished.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":  # Windows cannot open a folder to flush it
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

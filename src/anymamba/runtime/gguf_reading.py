@@ -1,0 +1,295 @@
+"""Reading a Mamba from a GGUF file: its config, its tensors, its tokenizer.
+
+What the file says is checked by `gguf_header` first. Numbers in F32, F16 and BF16 stay where
+they lie in the file. Q8_0 and Q4_0 keep blocks of 32 whole numbers with a scale in float16:
+
+- As float32 their values are exact: the `gguf` package computes them, the product of a number of
+  11 bits and one of 8 at most.
+- As `QuantizedArray`, for the kernels, the whole numbers stay and the scale becomes a bfloat16,
+  which has 8 bits of the 11. All weights of a block then move by the same share, at most 1/256, as
+  they would if they were kept in bfloat16 themselves. To compute the whole numbers anew for the
+  rounded scale would move most weights more: by up to half a step, where 1/256 of a weight in the
+  middle of its block is a quarter of a step of Q8_0 and a 64th of a step of Q4_0.
+
+A comes as itself and becomes A_log, by a logarithm in float64 that is rounded to float32. What
+llama.cpp computes with, -exp(A_log), is met to within a few units in the last place.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.checkpoint import TensorRecord, check_tensors, expected_shapes, model_shape
+from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.wording import shown
+from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
+from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+from anymamba.runtime.gguf_header import GgufHeader, read_gguf_header
+from anymamba.runtime.gguf_names import from_gguf_name, is_matrix
+from anymamba.runtime.gguf_tokenizer import CHAT_TEMPLATE, tokenizer_json
+from anymamba.runtime.quantization import QuantizedArray
+
+__all__ = ["GgufModel", "GgufTensors", "import_gguf", "read_gguf"]
+
+_BLOCK = 32
+_BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18}
+_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+# Transformers' fields by GGUF's. All of them must be there.
+_COUNTS = {
+    "mamba.embedding_length": "hidden_size",
+    "mamba.block_count": "num_hidden_layers",
+    "mamba.ssm.conv_kernel": "conv_kernel",
+    "mamba.ssm.state_size": "state_size",
+    "mamba.ssm.time_step_rank": "time_step_rank",
+}
+_INNER = "mamba.ssm.inner_size"
+_EPSILON = "mamba.attention.layer_norm_rms_epsilon"
+_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+_DTYPES = {"F16": "float16", "BF16": "bfloat16"}
+
+
+class GgufModel(NamedTuple):
+    """A model in a GGUF file.
+
+    Args:
+        config: the config's fields in Transformers' names.
+        tensors: the tensors by Transformers' names, each made when it is asked for.
+        tokenizer_json: the text of a tokenizer.json, or None where the file has no tokenizer.
+        chat_template: how a chat becomes a prompt, in Jinja, or None.
+    """
+
+    config: dict[str, Any]
+    tensors: GgufTensors
+    tokenizer_json: str | None
+    chat_template: str | None
+
+
+def read_gguf(
+    path: str | os.PathLike[str], *, keep_blocks: bool = False, tokenizer: bool = True
+) -> GgufModel:
+    """Open a GGUF file of a Mamba. The weights stay in the file until they are asked for.
+
+    Args:
+        path: the file, with tensors in F32, F16, BF16, Q8_0 or Q4_0.
+        keep_blocks: give matrices in Q8_0 and Q4_0 as `QuantizedArray` in groups of 32, for the
+            kernels, rather than as float32. This needs no `gguf` package.
+        tokenizer: whether the file's tokenizer is wanted, and refused if it cannot be read.
+
+    Returns:
+        Config, tensors, tokenizer and chat template. The tensors fit the config.
+
+    Raises:
+        CheckpointError: the file is missing or broken, holds another architecture, other types
+            of tensors or another kind of tokenizer, or lacks something; the message names it.
+
+    Example:
+        >>> import tempfile
+        >>> from anymamba.runtime.gguf_writing import write_gguf
+        >>> config = {"vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 1}
+        >>> tensors = {n: np.ones(s, np.float32) for n, s in expected_shapes(config).items()}
+        >>> file = os.path.join(tempfile.mkdtemp(), "model.gguf")
+        >>> write_gguf(file, config, tensors, weights="q8_0")
+        >>> model = read_gguf(file)
+        >>> model.config["hidden_size"], model.tensors["backbone.norm_f.weight"].shape
+        (32, (32,))
+    """
+    header = read_gguf_header(path)
+    where = repr(str(header.file))
+    records = _by_our_names(header)
+    try:
+        config = _config(header, records)
+        expected = expected_shapes(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    found = {name: _our_shape(name, record.shape) for name, record in records.items()}
+    check_tensors(found, expected, where)
+    template = header.metadata.get(CHAT_TEMPLATE)
+    return GgufModel(
+        config,
+        GgufTensors({name: records[name] for name in expected}, header.data, keep_blocks),
+        tokenizer_json(header.metadata, where) if tokenizer else None,
+        template if isinstance(template, str) else None,
+    )
+
+
+class GgufTensors(Mapping[str, Any]):
+    """The tensors of a GGUF file by Transformers' names, in Transformers' form.
+
+    Values are numpy arrays in float32, float16 or, for bfloat16, uint16, or `QuantizedArray`.
+    Nothing is kept: asking twice reads twice.
+
+    Args:
+        records: where the tensors are, by Transformers' names.
+        data: the file, mapped.
+        keep_blocks: as in `read_gguf`.
+
+    Raises:
+        CheckpointError: when a tensor is asked for that holds numbers it must not.
+        MissingDependencyError: when Q8_0 or Q4_0 is asked for as float32 without `gguf`.
+
+    Example:
+        >>> len(GgufTensors({}, memoryview(b""), keep_blocks=True))
+        0
+    """
+
+    def __init__(
+        self, records: Mapping[str, TensorRecord], data: memoryview, keep_blocks: bool
+    ) -> None:
+        self.records = dict(records)
+        self._data = data
+        self._keep_blocks = keep_blocks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, name: str) -> NDArray[Any] | QuantizedArray:
+        record, data = self.records[name], self.bytes_of(name)
+        if record.dtype in _BLOCK_BYTES and self._keep_blocks and is_matrix(name):
+            return _kept_blocks(record, data)
+        values = _decoded(record, data).reshape(_our_shape(name, record.shape))
+        return _a_log(record, values) if name.endswith("A_log") else values
+
+    def bytes_of(self, name: str) -> memoryview:
+        """A tensor's bytes as the file holds them."""
+        record = self.records[name]
+        return self._data[record.begin : record.end]
+
+
+def import_gguf() -> Any:
+    """Import the `gguf` package.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+
+    Example:
+        >>> import_gguf().__name__
+        'gguf'
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MissingDependencyError(
+            "this needs the gguf package, which is not installed: pip install 'anymamba[gguf]'"
+        ) from error
+    return gguf
+
+
+def _by_our_names(header: GgufHeader) -> dict[str, TensorRecord]:
+    """The tensors' places by Transformers' names, if the file is of a Mamba at all."""
+    architecture = header.metadata.get("general.architecture")
+    if architecture != "mamba":
+        raise CheckpointError(
+            f"{str(header.file)!r} is a model of architecture {shown(architecture)}, expected "
+            "'mamba'; AnyMamba reads pure Mamba-1 models only"
+        )
+    return {from_gguf_name(name): record for name, record in header.tensors.items()}
+
+
+def _config(header: GgufHeader, records: Mapping[str, TensorRecord]) -> dict[str, Any]:
+    metadata = header.metadata
+    missing = [key for key in (*_COUNTS, _INNER, _EPSILON) if key not in metadata]
+    if missing or EMBEDDINGS not in records:
+        what = ", ".join(missing) or "the tensor token_embd.weight"
+        raise ConfigError(f"it lacks {what}; convert the model anew")
+    if metadata.get("mamba.ssm.dt_b_c_rms"):
+        raise ConfigError(
+            "mamba.ssm.dt_b_c_rms is true: this is a Falcon Mamba, which has norms that Mamba-1 "
+            "lacks; AnyMamba reads pure Mamba-1 models only"
+        )
+    config: dict[str, Any] = {"model_type": "mamba"}
+    config |= {ours: metadata[theirs] for theirs, ours in _COUNTS.items()}
+    config["expand"] = _expand(metadata)
+    config["layer_norm_epsilon"] = _epsilon(metadata[_EPSILON])
+    config["vocab_size"] = metadata.get("mamba.vocab_size", records[EMBEDDINGS].shape[0])
+    config["use_bias"] = False
+    config["use_conv_bias"] = "backbone.layers.0.mixer.conv1d.bias" in records
+    config["tie_word_embeddings"] = HEAD not in records
+    config["dtype"] = _DTYPES.get(records[EMBEDDINGS].dtype, "float32")
+    vocab_size = model_shape(config).vocab_size  # refuses a shape that makes no sense
+    return config | _special_tokens(metadata, vocab_size)
+
+
+def _expand(metadata: Mapping[str, Any]) -> int:
+    inner, width = metadata[_INNER], metadata["mamba.embedding_length"]
+    if type(inner) is not int or type(width) is not int or width < 1 or inner % width:
+        raise ConfigError(
+            f"{_INNER} is {shown(inner)}, expected a multiple of mamba.embedding_length, "
+            f"{shown(width)}"
+        )
+    return inner // width
+
+
+def _epsilon(value: Any) -> float:
+    if not isinstance(value, float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{_EPSILON} is {shown(value)}, expected a number of at least 0")
+    return float(str(np.float32(value)))  # the 1e-05 that was meant, not its float32
+
+
+def _special_tokens(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, int]:
+    config: dict[str, int] = {}
+    for theirs, ours in _TOKENS.items():
+        key = f"tokenizer.ggml.{theirs}_token_id"
+        if key not in metadata:
+            continue
+        value = metadata[key]
+        if type(value) is not int or not 0 <= value < vocab_size:
+            raise ConfigError(f"{key} is {shown(value)}, expected a number below {vocab_size}")
+        config[ours] = value
+    return config
+
+
+def _our_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if name.endswith("conv1d.weight") and len(shape) == 2:
+        return (shape[0], 1, shape[1])
+    return shape
+
+
+def _decoded(record: TensorRecord, data: memoryview) -> NDArray[Any]:
+    if record.dtype in _NUMPY:
+        array = np.frombuffer(data, _NUMPY[record.dtype])
+        return array if array.flags.aligned else array.copy()
+    gguf = import_gguf()
+    rows = np.frombuffer(data, np.uint8).reshape(-1, _BLOCK_BYTES[record.dtype])
+    with np.errstate(invalid="ignore", over="ignore"):  # scales may be NaN, as weights may
+        values: NDArray[Any] = gguf.dequantize(rows, gguf.GGMLQuantizationType[record.dtype])
+    return values
+
+
+def _kept_blocks(record: TensorRecord, data: memoryview) -> QuantizedArray:
+    if len(record.shape) != 2:
+        raise CheckpointError(f"tensor {shown(record.name)} has {len(record.shape)} dimensions")
+    n, k = record.shape
+    blocks = np.frombuffer(data, np.uint8).reshape(n, k // _BLOCK, _BLOCK_BYTES[record.dtype])
+    scales = to_bfloat16(np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0])
+    numbers = np.ascontiguousarray(blocks[..., 2:])
+    if record.dtype == "Q4_0":
+        # Number i of a block lies low in byte i, number i + 16 high in it: as ours do.
+        return QuantizedArray(numbers.reshape(n, k // 2), scales, None, 4, _BLOCK, (n, k))
+    q = (numbers ^ np.uint8(0x80)).reshape(n, k)  # signed to unsigned with zero at 128
+    if not q.all():
+        raise CheckpointError(
+            f"tensor {shown(record.name)} in {str(record.file)!r} holds the number -128, which no "
+            "writer of Q8_0 makes and the kernels do not know; load it with weights='f32'"
+        )
+    return QuantizedArray(q, scales, None, 8, _BLOCK, (n, k))
+
+
+def _a_log(record: TensorRecord, values: NDArray[Any]) -> NDArray[np.float32]:
+    a = to_float32(values) if values.dtype == np.uint16 else values
+    if not (np.isfinite(a) & (a <= 0)).all():
+        raise CheckpointError(
+            f"tensor {shown(record.name)} in {str(record.file)!r} holds numbers above zero or no "
+            "numbers; A is -exp(A_log) and has none such"
+        )
+    with np.errstate(divide="ignore"):  # A of zero remembers for ever: A_log is -infinity
+        return np.log(-a.astype(np.float64)).astype(np.float32)

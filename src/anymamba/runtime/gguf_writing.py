@@ -1,0 +1,199 @@
+"""Writing a Mamba as a GGUF file, for llama.cpp and for `read_gguf`.
+
+One tensor at a time is in memory. What llama.cpp computes with in float32 is kept so: norms, the
+convolution, A, D and biases. A matrix whose rows are no whole number of blocks becomes float16.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_atomically
+from anymamba.checkpoint.wording import shown
+from anymamba.errors import CheckpointError, ConfigError
+from anymamba.runtime.bfloat16 import to_float32
+from anymamba.runtime.gguf_names import is_matrix, to_gguf_name
+from anymamba.runtime.gguf_reading import import_gguf
+from anymamba.runtime.gguf_tokenizer import WHOLE, llama_tokenizer
+from anymamba.runtime.tokenizer import tokenizer_from_json
+
+__all__ = ["GGUF_WEIGHTS", "write_gguf"]
+
+GGUF_WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
+"""The types that matrices can have."""
+
+_FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
+_CONTEXT = 1 << 20  # a Mamba has no limit; llama.cpp refuses to go beyond this
+_LARGEST_FLOAT16 = 65504.0
+_EPSILON = 1e-5
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, NDArray[Any]],
+    weights: str = "f32",
+    tokenizer_json: str | None = None,
+    chat_template: str | None = None,
+) -> None:
+    """Write a model as a GGUF file, in one step: a reader sees all of it or the file before.
+
+    Args:
+        path: the file to create or replace.
+        config: fields in Transformers' names.
+        tensors: by Transformers' names: float32, float16, or bfloat16 as its bits in uint16. Each
+            is asked for once.
+        weights: the type of the matrices, one of `GGUF_WEIGHTS`.
+        tokenizer_json: the text of a tokenizer.json. It is kept whole, and as llama.cpp's lists
+            where llama.cpp has such a tokenizer; without those it takes and gives token numbers.
+        chat_template: how a chat becomes a prompt, in Jinja.
+
+    Raises:
+        ConfigError: `weights` is none of these, llama.cpp has no such Mamba, or numbers are too
+            large for their type.
+        CheckpointError: the file cannot be written, or the tokenizer is broken.
+        MissingDependencyError: the `gguf` package is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> config = {"vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 1}
+        >>> tensors = {n: np.ones(s, np.float32) for n, s in expected_shapes(config).items()}
+        >>> file = Path(tempfile.mkdtemp()) / "model.gguf"
+        >>> write_gguf(file, config, tensors, weights="q4_0")
+        >>> file.read_bytes()[:4]
+        b'GGUF'
+    """
+    shape = _checked(config, weights)
+    gguf = import_gguf()
+
+    def write(unfinished: Path) -> None:
+        writer = gguf.GGUFWriter(unfinished, arch="mamba")
+        try:
+            _add_settings(writer, config, shape, weights)
+            _add_tokenizer(writer, config, shape, tokenizer_json, chat_template)
+            _write_tensors(writer, config, tensors, weights)
+        finally:
+            writer.close()
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def _checked(config: Mapping[str, Any], weights: str) -> ModelShape:
+    if weights not in GGUF_WEIGHTS:
+        raise ConfigError(
+            f"weights of a GGUF file must be one of {', '.join(GGUF_WEIGHTS)}, got {weights!r}"
+        )
+    shape = model_shape(config)
+    plain = shape.d_inner == 2 * shape.d_model and not shape.bias and shape.conv_bias
+    if not plain or config.get("hidden_act", "silu") != "silu":
+        raise ConfigError(
+            "llama.cpp reads Mambas with expand=2, use_bias=False, use_conv_bias=True and "
+            f"hidden_act='silu' only, this one has expand={shape.d_inner // shape.d_model}, "
+            f"use_bias={shape.bias}, use_conv_bias={shape.conv_bias} and "
+            f"hidden_act={shown(config.get('hidden_act', 'silu'))}"
+        )
+    return shape
+
+
+def _add_settings(writer: Any, config: Mapping[str, Any], shape: ModelShape, weights: str) -> None:
+    writer.add_name("mamba")
+    writer.add_file_type(_FILE_TYPES[weights])
+    if weights.startswith("q"):
+        writer.add_quantization_version(2)
+    writer.add_context_length(_CONTEXT)
+    writer.add_embedding_length(shape.d_model)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_block_count(shape.n_layer)
+    writer.add_ssm_conv_kernel(shape.d_conv)
+    writer.add_ssm_inner_size(shape.d_inner)
+    writer.add_ssm_state_size(shape.d_state)
+    writer.add_ssm_time_step_rank(shape.dt_rank)
+    writer.add_layer_norm_rms_eps(config.get("layer_norm_epsilon", _EPSILON))
+    writer.add_vocab_size(shape.vocab_size)
+
+
+def _add_tokenizer(
+    writer: Any,
+    config: Mapping[str, Any],
+    shape: ModelShape,
+    text: str | None,
+    chat_template: str | None,
+) -> None:
+    lists = None
+    if text:
+        tokenizer_from_json(text, "tokenizer.json")  # refuses what is none
+        writer.add_string(WHOLE, text)
+        lists = llama_tokenizer(text, shape.vocab_size)
+    if chat_template:
+        writer.add_chat_template(chat_template)
+    for name in ("bos", "eos", "pad"):
+        number = config.get(f"{name}_token_id")
+        if type(number) is int and 0 <= number < shape.vocab_size:
+            getattr(writer, f"add_{name}_token_id")(number)
+    if lists is None:
+        writer.add_tokenizer_model("no_vocab")  # what llama.cpp calls a file of numbers alone
+        return
+    tokens, types, merges = lists
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+
+
+def _write_tensors(
+    writer: Any, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], weights: str
+) -> None:
+    gguf = import_gguf()
+    kinds = {}
+    for name, shape in expected_shapes(config).items():
+        kind = kinds[name] = _kind(gguf, name, shape, weights)
+        stored = _stored_shape(name, shape)
+        if kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            stored = gguf.quant_shape_to_byte_shape(stored, kind)
+        dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
+        n_bytes = int(np.prod(stored)) * dtype.itemsize
+        writer.add_tensor_info(to_gguf_name(name), stored, dtype, n_bytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, kind in kinds.items():
+        values = _values(name, tensors[name], kind.name)
+        writer.write_tensor_data(gguf.quantize(values, kind))
+
+
+def _kind(gguf: Any, name: str, shape: tuple[int, ...], weights: str) -> Any:
+    kinds = gguf.GGMLQuantizationType
+    if not is_matrix(name):
+        return kinds.F32
+    wanted = kinds[weights.upper()]
+    return kinds.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], shape[2]) if name.endswith("conv1d.weight") else shape
+
+
+def _values(name: str, tensor: NDArray[Any], kind: str) -> NDArray[np.float32]:
+    """A tensor's numbers as GGUF keeps them, before they are rounded to their type."""
+    values = to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
+    if name.endswith("A_log"):
+        values = -np.exp(values.astype(np.float64)).astype(np.float32)
+    if kind in ("F16", "Q8_0", "Q4_0") and not (np.abs(values) <= _LARGEST_FLOAT16).all():
+        raise ConfigError(
+            f"{name} holds numbers beyond float16's {_LARGEST_FLOAT16:.0f}, or no numbers, which "
+            f"{kind} cannot keep; write it as f32 or bf16"
+        )
+    return values.reshape(_stored_shape(name, values.shape))

@@ -1,0 +1,115 @@
+"""In which storage a model's weights are used.
+
+The matrices are brought into the storage that is asked for. What is small (norms, convolutions,
+A, D, biases) stays as it is, or becomes float32.
+
+| kind | `embeddings`, `lm_head`, `in_proj`, `out_proj` | `x_proj`, `dt_proj` | the rest |
+| --- | --- | --- | --- |
+| auto | as stored | as stored | as stored |
+| f32 | float32 | float32 | float32 |
+| bf16 | bfloat16 | bfloat16 | as stored |
+| int8, int4 | that many bits, in groups of 128 | bfloat16 | float32 |
+
+A matrix whose rows are no multiple of the group becomes bfloat16 where it would be quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.errors import ConfigError
+from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+
+if TYPE_CHECKING:
+    from anymamba.runtime.quantization import QuantizedArray
+
+    Tensor: TypeAlias = NDArray[Any] | QuantizedArray
+
+__all__ = ["KINDS", "check_kind", "convert"]
+
+KINDS = ("auto", "f32", "bf16", "int8", "int4")
+"""What may be asked for."""
+
+_BITS = {"int8": 8, "int4": 4}
+_SMALL_MATRICES = ("x_proj.weight", "dt_proj.weight")
+_LARGE_MATRICES = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
+_GROUP = 128
+
+
+def check_kind(kind: str) -> None:
+    """Refuse a kind that does not exist.
+
+    Raises:
+        ConfigError: it is none of `KINDS`.
+
+    Example:
+        >>> check_kind("int8")
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"weights must be one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def convert(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Bring a model's tensors into another storage.
+
+    Args:
+        tensors: by Transformers' names.
+        kind: "f32", "bf16", "int8" or "int4".
+
+    Returns:
+        The tensors; those that already are what is asked for are the same arrays.
+
+    Raises:
+        ConfigError: quantized weights were to be quantized in other bits.
+
+    Example:
+        >>> convert({"backbone.norm_f.weight": np.ones(2, np.float16)}, "int8")
+        {'backbone.norm_f.weight': array([1., 1.], dtype=float32)}
+    """
+    return {name: _converted(name, tensor, kind) for name, tensor in tensors.items()}
+
+
+def _converted(name: str, tensor: Tensor, kind: str) -> Tensor:
+    if not isinstance(tensor, np.ndarray):
+        return _from_quantized(name, tensor, kind)
+    if kind == "f32":
+        return _widened(tensor)
+    if kind == "bf16":
+        is_matrix = name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES))
+        return _narrowed(tensor) if is_matrix else tensor
+    return _quantized(name, tensor, kind)
+
+
+def _from_quantized(name: str, tensor: QuantizedArray, kind: str) -> Tensor:
+    if kind not in _BITS:
+        from anymamba.runtime.quantization import dequantize
+
+        return _converted(name, dequantize(tensor), kind)
+    if tensor.bits == _BITS[kind]:
+        return tensor
+    raise ConfigError(
+        f"the weights are int{tensor.bits} already and cannot be made {kind}, which would round "
+        "them twice; use weights='auto', or quantize the model as it was before"
+    )
+
+
+def _quantized(name: str, tensor: NDArray[Any], kind: str) -> Tensor:
+    if name.endswith(_LARGE_MATRICES) and tensor.shape[1] % _GROUP == 0:
+        from anymamba.runtime.quantization import quantize
+
+        return quantize(_widened(tensor), bits=cast(Any, _BITS[kind]), group=_GROUP, name=name)
+    if name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES)):
+        return _narrowed(tensor)
+    return _widened(tensor)
+
+
+def _widened(tensor: NDArray[Any]) -> NDArray[np.float32]:
+    return to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype("<f4", copy=False)
+
+
+def _narrowed(tensor: NDArray[Any]) -> NDArray[np.uint16]:
+    return tensor if tensor.dtype == np.uint16 else to_bfloat16(tensor)

@@ -1,0 +1,202 @@
+"""A model run one layer at a time, so that what each of its matrices reads can be looked at.
+
+This is for `calibration`: `Network` runs a model faster, and shows nothing on the way. A layer is
+
+    hidden = hidden + out_proj(mixed(normed(hidden)))
+
+where `normed` is what `in_proj` reads and `mixed` what `out_proj` reads. Shapes have the letters
+of `anymamba.minimal`: b texts, l tokens of each, d model width, e inner width, n states, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.errors import ConfigError
+from anymamba.runtime.native import core
+from anymamba.runtime.quantization import QuantizedArray
+
+__all__ = ["Layer", "Matrix", "check_computable", "epsilon_of", "linear", "normed"]
+
+Matrix = NDArray[np.float32] | QuantizedArray
+"""A weight (n, k); one that is quantized is multiplied with as `Network` does it."""
+
+
+@dataclass
+class Layer:
+    """The tensors of a layer in float32; `in_proj` and `out_proj` may be quantized.
+
+    Args:
+        norm_d: scale of the norm.
+        in_proj: (2e, d).
+        in_proj_bias: (2e,) or None.
+        conv_ek: one filter a channel.
+        conv_bias: (e,) or None.
+        x_proj: (r + 2n, e).
+        dt_proj: (e, r).
+        dt_bias_e: bias of the step size.
+        A_en: decay rates, negative.
+        D_e: the share of x that passes by the state.
+        out_proj: (d, e).
+        out_proj_bias: (d,) or None.
+        epsilon: of the norm.
+    """
+
+    norm_d: NDArray[np.float32]
+    in_proj: Matrix
+    in_proj_bias: NDArray[np.float32] | None
+    conv_ek: NDArray[np.float32]
+    conv_bias: NDArray[np.float32] | None
+    x_proj: NDArray[np.float32]
+    dt_proj: NDArray[np.float32]
+    dt_bias_e: NDArray[np.float32]
+    A_en: NDArray[np.float32]
+    D_e: NDArray[np.float32]
+    out_proj: Matrix
+    out_proj_bias: NDArray[np.float32] | None
+    epsilon: float
+
+    @classmethod
+    def read(
+        cls,
+        index: int,
+        tensor: Callable[[str], NDArray[np.float32] | None],
+        config: Mapping[str, Any],
+    ) -> Layer:
+        """Collect a layer's tensors.
+
+        Args:
+            index: which layer, from 0.
+            tensor: gives the float32 tensor of a name of Transformers', None if there is none.
+            config: fields in Transformers' names.
+        """
+
+        def get(name: str) -> Any:
+            return tensor(f"backbone.layers.{index}.{name}")
+
+        return cls(
+            norm_d=get("norm.weight"),
+            in_proj=get("mixer.in_proj.weight"),
+            in_proj_bias=get("mixer.in_proj.bias"),
+            conv_ek=np.ascontiguousarray(get("mixer.conv1d.weight")[:, 0]),
+            conv_bias=get("mixer.conv1d.bias"),
+            x_proj=get("mixer.x_proj.weight"),
+            dt_proj=get("mixer.dt_proj.weight"),
+            dt_bias_e=get("mixer.dt_proj.bias"),
+            A_en=-np.exp(get("mixer.A_log")),
+            D_e=get("mixer.D"),
+            out_proj=get("mixer.out_proj.weight"),
+            out_proj_bias=get("mixer.out_proj.bias"),
+            epsilon=epsilon_of(config),
+        )
+
+    def normed(self, hidden_bld: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What `in_proj` reads, (b, l, d)."""
+        return normed(hidden_bld, self.norm_d, self.epsilon)
+
+    def mixed(self, normed_bld: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What `out_proj` reads, (b, l, e): convolved, scanned and gated, each text by itself."""
+        native = core()
+        xz = linear(normed_bld, self.in_proj, self.in_proj_bias)
+        e, (r, n) = self.conv_ek.shape[0], (self.dt_proj.shape[1], self.A_en.shape[1])
+        x_ble, z_ble = xz[..., :e], xz[..., e:]
+        convolved = np.empty(x_ble.shape, np.float32)
+        native.conv(
+            x_ble, self.conv_ek, self.conv_bias, True, None, None, 0, False, convolved, None
+        )
+        projected = linear(convolved, self.x_proj)
+        delta_ble = linear(projected[..., :r], self.dt_proj)
+        B_blgn, C_blgn = projected[..., None, r : r + n], projected[..., None, r + n :]
+        y_ble = np.empty(x_ble.shape, np.float32)
+        native.scan(
+            *(convolved, delta_ble, self.A_en, B_blgn, C_blgn, self.D_e, z_ble, self.dt_bias_e),
+            *(True, None, None, 0, False, y_ble, None, None),
+        )
+        return y_ble
+
+    def added(
+        self, hidden_bld: NDArray[np.float32], mixed_ble: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """What the next layer reads, (b, l, d)."""
+        return hidden_bld + linear(mixed_ble, self.out_proj, self.out_proj_bias)
+
+    def run(self, hidden_bld: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The whole layer, (b, l, d) to (b, l, d)."""
+        return self.added(hidden_bld, self.mixed(self.normed(hidden_bld)))
+
+
+def linear(
+    x: NDArray[np.float32], weight: Matrix, bias_n: NDArray[np.float32] | None = None
+) -> NDArray[np.float32]:
+    """Multiply rows by a matrix, as `Network` does it: with one that is quantized, rounded.
+
+    Args:
+        x: (..., k), float32.
+        weight: (n, k).
+        bias_n: added to each row.
+
+    Returns:
+        (..., n), float32.
+
+    Example:
+        >>> linear(np.ones((1, 2, 3), np.float32), np.ones((1, 3), np.float32)).tolist()
+        [[[3.0], [3.0]]]
+    """
+    native = core()
+    rows = np.ascontiguousarray(x.reshape(-1, x.shape[-1]))
+    y = np.empty((rows.shape[0], weight.shape[0]), np.float32)
+    if isinstance(weight, QuantizedArray):
+        native.quantized_product(rows, weight.q, weight.scales, weight.minima, bias_n, y)
+    else:
+        native.product(rows, weight.T, bias_n, y)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def normed(
+    hidden: NDArray[np.float32], weight_d: NDArray[np.float32], epsilon: float
+) -> NDArray[np.float32]:
+    """Divide each row by the root of its mean square, and scale it.
+
+    Example:
+        >>> normed(np.float32([[3, 4]]), np.ones(2, np.float32), 0.0).round(4).tolist()
+        [[0.8485000133514404, 1.1313999891281128]]
+    """
+    rows = np.ascontiguousarray(hidden.reshape(-1, hidden.shape[-1]))
+    result, scale = np.empty_like(rows), np.empty(rows.shape[0], np.float32)
+    core().norm(rows, None, weight_d, epsilon, result, None, scale)
+    return result.reshape(hidden.shape)
+
+
+def epsilon_of(config: Mapping[str, Any]) -> float:
+    """The norms' epsilon.
+
+    Example:
+        >>> epsilon_of({})
+        1e-05
+    """
+    return float(config.get("layer_norm_epsilon", 1e-5))
+
+
+def check_computable(config: Mapping[str, Any]) -> None:
+    """Refuse a model that the native core does not compute.
+
+    Raises:
+        ConfigError: it has another activation or no sensible epsilon.
+
+    Example:
+        >>> check_computable({"hidden_act": "silu"})
+    """
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ConfigError(
+            f"the config has hidden_act {activation!r}, and calibration computes 'silu' only; "
+            "quantize without a calibration text"
+        )
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise ConfigError(f"the config has layer_norm_epsilon {epsilon!r}, expected 0 to 1")

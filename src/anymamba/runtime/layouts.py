@@ -1,0 +1,129 @@
+"""A model's config and tensor names as each layout has them: the inverse of `read_config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from anymamba.checkpoint import Layout, ModelShape, model_shape
+from anymamba.checkpoint.config import LAYER_FIELDS, MODEL_FIELDS
+from anymamba.checkpoint.wording import shown
+from anymamba.errors import ConfigError
+
+__all__ = ["config_of_layout", "name_in_layout", "repeats_head"]
+
+# What the other layouts cannot say, and what their programs do.
+_FIXED = {"layer_norm_epsilon": 1e-5, "hidden_act": "silu"}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def config_of_layout(config: Mapping[str, Any], layout: Layout, dtype: str) -> dict[str, Any]:
+    """Write a config in a layout's own fields.
+
+    Args:
+        config: fields in Transformers' names.
+        layout: whose fields to use.
+        dtype: safetensors' name of the type that most weights have.
+
+    Returns:
+        What belongs into config.json. `read_config` gives the same model for it.
+
+    Raises:
+        ConfigError: the layout cannot say something that the model needs.
+
+    Example:
+        >>> config = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 10}
+        >>> config_of_layout(config, "minimal", "F32")["pad_vocab_size_multiple"]
+        1
+    """
+    shape = model_shape(config)
+    if layout == "transformers":
+        return _transformers(config, shape, dtype)
+    for name, value in _FIXED.items():
+        if config.get(name, value) != value:
+            raise ConfigError(
+                f"the layout {layout!r} has no field for {name}, and its programs take {value}; "
+                f"this model has {shown(config[name])}: keep the layout 'transformers'"
+            )
+    fields: dict[str, Any] = {
+        "d_model": shape.d_model,
+        "n_layer": shape.n_layer,
+        "vocab_size": shape.vocab_size,
+        "pad_vocab_size_multiple": 1 if shape.vocab_size % 8 else 8,
+    }
+    layer = {
+        "d_state": shape.d_state,
+        "d_conv": shape.d_conv,
+        "expand": shape.d_inner // shape.d_model,
+        "dt_rank": shape.dt_rank,
+        "conv_bias": shape.conv_bias,
+        "bias": shape.bias,
+    }
+    if layout == "original":
+        return _original(config, fields, layer)
+    if not shape.tied:
+        raise ConfigError(
+            "the layout 'minimal' has no head but the embedding table, and this model has one: "
+            "keep the layout 'transformers' or 'original'"
+        )
+    return fields | layer
+
+
+def _transformers(config: Mapping[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
+    kept = {name: value for name, value in config.items() if name != "torch_dtype"}
+    return {
+        "architectures": ["MambaForCausalLM"],
+        **kept,
+        "model_type": "mamba",
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.d_inner,
+        "num_hidden_layers": shape.n_layer,
+        "state_size": shape.d_state,
+        "conv_kernel": shape.d_conv,
+        "expand": shape.d_inner // shape.d_model,
+        "time_step_rank": shape.dt_rank,
+        "use_bias": shape.bias,
+        "use_conv_bias": shape.conv_bias,
+        "tie_word_embeddings": shape.tied,
+        "dtype": _DTYPES[dtype],
+    }
+
+
+def _original(
+    config: Mapping[str, Any], fields: dict[str, Any], layer: dict[str, Any]
+) -> dict[str, Any]:
+    others = {old: config[new] for old, new in LAYER_FIELDS.items() if new in config}
+    model = {old: config[new] for old, new in MODEL_FIELDS.items() if new in config}
+    return {
+        **model,
+        **fields,
+        "ssm_cfg": others | layer,
+        "rms_norm": True,
+        "residual_in_fp32": config.get("residual_in_fp32", True),
+        "fused_add_norm": True,
+        "tie_embeddings": config.get("tie_word_embeddings", True),
+    }
+
+
+def name_in_layout(name: str, layout: Layout) -> str:
+    """Translate a tensor's name from Transformers' to a layout's.
+
+    Example:
+        >>> name_in_layout("backbone.embeddings.weight", "minimal")
+        'embedding.weight'
+    """
+    if layout == "transformers":
+        return name
+    name = name.replace("backbone.embeddings.", "backbone.embedding.")
+    return name.removeprefix("backbone.") if layout == "minimal" else name
+
+
+def repeats_head(layout: Layout) -> bool:
+    """Whether the layout's own programs want the head in the file though it is the embeddings.
+
+    Example:
+        >>> repeats_head("original"), repeats_head("transformers")
+        (True, False)
+    """
+    return layout != "transformers"

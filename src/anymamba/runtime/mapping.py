@@ -1,0 +1,98 @@
+"""The tensors of safetensors files as numpy arrays that are the files' own bytes, mapped.
+
+Nothing is read before it is used, and processes that map one file share its memory. The arrays
+cannot be written to. A file that is replaced, as all of ours are, stays what it was for those who
+mapped it before.
+"""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.checkpoint import SafetensorsHeader, TensorRecord
+from anymamba.checkpoint.safetensors_header import header_of
+from anymamba.checkpoint.wording import shown
+from anymamba.errors import CheckpointError
+
+__all__ = ["TYPES", "FileMap"]
+
+TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
+"""numpy's types by safetensors' names. There is no bfloat16 in numpy: its bits stand for it."""
+
+
+class FileMap:
+    """Files that are opened once each.
+
+    Example:
+        >>> import tempfile
+        >>> from anymamba.checkpoint import read_header
+        >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> header = b'{"D": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+        >>> _ = file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        >>> FileMap().array(read_header(file).tensors["D"])
+        array([0., 0.], dtype=float32)
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._headers: dict[Path, SafetensorsHeader] = {}
+
+    def header(self, path: Path) -> SafetensorsHeader:
+        """The header of the very file whose bytes are given out, whatever became of its name.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is no safetensors file.
+        """
+        if path not in self._headers:
+            whole = self._mapped(path)
+            whole.seek(0)
+            self._headers[path] = header_of(path, whole, len(whole))
+        return self._headers[path]
+
+    def bytes_of(self, record: TensorRecord) -> memoryview:
+        """A tensor's bytes, where they lie.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has become shorter than its header said.
+        """
+        whole = self._mapped(record.file)
+        if record.end > len(whole):
+            raise CheckpointError(
+                f"{str(record.file)!r} became shorter while it was read; fetch or write it again"
+            )
+        return memoryview(whole)[record.begin : record.end]
+
+    def _mapped(self, path: Path) -> mmap.mmap:
+        if path not in self._maps:
+            self._maps[path] = _map(path)
+        return self._maps[path]
+
+    def array(self, record: TensorRecord) -> NDArray[Any]:
+        """A tensor, where it lies, or a copy where numbers straddle the addresses of their type.
+
+        Raises:
+            CheckpointError: the tensor has another type than `TYPES` lists.
+        """
+        if record.dtype not in TYPES:
+            raise CheckpointError(
+                f"tensor {shown(record.name)} in {str(record.file)!r} is stored as {record.dtype}, "
+                f"expected one of {', '.join(TYPES)}; store it in one of these"
+            )
+        array = np.frombuffer(self.bytes_of(record), dtype=TYPES[record.dtype])
+        if not array.flags.aligned:
+            array = array.copy()
+            array.flags.writeable = False
+        return array.reshape(record.shape)
+
+
+def _map(path: Path) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: the file is empty
+        raise CheckpointError(f"cannot read {str(path)!r}: {error}") from error

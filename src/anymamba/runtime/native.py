@@ -1,0 +1,63 @@
+"""The native core as the runtime uses it: is it there, and how many threads does it use?"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from typing import Any
+
+from anymamba.errors import BackendError, InputError, MissingDependencyError
+
+__all__ = ["core", "wanted_threads"]
+
+
+@cache
+def core() -> Any:
+    """The native core.
+
+    Raises:
+        MissingDependencyError: the package was installed without it.
+
+    Example:
+        >>> core().threads() >= 1
+        True
+    """
+    try:
+        return importlib.import_module("anymamba._core")
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            "AnyMamba was installed without its native core, which its runtime needs: have a C++ "
+            "compiler (GCC or Clang) and run `pip install --force-reinstall --no-cache-dir "
+            "anymamba`; or run the model in PyTorch: pip install 'anymamba[torch]'"
+        ) from error
+
+
+def wanted_threads(threads: int | None) -> int:
+    """How many threads to compute with.
+
+    Args:
+        threads: as many, or None for `ANYMAMBA_NUM_THREADS`, or if that is not set, as many as
+            there are processors for this process.
+
+    Raises:
+        InputError: the number is no whole number of at least 1.
+        BackendError: that in the environment is not.
+
+    Example:
+        >>> wanted_threads(2)
+        2
+    """
+    if threads is not None:
+        if type(threads) is not int or threads < 1:
+            raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
+        return threads
+    text = os.environ.get("ANYMAMBA_NUM_THREADS")
+    if not text:
+        allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+        return len(allowed(0)) if allowed else os.cpu_count() or 1
+    if not text.isdecimal() or int(text) < 1:
+        raise BackendError(
+            f"ANYMAMBA_NUM_THREADS is {text!r}, expected a whole number of threads, 1 or more"
+        )
+    return int(text)

@@ -1,0 +1,185 @@
+"""A model in the native core, and the two calls that advance texts: one token, or a stretch.
+
+A call advances the memory of its texts and their numbers of tokens as one: no Ctrl-C comes in
+between, so that whatever happens a state is what its count says.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import call
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.errors import CheckpointError, InputError
+from anymamba.runtime.blocks import Blocks
+from anymamba.runtime.native import core, wanted_threads
+
+if TYPE_CHECKING:
+    from anymamba.runtime.kinds import Tensor
+    from anymamba.runtime.weights import Weights
+
+__all__ = ["STRETCH_TOKENS", "Network"]
+
+STRETCH_TOKENS = 512
+"""How many tokens a call reads at most, all texts together: enough for products at full speed,
+few enough for little memory."""
+
+_MOST_ROWS = 64
+"""More texts than these advance faster as one matrix product."""
+
+
+class Network:
+    """A model's forward pass. Threads may use one at the same time, each with its own blocks.
+
+    Args:
+        weights: the model's tensors; they are used where they lie.
+        threads: how many threads compute; None leaves the choice to the environment.
+
+    Raises:
+        MissingDependencyError: the native core is not installed.
+        CheckpointError: the config asks for what the core does not compute.
+    """
+
+    def __init__(self, weights: Weights, threads: int | None = None) -> None:
+        self.threads = wanted_threads(threads)
+        self.vocabulary = weights.tensors[EMBEDDINGS].shape[0]
+        self._core = core()
+        self._model = self._core.Model(*_table(weights))
+
+    def step(self, blocks: Blocks, tokens_b: NDArray[np.int64]) -> None:
+        """Let each text read one token; `blocks` and their logits advance in place."""
+        if blocks.rows > _MOST_ROWS:
+            self.read(blocks, list(tokens_b[:, None]))
+            return
+        logits = self._logits_of(blocks)
+        arguments = (tokens_b, None, blocks.conv, blocks.ssm, logits)
+        self._advance(blocks, partial(self._model.step, *arguments), 1)
+        blocks.logits = logits
+
+    def read(self, blocks: Blocks, sequences: Sequence[NDArray[np.int64]]) -> None:
+        """Let each text read some tokens; `blocks` and their logits advance in place.
+
+        Args:
+            blocks: b texts.
+            sequences: what each of them reads, which may be nothing.
+        """
+        lengths = np.array([ids.size for ids in sequences], np.int64)
+        if not lengths.any():
+            return
+        reading = np.flatnonzero(lengths)
+        ends = np.cumsum(lengths)
+        logits_bv = self._logits_of(blocks)
+        all_read = reading.size == lengths.size
+        logits = logits_bv if all_read else np.empty((reading.size, self.vocabulary), np.float32)
+        self._read(blocks, sequences, ends[reading] - 1, logits)
+        if not all_read:
+            logits_bv[reading] = logits
+        blocks.logits = logits_bv
+
+    def read_all(self, blocks: Blocks, ids_l: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Let one text read some tokens, and return the logits (l, v) after each of them."""
+        logits_lv = np.empty((ids_l.size, self.vocabulary), np.float32)
+        if ids_l.size:
+            blocks.logits = None  # no moment with logits of another token
+            self._read(blocks, [ids_l], np.arange(ids_l.size), logits_lv)
+            blocks.logits = logits_lv[-1:].copy()
+        return logits_lv
+
+    def check_tokens(self, ids: NDArray[np.int64]) -> None:
+        """Refuse tokens that the model does not have, before anything is read.
+
+        Raises:
+            InputError: the message names the token.
+        """
+        wrong = ids[(ids < 0) | (ids >= self.vocabulary)]
+        if wrong.size:
+            raise InputError(
+                f"token {wrong[0]} is not in the model's vocabulary of {self.vocabulary}; "
+                "does the tokenizer belong to the model?"
+            )
+
+    def _read(
+        self,
+        blocks: Blocks,
+        sequences: Sequence[NDArray[np.int64]],
+        positions_w: NDArray[np.int64],
+        logits_wv: NDArray[np.float32],
+    ) -> None:
+        lengths = np.array([ids.size for ids in sequences], np.int64)
+        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        tokens = np.concatenate(sequences)
+        arguments = (tokens, None, offsets, positions_w, blocks.conv, blocks.ssm, logits_wv)
+        self._advance(blocks, partial(self._model.read, *arguments), lengths)
+
+    def _advance(
+        self, blocks: Blocks, compute: Callable[[], None], tokens: NDArray[np.int64] | int
+    ) -> None:
+        if self._core.threads() != self.threads:
+            self._core.set_threads(self.threads)
+        count = partial(np.add, blocks.counts, tokens, out=blocks.counts)
+        # Python looks for Ctrl-C between its own instructions: here there are none in between.
+        both: tuple[Callable[[], object], ...] = (compute, count)
+        deque(map(call, both), maxlen=0)
+
+    def _logits_of(self, blocks: Blocks) -> NDArray[np.float32]:
+        if blocks.logits is not None:
+            return blocks.logits
+        return np.zeros((blocks.rows, self.vocabulary), np.float32)
+
+
+def _table(weights: Weights) -> tuple[Any, ...]:
+    """What the core's model is made of: embeddings, head, norm, epsilon, layers."""
+    config, tensors = weights.config, weights.tensors
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise CheckpointError(
+            f"the config has hidden_act {activation!r}, and the runtime computes 'silu' only; "
+            "MambaForCausalLM computes others (pip install 'anymamba[torch]')"
+        )
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise CheckpointError(f"the config has layer_norm_epsilon {epsilon!r}, expected 0 to 1")
+    layers = [_layer(tensors, layer) for layer in range(_count_layers(tensors))]
+    embeddings, head = tensors[EMBEDDINGS], tensors.get(HEAD, tensors[EMBEDDINGS])
+    norm = tensors["backbone.norm_f.weight"]
+    return _given(embeddings), _given(head), norm, float(epsilon), layers
+
+
+def _count_layers(tensors: Mapping[str, Tensor]) -> int:
+    return sum(name.endswith("mixer.A_log") for name in tensors)
+
+
+_LAYER = {
+    "norm": "norm.weight",
+    "in_proj": "mixer.in_proj.weight",
+    "in_proj_bias": "mixer.in_proj.bias",
+    "conv_weight": "mixer.conv1d.weight",
+    "conv_bias": "mixer.conv1d.bias",
+    "x_proj": "mixer.x_proj.weight",
+    "dt_proj": "mixer.dt_proj.weight",
+    "dt_bias": "mixer.dt_proj.bias",
+    "A_log": "mixer.A_log",
+    "D": "mixer.D",
+    "out_proj": "mixer.out_proj.weight",
+    "out_proj_bias": "mixer.out_proj.bias",
+}
+
+
+def _layer(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Any]:
+    """One layer's tensors by the names that the core has for them."""
+    found = {
+        ours: _given(tensors.get(f"backbone.layers.{layer}.{name}"))
+        for ours, name in _LAYER.items()
+    }
+    found["conv_weight"] = found["conv_weight"][:, 0]  # (e, 1, k): one filter a channel
+    return found
+
+
+def _given(tensor: Tensor | None) -> Any:
+    return tensor if tensor is None or isinstance(tensor, np.ndarray) else tensor.arrays()

@@ -1,0 +1,519 @@
+"""Weights in 8 or 4 bits: the format, and the arithmetic that every kernel is held to.
+
+A weight (n, k) is cut along k into groups of 32, 64 or 128. Each group keeps unsigned whole
+numbers q and a scale, and with an offset also a minimum, both in bfloat16:
+
+    symmetric     weight = scale * (q - zero)      zero is 128 at 8 bits, 8 at 4 bits
+    with offset   weight = scale * q + minimum
+
+At 8 bits q takes a byte. At 4 bits a byte holds two: byte i of a group has number i in its low
+half and number i + group / 2 in its high half, so that one mask and one shift unpack a register.
+Scales are rounded to bfloat16 before q is computed with them: q makes up for the rounding.
+
+A symmetric 4-bit scale may be negative. There are numbers from -8 to 7, and the weight of the
+largest magnitude gets -8, whichever sign it has: the others then lie an eighth finer.
+
+The product with such a weight rounds the other side too: each row of activations is cut into the
+same groups, and each group becomes signed bytes and a float32 scale. Products of whole numbers
+are exact, and only the sum over the groups rounds.
+
+    n  rows of a weight, outputs      k  columns, inputs      g  groups of a row, k / group
+    m  rows of activations
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.errors import ConfigError, InputError
+from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+
+__all__ = [
+    "GROUPS",
+    "QuantizedArray",
+    "check_format",
+    "check_weight",
+    "dequantize",
+    "pack",
+    "quantize",
+    "quantize_rows",
+    "quantized_product",
+    "ranges",
+    "round_to",
+    "row_blocks",
+    "scales_of",
+    "unpack",
+    "values_of",
+]
+
+GROUPS = (32, 64, 128)
+"""How many weights may share a scale."""
+
+Bits = Literal[8, 4]
+
+# Beyond this a difference of two weights could leave float32; no trained weight comes near it.
+_LARGEST = np.float32(2.0**120)
+# A scale or minimum below this counts as zero: what it stands for is lost beside any other weight,
+# and no kernel meets numbers that are not normal.
+_SMALLEST = np.float32(2.0**-100)
+_BLOCK = 1 << 17  # weights that are worked on at a time: they stay in the processor's cache
+
+
+@dataclass(frozen=True)
+class QuantizedArray:
+    """A weight (n, k) in whole numbers with a scale a group.
+
+    Args:
+        q: uint8, (n, k) at 8 bits, (n, k / 2) at 4 bits, two numbers a byte.
+        scales: bfloat16 as its bits in uint16, (n, k / group).
+        minima: the same, or None where zero lies in the middle.
+        bits: 8 or 4.
+        group: how many weights of a row share a scale.
+        shape: (n, k).
+
+    Raises:
+        InputError: an array does not have the type or shape that the others imply.
+
+    Example:
+        >>> weight = quantize(np.ones((2, 64), np.float32), bits=4, group=32)
+        >>> weight.q.shape, weight.scales.shape, weight.nbytes
+        ((2, 32), (2, 2), 72)
+    """
+
+    q: NDArray[np.uint8]
+    scales: NDArray[np.uint16]
+    minima: NDArray[np.uint16] | None
+    bits: Bits
+    group: int
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        check_format(self.bits, self.group, k)
+        per_group = (n, k // self.group)
+        expected: list[tuple[str, NDArray[Any], type, tuple[int, int]]] = [
+            ("q", self.q, np.uint8, (n, k * self.bits // 8)),
+            ("scales", self.scales, np.uint16, per_group),
+        ]
+        if self.minima is not None:
+            expected.append(("minima", self.minima, np.uint16, per_group))
+        for name, array, dtype, shape in expected:
+            if array.dtype != dtype or array.shape != shape:
+                raise InputError(
+                    f"{name} of a weight {self.shape} in {self.bits} bits, groups of {self.group}, "
+                    f"must be {dtype.__name__} {shape}, got {array.dtype} {array.shape}"
+                )
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether zero lies in the middle of the numbers, and there are no minima."""
+        return self.minima is None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all that is kept."""
+        minima = 0 if self.minima is None else self.minima.nbytes
+        return self.q.nbytes + self.scales.nbytes + minima
+
+    def arrays(self) -> dict[str, Any]:
+        """The arrays by the names that the native core expects."""
+        return {"q": self.q, "scales": self.scales, "minima": self.minima}
+
+
+def check_format(bits: int, group: int, k: int, name: str = "the weight") -> None:
+    """Check that rows of k weights can be kept in these groups.
+
+    Args:
+        bits: 8 or 4.
+        group: how many weights share a scale.
+        k: the length of a row.
+        name: what is to be quantized, for the message.
+
+    Raises:
+        ConfigError: no such bits or groups exist.
+        InputError: the group does not divide k.
+
+    Example:
+        >>> check_format(4, 128, 768)
+        >>> check_format(4, 32, 48, "dt_proj")
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.InputError: dt_proj has rows of 48, which groups of 32 do not divide; \
+keep it in bfloat16
+    """
+    if bits not in (8, 4):
+        raise ConfigError(f"bits must be 8 or 4, got {bits!r}")
+    if group not in GROUPS:
+        raise ConfigError(f"group must be one of {', '.join(map(str, GROUPS))}, got {group!r}")
+    if k % group or k == 0:
+        raise InputError(
+            f"{name} has rows of {k}, which groups of {group} do not divide; keep it in bfloat16"
+        )
+
+
+def quantize(
+    weight_nk: NDArray[np.float32],
+    bits: Bits,
+    group: int = 128,
+    symmetric: bool = True,
+    clip: float | NDArray[np.float32] | None = None,
+    name: str = "the weight",
+) -> QuantizedArray:
+    """Round a weight to whole numbers, each group by itself, to the nearest.
+
+    Args:
+        weight_nk: (n, k), float32.
+        bits: 8 or 4.
+        group: how many weights of a row share a scale, 32, 64 or 128; divides k.
+        symmetric: whether zero lies in the middle; else each group has a minimum.
+        clip: which share of its range a group keeps, above 0 and at most 1: one for all, or
+            (n, k / group). What lies outside becomes the nearest number that there is.
+            `anymamba.runtime.calibration.search_clip` finds good ones.
+        name: what is quantized, for messages.
+
+    Returns:
+        What `dequantize` and the kernels read.
+
+    Raises:
+        ConfigError: there are no such bits, groups or clip.
+        InputError: the weight is no float32 matrix, its rows are no multiple of the group, or it
+            holds NaN, infinity or a number beyond 2^120.
+
+    Example:
+        >>> weight = np.linspace(-1, 1, 64, dtype=np.float32)[None]
+        >>> kept = dequantize(quantize(weight, bits=8, group=64))
+        >>> bool(abs(kept - weight).max() < 1 / 127)
+        True
+    """
+    check_weight(weight_nk, bits, group, name)
+    n, k = weight_nk.shape
+    clip_ng = _checked_clip(clip, (n, k // group))
+    q = np.empty((n, k * bits // 8), np.uint8)
+    scales = np.empty((n, k // group), np.uint16)
+    minima = None if symmetric else np.empty_like(scales)
+    for rows in row_blocks(n, k):
+        part = weight_nk[rows].reshape(-1, k // group, group)
+        scale, minimum = scales_of(*ranges(part), bits, symmetric, clip_ng[rows])
+        q[rows] = pack(round_to(part, scale, minimum, bits), bits)
+        scales[rows] = to_bfloat16(scale)
+        if minima is not None and minimum is not None:
+            minima[rows] = to_bfloat16(minimum)
+    return QuantizedArray(q, scales, minima, bits, group, (n, k))
+
+
+def dequantize(weight: QuantizedArray) -> NDArray[np.float32]:
+    """Compute the weights that the whole numbers stand for.
+
+    Args:
+        weight: a quantized weight.
+
+    Returns:
+        (n, k), float32.
+
+    Example:
+        >>> dequantize(quantize(np.full((1, 32), 0.5, np.float32), bits=4, group=32))[0, :3]
+        array([0.5, 0.5, 0.5], dtype=float32)
+    """
+    n, k = weight.shape
+    values = np.empty((n, k // weight.group, weight.group), np.float32)
+    for rows in row_blocks(n, k):
+        minimum = None if weight.minima is None else to_float32(weight.minima[rows])
+        q = unpack(weight.q[rows], weight.bits, weight.group)
+        values[rows] = values_of(q, to_float32(weight.scales[rows]), minimum, weight.bits)
+    return values.reshape(n, k)
+
+
+def quantize_rows(
+    x_mk: NDArray[np.float32], group: int
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round activations as the kernels do: to signed bytes, with a scale a row and group.
+
+    Args:
+        x_mk: (m, k), float32.
+        group: the weight's.
+
+    Returns:
+        q (m, k) from -127 to 127, and scales (m, k / group): x is about scale * q. Of a group
+        that holds NaN or infinity the scale is NaN, so that its products are.
+
+    Raises:
+        ConfigError: there are no such groups.
+        InputError: the group does not divide k.
+
+    Example:
+        >>> q, scales = quantize_rows(np.array([[-1.0, 0.5] * 16], np.float32), 32)
+        >>> q[0, :2].tolist(), float(scales[0, 0])
+        ([-127, 64], 0.007874015718698502)
+    """
+    check_format(8, group, x_mk.shape[1], "the activations")
+    parts = x_mk.reshape(x_mk.shape[0], -1, group)
+    largest = np.abs(parts).max(axis=2, initial=0)
+    finite = np.isfinite(largest)
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(127) / largest
+    usable = finite & np.isfinite(inverse)
+    # In float64 the product with a float32 is exact, so that ties are ties on every machine.
+    factor = np.where(usable, inverse, 0).astype(np.float64)[..., None]
+    q = np.rint(np.where(finite[..., None], parts, 0) * factor).astype(np.int8)
+    scales = np.where(finite, largest / np.float32(127), np.nan).astype(np.float32)
+    return q.reshape(x_mk.shape), scales
+
+
+def quantized_product(x_mk: NDArray[np.float32], weight: QuantizedArray) -> NDArray[np.float32]:
+    """x times the transposed weight: the result that every kernel is compared with.
+
+    Both sides are whole numbers within a group, whose sum of products stays below 2^24. It is
+    exact in float32 arithmetic, in whichever order. The groups are added in float64.
+
+    Args:
+        x_mk: (m, k), float32.
+        weight: (n, k).
+
+    Returns:
+        (m, n), float32.
+
+    Raises:
+        InputError: x is no float32 matrix with rows of k.
+
+    Example:
+        >>> weight = quantize(np.full((1, 32), 0.5, np.float32), bits=4, group=32)
+        >>> quantized_product(np.ones((1, 32), np.float32), weight)
+        array([[16.]], dtype=float32)
+    """
+    n, k = weight.shape
+    if x_mk.dtype != np.float32 or x_mk.ndim != 2 or x_mk.shape[1] != k:
+        raise InputError(f"x must be float32 (m, {k}), got {x_mk.dtype} {x_mk.shape}")
+    q_mk, x_scales = quantize_rows(x_mk, weight.group)
+    x_parts = q_mk.reshape(-1, k // weight.group, weight.group).astype(np.float32)
+    w_parts = unpack(weight.q, weight.bits, weight.group)
+    w_scales = to_float32(weight.scales)
+    y_mn = np.zeros((x_mk.shape[0], n), np.float64)
+    for g in range(k // weight.group):
+        numbers = w_parts[:, g].astype(np.float32) - _zero(weight.bits, weight.symmetric)
+        whole = x_parts[:, g] @ numbers.T
+        partial = whole * w_scales[:, g].astype(np.float64)
+        if weight.minima is not None:
+            sums = x_parts[:, g].sum(axis=1, keepdims=True)
+            partial += sums * to_float32(weight.minima[:, g]).astype(np.float64)
+        y_mn += partial * x_scales[:, g, None]
+    return y_mn.astype(np.float32)
+
+
+def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Lay whole numbers out as they are stored.
+
+    Args:
+        q: (n, g, group).
+        bits: 8 or 4.
+
+    Returns:
+        (n, k) at 8 bits, (n, k / 2) at 4.
+
+    Example:
+        >>> pack(np.arange(4, dtype=np.uint8).reshape(1, 1, 4), bits=4).tolist()  # 0x20, 0x31
+        [[32, 49]]
+    """
+    if bits == 4:
+        half = q.shape[2] // 2
+        q = q[..., :half] | (q[..., half:] << np.uint8(4))
+    return q.reshape(q.shape[0], q.shape[1] * q.shape[2])
+
+
+def unpack(stored: NDArray[np.uint8], bits: int, group: int) -> NDArray[np.uint8]:
+    """Take out the whole numbers that `pack` laid out.
+
+    Args:
+        stored: (n, k) at 8 bits, (n, k / 2) at 4.
+        bits: 8 or 4.
+        group: the weight's.
+
+    Returns:
+        (n, g, group).
+
+    Example:
+        >>> unpack(np.array([[0x20, 0x31]], np.uint8), bits=4, group=4).tolist()
+        [[[0, 1, 2, 3]]]
+    """
+    n = stored.shape[0]
+    if bits == 8:
+        return stored.reshape(n, stored.shape[1] // group, group)
+    halves = stored.reshape(n, 2 * stored.shape[1] // group, group // 2)
+    return np.concatenate([halves & np.uint8(15), halves >> np.uint8(4)], axis=2)
+
+
+def ranges(
+    parts: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """The least and the largest of each group: (..., group) to two of (...).
+
+    Example:
+        >>> ranges(np.array([[1.0, -2.0]], np.float32))
+        (array([-2.], dtype=float32), array([1.], dtype=float32))
+    """
+    return parts.min(axis=-1), parts.max(axis=-1)
+
+
+def scales_of(
+    low: NDArray[np.float32],
+    high: NDArray[np.float32],
+    bits: int,
+    symmetric: bool,
+    clip: NDArray[np.float32] | float = 1.0,
+) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+    """Choose a scale for each group, and with an offset a minimum.
+
+    Args:
+        low: the least weight of each group.
+        high: the largest.
+        bits: 8 or 4.
+        symmetric: whether zero lies in the middle.
+        clip: which share of the range is kept.
+
+    Returns:
+        The scales and the minima, float32 with values that bfloat16 has. A scale of zero says
+        that all weights of the group are its minimum, or zero.
+
+    Example:
+        >>> scales_of(np.float32([-1]), np.float32([4]), bits=4, symmetric=True)
+        (array([-0.5], dtype=float32), None)
+    """
+    if not symmetric:
+        minimum = _rounded(low * clip)
+        return _rounded((high * clip - minimum) / np.float32(2**bits - 1)), minimum
+    zero = 2 ** (bits - 1)
+    extreme = np.where(-low > high, low, high)
+    # At 8 bits the number 0 is not used: kernels may then multiply signed bytes.
+    per_step = np.abs(extreme) / np.float32(zero - 1) if bits == 8 else extreme / np.float32(-zero)
+    return _rounded(per_step * clip), None
+
+
+def round_to(
+    parts: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    minimum: NDArray[np.float32] | None,
+    bits: int,
+) -> NDArray[np.uint8]:
+    """The whole numbers that come nearest to the weights.
+
+    Args:
+        parts: weights, (..., group).
+        scale: what `scales_of` returned, (...).
+        minimum: the same.
+        bits: 8 or 4.
+
+    Returns:
+        (..., group). Symmetric 8-bit numbers begin at 1.
+
+    Example:
+        >>> round_to(np.float32([[-1, 4]]), np.float32([-0.5]), None, bits=4).tolist()
+        [[10, 0]]
+    """
+    steps = parts if minimum is None else parts - minimum[..., None]
+    divisor = np.where(scale == 0, np.float32(np.inf), scale)  # a quotient of 0
+    steps = steps / divisor[..., None]
+    np.rint(steps, out=steps)
+    zero = _zero(bits, minimum is None)
+    least = 1 - zero if bits == 8 and minimum is None else -zero
+    np.clip(steps, least, 2**bits - 1 - zero, out=steps)
+    steps += np.float32(zero)
+    return steps.astype(np.uint8)
+
+
+def values_of(
+    q: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    minimum: NDArray[np.float32] | None,
+    bits: int,
+) -> NDArray[np.float32]:
+    """The weights that whole numbers stand for: the inverse of `round_to`.
+
+    Example:
+        >>> values_of(np.uint8([[10, 0]]), np.float32([-0.5]), None, bits=4).tolist()
+        [[-1.0, 4.0]]
+    """
+    values = q.astype(np.float32)
+    if minimum is None:
+        values -= np.float32(_zero(bits, symmetric=True))
+        values *= scale[..., None]
+    else:
+        values *= scale[..., None]
+        values += minimum[..., None]
+    return values
+
+
+def check_weight(weight_nk: NDArray[Any], bits: int, group: int, name: str) -> None:
+    """Check that a weight can be quantized.
+
+    Args:
+        weight_nk: what is to be quantized.
+        bits: 8 or 4.
+        group: how many weights share a scale.
+        name: what it is, for messages.
+
+    Raises:
+        ConfigError: there are no such bits or groups.
+        InputError: the weight is no float32 matrix, its rows are no multiple of the group, or it
+            holds NaN, infinity or a number beyond 2^120.
+
+    Example:
+        >>> check_weight(np.full((1, 32), np.nan, np.float32), 4, 32, "in_proj")
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.InputError: in_proj holds NaN, infinity or numbers beyond 2^120 (in 1 of \
+1 rows), which no scale fits; the file may be broken
+    """
+    if weight_nk.ndim != 2 or weight_nk.dtype != np.float32:
+        raise InputError(
+            f"{name} must be a float32 matrix, got {weight_nk.dtype} {weight_nk.shape}"
+        )
+    check_format(bits, group, weight_nk.shape[1], name)
+    n, k = weight_nk.shape
+    # NaN is not below anything.
+    wrong = sum(
+        int((~(np.abs(weight_nk[rows]).max(axis=1) <= _LARGEST)).sum()) for rows in row_blocks(n, k)
+    )
+    if wrong:
+        raise InputError(
+            f"{name} holds NaN, infinity or numbers beyond 2^120 (in {wrong} of {n} rows), which "
+            "no scale fits; the file may be broken"
+        )
+
+
+def row_blocks(n: int, k: int) -> Iterator[slice]:
+    """Cut n rows of k weights into slices that the processor's cache holds.
+
+    Example:
+        >>> list(row_blocks(3, 1 << 16))
+        [slice(0, 2, None), slice(2, 4, None)]
+    """
+    step = max(1, _BLOCK // max(k, 1))
+    for start in range(0, n, step):
+        yield slice(start, start + step)
+
+
+def _checked_clip(
+    clip: float | NDArray[np.float32] | None, shape: tuple[int, int]
+) -> NDArray[np.float32]:
+    array = np.asarray(1.0 if clip is None else clip, np.float32)
+    if array.shape not in ((), shape) or not ((array > 0) & (array <= 1)).all():
+        raise ConfigError(
+            f"clip must be one number or {shape}, each above 0 and at most 1, got "
+            f"{array.item() if array.ndim == 0 else array.shape}"
+        )
+    return np.broadcast_to(array, shape)
+
+
+def _zero(bits: int, symmetric: bool) -> int:
+    """The whole number that stands for a weight of zero, if one does."""
+    return 2 ** (bits - 1) if symmetric else 0
+
+
+def _rounded(values: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """To what bfloat16 has, and to zero what is next to nothing."""
+    kept = to_float32(to_bfloat16(values.astype(np.float32, copy=False)))
+    return np.where(np.abs(kept) < _SMALLEST, np.float32(0), kept)

@@ -1,0 +1,88 @@
+"""Reading texts of any length, in stretches, so that memory does not grow with them.
+
+Where the stretches begin and end is decided for each text by itself: beside others it is read in
+the same steps as alone. Short texts share a stretch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.runtime.blocks import Blocks
+from anymamba.runtime.network import STRETCH_TOKENS, Network
+
+__all__ = ["Progress", "read_texts", "read_with_logits"]
+
+Progress = Callable[[int, int], object]
+"""Called after each stretch with how many tokens were read, and how many there are."""
+
+_MOST_LOGITS = 1 << 23  # numbers, 32 MB
+
+
+def read_texts(
+    network: Network,
+    blocks: Blocks,
+    sequences: Sequence[NDArray[np.int64]],
+    progress: Progress | None = None,
+) -> None:
+    """Let each text read its tokens. Between two stretches `blocks` are what they say.
+
+    Args:
+        network: the model.
+        blocks: b texts, advanced in place, with the logits after their last tokens.
+        sequences: what each of them reads, which may be nothing.
+        progress: told how far it is.
+
+    Raises:
+        InputError: a token is not in the vocabulary; then nothing was read.
+    """
+    for ids in sequences:
+        network.check_tokens(ids)
+    read, total = 0, sum(ids.size for ids in sequences)
+    left = list(sequences)
+    while read < total:
+        stretch = _next_stretch(left)
+        network.read(blocks, stretch)
+        left = [ids[part.size :] for ids, part in zip(left, stretch, strict=True)]
+        read += sum(part.size for part in stretch)
+        if progress is not None:
+            progress(read, total)
+
+
+def read_with_logits(
+    network: Network, blocks: Blocks, ids_l: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Let one text read its tokens, and give out the logits after each of them.
+
+    Args:
+        network: the model.
+        blocks: one text, advanced in place.
+        ids_l: what it reads.
+
+    Yields:
+        The tokens of a stretch, and their logits (w, v); so few at a time that the logits of a
+        long text are never there together.
+
+    Raises:
+        InputError: a token is not in the vocabulary; then nothing was read.
+    """
+    network.check_tokens(ids_l)
+    length = max(1, min(STRETCH_TOKENS, _MOST_LOGITS // network.vocabulary))
+    for start in range(0, ids_l.size, length):
+        part_w = ids_l[start : start + length]
+        yield part_w, network.read_all(blocks, part_w)
+
+
+def _next_stretch(left: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """What each text reads next; nothing where its part finds no room beside the others'."""
+    room = STRETCH_TOKENS
+    parts = []
+    for ids in left:
+        part = ids[:STRETCH_TOKENS]
+        part = part if part.size <= room else part[:0]
+        room -= part.size
+        parts.append(part)
+    return parts

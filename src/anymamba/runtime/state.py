@@ -1,0 +1,226 @@
+"""What a model remembers of a text, as a value: it can be copied, saved, and continued from.
+
+However long the text is, this is a few megabytes at most. To read on from a state costs what the
+new tokens cost, and nothing for those that were read before.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.checkpoint import (
+    StateFile,
+    TensorBytes,
+    read_state_file,
+    state_metadata,
+    write_atomically,
+    write_safetensors,
+)
+from anymamba.errors import InputError, StateError
+from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+from anymamba.runtime.blocks import Blocks
+from anymamba.runtime.identity import Identity
+from anymamba.runtime.mapping import FileMap
+
+__all__ = ["State", "load_state"]
+
+
+class State:
+    """What a model remembers of one text. `Engine.state` makes an empty one.
+
+    Args:
+        identity: the model that it belongs to.
+        blocks: the memory of one text; by default of one of which nothing was read.
+
+    Attributes:
+        identity: the model that it belongs to.
+
+    Example:
+        >>> import anymamba
+        >>> engine = anymamba.load()
+        >>> state = engine.feed(engine.state(), "ROMEO:")
+        >>> state
+        State(6 tokens, 173 kB)
+    """
+
+    def __init__(self, identity: Identity, blocks: Blocks | None = None) -> None:
+        self.identity = identity
+        self._blocks = Blocks.empty(identity.sizes, 1) if blocks is None else blocks
+
+    def __repr__(self) -> str:
+        return f"State({self.token_count} tokens, {self.nbytes / 1000:.0f} kB)"
+
+    @property
+    def conv_states(self) -> NDArray[np.float32]:
+        """(n_layer, 1, e, k), the last k inputs of each layer's convolution, oldest first."""
+        return self._blocks.conv
+
+    @property
+    def ssm_states(self) -> NDArray[np.float32]:
+        """(n_layer, 1, e, n), the state of each channel of each layer."""
+        return self._blocks.ssm
+
+    @property
+    def logits(self) -> NDArray[np.float32] | None:
+        """(v,), what the model says of the next token; None if nothing says it yet."""
+        return None if self._blocks.logits is None else self._blocks.logits[0]
+
+    @property
+    def token_count(self) -> int:
+        """How many tokens were read."""
+        return int(self._blocks.counts[0])
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are kept."""
+        logits = self._blocks.logits
+        kept = self.conv_states.nbytes + self.ssm_states.nbytes
+        return kept if logits is None else kept + logits.nbytes
+
+    def copy(self) -> State:
+        """Return a state that shares no memory with this one: the way to fork a text.
+
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> state = engine.feed(engine.state(), "ROMEO:")
+            >>> fork = engine.feed(state.copy(), " But")
+            >>> state.token_count, fork.token_count
+            (6, 10)
+        """
+        return State(self.identity, self._blocks.take([0]))
+
+    def assign(self, conv_states: NDArray[Any], ssm_states: NDArray[Any], token_count: int) -> None:
+        """Overwrite what is remembered, by what another program remembered for this model.
+
+        Args:
+            conv_states: (n_layer, 1, e, k).
+            ssm_states: (n_layer, 1, e, n).
+            token_count: how many tokens were read.
+
+        Raises:
+            InputError: a shape does not fit.
+
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> state, other = engine.state(), engine.feed(engine.state(), "ROMEO:")
+            >>> state.assign(other.conv_states, other.ssm_states, other.token_count)
+            >>> state.token_count
+            6
+        """
+        for name, given, own in (
+            ("conv_states", conv_states, self.conv_states),
+            ("ssm_states", ssm_states, self.ssm_states),
+        ):
+            if given.shape != own.shape:
+                raise InputError(f"{name} has shape {given.shape}, expected {own.shape}")
+        self._blocks = Blocks(
+            np.array(conv_states, np.float32, order="C"),
+            np.array(ssm_states, np.float32, order="C"),
+            np.array([token_count], np.int64),
+        )
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        """Write the state to a safetensors file, atomically. `MambaCache.load` reads it too.
+
+        Args:
+            path: the file; an existing one is replaced.
+            dtype: "bfloat16" halves the file and rounds the state to 3 digits, so that what
+                follows differs a little from what would have followed.
+
+        Raises:
+            InputError: there is no such dtype.
+            CheckpointError: the file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> from pathlib import Path
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> file = Path(tempfile.mkdtemp()) / "romeo.state"
+            >>> engine.feed(engine.state(), "ROMEO:").save(file)
+            >>> engine.load_state(file)
+            State(6 tokens, 173 kB)
+        """
+        if dtype not in ("float32", "bfloat16"):
+            raise InputError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+        blocks = {"conv_states": self.conv_states, "ssm_states": self.ssm_states}
+        if self._blocks.logits is not None:
+            blocks["logits"] = self._blocks.logits
+        tensors = {name: _bytes_of(block, dtype) for name, block in blocks.items()}
+        digest = self.identity.digest
+        metadata = state_metadata(self.identity.sizes, [self.token_count], digest)
+        write_atomically(path, lambda part: write_safetensors(part, tensors, metadata))
+
+
+def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
+    """Read a state that `State.save` or `MambaCache.save` wrote.
+
+    Args:
+        path: the file.
+        identity: the model that is to continue from it.
+
+    Returns:
+        The state.
+
+    Raises:
+        StateError: there is no such file, it is broken, it belongs to another model or to other
+            weights, or holds several texts.
+
+    Example:
+        >>> load_state("nowhere", Identity({}, 50280, lambda: ""))
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.StateError: state file 'nowhere' does not exist
+    """
+    files = FileMap()
+    # Of one open file, which another process may replace by a newer state at any moment.
+    file = read_state_file(path, identity.sizes, files.header)
+    if len(file.token_counts) != 1:
+        raise StateError(
+            f"{file.source} holds {len(file.token_counts)} texts, expected one; load it by "
+            "MambaCache.load, and take a row of it by to_state"
+        )
+    _check_logits(file, identity.vocabulary)
+    if file.weights_digest is not None:  # else ours need not be computed
+        file.check_digest(identity.digest)
+    blocks = {name: _widened(files, file, name) for name in file.tensors}
+    counts = np.array(file.token_counts, np.int64)
+    logits = blocks.get("logits")
+    return State(identity, Blocks(blocks["conv_states"], blocks["ssm_states"], counts, logits))
+
+
+def _bytes_of(block: NDArray[np.float32], dtype: str) -> TensorBytes:
+    if dtype == "bfloat16":
+        return TensorBytes("BF16", block.shape, to_bfloat16(block).tobytes())
+    return TensorBytes("F32", block.shape, block.tobytes())
+
+
+def _widened(files: FileMap, file: StateFile, name: str) -> NDArray[np.float32]:
+    """A block as float32, in memory of its own."""
+    record = file.tensors[name]
+    if record.dtype not in ("F32", "F16", "BF16"):
+        raise StateError(
+            f"{file.source} has {name} as {record.dtype}, expected F32, F16 or BF16; save it again "
+            "from a MambaCache of such a type"
+        )
+    array = files.array(record)
+    return to_float32(array) if array.dtype == np.uint16 else np.array(array, np.float32)
+
+
+def _check_logits(file: StateFile, vocabulary: int) -> None:
+    logits = file.tensors.get("logits")
+    if logits is not None and logits.shape != (1, vocabulary):
+        raise StateError(
+            f"{file.source} belongs to a model with a vocabulary of {logits.shape[1]}, this model "
+            f"has {vocabulary}; use it with the model it was made by"
+        )

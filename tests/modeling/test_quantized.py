@@ -1,0 +1,239 @@
+"""Models with weights of 8 and 4 bits: operator, layers, folders, and the native calls."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from anymamba import MambaCache, MambaForCausalLM, _core, ops
+from anymamba.errors import BackendError, InputError
+from anymamba.modeling.fused import why_not_fused
+from anymamba.modeling.quantized import QuantizedLinear
+from anymamba.ops.quantized_linear_reference import widened
+from anymamba.runtime.quantization import dequantize, quantize
+from tests.modeling.small import assert_same, small_model, words
+from tests.ops.tolerance import assert_contract
+
+# Kernels are held to the contract one by one, below. Through a whole model a last bit may carry an
+# activation over a border of its rounding: it then moves by 1/127 of its group's largest, and what
+# follows with it. A wrong kernel or a wrong weight is off by as much as the logits are large.
+ONE_ROUNDING = 0.02
+
+QUANTIZED = ("in_proj", "out_proj", "embeddings", "lm_head")
+
+
+def parts_of(weight: Tensor, bits: int, group: int, symmetric: bool) -> dict[str, Tensor]:
+    made = quantize(weight.detach().numpy(), bits, group, symmetric)
+    parts = {
+        "weight_q": torch.from_numpy(made.q),
+        "weight_scales": torch.from_numpy(made.scales).view(torch.bfloat16),
+    }
+    if made.minima is not None:
+        parts["weight_minima"] = torch.from_numpy(made.minima).view(torch.bfloat16)
+    return parts
+
+
+def write_folder(
+    folder: Path, bits: int = 8, group: int = 32, symmetric: bool = True, **fields: Any
+) -> tuple[MambaForCausalLM, MambaForCausalLM]:
+    """A quantized folder; the model it was made of, and one with the same weights widened."""
+    model = small_model(0, **({"hidden_size": 64} | fields))
+    widened_model = small_model(0, **({"hidden_size": 64} | fields))
+    weights: dict[str, Tensor] = {}
+    tied = model.config.tie_word_embeddings
+    state = widened_model.state_dict()
+    for name, weight in model.state_dict().items():
+        if tied and name.startswith("lm_head"):
+            continue
+        if any(part in name for part in QUANTIZED) and name.endswith(".weight"):
+            parts = parts_of(weight, bits, group, symmetric)
+            weights |= {name.removesuffix("weight") + key: part for key, part in parts.items()}
+            made = quantize(weight.numpy(), bits, group, symmetric)
+            state[name].copy_(torch.from_numpy(dequantize(made)))
+        else:
+            weights[name] = weight.clone()
+    save_file(weights, folder / "model.safetensors")
+    config = model.config.to_dict()
+    config["quantization_config"] = {
+        "quant_method": "anymamba",
+        "format_version": 1,
+        "bits": bits,
+        "group_size": group,
+        "symmetric": symmetric,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return model, widened_model
+
+
+def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert (actual - expected).abs().max() <= tolerance * max(1, float(expected.abs().max()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    n=st.integers(1, 40),
+    groups=st.integers(1, 5),
+    group=st.sampled_from([32, 64, 128]),
+    bits=st.sampled_from([8, 4]),
+    symmetric=st.booleans(),
+)
+def test_the_operator_against_the_reference(
+    rows: int, n: int, groups: int, group: int, bits: int, symmetric: bool
+) -> None:
+    generator = torch.Generator().manual_seed(rows + n)
+    x = torch.randn(rows, groups * group, generator=generator)
+    parts = parts_of(torch.randn(n, groups * group, generator=generator), bits, group, symmetric)
+    arguments = (parts["weight_q"], parts["weight_scales"], parts.get("weight_minima"))
+    bias = torch.randn(n, generator=generator)
+    expected = ops.quantized_linear(x, *arguments, bias, backend="reference")
+    # Whole numbers inside a group: only the order of float32 sums over groups differs.
+    assert_contract(ops.quantized_linear(x, *arguments, bias, backend="cpu"), expected)
+
+
+def test_the_reference_widens_as_the_format_says() -> None:
+    weight = np.random.default_rng(0).normal(size=(3, 128)).astype(np.float32)
+    for bits in (8, 4):
+        for symmetric in (True, False):
+            made = quantize(weight, bits, 64, symmetric)  # type: ignore[arg-type]
+            parts = parts_of(torch.from_numpy(weight), bits, 64, symmetric)
+            wide = widened(
+                parts["weight_q"], parts["weight_scales"], parts.get("weight_minima"), 128
+            )
+            # One rounding more or less of scale * q + minimum.
+            np.testing.assert_allclose(wide.numpy(), dequantize(made), rtol=1e-6, atol=1e-6)
+
+
+def test_the_gradient_passes_by_the_rounding() -> None:
+    parts = parts_of(torch.randn(5, 64), 8, 32, symmetric=True)
+    arguments = (parts["weight_q"], parts["weight_scales"], None)
+    gradients = []
+    for backend in ("cpu", "reference"):
+        x = torch.linspace(-1, 1, 3 * 64).reshape(3, 64).requires_grad_()
+        bias = torch.zeros(5, requires_grad=True)
+        y = ops.quantized_linear(x, *arguments, bias, backend=backend)
+        (y * torch.arange(15.0).reshape(3, 5)).sum().backward()
+        gradients.append((x.grad, bias.grad))
+    for ours, expected in zip(*gradients, strict=True):
+        assert ours is not None
+        assert_same(ours, expected)
+
+
+def test_the_operator_passes_opcheck() -> None:
+    parts = parts_of(torch.randn(5, 64), 4, 32, symmetric=False)
+    operator = torch.ops.anymamba.quantized_linear.default
+    arguments = (torch.randn(3, 64, requires_grad=True), *parts.values(), torch.randn(5))
+    torch.library.opcheck(operator, arguments)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    q, scales = torch.zeros(3, 64, dtype=torch.uint8), torch.ones(3, 2, dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="do not fit rows of 50"):
+        ops.quantized_linear(torch.zeros(1, 50), q, scales)
+    with pytest.raises(InputError, match="scales"):
+        ops.quantized_linear(torch.zeros(1, 64), q, scales[:2])
+    with pytest.raises(BackendError):
+        ops.quantized_linear(torch.zeros(1, 64), q, scales, backend="nothing")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_loads_and_runs_natively(
+    tmp_path: Path, bits: int, symmetric: bool, tied: bool
+) -> None:
+    _, expected_model = write_folder(
+        tmp_path, bits, 32, symmetric, tie_word_embeddings=tied, use_bias=True
+    )
+    model = MambaForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(model.backbone.layers[0].mixer.in_proj, QuantizedLinear)
+    assert why_not_fused(model) is None
+    ids = words(2, 20)
+    with torch.no_grad():
+        logits = model(ids).logits
+        modules = model(ids, output_hidden_states=True).logits
+        expected = expected_model(ids).logits
+        with ops.backend("reference"):
+            reference = model(ids).logits
+    assert_near(modules, reference, ONE_ROUNDING)
+    assert_near(logits, reference, ONE_ROUNDING)
+    # Against the same weights with activations that are not rounded to 8 bits.
+    assert_near(logits, expected, 0.05)
+
+
+def test_steps_continue_a_prompt(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    model = MambaForCausalLM.from_pretrained(tmp_path)
+    ids = words(2, 12)
+    cache = MambaCache(model.config, 2, torch.float32)
+    with torch.no_grad():
+        whole = model(ids).logits
+        pieces = [model(ids[:, t : t + 1], cache_params=cache).logits for t in range(12)]
+    assert_near(torch.cat(pieces, 1), whole, ONE_ROUNDING)
+
+
+def test_generate(tmp_path: Path) -> None:
+    write_folder(tmp_path, bits=4)
+    model = MambaForCausalLM.from_pretrained(tmp_path)
+    text = model.generate(words(2, 5), max_new_tokens=6, do_sample=False)
+    assert text.shape == (2, 11)
+
+
+def test_what_is_saved_loads_again(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    write_folder(tmp_path / "a", bits=4)
+    model = MambaForCausalLM.from_pretrained(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    again = MambaForCausalLM.from_pretrained(tmp_path / "b")
+    with torch.no_grad():
+        assert torch.equal(model(words(1, 9)).logits, again(words(1, 9)).logits)
+
+
+def test_to_another_type_leaves_the_format_alone(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    model = MambaForCausalLM.from_pretrained(tmp_path).to(torch.bfloat16).float()
+    assert model.backbone.layers[0].mixer.in_proj.weight_scales.dtype == torch.bfloat16
+    with torch.no_grad():
+        model(words(1, 3))
+
+
+def test_arguments_that_mean_nothing_here(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    with pytest.raises(InputError, match="dtype"):
+        MambaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+def test_the_step_sees_a_replaced_weight(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    model = MambaForCausalLM.from_pretrained(tmp_path)
+    cache = MambaCache(model.config, 1, torch.float32)
+    with torch.no_grad():
+        before = model(words(1, 1), cache_params=cache.clone()).logits
+        mixer = model.backbone.layers[0].mixer
+        mixer.in_proj.weight_q = 255 - mixer.in_proj.weight_q
+        after = model(words(1, 1), cache_params=cache.clone()).logits
+    assert not torch.allclose(before, after)
+
+
+def test_every_isa_gives_the_same_rounding(tmp_path: Path) -> None:
+    write_folder(tmp_path, bits=4)
+    model = MambaForCausalLM.from_pretrained(tmp_path)
+    chosen, results = _core.isa(), []
+    try:
+        for isa in _core.isas():
+            _core.use_isa(isa)
+            with torch.no_grad():
+                results.append(model(words(1, 30)).logits)
+    finally:
+        _core.use_isa(chosen)
+    for other in results[1:]:
+        assert_near(other, results[0], ONE_ROUNDING)

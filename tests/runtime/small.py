@@ -1,0 +1,126 @@
+"""Small checkpoints with random weights, and the model once more in plain numpy, without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from anymamba.checkpoint import expected_shapes
+
+# Two layers, no two sizes alike: d 24, e 48, n 5, r 3, k 4, v 61.
+CONFIG: dict[str, Any] = {
+    "model_type": "mamba",
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 61,
+    "state_size": 5,
+    "time_step_rank": 3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+# The contract's tolerance for whole models in float32, for logits of about 1.
+WHOLE_MODEL = 1e-4
+
+
+def small_weights(seed: int = 0, **fields: Any) -> dict[str, np.ndarray]:
+    """Random float32 weights of a model, none of them zero, in Transformers' names."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in expected_shapes(CONFIG | fields).items():
+        if name.endswith("A_log"):
+            values = np.log(np.arange(1, shape[1] + 1)) + 0.1 * random.standard_normal(shape)
+        elif name.endswith(("norm.weight", "norm_f.weight", ".D")):
+            values = 1 + 0.3 * random.standard_normal(shape)
+        elif name.endswith("dt_proj.bias"):
+            values = np.log(np.expm1(random.uniform(0.01, 0.5, shape)))
+        elif name.endswith("bias"):
+            values = 0.3 * random.standard_normal(shape)
+        else:
+            values = random.standard_normal(shape) / np.sqrt(shape[-1])
+        tensors[name] = values.astype(np.float32)
+    return tensors
+
+
+def write_small(folder: Path, seed: int = 0, dtype: Any = np.float32, **fields: Any) -> Path:
+    """A checkpoint in Transformers' layout. `fields` are of its config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | fields))
+    tensors = small_weights(seed, **fields)
+    save_file({n: t.astype(dtype) for n, t in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def words(length: int, seed: int = 1) -> list[int]:
+    """Random tokens."""
+    return np.random.default_rng(seed).integers(0, 61, length).tolist()
+
+
+def reference_logits(
+    tensors: dict[str, np.ndarray], ids: list[int], eps: float = 1e-5, group: int | None = None
+) -> Any:
+    """(l, v) logits in float64, one token after the other, as the paper has it.
+
+    With a group, the large products round their activations to bytes as `rounded` does.
+    """
+    wide = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    embeddings = wide["backbone.embeddings.weight"]
+    x_ld = embeddings[ids]
+    layer = 0
+    while f"backbone.layers.{layer}.norm.weight" in wide:
+        prefix = f"backbone.layers.{layer}."
+        own = {n.removeprefix(prefix): t for n, t in wide.items() if n.startswith(prefix)}
+        x_ld = x_ld + _mixer(own, _norm(x_ld, own["norm.weight"], eps), group)
+        layer += 1
+    x_ld = _norm(x_ld, wide["backbone.norm_f.weight"], eps)
+    return rounded(x_ld, group) @ wide.get("lm_head.weight", embeddings).T
+
+
+def rounded(x_lk: Any, group: int | None) -> Any:
+    """Each row's groups as whole numbers from -127 to 127 times a scale."""
+    if group is None:
+        return x_lk
+    parts = x_lk.reshape(len(x_lk), -1, group)
+    largest = np.abs(parts).max(axis=2, keepdims=True)
+    return (np.rint(parts * (127 / largest)) * (largest / 127)).reshape(x_lk.shape)
+
+
+def _norm(x_ld: Any, weight_d: Any, eps: float) -> Any:
+    return x_ld / np.sqrt((x_ld**2).mean(axis=-1, keepdims=True) + eps) * weight_d
+
+
+def _silu(x: Any) -> Any:
+    return x / (1 + np.exp(-x))
+
+
+def _mixer(own: dict[str, Any], x_ld: Any, group: int | None) -> Any:
+    xz = rounded(x_ld, group) @ own["mixer.in_proj.weight"].T + own.get("mixer.in_proj.bias", 0)
+    x_le, z_le = np.split(xz, 2, axis=-1)
+    filters_ek = own["mixer.conv1d.weight"][:, 0]
+    k = filters_ek.shape[1]
+    padded = np.concatenate([np.zeros((k - 1, x_le.shape[1])), x_le])
+    x_le = np.stack([(padded[t : t + k].T * filters_ek).sum(axis=1) for t in range(len(x_le))])
+    x_le = _silu(x_le + own.get("mixer.conv1d.bias", 0))
+    A_en = -np.exp(own["mixer.A_log"])
+    n, r = A_en.shape[1], own["mixer.dt_proj.weight"].shape[1]
+    step, B_ln, C_ln = np.split(x_le @ own["mixer.x_proj.weight"].T, [r, r + n], axis=-1)
+    delta_le = np.log1p(np.exp(step @ own["mixer.dt_proj.weight"].T + own["mixer.dt_proj.bias"]))
+    state_en, y_le = np.zeros_like(A_en), np.empty_like(x_le)
+    for t in range(len(x_le)):
+        delta_e1 = delta_le[t][:, None]
+        state_en = np.exp(delta_e1 * A_en) * state_en + delta_e1 * B_ln[t] * x_le[t][:, None]
+        y_le[t] = state_en @ C_ln[t] + own["mixer.D"] * x_le[t]
+    out = rounded(y_le * _silu(z_le), group) @ own["mixer.out_proj.weight"].T
+    return out + own.get("mixer.out_proj.bias", 0)
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float = WHOLE_MODEL) -> None:
+    """Hold logits to a share of the largest expected one, or of 1."""
+    assert actual.shape == expected.shape
+    if expected.size:
+        bound = tolerance * max(1.0, float(np.abs(expected).max()))
+        assert float(np.abs(actual - expected).max()) <= bound

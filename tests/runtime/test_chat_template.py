@@ -1,0 +1,168 @@
+"""Chat templates, beside Transformers' rendering of the same."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from anymamba.errors import CheckpointError, InputError, MissingDependencyError
+from anymamba.runtime import chat_template
+from anymamba.runtime.chat_template import render
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": 'Is 1 < 2 & "so on"?'},
+    {"role": "assistant", "content": "  é😀\n"},
+    {"role": "user", "content": "{{ messages }} {% break %}"},
+]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+
+CHATML = """\
+{% for message in messages %}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\\n' }}
+{% endif %}
+"""
+WITH_TOKENS = """\
+{{ bos_token }}{% for message in messages %}
+    {%- if message.role == 'system' %}{% continue %}{% endif %}
+    {%- if message.role == 'user' %}[INST] {{ message.content | trim }} [/INST]
+    {%- else %}{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}
+{%- endfor %}"""
+AS_JSON = "{{ messages | tojson }} {{ messages | tojson(indent=2) }} {{ tools is none }}"
+NAMESPACE = """\
+{% set ns = namespace(last='') %}{% for message in messages %}
+{% set ns.last = message.content %}{% endfor %}{{ ns.last }} {{ dict(a=1).a }} {{ unk_token }}"""
+
+
+@pytest.mark.parametrize("template", [CHATML, WITH_TOKENS, AS_JSON, NAMESPACE, "", "plain\n"])
+@pytest.mark.parametrize("messages", [CHAT, CHAT[1:3], []])
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_it_is_the_text_that_transformers_makes(template, messages, add_generation_prompt):
+    [expected], _ = render_jinja_template(
+        [messages],
+        chat_template=template,
+        add_generation_prompt=add_generation_prompt,
+        **SPECIAL,
+    )
+    assert render(template, messages, add_generation_prompt, SPECIAL) == expected
+
+
+def test_templates_know_the_day():
+    text = render("{{ strftime_now('%Y') }}", [], True, {})
+    assert re.fullmatch(r"20\d\d", text)
+
+
+def test_the_message_with_which_a_template_refuses_reaches_the_user():
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(InputError, match=r"template refuses the messages: roles must alternate"):
+        render(template, CHAT, True, {})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ messages",
+        "{% unknown %}",
+        "{% generation %}",
+        "(" * 2000 + "{{" + "(" * 2000 + "1" + ")" * 2000 + "}}",
+    ],
+)
+def test_a_broken_template(template):
+    with pytest.raises(CheckpointError, match=r"^the chat template is broken: "):
+        render(template, CHAT, True, {})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ nothing.at.all }}",
+        "{% include 'other' %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception.__globals__.json }}",
+        "{{ ('%s' | attr('format'))('x') and ''['__class__']['__mro__'] }}",
+        "{% set _ = messages.append(1) %}",
+        "{{ range(1000000000) | list }}",
+    ],
+)
+def test_a_template_that_fails_or_reaches_out_of_the_sandbox(template):
+    with pytest.raises(CheckpointError, match=r"^the chat template fails: ") as raised:
+        render(template, CHAT, True, {})
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user"},
+        {"content": "a"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": ["a"]},
+        {"role": "user", "content": "a", 1: "b"},
+        "a",
+        None,
+    ],
+)
+def test_messages_of_another_form(message):
+    with pytest.raises(InputError, match=r"^a message is .*, expected a dict of strings with role"):
+        render(CHATML, [message], True, {})
+
+
+def test_the_template_gets_plain_strings():
+    class Loud(str):
+        __slots__ = ()
+
+        def shout(self):
+            return self.upper()
+
+    with pytest.raises(CheckpointError, match=r"no attribute 'shout'"):
+        render("{{ messages[0].content.shout() }}", [{"role": "a", "content": Loud("b")}], True, {})
+
+
+def test_without_jinja_the_error_says_what_to_install():
+    program = (
+        "import sys; sys.modules['jinja2'] = None\n"
+        "from anymamba.runtime.chat_template import render\n"
+        "from anymamba.errors import MissingDependencyError\n"
+        "try: render('', [], True, {})\n"
+        "except MissingDependencyError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "'jinja2', which is not installed: pip install 'anymamba[chat]'" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("version", "safe"),
+    [("3.1.5", False), ("2.11", False), ("3.1.6", True), ("3.2", True), ("4.0.0rc1", True)],
+)
+def test_a_jinja_with_a_broken_sandbox_is_refused(monkeypatch, version, safe):
+    monkeypatch.setattr(chat_template, "version", lambda name: version)
+    chat_template._compiled.cache_clear()
+    if safe:
+        assert render("a", [], True, {}) == "a"
+    else:
+        with pytest.raises(
+            MissingDependencyError, match=rf"jinja2 is {version}, .* 3\.1\.6 or later"
+        ):
+            render("a", [], True, {})
+    chat_template._compiled.cache_clear()
+
+
+def test_jinja_is_imported_only_to_render():
+    program = "import sys, anymamba.runtime.chat_template; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert not set(done.stdout.split()) & {"torch", "transformers", "numpy", "jinja2"}

@@ -1,0 +1,56 @@
+"""What the runtime brings in, and when: never torch, and nothing that a path does not use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .small import write_small
+
+TORCH = {"torch", "transformers", "jaxtyping"}
+LIBRARIES = {"tokenizers", "huggingface_hub", "safetensors"}
+
+
+def loaded_by(script: str, *arguments: object) -> set[str]:
+    program = f"import sys\n{script}\nprint('\\n' + ' '.join(sys.modules))"
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+def test_importing() -> None:
+    assert not loaded_by("import anymamba") & (TORCH | LIBRARIES | {"numpy"})
+    script = (
+        "import pkgutil, importlib, anymamba.runtime as runtime\n"
+        "for module in pkgutil.iter_modules(runtime.__path__):\n"
+        "    importlib.import_module(f'anymamba.runtime.{module.name}')"
+    )
+    assert not loaded_by(script) & (TORCH | LIBRARIES)
+
+
+@pytest.mark.parametrize("kind", ["auto", "f32", "bf16", "int4"])
+def test_tokens_need_numpy_alone(tmp_path: Path, kind: str) -> None:
+    script = (
+        "import anymamba; engine = anymamba.load(sys.argv[1], sys.argv[2])\n"
+        "state = engine.feed(engine.state(), [1, 2, 3])\n"
+        "engine.generate([4], 5, state=state, temperature=0.8, top_k=5, top_p=0.9)\n"
+        "engine.generate_batch([[4], [5, 6]], 5); engine.score([1, 2]); engine.logits([1])\n"
+        "state.save(sys.argv[1] + '/a.state'); engine.load_state(sys.argv[1] + '/a.state')"
+    )
+    loaded = loaded_by(script, write_small(tmp_path), kind)
+    assert not loaded & (TORCH | LIBRARIES)
+    assert "numpy" in loaded
+
+
+def test_text_needs_the_tokenizer_only() -> None:
+    script = "import anymamba; print(anymamba.load().generate('ROMEO:', 5, stop=['x']).text)"
+    assert loaded_by(script) & (TORCH | LIBRARIES) == {"tokenizers"}
+
+
+def test_the_first_token_does_not_wait_for_what_it_does_not_use() -> None:
+    """Modules of numpy and of Python that take time to import, and have no part in it."""
+    script = "import anymamba; anymamba.load().generate('ROMEO:', 1)"
+    assert not loaded_by(script) & {"asyncio", "unittest", "http", "ssl", "concurrent", "requests"}
