@@ -16,7 +16,7 @@ import torch
 
 from tests.benchmarks.conftest import FOLDER, load
 
-SCRIPTS = ("prefill", "decode", "train", "scan", "memory")
+SCRIPTS = ("prefill", "decode", "train", "scan", "memory", "runtime", "context")
 TOOLS = ("chart", "report", "gguf_export")
 NUMBERS = ("ms", "bytes")
 

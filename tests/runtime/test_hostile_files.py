@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from anymamba.errors import CheckpointError
+from anymamba.runtime import sources
 from anymamba.runtime.convert import convert
 from anymamba.runtime.loading import load
 
@@ -105,6 +107,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 WRITER = """
 import sys
+from anymamba.runtime import sources
 from anymamba.runtime.convert import convert
 for i in range(int(sys.argv[3])):
     convert(sys.argv[1], sys.argv[2], "gguf", ("f32", "q8_0")[i % 2], overwrite=True)
@@ -122,6 +125,32 @@ def test_who_reads_a_file_that_is_replaced_sees_one_or_the_other(folder: Path) -
     assert output(reader) <= versions
     output(writer)
     assert [entry.name for entry in folder.parent.iterdir()].count(file.name) == 1
+
+
+@pytest.mark.parametrize("size", ["shorter", "longer", "alike"])
+def test_a_file_replaced_between_header_and_weights_is_not_mixed(
+    size: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The header of one file would cut the bytes of another into wrong numbers."""
+    opened = sources.open_checkpoint
+
+    def replaced_meanwhile(path: Path) -> Any:
+        checkpoint = opened(path)
+        stored = tiny_files.tensors()
+        if size == "alike":  # the same bytes in all, but another order
+            a, b = (f"backbone.layers.{i}.mixer.in_proj.weight" for i in (0, 1))
+            stored[a], stored[b] = stored[a].reshape(32, 128), stored[b].reshape(32, 128)
+        else:
+            dtype = np.float16 if size == "shorter" else np.float64
+            stored = {name: tensor.astype(dtype) for name, tensor in stored.items()}
+        save_file(stored, folder.with_name("newer"))
+        folder.with_name("newer").replace(folder / "model.safetensors")
+        return checkpoint
+
+    monkeypatch.setattr(sources, "open_checkpoint", replaced_meanwhile)
+    with pytest.raises(CheckpointError, match="replaced while"):
+        convert(folder, folder.with_name("new"))
+    assert not folder.with_name("new").exists()
 
 
 def test_a_model_that_is_replaced_stays_for_who_has_it(folder: Path) -> None:

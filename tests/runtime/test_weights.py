@@ -282,3 +282,12 @@ def test_the_digest_is_of_what_was_mapped(tmp_path: Path) -> None:
     save_file(small_weights(seed=1), tmp_path / "new.safetensors")
     (tmp_path / "new.safetensors").replace(tmp_path / "model.safetensors")
     assert weights.digest() == before != loaded(tmp_path).digest()
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(tmp_path: Path) -> None:
+    """By one in which the numbers lie elsewhere: what was read of the old one does not hold."""
+    opened = open_checkpoint(write_small(tmp_path))
+    write_small(tmp_path, dtype=np.float16)
+    with pytest.raises(CheckpointError, match="was replaced while it was opened"):
+        load_weights(opened)
+    assert loaded(tmp_path).kind == "f16"

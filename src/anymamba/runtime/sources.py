@@ -137,6 +137,11 @@ class _Mapped(Mapping[str, NDArray[Any]]):
                 f"{name} in {str(record.file)!r} is stored as {record.dtype}, expected one of "
                 f"{', '.join(_TYPES)}"
             )
+        # The numbers must come from the file whose header was read, and not from a newer one.
+        if self._files.header(record.file).tensors.get(record.name) != record:
+            raise CheckpointError(
+                f"{str(record.file)!r} was replaced while it was read; convert the model again"
+            )
         data = np.frombuffer(self._files.bytes_of(record), _TYPES[record.dtype])
         return data.reshape(record.shape)
 
