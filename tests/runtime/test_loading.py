@@ -150,6 +150,10 @@ def test_no_such_number_of_threads(threads: int) -> None:
 
 
 def test_threads_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANYMAMBA_NUM_THREADS", raising=False)
+    script = "from anymamba import _core; print(_core.threads())"  # which counts by itself
+    counted = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert anymamba.load().threads == int(counted.stdout)
     monkeypatch.setenv("ANYMAMBA_NUM_THREADS", "1")
     assert anymamba.load().threads == 1
     assert anymamba.load(threads=2).threads == 2
