@@ -10,24 +10,58 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
+from safetensors.numpy import save_file
 
-from anymamba import MambaConfig, MambaForCausalLM
 from anymamba.assets import bundled_model
 from anymamba.cli.main import main
 
+VOCABULARY, WIDTH, CHANNELS, STATES, RANK, WINDOW = 256, 16, 32, 16, 1, 4
+SHAPES = {
+    "backbone.embeddings.weight": (VOCABULARY, WIDTH),
+    "backbone.layers.0.norm.weight": (WIDTH,),
+    "backbone.layers.0.mixer.in_proj.weight": (2 * CHANNELS, WIDTH),
+    "backbone.layers.0.mixer.conv1d.weight": (CHANNELS, 1, WINDOW),
+    "backbone.layers.0.mixer.conv1d.bias": (CHANNELS,),
+    "backbone.layers.0.mixer.x_proj.weight": (RANK + 2 * STATES, CHANNELS),
+    "backbone.layers.0.mixer.dt_proj.weight": (CHANNELS, RANK),
+    "backbone.layers.0.mixer.dt_proj.bias": (CHANNELS,),
+    "backbone.layers.0.mixer.A_log": (CHANNELS, STATES),
+    "backbone.layers.0.mixer.D": (CHANNELS,),
+    "backbone.layers.0.mixer.out_proj.weight": (WIDTH, CHANNELS),
+    "backbone.norm_f.weight": (WIDTH,),
+    # A head of its own: with the embeddings for a head a random model says one word again
+    # and again.
+    "lm_head.weight": (VOCABULARY, WIDTH),
+}
+
 
 def write_model(folder: Path, **settings: Any) -> Path:
-    """A random model of bytes in `folder`, always the same."""
-    torch.manual_seed(0)
+    """A random model of bytes in `folder`, always the same. Needs no torch."""
+    random = np.random.default_rng(0)
+    # Logits far apart, so that the likeliest token has no rival.
+    weights = {
+        name: (0.5 * random.standard_normal(shape)).astype(np.float32)
+        for name, shape in SHAPES.items()
+    }
+    for name in ("backbone.norm_f.weight", "backbone.layers.0.norm.weight"):
+        weights[name] = np.ones(WIDTH, np.float32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     names: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    # Logits far apart, so that the likeliest token has no rival; a head of its own, because with
-    # the embeddings for a head a random model says one word again and again.
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "initializer_range": 0.5}
-    sizes["tie_word_embeddings"] = False
-    config = MambaConfig(vocab_size=256, **sizes, **(names | settings))
-    MambaForCausalLM(config).save_pretrained(folder)
+    config = {
+        "model_type": "mamba",
+        "architectures": ["MambaForCausalLM"],
+        "dtype": "float32",
+        "vocab_size": VOCABULARY,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 1,
+        "state_size": STATES,
+        "time_step_rank": RANK,
+        "conv_kernel": WINDOW,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(config | names | settings))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model() / name, folder)
     return folder

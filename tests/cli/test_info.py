@@ -14,7 +14,7 @@ import torch
 from anymamba import MambaCache, MambaConfig, MambaForCausalLM, __version__
 from anymamba.assets import bundled_model
 from anymamba.cli import about_machine
-from anymamba.cli.about_model import size
+from anymamba.cli.sizes import size
 from anymamba.errors import CheckpointError
 from anymamba.ops import available_backends
 
@@ -155,3 +155,36 @@ def test_a_broken_torch_is_not_called_missing(monkeypatch):
 )
 def test_sizes_are_readable(count, text):
     assert size(count) == text
+
+
+def test_a_state(tiny, tmp_path, anymamba):
+    state = tmp_path / "a.state"
+    (tmp_path / "a.txt").write_text("To be")
+    options = ("--save-state", state, "--model", tiny)
+    assert anymamba("ingest", tmp_path / "a.txt", *options).status == 0
+    facts = anymamba("info", state, "--json").json
+    assert facts["token_counts"] == [5]
+    assert facts["model"]["hidden_size"] == 16
+    assert facts["bytes"] == state.stat().st_size
+    assert len(facts["weights_digest"]) == 64
+    text = anymamba("info", state).out
+    assert facts["weights_digest"] in text
+    assert "hidden_size" in text
+
+
+@pytest.mark.parametrize("content", [b"", b"words", b"\x10" + bytes(7) + b'{"a":' + b"1" * 11])
+def test_a_file_that_is_neither_model_nor_state(content, tmp_path, anymamba):
+    (tmp_path / "file").write_bytes(content)
+    assert str(tmp_path / "file") in anymamba("info", tmp_path / "file").complaint
+
+
+def test_weights_that_are_no_state(tiny, anymamba):
+    assert "no state" in anymamba("info", tiny / "model.safetensors").complaint
+
+
+def test_another_program_s_quantization_is_named(tiny, tmp_path, anymamba):
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tiny / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "gptq" in anymamba("info", tmp_path).complaint

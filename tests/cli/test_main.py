@@ -116,16 +116,32 @@ def test_a_terminal_without_a_character_does_not_end_the_program():
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf?\n", "")
 
 
-@pytest.mark.parametrize("package", ["torch", "transformers"])
-def test_generate_without_a_package_says_what_to_install(package):
+def test_a_defect_of_the_program_is_not_hidden():
+    """Status 1 and a traceback, which is what there is to report."""
     program = (
         "import sys\n"
-        f"sys.modules[{package!r}] = None\n"
-        "from anymamba.cli.main import main\n"
-        "sys.exit(main(['generate', 'a']))\n"
+        "from anymamba.cli import main as m\n"
+        "m.run_command = lambda argv: 1 / 0\n"
+        "sys.exit(m.main([]))\n"
     )
     done = python(program)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert f"{package!r}" in done.stderr
-    assert "pip install 'anymamba[torch]'" in done.stderr
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_prompt_may_be_a_command_s_name():
+    program = (
+        "import sys\n"
+        "from anymamba.cli.main import main\n"
+        "status = main(['generate', 'chat', '--max-new-tokens', '1'])\n"
+        "assert 'anymamba.cli.chat' not in sys.modules\n"
+        "sys.exit(status)\n"
+    )
+    assert python(program).returncode == 0
+
+
+@pytest.mark.parametrize("status", ["0", "1", "2", "130", "141"])
+def test_the_help_text_tells_what_the_exit_status_means(status, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert f"\n  {status} " in capsys.readouterr().out.partition("exit status:")[2]

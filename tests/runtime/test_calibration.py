@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import anymamba
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import open_checkpoint
 from anymamba.errors import ConfigError, InputError
@@ -26,17 +27,6 @@ from anymamba.runtime.weights import load_weights
 
 from .small import CONFIG, assert_close, reference_logits, small_weights, words
 
-# Written for this test in the manner of the bundled model's training text, of which it is no part.
-VERSE = """\
-DUKE:
-What news, good sir? The night is dark and cold,
-And all my men are weary of the war.
-
-MESSENGER:
-My lord, the king is dead, and in his place
-His brother sits, and will not hear thy name.
-"""
-
 
 def weights(n: int, k: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
@@ -52,7 +42,8 @@ def inputs(rows: int, k: int, seed: int = 1) -> np.ndarray:
 def squared_error(made: QuantizedArray, weight: np.ndarray) -> np.ndarray:
     """(n, g): the squared error of each group."""
     error = (dequantize(made) - weight).astype(np.float64) ** 2
-    return error.reshape(weight.shape[0], -1, made.group).sum(axis=2)
+    n, k = weight.shape
+    return error.reshape(n, k // made.group, made.group).sum(axis=2)
 
 
 @given(
@@ -109,7 +100,7 @@ def test_feedback_is_the_method_as_its_paper_begins_with_it(symmetric: bool) -> 
     """Optimal Brain Quantization in a fixed order: the inverse of what is left, anew each time."""
     weight, recipe = weights(6, 64), Recipe(4, 32, symmetric, search=False)
     moment = second_moment([inputs(400, 64)])
-    hessian = moment + 0.01 * np.mean(np.diag(moment)) * np.eye(64)
+    hessian = moment + 0.1 * np.mean(np.diag(moment)) * np.eye(64)
     left, expected = weight.astype(np.float64), np.empty((6, 64))
     scales = np.empty((6, 2))
     for j in range(64):
@@ -192,7 +183,6 @@ def test_windows_lie_side_by_side_and_over_all_of_the_text(
     assert (np.diff(starts) >= size).all()
     if len(starts) > 1:
         assert starts[-1] + 2 * size > length
-    assert (cut % 1 == 0).all()
 
 
 def test_an_empty_text_is_refused() -> None:
@@ -290,41 +280,40 @@ def test_models_and_texts_that_cannot_be_calibrated() -> None:
 
 
 def test_on_the_bundled_model_each_step_lowers_the_error() -> None:
-    """Calibrated on the verse's first half, held against the second."""
-    weights_ = load_weights(open_checkpoint(bundled_model()), "f32")
-    tensors: Any = weights_.tensors
-    half = len(VERSE) // 2
-    ids = np.frombuffer(VERSE.encode(), np.uint8).astype(np.int64)
-    large = {
-        n for n in tensors if n.endswith(("embeddings.weight", "in_proj.weight", "out_proj.weight"))
-    }
+    """On texts that it wrote itself: calibrated on eight of them, held against four others."""
+    texts = anymamba.load().generate_batch([[10]] * 12, 256, temperature=1.0, seed=1)
+    ids_bl = np.array([text.ids for text in texts])
+    model = load_weights(open_checkpoint(bundled_model()), "f32")
+    tensors: Any = model.tensors
+    large = [name for name in tensors if name.endswith(LARGE_ENDINGS)]
+    expected = log_probabilities(tensors, model.config, ids_bl[8:])
 
-    def divergence(changed: dict[str, QuantizedArray]) -> float:
-        """How many nats a token the quantized model's predictions lose against the original's."""
-        both = [
-            _log_probabilities(tensors | given, weights_.config, ids[half:])
-            for given in ({}, changed)
-        ]
-        return float((np.exp(both[0]) * (both[0] - both[1])).sum(axis=1).mean())
+    def loss(changed: dict[str, QuantizedArray]) -> float:
+        """The nats a token that the changed model's predictions lose against the original's."""
+        found = log_probabilities(tensors | changed, model.config, ids_bl[8:])
+        return float((np.exp(expected) * (expected - found)).sum(axis=-1).mean())
 
     plain, searched = (
         {name: Recipe(4, 128, search=search).rounded(tensors[name], name) for name in large}
         for search in (False, True)
     )
-    text = windows_of(ids[:half])
-    fed_back = dict(calibrate(tensors.get, weights_.config, text, Recipe(4, 128)))
-    assert fed_back.keys() == large
-    losses = [divergence(changed) for changed in (plain, searched, fed_back)]
-    assert losses[2] < losses[1] < losses[0] < 0.05
+    fed_back = dict(calibrate(tensors.get, model.config, ids_bl[:8], Recipe(4, 128)))
+    assert sorted(fed_back) == sorted(large)
+    assert loss(fed_back) < 0.8 * loss(searched)
+    assert loss(searched) < 0.95 * loss(plain)
+    assert loss(plain) < 0.02
 
 
-def _log_probabilities(tensors: Any, config: Any, ids: np.ndarray) -> np.ndarray:
+LARGE_ENDINGS = ("embeddings.weight", "in_proj.weight", "out_proj.weight")
+
+
+def log_probabilities(tensors: Any, config: Any, ids_bl: np.ndarray) -> np.ndarray:
+    """What a model says of each next token, (b, l, v)."""
     table = tensors["backbone.embeddings.weight"]
-    wide = dequantize(table) if isinstance(table, QuantizedArray) else table
-    hidden = wide[ids[None]]
+    hidden = (dequantize(table) if isinstance(table, QuantizedArray) else table)[ids_bl]
     for index in range(config["num_hidden_layers"]):
         hidden = Layer.read(index, tensors.get, config).run(hidden)
-    logits = linear(normed(hidden, tensors["backbone.norm_f.weight"], 1e-5), table)[0]
-    logits = logits.astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    last = normed(hidden, tensors["backbone.norm_f.weight"], 1e-5)
+    logits = linear(last, table).astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.cli.sizes import size
 from anymamba.cli.table import table
 
 if TYPE_CHECKING:
@@ -19,8 +20,12 @@ _BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _FLOAT32 = 4
 
 
-def describe(model: str) -> dict[str, Any]:
+def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
     """The architecture, the sizes and the files of a model in a folder or on the hub.
+
+    Args:
+        model: a folder, or a name on the hub.
+        offline: whether to use what was downloaded before, and no network.
 
     Raises:
         CheckpointError: it is not there, or its files are broken or do not fit together.
@@ -32,20 +37,23 @@ def describe(model: str) -> dict[str, Any]:
         open_checkpoint,
         resolve,
     )
+    from anymamba.checkpoint.quantized import quantized_bits, quantized_shapes
 
-    checkpoint = open_checkpoint(resolve(model))
+    checkpoint = open_checkpoint(resolve(model, offline=offline))
     shape = model_shape(checkpoint.config)
     expected = expected_shapes(checkpoint.config)
-    # Of a pickle the shapes are not known; those of quantized weights are another matter.
-    if not checkpoint.pickled and "quantization_config" not in checkpoint.config:
+    bits = quantized_bits(checkpoint.config)
+    if not checkpoint.pickled:  # of a pickle the shapes are not known
         found = {name: record.shape for name, record in checkpoint.tensors.items()}
-        check_tensors(found, expected, checkpoint.folder)
+        stored = quantized_shapes(checkpoint.config, found) if bits else expected
+        check_tensors(found, stored, checkpoint.folder)
     return {
         "model": model,
         "folder": str(checkpoint.folder),
         "layout": checkpoint.layout,
         "architecture": architecture(shape),
         "parameters": sum(math.prod(dimensions) for dimensions in expected.values()),
+        "quantization": checkpoint.config["quantization_config"] if bits else None,
         "dtypes": stored_types(checkpoint),
         "state_bytes": state_bytes(shape, checkpoint),
         "files": files(checkpoint.folder),
@@ -79,7 +87,8 @@ def stored_types(checkpoint: Checkpoint) -> dict[str, int]:
 def state_bytes(shape: ModelShape, checkpoint: Checkpoint) -> dict[str, int]:
     """What the memory of one sequence takes, however long it is.
 
-    The convolution's window has the type that most weights have; the state is float32 always.
+    The convolution's window has the type that most weights have, unless these are quantized; the
+    state is float32 always.
     """
     types = stored_types(checkpoint)
     commonest = max(types, key=types.__getitem__) if types else "F32"
@@ -95,6 +104,14 @@ def files(folder: Path) -> list[dict[str, Any]]:
     return [{"name": path.name, "bytes": path.stat().st_size} for path in found]
 
 
+def quantization_in_words(fields: dict[str, Any] | None) -> str:
+    """How the large weights are stored."""
+    if fields is None:
+        return "no"
+    kind = "symmetric" if fields.get("symmetric", True) else "with an offset"
+    return f"{fields['bits']} bits in groups of {fields.get('group_size', '?')}, {kind}"
+
+
 def as_text(facts: dict[str, Any]) -> str:
     """The same for people."""
     types = ", ".join(f"{name} ({count:,})" for name, count in facts["dtypes"].items())
@@ -105,6 +122,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("layout", facts["layout"]),
         ("parameters", f"{facts['parameters']:,}"),
         ("stored as", types or "a pickle, which does not tell before it is loaded"),
+        ("quantized", quantization_in_words(facts["quantization"])),
         (
             "state",
             f"{size(state['total'])} a sequence, at any length (convolution windows "
@@ -116,11 +134,3 @@ def as_text(facts: dict[str, Any]) -> str:
     parts.append("files")
     parts.append(table([(f"  {file['name']}", size(file["bytes"])) for file in facts["files"]]))
     return "\n".join(parts)
-
-
-def size(count: int) -> str:
-    """A number of bytes in the unit that fits."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} bytes"

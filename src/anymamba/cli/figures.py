@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from anymamba.cli.generation import Continuation
+from anymamba.cli.continuation import Continuation
 
 __all__ = ["figures_line", "figures_of"]
 
@@ -15,11 +16,11 @@ def figures_of(prompt_tokens: int, continuation: Continuation) -> dict[str, floa
     The first new token comes out of reading the prompt, so that it counts there and not in the
     speed of the new ones.
     """
-    later_tokens = len(continuation.tokens) - 1
+    later_tokens = len(continuation.ids) - 1
     return {
         "prompt_tokens": prompt_tokens,
         "prompt_tokens_per_second": rate(prompt_tokens, continuation.prompt_seconds),
-        "new_tokens": len(continuation.tokens),
+        "new_tokens": len(continuation.ids),
         "new_tokens_per_second": rate(later_tokens, continuation.new_seconds),
         "peak_memory_bytes": peak_memory(),
     }
@@ -46,9 +47,20 @@ def rate(count: int, seconds: float) -> float | None:
 def peak_memory() -> int | None:
     """The most memory that this process has held, in bytes; None where the system cannot say."""
     try:
+        # Linux counts what the process had before it became this program into `ru_maxrss`.
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        (most,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
+        return int(most) * 1024
+    except (OSError, ValueError):
+        return most_resident()
+
+
+def most_resident() -> int | None:
+    """The same, as other systems tell it."""
+    try:
         import resource
     except ImportError:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in kilobytes, macOS in bytes.
+    # macOS counts in bytes, others in kilobytes.
     return most if sys.platform == "darwin" else most * 1024

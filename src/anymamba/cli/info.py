@@ -1,22 +1,28 @@
-"""`anymamba info`: describe a model on disk, or what this machine offers."""
+"""`anymamba info`: describe a model or a state on disk, or what this machine offers."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from anymamba.cli.model_options import add_offline_argument
 from anymamba.cli.quiet import quiet
 
 __all__ = ["add_arguments", "run"]
 
 DESCRIPTION = """\
 With MODEL, describe a model: what it is built of, how large it and its state are, and its files.
-No weights are loaded, and PyTorch is not needed. Without MODEL, describe this installation.
+With the file of a state, tell how much it has read, and of which model it is. No weights are
+loaded, and PyTorch is not needed. Without MODEL, describe this installation.
 """
 EXAMPLES = """\
 examples:
   anymamba info
   anymamba info ./my-model
+  anymamba info book.state
   anymamba info state-spaces/mamba-130m-hf --json
 """
 
@@ -24,17 +30,40 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba info`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a folder, or a name on the hub")
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a folder, a GGUF file, a state's file, or a name on the hub",
+    )
+    add_offline_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Describe, and print."""
-    from anymamba.cli import about_machine, about_model
-
     with quiet():
-        if arguments.model is None:
-            facts, text = about_machine.describe(), about_machine.as_text
-        else:
-            facts, text = about_model.describe(arguments.model), about_model.as_text
-    print(json.dumps(facts) if arguments.json else text(facts))
+        facts, as_text = describe(arguments.model, arguments.offline)
+    print(json.dumps(facts) if arguments.json else as_text(facts))
+
+
+def describe(
+    model: str | None, offline: bool
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], str]]:
+    """What there is to say, and how to say it to people."""
+    if model is None:
+        from anymamba.cli import about_machine
+
+        return about_machine.describe(), about_machine.as_text
+    file = Path(model).expanduser()
+    if model and file.is_file():
+        if file.suffix.lower() == ".gguf":
+            from anymamba.cli import about_gguf
+
+            return about_gguf.describe(file), about_gguf.as_text
+        from anymamba.cli import about_state
+
+        return about_state.describe(file), about_state.as_text
+    from anymamba.cli import about_model
+
+    return about_model.describe(model, offline=offline), about_model.as_text

@@ -1,8 +1,8 @@
 """The `anymamba` command: finds the command that was asked for, and says what went wrong.
 
 Each command is a module of this package with two functions, `add_arguments(parser)` and
-`run(arguments)`. Only the chosen one is imported, and none imports torch before it must, because
-a person waits for each of these imports.
+`run(arguments)`. Only the chosen one is imported, and none imports what is slow before it must,
+because a person waits for each of these imports.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -20,13 +20,35 @@ from anymamba.errors import AnyMambaError, InputError
 
 COMMANDS = {
     "generate": "continue a text with a model",
-    "info": "describe a model, or this machine",
+    "chat": "talk with a model, line by line",
+    "ingest": "read texts of any length into a state file",
+    "info": "describe a model, a state, or this machine",
+    "score": "tell how well a model predicts a text",
+    "lambada": "test a model on the last words of passages",
+    "bench": "measure how fast a model runs here",
+    "quantize": "store a model with 8- or 4-bit weights",
+    "convert": "store a model in another layout",
+    "completion": "print a script that lets a shell complete commands",
 }
 
 EXIT_FAILURE = 2
 # What a shell reports for programs ended by the signals SIGINT and SIGPIPE.
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141
+
+EPILOG = """\
+examples:
+  anymamba generate "ROMEO:" --max-new-tokens 300
+  anymamba chat
+  anymamba COMMAND --help
+
+exit status:
+  0    done
+  1    a defect of this program, with a traceback to report
+  2    a mistake or something missing, named in one line on standard error
+  130  interrupted by Ctrl-C
+  141  whoever read the output stopped reading
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,11 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status.
-
-    0: done. 2: a mistake, named in one line on standard error. 130: interrupted by Ctrl-C.
-    141: whoever read the output stopped reading.
-    """
+    """Run the command line and return the exit status, one of those that `--help` lists."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character shows a question mark, which is better than ending.
         sys.stdout.reconfigure(errors="replace")
@@ -61,10 +79,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(argv: Sequence[str]) -> None:
     """Parse the arguments and call the command that they name."""
+    # The command is the first argument that is no option: before it stand none with a value.
+    asked = next((argument for argument in argv if not argument.startswith("-")), None)
+    arguments = build_parser([asked] if asked in COMMANDS else []).parse_args(argv)
+    import_module(f"anymamba.cli.{arguments.command}").run(arguments)
+
+
+def build_parser(complete: Collection[str]) -> argparse.ArgumentParser:
+    """The parser of the command line, in which only the commands named have their options.
+
+    Loading the module of a command that nobody asked for would only cost time.
+    """
     top = Parser(
         prog="anymamba",
         description="Mamba language models on any machine.",
-        epilog='example: anymamba generate "ROMEO:" --max-new-tokens 300',
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"anymamba {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -72,11 +102,9 @@ def run_command(argv: Sequence[str]) -> None:
         parser = commands.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        # Loading the module of a command that nobody asked for would only cost time.
-        if name in argv:
+        if name in complete:
             import_module(f"anymamba.cli.{name}").add_arguments(parser)
-    arguments = top.parse_args(argv)
-    import_module(f"anymamba.cli.{arguments.command}").run(arguments)
+    return top
 
 
 def forget_output() -> None:

@@ -9,14 +9,18 @@ from anymamba.errors import InputError
 __all__ = ["prompt_from"]
 
 
-def prompt_from(argument: str | None) -> str:
+def prompt_from(argument: str | None, *, needed: bool = True) -> str:
     """The prompt given as an argument, else what standard input holds, less one line end.
+
+    Args:
+        argument: as given, or None.
+        needed: whether there must be one; else a terminal is not read from, and it is empty.
 
     Raises:
         InputError: there is none, or it is no text.
     """
     if argument is None:
-        return read_prompt()
+        return "" if not needed and nothing_is_piped() else read_prompt()
     try:
         argument.encode("utf-8")
     except UnicodeEncodeError:
@@ -24,9 +28,14 @@ def prompt_from(argument: str | None) -> str:
     return argument
 
 
+def nothing_is_piped() -> bool:
+    """Whether reading standard input would wait for someone to type."""
+    return sys.stdin is None or sys.stdin.isatty()
+
+
 def read_prompt() -> str:
     """All of standard input, without the one line end that `echo` adds."""
-    if sys.stdin is None or sys.stdin.isatty():
+    if nothing_is_piped():
         raise InputError('no prompt: give one, as in `anymamba generate "ROMEO:"`, or pipe one in')
     try:
         text = sys.stdin.buffer.read().decode("utf-8")

@@ -31,7 +31,7 @@ class _Quantized(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`.to(dtype)` moves the weight and leaves its format alone."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name in PARTS[1:]:
             part = getattr(self, name)
             if part is not None and part.dtype != torch.bfloat16:

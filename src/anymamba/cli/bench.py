@@ -1,0 +1,104 @@
+"""`anymamba bench`: how fast a model runs here, by kind of weights and number of threads."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from anymamba.cli.model_options import WEIGHTS, add_offline_argument
+from anymamba.cli.quiet import quiet
+from anymamba.cli.values import integer
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Measure how fast a model reads a prompt (prefill) and writes tokens (decode), for each kind of
+weights and number of threads. Beside it stands the limit of this machine: each new token reads
+all weights once, so that nothing writes faster than memory is read.
+"""
+EXAMPLES = """\
+examples:
+  anymamba bench
+  anymamba bench state-spaces/mamba-130m-hf --weights int8 int4
+  anymamba bench ./my-model --threads 1 2 4 --json
+"""
+KINDS = tuple(kind for kind in WEIGHTS if kind != "auto")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba bench`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument(
+        "model", nargs="?", metavar="MODEL", help="a folder, a GGUF file or a name on the hub"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", choices=WEIGHTS, default=KINDS, help="kinds; default: all"
+    )
+    parser.add_argument(
+        "--threads",
+        nargs="+",
+        type=integer(1, 1024),
+        metavar="N",
+        help="numbers of threads; default: 1 and one a core",
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=integer(1), default=512, metavar="N", help="default 512"
+    )
+    parser.add_argument("--new-tokens", type=integer(1), default=64, metavar="N", help="default 64")
+    parser.add_argument(
+        "--repeats", type=integer(1), default=3, metavar="N", help="default 3; the median counts"
+    )
+    add_offline_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure one combination after the other, and print."""
+    from anymamba.cli.speed import Effort, Speed, measure
+    from anymamba.cli.table import columns
+    from anymamba.runtime.loading import load
+
+    effort = Effort(arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)
+    speeds: list[Speed] = []
+    for kind in dict.fromkeys(arguments.weights):
+        for threads in dict.fromkeys(arguments.threads or default_threads()):
+            if not arguments.json:
+                print(f"measuring {kind} with {threads} threads", file=sys.stderr)
+            with quiet():
+                engine = load(
+                    arguments.model, weights=kind, threads=threads, offline=arguments.offline
+                )
+                speeds.append(measure(engine, threads, effort))
+    if arguments.json:
+        model = "bundled" if arguments.model is None else arguments.model
+        print(json.dumps({"model": model, "speeds": [speed.as_json() for speed in speeds]}))
+        return
+    head = ("weights", "threads", "size", "prefill", "decode", "limit", "of the limit")
+    print(columns([head, *map(row, speeds)]))
+    print("prefill, decode and limit in tokens a second")
+
+
+def row(speed: object) -> tuple[str, ...]:
+    """A line of the table."""
+    from anymamba.cli.sizes import size
+    from anymamba.cli.speed import Speed
+
+    assert isinstance(speed, Speed)
+    return (
+        speed.weights,
+        str(speed.threads),
+        size(speed.weight_bytes),
+        f"{speed.prefill_tokens_per_second:,.0f}",
+        f"{speed.decode_tokens_per_second:,.1f}",
+        f"{speed.limit_tokens_per_second:,.1f}",
+        f"{speed.share_of_limit:.2f}",
+    )
+
+
+def default_threads() -> list[int]:
+    """One, and as many as the runtime would take."""
+    import os
+
+    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [1, most or 1]

@@ -1,0 +1,120 @@
+"""The chat template that comes with a tokenizer: how a conversation is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anymamba.checkpoint.json_object import MAX_JSON_BYTES, read_json_object
+from anymamba.errors import CheckpointError
+from anymamba.runtime.gguf_names import is_gguf
+
+__all__ = ["ChatTemplate", "Message", "find_template"]
+
+Message = dict[str, str]
+"""What was said: its `role` ("user" or "assistant") and its `content`."""
+
+GGUF_SPECIAL = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template in the Jinja language, and the special tokens that it may name."""
+
+    source: str
+    special_tokens: dict[str, str]
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The conversation as text, up to where the model's answer begins.
+
+        Raises:
+            InputError: the template refuses the messages.
+            CheckpointError: the template is broken.
+            MissingDependencyError: Jinja is not installed.
+        """
+        from anymamba.runtime.chat_template import render
+
+        return render(self.source, messages, True, self.special_tokens)
+
+
+def find_template(place: Path) -> ChatTemplate | None:
+    """The template beside a tokenizer, or None where it comes without one.
+
+    Args:
+        place: the tokenizer's folder, or its file.
+
+    Raises:
+        CheckpointError: it is broken.
+    """
+    if is_gguf(place):
+        return template_of_gguf(place)
+    folder = place if place.is_dir() else place.parent
+    file = folder / "tokenizer_config.json"
+    settings = read_json_object(file) if file.is_file() else {}
+    source = read_own_file(folder / "chat_template.jinja") or of_several(
+        settings.get("chat_template")
+    )
+    if source is None:
+        return None
+    if not isinstance(source, str):
+        raise CheckpointError(f"chat_template in {str(file)!r} is no text, nor one of several")
+    return ChatTemplate(source, special_tokens(settings))
+
+
+def template_of_gguf(file: Path) -> ChatTemplate | None:
+    """The template in a GGUF file, whose special tokens are places in its vocabulary."""
+    from anymamba.runtime.gguf_header import read_gguf_header
+
+    values = read_gguf_header(file).metadata
+    source = values.get("tokenizer.chat_template")
+    if not isinstance(source, str):
+        return None
+    vocabulary = values.get("tokenizer.ggml.tokens")
+    texts = dict(enumerate(vocabulary)) if isinstance(vocabulary, list) else {}
+    tokens = {}
+    for name, key in GGUF_SPECIAL.items():
+        number = values.get(f"tokenizer.ggml.{key}_token_id")
+        text = texts.get(number) if isinstance(number, int) else None
+        if isinstance(text, str):
+            tokens[name] = text
+    return ChatTemplate(source, tokens)
+
+
+def read_own_file(file: Path) -> str | None:
+    """The template where it has a file of its own."""
+    if not file.is_file():
+        return None
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{str(file)!r} is larger than {MAX_JSON_BYTES} bytes")
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{str(file)!r} is not UTF-8 text: {error}") from None
+
+
+def of_several(found: object) -> object:
+    """Of several templates with names, that called `default`."""
+    if not isinstance(found, list):
+        return found
+    named = [entry for entry in found if isinstance(entry, dict)]
+    return next((entry.get("template") for entry in named if entry.get("name") == "default"), found)
+
+
+def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The special tokens, each of them text or an object with its content."""
+    tokens = {}
+    for name in GGUF_SPECIAL:
+        token = settings.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if isinstance(content, str):
+            tokens[name] = content
+    return tokens

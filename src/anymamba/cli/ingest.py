@@ -1,0 +1,133 @@
+"""`anymamba ingest`: read texts of any length into a state, once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from anymamba.cli.figures import peak_memory, rate
+from anymamba.cli.model_options import add_model_arguments, add_weights_arguments
+from anymamba.cli.opening import (
+    beginning_state,
+    beginning_tokens,
+    check_writable,
+    model_name,
+    open_engine,
+)
+from anymamba.cli.quiet import quiet
+
+if TYPE_CHECKING:
+    from anymamba.cli.progress import Progress
+    from anymamba.runtime.engine import Engine
+    from anymamba.runtime.state import State
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Read texts into a state and store it. The state has the same size however long the texts are, and
+so has the memory that reading takes. `generate --state` and `chat --state` continue from it at
+once. Files are read one after another with nothing between them; - is standard input.
+"""
+EXAMPLES = """\
+examples:
+  anymamba ingest book.txt --save-state book.state
+  anymamba ingest part1.txt part2.txt --save-state both.state --model ./my-model
+  tail -n 1000 log.txt | anymamba ingest - --state book.state --save-state more.state
+"""
+
+STRETCH_TOKENS = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba ingest`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text, or -")
+    parser.add_argument("--save-state", required=True, metavar="FILE", help="where the state goes")
+    parser.add_argument("--state", metavar="FILE", help="the state to go on from")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_model_arguments(parser)
+    add_weights_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read, store, and tell how it went."""
+    from anymamba.cli.progress import Progress
+    from anymamba.cli.text_files import size_of
+
+    check_writable(arguments.save_state)
+    total = size_of(arguments.files)
+    with quiet():
+        engine = open_engine(arguments)
+        state = beginning_state(engine, arguments.state)
+        start = time.perf_counter()
+        with Progress(total, visible=not arguments.quiet) as progress:
+            reader = Reader(engine, state, progress)
+            for name in arguments.files:
+                reader.read(name)
+        seconds = time.perf_counter() - start
+        state.save(arguments.save_state)
+    figures = {
+        "tokens": reader.tokens,
+        "bytes": reader.bytes,
+        "tokens_per_second": rate(reader.tokens, seconds),
+        "peak_memory_bytes": peak_memory(),
+    }
+    report(arguments, figures)
+
+
+class Reader:
+    """Feeds files to a state, and counts.
+
+    Args:
+        engine: the model.
+        state: advanced in place.
+        progress: told after each stretch of tokens.
+    """
+
+    def __init__(self, engine: Engine, state: State, progress: Progress) -> None:
+        self.bytes = 0
+        self.tokens = 0
+        self._engine = engine
+        self._state = state
+        self._progress = progress
+
+    def read(self, name: str) -> None:
+        """Feed one file."""
+        from anymamba.cli.text_files import read_blocks
+        from anymamba.cli.tokens_of_blocks import tokens_of_blocks
+
+        if self._state.token_count == 0:
+            self._feed(beginning_tokens(self._engine))
+        encode = partial(self._engine.tokenize, special=False)
+        for tokens in tokens_of_blocks(read_blocks(name, self._count), encode):
+            self._feed(tokens)
+
+    def _feed(self, tokens: Sequence[int]) -> None:
+        # In stretches, between which progress is shown.
+        for start in range(0, len(tokens), STRETCH_TOKENS):
+            stretch = tokens[start : start + STRETCH_TOKENS]
+            self._engine.feed(self._state, stretch)
+            self.tokens += len(stretch)
+            self._progress.show(self.bytes, self.tokens)
+
+    def _count(self, size: int) -> None:
+        self.bytes += size
+
+
+def report(arguments: argparse.Namespace, figures: dict[str, float | int | None]) -> None:
+    """Tell what was read and where it is."""
+    if arguments.json:
+        result = {"model": model_name(arguments), "state": arguments.save_state}
+        print(json.dumps(result | {"figures": figures}))
+        return
+    speed, memory = figures["tokens_per_second"], figures["peak_memory_bytes"]
+    parts = [f"read: {figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else "")]
+    if memory is not None:
+        parts.append(f"peak memory: {memory / 1e6:.0f} MB")
+    print("; ".join([*parts, f"state: {arguments.save_state}"]), file=sys.stderr)

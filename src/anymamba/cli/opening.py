@@ -1,0 +1,81 @@
+"""The engine that the options ask for."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anymamba.errors import StateError
+
+if TYPE_CHECKING:
+    from anymamba.runtime.engine import Engine
+    from anymamba.runtime.state import State
+
+__all__ = [
+    "beginning_state",
+    "beginning_tokens",
+    "check_writable",
+    "model_name",
+    "open_engine",
+    "tokenizer_place",
+]
+
+
+def open_engine(arguments: argparse.Namespace) -> Engine:
+    """The runtime's engine for the options of `model_options`."""
+    from anymamba.runtime.loading import load
+
+    return load(
+        arguments.model,
+        weights=arguments.weights,
+        threads=arguments.threads,
+        tokenizer=arguments.tokenizer,
+        offline=arguments.offline,
+    )
+
+
+def tokenizer_place(arguments: argparse.Namespace) -> Path:
+    """The folder or file that the tokenizer comes from."""
+    from anymamba.assets import bundled_model
+    from anymamba.checkpoint import resolve
+
+    if arguments.tokenizer is not None:
+        return Path(arguments.tokenizer).expanduser()
+    if arguments.model is None:
+        return bundled_model()
+    file = Path(arguments.model).expanduser()
+    return file if file.is_file() else resolve(arguments.model, offline=arguments.offline)
+
+
+def model_name(arguments: argparse.Namespace) -> str:
+    """What the output calls the model."""
+    return "bundled" if arguments.model is None else str(arguments.model)
+
+
+def beginning_state(engine: Engine, file: str | None) -> State:
+    """The state in a file, or an empty one."""
+    return engine.state() if file is None else engine.load_state(file)
+
+
+def beginning_tokens(engine: Engine) -> list[int]:
+    """The tokens that the tokenizer puts before a text; with most there are none."""
+    plain, marked = engine.tokenize("a", special=False), engine.tokenize("a")
+    places = range(len(marked) - len(plain) + 1)
+    start = next((at for at in places if marked[at : at + len(plain)] == plain), 0)
+    return marked[:start]
+
+
+def check_writable(file: str | None) -> None:
+    """Refuse a place for a state before the work that would go into it.
+
+    Raises:
+        StateError: its folder does not exist.
+    """
+    if file is None:
+        return
+    folder = Path(file).expanduser().parent
+    if not folder.is_dir():
+        raise StateError(f"cannot write {file!r}: the folder {str(folder)!r} does not exist")
+    if Path(file).is_dir():
+        raise StateError(f"cannot write {file!r}: it is a folder; give a file in it")

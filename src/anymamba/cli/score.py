@@ -1,0 +1,86 @@
+"""`anymamba score`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from anymamba.cli.model_options import add_model_arguments, add_weights_arguments
+from anymamba.cli.opening import model_name, open_engine
+from anymamba.cli.quiet import quiet
+from anymamba.errors import InputError
+
+if TYPE_CHECKING:
+    from anymamba.runtime.engine import Engine
+
+__all__ = ["add_arguments", "run", "score_text"]
+
+DESCRIPTION = """\
+Tell how well a model predicts a text: each token from all tokens before it. The first token is
+predicted only where the tokenizer puts one before it, and does not count otherwise. Perplexity
+depends on the tokenizer; bits per byte compare models with different ones.
+"""
+EXAMPLES = """\
+examples:
+  anymamba score book.txt
+  anymamba score book.txt --weights int4 --json
+  tail -c 100000 book.txt | anymamba score - --model ./my-model
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba score`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("file", metavar="FILE", help="UTF-8 text; - is standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_arguments(parser)
+    add_weights_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score, and print."""
+    from anymamba.cli.table import table
+    from anymamba.cli.text_files import read_text
+
+    text = read_text(arguments.file)
+    with quiet():
+        engine = open_engine(arguments)
+        figures = score_text(engine, text)
+    if arguments.json:
+        facts = {"model": model_name(arguments), "weights": engine.weights_kind}
+        print(json.dumps(facts | figures))
+        return
+    rows = [
+        ("perplexity", f"{figures['perplexity']:.4f}"),
+        ("nats per token", f"{figures['nats_per_token']:.4f}"),
+        ("bits per token", f"{figures['bits_per_token']:.4f}"),
+        ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
+        ("tokens", f"{figures['tokens']:,} predicted, {figures['bytes']:,} bytes"),
+    ]
+    print(table(rows))
+
+
+def score_text(engine: Engine, text: str) -> dict[str, Any]:
+    """A model's figures for a text.
+
+    Raises:
+        InputError: the text is too short for any token to be predicted.
+    """
+    score = engine.score(text)
+    predicted = len(score.logprobs)
+    if not predicted:
+        raise InputError("the text is too short to be scored: nothing predicts its first token")
+    # What the first token stands for was given, not predicted.
+    given = engine.detokenize(score.ids[: len(score.ids) - predicted])
+    count = len(text.encode("utf-8")) - len(given.encode("utf-8"))
+    return {
+        "perplexity": score.perplexity,
+        "nats": score.nats,
+        "nats_per_token": score.nats / predicted,
+        "bits_per_token": score.nats / predicted / math.log(2),
+        "bits_per_byte": score.nats / count / math.log(2) if count > 0 else None,
+        "tokens": predicted,
+        "bytes": count,
+    }

@@ -1,0 +1,97 @@
+"""Texts in files and on standard input, read in blocks or whole."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+
+from anymamba.errors import InputError
+
+__all__ = ["STANDARD_INPUT", "read_blocks", "read_text", "size_of"]
+
+STANDARD_INPUT = "-"
+BLOCK_BYTES = 1 << 15
+
+
+def read_blocks(name: str, count: Callable[[int], object] | None = None) -> Iterator[str]:
+    """The text of a file in blocks, cut between characters; `-` is standard input.
+
+    Args:
+        name: the file.
+        count: told how many bytes each block took.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8 text.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    before = 0
+    with open_binary(name) as file:
+        while True:
+            data = read_some(file, name)
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                # The decoder counts from the bytes that it had kept of the block before.
+                at = before + len(data) - len(error.object) + error.start
+                raise InputError(f"{shown(name)} is not UTF-8 text: see its byte {at}") from None
+            before += len(data)
+            if count:
+                count(len(data))
+            if text:
+                yield text
+            if not data:
+                return
+
+
+def read_some(file: BinaryIO, name: str) -> bytes:
+    """A block, or what there is of one; empty at the end."""
+    try:
+        return file.read(BLOCK_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {shown(name)}: {error.strerror}") from None
+
+
+def open_binary(name: str) -> AbstractContextManager[BinaryIO]:
+    """The file, or standard input, which is left open for others."""
+    if name == STANDARD_INPUT:
+        if sys.stdin is None:
+            raise InputError("there is no standard input to read")
+        return nullcontext(sys.stdin.buffer)
+    try:
+        return Path(name).open("rb")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read {shown(name)}: {reason}") from None
+
+
+def read_text(name: str) -> str:
+    """The whole text of a file, or of standard input."""
+    return "".join(read_blocks(name))
+
+
+def size_of(names: list[str]) -> int | None:
+    """How many bytes the files hold together; None where one is a pipe or a terminal.
+
+    Raises:
+        InputError: a file is not there.
+    """
+    total = 0
+    for name in names:
+        if name == STANDARD_INPUT:
+            return None
+        path = Path(name)
+        if not path.exists():
+            raise InputError(f"there is no file {name!r}")
+        if not path.is_file():
+            return None
+        total += path.stat().st_size
+    return total
+
+
+def shown(name: str) -> str:
+    """How a message calls it."""
+    return "standard input" if name == STANDARD_INPUT else repr(name)

@@ -1,0 +1,48 @@
+"""Passages of JSON lines."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from anymamba.cli.passages import Passage, passages_in
+from anymamba.errors import InputError
+
+TEXTS = ["to be or not", "one line\n\nanother  word ", "déjà vu"]
+PASSAGES = [
+    Passage("to be or", " not"),
+    Passage("one line\n\nanother ", " word"),
+    Passage("déjà", " vu"),
+]
+
+
+@given(st.lists(st.integers(1, 40)))
+def test_passages_do_not_depend_on_blocks(sizes):
+    text = "".join(json.dumps({"text": passage}) + "\n" for passage in TEXTS) + "\n \n"
+    blocks = []
+    for size in sizes:
+        blocks, text = [*blocks, text[:size]], text[size:]
+    assert list(passages_in([*blocks, text], "a.jsonl")) == PASSAGES
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", 'no object with a "text"'),
+        ('{"text": 3}', 'no object with a "text"'),
+        ('{"words": "a b"}', 'no object with a "text"'),
+        ('{"text": "word"}', "no two words"),
+        ('{"text": " word "}', "no two words"),
+        ('{"text": ""}', "no two words"),
+    ],
+)
+def test_a_line_that_is_no_passage_is_named(line, reason):
+    found = passages_in(['{"text": "to be"}\n\n', line], "a.jsonl")
+    assert next(found) == Passage("to", " be")
+    with pytest.raises(InputError, match=rf"line 3 of 'a.jsonl' .*{reason}"):
+        next(found)
