@@ -225,7 +225,8 @@ def test_ctrl_c_before_the_answer_leaves_the_conversation_as_it_was(monkeypatch)
     engine = load()
     conversation = Conversation(engine, engine.state(), {"max_new_tokens": 5}, None)
 
-    def interrupted(*arguments, **settings):
+    def interrupted(prompt, *, state, **settings):
+        engine.feed(state, prompt[:3])
         raise KeyboardInterrupt
         yield
 

@@ -118,11 +118,8 @@ def continue_text(
     engine = open_engine(arguments)
     state = beginning_state(engine, arguments.state)
     prompt_ids = engine.tokenize(prompt, special=state.token_count == 0)
-    if not prompt_ids and state.logits is None:
-        # The engine begins with the token for it, or has refused the prompt by then.
-        prompt_ids = [engine.config.get("bos_token_id", 0)]
     start = time.perf_counter()
-    with closing(engine.stream(prompt, state=state, **settings)) as stream:
+    with closing(engine.stream(prompt_ids, state=state, **settings)) as stream:
         output.begin()
         pieces: list[Piece] = []
         first_at = start
@@ -131,6 +128,9 @@ def continue_text(
             pieces.append(piece)
             output.write(piece.text)
     end = time.perf_counter()
+    if not prompt_ids and arguments.state is None:
+        # The engine has begun with the token for it.
+        prompt_ids = [engine.config.get("bos_token_id", 0)]
     if arguments.save_state is not None:
         state.save(arguments.save_state)
     return Continuation(

@@ -80,7 +80,7 @@ def changes_nothing(text: str, border: int, encode: Encode) -> bool:
     """Whether the tokens around a border are the same with a cut there."""
     before = text[max(0, border - SURROUNDINGS) : border]
     after = text[border : border + SURROUNDINGS]
-    return True
+    return [*encode(before), *encode(after)] == list(encode(before + after))
 
 
 def is_unmerged(text: str, border: int, encode: Encode) -> bool:
