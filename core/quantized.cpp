@@ -25,6 +25,9 @@ constexpr int64_t kTaskProducts = 1 << 20;  // less is not worth a hand-over to 
 
 typedef std::int8_t SmallInts __attribute__((vector_size(W)));
 
+// A group of smaller numbers counts as zeros: 127 / largest would leave float32. 2^-100.
+constexpr float kSmallest = 7.888609052210118e-31f;
+
 // The whole numbers next to x * y, ties to even. The product is not rounded before, on any machine.
 ANYMAMBA_INLINE I nearest(F x, F y) {
 #if defined(__AVX2__)
@@ -50,7 +53,7 @@ void quantize_group(const float* x, int group, std::int8_t* q, float& scale, std
   float largest = 0;
   for (int i = 0; i < W; ++i) largest = most[i] > largest ? most[i] : largest;
   const bool finite = anymamba::ANYMAMBA_ISA::sum(wrong) == 0.0f;
-  const F inverse = splat(finite && largest > 0 ? 127.0f / largest : 0.0f);
+  const F inverse = splat(finite && largest >= kSmallest ? 127.0f / largest : 0.0f);
   I total{};
   for (int i = 0; i < group; i += W) {
     const I whole = nearest(finite ? load(x + i) : F{}, inverse);

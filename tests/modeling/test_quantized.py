@@ -64,7 +64,7 @@ def write_folder(
     save_file(weights, folder / "model.safetensors")
     config = model.config.to_dict()
     config["quantization_config"] = {
-        "quant_method": "anymamba",
+        "format": "anymamba",
         "format_version": 1,
         "bits": bits,
         "group_size": group,
@@ -237,3 +237,22 @@ def test_every_isa_gives_the_same_rounding(tmp_path: Path) -> None:
         _core.use_isa(chosen)
     for other in results[1:]:
         assert_near(other, results[0], ONE_ROUNDING)
+
+
+def test_transformers_refuses_the_folder(tmp_path: Path) -> None:
+    """It must not fill the weights that it does not find with random numbers."""
+    from transformers import MambaForCausalLM as TheirMamba
+
+    write_folder(tmp_path)
+    with pytest.raises(ValueError, match="quant"):
+        TheirMamba.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-32, 1e-29])
+def test_tiny_activations(size: float) -> None:
+    parts = parts_of(torch.randn(5, 64), 8, 32, symmetric=True)
+    x = torch.full((2, 64), size)
+    for backend in ("cpu", "reference"):
+        y = ops.quantized_linear(x, parts["weight_q"], parts["weight_scales"], backend=backend)
+        assert y.isfinite().all()
+        assert y.abs().max() <= 64 * 5 * size

@@ -171,7 +171,7 @@ def write_originals(place: Path) -> None:
 def write_quantized(source: Path, folder: Path) -> None:
     """A folder as `anymamba quantize` writes it."""
     shutil.copytree(source, folder)
-    fields = {"quant_method": "anymamba", "format_version": 1, "bits": 4, "group_size": 32}
+    fields = {"format": "anymamba", "format_version": 1, "bits": 4, "group_size": 32}
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = fields | {"symmetric": True}
     (folder / "config.json").write_text(json.dumps(config))

@@ -338,7 +338,7 @@ def test_what_a_layout_cannot_say_is_refused(
 
 def test_quantized_folders_are_refused(tmp_path: Path) -> None:
     source = tiny_files.write_folder(
-        tmp_path / "source", quantization_config={"quant_method": "anymamba"}
+        tmp_path / "source", quantization_config={"format": "anymamba"}
     )
     assert "quantized" in refusal(CheckpointError, source, tmp_path / "new")
 

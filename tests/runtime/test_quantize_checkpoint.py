@@ -92,7 +92,7 @@ def test_its_config(source: Path, tmp_path: Path) -> None:
     folder = quantize_checkpoint(source, tmp_path / "out", group=64, symmetric=False)
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization_config"] == {
-        "quant_method": "anymamba",
+        "format": "anymamba",
         "format_version": 1,
         "bits": 4,
         "group_size": 64,

@@ -123,7 +123,7 @@ def write_quantized(
 ) -> Path:
     """A folder as `anymamba quantize` writes it, written here from what is documented."""
     folder.mkdir(exist_ok=True)
-    about = {"quant_method": "anymamba", "format_version": 1, "bits": bits}
+    about = {"format": "anymamba", "format_version": 1, "bits": bits}
     about |= {"group_size": 64, "symmetric": symmetric}
     config = CONFIG | WIDE | {"quantization_config": about | (changes or {})}
     (folder / "config.json").write_text(json.dumps(config))

@@ -16,7 +16,7 @@ from anymamba.checkpoint.config import Layout, read_config
 from anymamba.checkpoint.digest import bytes_digest, checkpoint_digest, state_dict_digest
 from anymamba.checkpoint.hub import resolve
 from anymamba.checkpoint.names import to_transformers_name
-from anymamba.checkpoint.quantized import QUANT_METHOD, quantized_bits, quantized_shapes
+from anymamba.checkpoint.quantized import FORMAT, quantized_bits, quantized_shapes
 from anymamba.checkpoint.reading import Checkpoint, canonical_names, open_checkpoint
 from anymamba.checkpoint.safetensors_header import SafetensorsHeader, TensorRecord, read_header
 from anymamba.checkpoint.safetensors_writing import TensorBytes, write_safetensors
@@ -32,7 +32,7 @@ from anymamba.checkpoint.torch_weights import load_torch_state_dict
 from anymamba.checkpoint.writing import write_atomically
 
 __all__ = [
-    "QUANT_METHOD",
+    "FORMAT",
     "Checkpoint",
     "Layout",
     "ModelShape",

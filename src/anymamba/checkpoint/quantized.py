@@ -14,9 +14,13 @@ from anymamba.checkpoint.shapes import expected_shapes
 from anymamba.checkpoint.wording import shown
 from anymamba.errors import ConfigError
 
-__all__ = ["QUANT_METHOD", "quantized_bits", "quantized_shapes"]
+__all__ = ["FORMAT", "quantized_bits", "quantized_shapes"]
 
-QUANT_METHOD = "anymamba"
+FORMAT = "anymamba"
+"""What a config calls our format, under the key `format`.
+
+Not under `quant_method`: Transformers only warns of a method that it does not know, and fills the
+weights that it misses with random numbers. Without that key it refuses the folder."""
 _FORMAT_VERSION = 1
 _GROUPS = (32, 64, 128)
 _PARTS = ("_q", "_scales", "_minima")
@@ -37,7 +41,7 @@ def quantized_bits(config: Mapping[str, Any]) -> int | None:
         ConfigError: another program quantized the weights, or a newer release of this one.
 
     Example:
-        >>> fields = {"quant_method": "anymamba", "format_version": 1, "bits": 4}
+        >>> fields = {"format": "anymamba", "format_version": 1, "bits": 4}
         >>> quantized_bits({"quantization_config": fields})
         4
         >>> quantized_bits({"quantization_config": {"quant_method": "gptq"}})
@@ -51,10 +55,10 @@ def quantized_bits(config: Mapping[str, Any]) -> int | None:
         return None
     if not isinstance(fields, Mapping):
         raise ConfigError(f"quantization_config must be an object, got {shown(fields)}")
-    if fields.get("quant_method") != QUANT_METHOD:
+    if "quant_method" in fields or fields.get("format") != FORMAT:
         raise ConfigError(
-            f"the weights are quantized by {shown(fields.get('quant_method'))}, and only those of "
-            f"{QUANT_METHOD!r} can be read here; take the model as it was before, and "
+            f"the weights are quantized by {shown(fields.get('quant_method', fields.get('format')))}, and only those of "
+            f"{FORMAT!r} can be read here; take the model as it was before, and "
             "`anymamba quantize` it"
         )
     version, bits = fields.get("format_version"), fields.get("bits")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from anymamba import checkpoint as files
-from anymamba.checkpoint.quantized import QUANT_METHOD, quantized_bits, quantized_shapes
+from anymamba.checkpoint.quantized import quantized_bits, quantized_shapes
 from anymamba.checkpoint.reading import canonical_names
 from anymamba.errors import InputError
 from anymamba.modeling.config import MambaConfig
@@ -90,7 +90,7 @@ def _load_folder(
 
 
 def _is_ours(quantization: Any) -> bool:
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    return isinstance(quantization, dict) and "quant_method" not in quantization
 
 
 def _load_quantized(cls: Any, found: files.Checkpoint, kwargs: dict[str, Any]) -> Any:

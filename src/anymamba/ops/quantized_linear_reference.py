@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# A group of smaller numbers counts as zeros: 127 / most would leave float32.
+_SMALLEST = 2.0**-100
+
 __all__ = ["quantized_linear", "widened"]
 
 
@@ -49,6 +52,6 @@ def _rounded(x: Tensor, groups: int) -> Tensor:
     """To 8 bits a number, with a scale for each group of each row."""
     parts = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
     most = parts.abs().amax(-1, keepdim=True)
-    inverse = torch.where(most > 0, 127 / most, 0)
+    inverse = torch.where(most >= _SMALLEST, 127 / most, 0)
     whole = torch.round(parts.double() * inverse.double()).float()
     return (whole * (most / 127)).reshape(x.shape)

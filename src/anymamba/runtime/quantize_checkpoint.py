@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint import QUANT_METHOD, expected_shapes
+from anymamba.checkpoint import FORMAT, expected_shapes
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.safetensors_stream import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.wording import shown
@@ -162,7 +162,7 @@ def _write(
 ) -> None:
     config = config_of_layout(model.config, "transformers", "F32")
     config["quantization_config"] = {
-        "quant_method": QUANT_METHOD,
+        "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "bits": recipe.bits,
         "group_size": recipe.group,
