@@ -56,9 +56,9 @@ def quantized_bits(config: Mapping[str, Any]) -> int | None:
     if not isinstance(fields, Mapping):
         raise ConfigError(f"quantization_config must be an object, got {shown(fields)}")
     if "quant_method" in fields or fields.get("format") != FORMAT:
+        found = fields.get("quant_method", fields.get("format"))
         raise ConfigError(
-            f"the weights are quantized by {shown(fields.get('quant_method', fields.get('format')))}, and only those of "
-            f"{FORMAT!r} can be read here; take the model as it was before, and "
+            f"the weights are quantized by {shown(found)}, and only those of {FORMAT!r} can be read here; take the model as it was before, and "
             "`anymamba quantize` it"
         )
     version, bits = fields.get("format_version"), fields.get("bits")
