@@ -58,8 +58,8 @@ def quantized_bits(config: Mapping[str, Any]) -> int | None:
     if "quant_method" in fields or fields.get("format") != FORMAT:
         found = fields.get("quant_method", fields.get("format"))
         raise ConfigError(
-            f"the weights are quantized by {shown(found)}, and only those of {FORMAT!r} can be read here; take the model as it was before, and "
-            "`anymamba quantize` it"
+            f"the weights are quantized by {shown(found)}, and only those of {FORMAT!r} can be "
+            "read here; take the model as it was before, and `anymamba quantize` it"
         )
     version, bits = fields.get("format_version"), fields.get("bits")
     if version != _FORMAT_VERSION:
