@@ -12,11 +12,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any, Protocol
 
-__all__ = ["SafetensorsStream", "TensorPlan"]
+__all__ = ["Planned", "SafetensorsStream", "TensorPlan"]
 
-_BYTES_OF = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 _ALIGNMENT = 64
+_BYTES_OF = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
+
+
+class Planned(Protocol):
+    """What a header tells of a tensor."""
+
+    @property
+    def dtype(self) -> str:
+        """safetensors' name of its type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its dimensions, outermost first."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes in the file."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +78,19 @@ class SafetensorsStream:
     def __init__(
         self,
         path: Path,
-        plans: Mapping[str, TensorPlan],
+        plans: Mapping[str, Planned],
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._plans = dict(plans)
         self._left = set(plans)
-        self._begins: dict[str, int] = {}
-        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        reached = 0
-        for name in sorted(plans, key=lambda name: plans[name].nbytes % _ALIGNMENT != 0):
-            plan, self._begins[name] = plans[name], reached
-            reached += plan.nbytes
-            offsets = [self._begins[name], reached]
-            header[name] = {"dtype": plan.dtype, "shape": plan.shape, "data_offsets": offsets}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-        self._start = 8 + len(text)
+        beginning, self._begins = _beginning(plans, metadata)
         self._file = path.open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._file.truncate(self._start + reached)
+        try:
+            self._file.write(beginning)
+            self._file.truncate(len(beginning) + sum(plan.nbytes for plan in plans.values()))
+        except BaseException:
+            self._file.close()
+            raise
 
     def put(self, name: str, data: bytes | memoryview) -> None:
         """Write one of the planned tensors.
@@ -95,7 +106,7 @@ class SafetensorsStream:
         if name not in self._left or size != self._plans[name].nbytes:
             raise ValueError(f"{name!r} with {size} bytes is not what remains to be written")
         self._left.remove(name)
-        self._file.seek(self._start + self._begins[name])
+        self._file.seek(self._begins[name])
         self._file.write(data)
 
     def __enter__(self) -> SafetensorsStream:
@@ -110,3 +121,20 @@ class SafetensorsStream:
         self._file.close()
         if kind is None and self._left:
             raise ValueError(f"{len(self._left)} tensors were not written: {min(self._left)!r}")
+
+
+def _beginning(
+    plans: Mapping[str, Planned], metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int]]:
+    """The file up to the tensors' bytes, and where in it each tensor begins."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    begins, reached = {}, 0
+    for name in sorted(plans, key=lambda name: plans[name].nbytes % _ALIGNMENT != 0):
+        plan = plans[name]
+        begins[name], reached = reached, reached + plan.nbytes
+        offsets = [begins[name], reached]
+        header[name] = {"dtype": plan.dtype, "shape": plan.shape, "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {n: start + at for n, at in begins.items()}

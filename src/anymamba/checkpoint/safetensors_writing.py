@@ -1,20 +1,14 @@
-"""Writing a safetensors file, with the types that the library's numpy side does not know.
-
-The tensors' bytes go from where they are to the file, one tensor after the other, and begin at a
-multiple of 64: whoever maps them finds them aligned, as long as their sizes are such multiples.
-"""
+"""Writing a safetensors file of tensors that lie in memory."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from anymamba.checkpoint.safetensors_stream import SafetensorsStream
 
 __all__ = ["TensorBytes", "write_safetensors"]
-
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ def write_safetensors(
 
     Args:
         path: the file.
-        tensors: what it is to hold, in this order.
+        tensors: what it is to hold, with types that the library's numpy side need not know.
         metadata: free text fields.
 
     Example:
@@ -55,15 +49,6 @@ def write_safetensors(
         >>> read_header(file).tensors["D"].shape
         (2,)
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    reached = 0
-    for name, tensor in tensors.items():
-        offsets = [reached, reached + tensor.nbytes]
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        reached = offsets[1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            file.write(tensor.data)
+    with SafetensorsStream(path, tensors, metadata) as stream:
+        for name, tensor in tensors.items():
+            stream.put(name, tensor.data)
