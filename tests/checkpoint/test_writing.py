@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -100,7 +101,60 @@ def test_no_folder(tmp_path):
 
 def test_a_folder_in_the_way(tmp_path):
     (tmp_path / "state").mkdir()
-    with pytest.raises(CheckpointError, match="cannot replace") as caught:
+    with pytest.raises(CheckpointError, match="it is not a file") as caught:
         write_atomically(tmp_path / "state", write("one"))
     one_line(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    """A device such as /dev/null neither; a pipe stands for it here."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="it is not a file"):
+        write_atomically(tmp_path / "pipe", write("one"))
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EACCES, "choose a place that you may write to"),
+        (errno.EROFS, "choose a place that you may write to"),
+    ],
+)
+@pytest.mark.parametrize("moment", ["writing", "flushing", "making the folder"])
+@pytest.mark.parametrize("before", [True, False])
+def test_what_the_system_refuses_is_said_with_what_to_do(
+    tmp_path, monkeypatch, number, advice, moment, before
+):
+    target = tmp_path / "state"
+    if before:
+        target.write_text("old")
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    def half(path):
+        path.write_text("half")
+        if moment == "writing":
+            fail()
+
+    if moment == "flushing":
+        monkeypatch.setattr("os.fsync", fail)
+    elif moment == "making the folder":
+        monkeypatch.setattr("tempfile.mkdtemp", fail)
+    with pytest.raises(CheckpointError, match=rf"cannot write '.*state': .*; {advice}") as caught:
+        write_atomically(target, half)
+    one_line(caught.value)
+    assert [path.read_text() for path in tmp_path.iterdir()] == (["old"] if before else [])
+
+
+def test_an_error_of_ours_stays_what_it_is(tmp_path):
+    def fail(path):
+        raise CheckpointError("the source is broken")
+
+    with pytest.raises(CheckpointError, match=r"^the source is broken$"):
+        write_atomically(tmp_path / "state", fail)

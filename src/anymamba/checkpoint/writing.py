@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,7 +11,16 @@ from pathlib import Path
 
 from anymamba.errors import CheckpointError
 
-__all__ = ["write_atomically"]
+__all__ = ["cannot_write", "write_atomically"]
+
+_ADVICE = {
+    errno.ENOSPC: "free some space, or choose another place",
+    errno.EDQUOT: "free some space, or choose another place",
+    errno.EFBIG: "choose a place that takes files of this size",
+    errno.ENOENT: "give a place in an existing folder",
+    errno.ENOTDIR: "give a place in an existing folder",
+    errno.EIO: "the disk may be broken: choose another place",
+}
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -22,10 +32,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
 
     Args:
         path: the file to create or replace.
-        write: called once with the path to write to. What it raises is passed on.
+        write: called once with the path to write to. What it raises is passed on, an `OSError`
+            as a `CheckpointError`.
 
     Raises:
-        CheckpointError: the folder does not exist or cannot be written to.
+        CheckpointError: the target is a folder or a device; its folder does not exist or cannot
+            be written to; or the disk is full.
 
     Example:
         >>> import tempfile
@@ -36,29 +48,39 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         'ready'
     """
     target = Path(os.path.realpath(path))
+    # To rename a file over /dev/null would be the end of it.
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f"cannot write {str(target)!r}: it is not a file; give another name")
     try:
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+        try:
+            unfinished = workplace / target.name
+            write(unfinished)
+            _flush(unfinished)
+            unfinished.replace(target)
+        finally:
+            shutil.rmtree(workplace, ignore_errors=True)
+        if os.name == "posix":  # Windows cannot open a folder to flush it
+            _flush(target.parent)
     except OSError as error:
-        raise CheckpointError(
-            f"cannot write {str(target)!r}: {error.strerror}; give a file in an existing folder "
-            "that you may write to"
-        ) from error
-    try:
-        unfinished = workplace / target.name
-        write(unfinished)
-        _flush(unfinished)
-        _rename(unfinished, target)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
-    if os.name == "posix":  # Windows cannot open a folder to flush it
-        _flush(target.parent)
+        raise cannot_write(target, error) from error
 
 
-def _rename(source: Path, target: Path) -> None:
-    try:
-        source.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"cannot replace {str(target)!r}: {error.strerror}") from error
+def cannot_write(target: Path, error: OSError) -> CheckpointError:
+    """What to tell a user whose file or folder the system did not write.
+
+    Args:
+        target: what was to be written.
+        error: what the system said; one of ours already says what to do, and is returned.
+
+    Example:
+        >>> print(cannot_write(Path("a.state"), OSError(errno.ENOSPC, "No space left on device")))
+        cannot write 'a.state': No space left on device; free some space, or choose another place
+    """
+    if isinstance(error, CheckpointError):
+        return error
+    advice = _ADVICE.get(error.errno or 0, "choose a place that you may write to")
+    return CheckpointError(f"cannot write {str(target)!r}: {error.strerror or error}; {advice}")
 
 
 def _flush(path: Path) -> None:

@@ -8,6 +8,7 @@ because a person waits for each of these imports.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -35,6 +36,8 @@ EXIT_FAILURE = 2
 # What a shell reports for programs ended by the signals SIGINT and SIGPIPE.
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 EPILOG = """\
 examples:
@@ -74,6 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         forget_output()
         return EXIT_CLOSED_PIPE
+    except OSError as error:
+        # Files are written by functions that say which one it was: what is left is the output.
+        if error.errno not in NO_SPACE:
+            raise
+        forget_output()
+        print(
+            f"anymamba: cannot write the output: {error.strerror}; free some space", file=sys.stderr
+        )
+        return EXIT_FAILURE
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,12 +71,20 @@ def check_writable(file: str | None) -> None:
     """Refuse a place for a state before the work that would go into it.
 
     Raises:
-        StateError: its folder does not exist.
+        StateError: its folder does not exist or is closed to us, or it is no file.
     """
     if file is None:
         return
-    folder = Path(file).expanduser().parent
+    target = Path(os.path.realpath(Path(file).expanduser()))
+    folder = target.parent
     if not folder.is_dir():
         raise StateError(f"cannot write {file!r}: the folder {str(folder)!r} does not exist")
-    if Path(file).is_dir():
+    if target.is_dir():
         raise StateError(f"cannot write {file!r}: it is a folder; give a file in it")
+    if target.exists() and not target.is_file():
+        raise StateError(f"cannot write {file!r}: it is not a file; give another name")
+    if not os.access(folder, os.W_OK):
+        raise StateError(
+            f"cannot write {file!r}: you may not write to the folder {str(folder)!r}; choose "
+            "another place"
+        )

@@ -11,12 +11,35 @@ from pathlib import Path
 from anymamba.checkpoint.files import SAFETENSORS_NAMES
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.wording import listed, shown
-from anymamba.errors import CheckpointError
+from anymamba.checkpoint.writing import cannot_write
+from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["check_destination", "write_folder"]
+__all__ = ["check_apart", "check_destination", "write_folder"]
 
 _KNOWN = (*SMALL_FILES, *SAFETENSORS_NAMES, "README.md", "LICENSE")
 _PATTERNS = ("model-*.safetensors", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
+
+
+def check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
+    """Refuse a destination that is what is read, or a folder around it.
+
+    Args:
+        source: what is read.
+        destination: what is to be written.
+
+    Raises:
+        ConfigError: writing would replace the source.
+
+    Example:
+        >>> check_apart("model", "model-int4")
+    """
+    real, target = (
+        Path(os.path.realpath(Path(path).expanduser())) for path in (source, destination)
+    )
+    if target == real or target in real.parents:
+        raise ConfigError(
+            f"the destination {str(target)!r} would replace the source; choose another place"
+        )
 
 
 def check_destination(
@@ -84,10 +107,11 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     Args:
         target: what `check_destination` returned.
-        write: called once with the folder to fill. What it raises is passed on.
+        write: called once with the folder to fill. What it raises is passed on, an `OSError` as
+            a `CheckpointError`.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        CheckpointError: the folder cannot be written, or the disk is full.
 
     Example:
         >>> target = Path(tempfile.mkdtemp()) / "model"
@@ -98,7 +122,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
     except OSError as error:
-        raise CheckpointError(f"cannot write {str(target)!r}: {error.strerror}") from error
+        raise cannot_write(target, error) from error
     try:
         unfinished = workplace / target.name
         unfinished.mkdir()
@@ -108,9 +132,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         _put_in_place(unfinished, target, workplace / "replaced by another")
         _flush(target.parent)
     except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot write {str(target)!r}: {error.strerror}") from error
+        raise cannot_write(target, error) from error
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_atomically
 from anymamba.checkpoint.wording import shown
-from anymamba.errors import CheckpointError, ConfigError
+from anymamba.errors import ConfigError
 from anymamba.runtime.bfloat16 import to_float32
 from anymamba.runtime.gguf_names import is_matrix, to_gguf_name
 from anymamba.runtime.gguf_reading import import_gguf
@@ -81,12 +81,7 @@ def write_gguf(
         finally:
             writer.close()
 
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    write_atomically(path, write)
 
 
 def _checked(config: Mapping[str, Any], weights: str) -> ModelShape:
