@@ -31,7 +31,7 @@ from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 from anymamba.runtime.calibration import Recipe, calibrate, check_readable, windows_of
-from anymamba.runtime.folder_writing import check_destination, write_folder
+from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
 from anymamba.runtime.layouts import config_of_layout
 from anymamba.runtime.native import core, wanted_threads
 from anymamba.runtime.quantization import QuantizedArray, check_format
@@ -104,7 +104,7 @@ def quantize_checkpoint(
         'int4'
     """
     recipe = _recipe(weights, group, symmetric, search)
-    _check_apart(source, destination)
+    check_apart(source, destination)
     target = check_destination(destination, overwrite)
     model = open_source(source, offline)
     if model.dtype not in _FLOATS:
@@ -126,14 +126,6 @@ def _recipe(weights: str, group: int, symmetric: bool, search: bool) -> Recipe:
         raise ConfigError(f"weights must be {' or '.join(_BITS)}, got {shown(weights)}")
     check_format(_BITS[weights], group, group)
     return Recipe(8 if weights == "int8" else 4, group, symmetric, search)
-
-
-def _check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
-    target, real = (Path(os.path.realpath(Path(p).expanduser())) for p in (destination, source))
-    if target == real or target in real.parents:
-        raise ConfigError(
-            f"the destination {str(target)!r} would replace the source; choose another place"
-        )
 
 
 def _tokens(
