@@ -2,7 +2,8 @@
 
 Values change only where another type is asked for, or where GGUF has another form (see
 `gguf_reading`). The embedding table, the head and the projections take the type; norms, the
-convolution, A, D and biases keep theirs, unless it is to be float32 all over.
+convolution, A, D and biases keep theirs, unless it is to be float32 all over. One tensor at a time
+is in memory, but of a pickled model.
 """
 
 from __future__ import annotations
@@ -15,18 +16,13 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint import (
-    Layout,
-    TensorBytes,
-    expected_shapes,
-    model_shape,
-    write_safetensors,
-)
+from anymamba.checkpoint import Layout, expected_shapes, model_shape
 from anymamba.checkpoint.json_object import parse_json_object
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.safetensors_stream import SafetensorsStream, TensorPlan
 from anymamba.errors import ConfigError
 from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
-from anymamba.runtime.folder_writing import check_destination, write_folder
+from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
 from anymamba.runtime.gguf_names import is_gguf, is_matrix
 from anymamba.runtime.gguf_writing import GGUF_WEIGHTS, write_gguf
 from anymamba.runtime.layouts import config_of_layout, name_in_layout, repeats_head
@@ -41,7 +37,7 @@ FOLDER_WEIGHTS = ("f32", "f16", "bf16")
 """The types that matrices in a folder can have. `anymamba quantize` writes those with less bits."""
 
 _LARGEST_FLOAT16 = 65504.0
-_KINDS = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", np.dtype("<u2"): "BF16"}
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def convert(
@@ -84,7 +80,7 @@ def convert(
         ['config.json', 'generation_config.json']
     """
     _check_choice(layout, weights, destination)
-    _check_apart(source, destination)
+    check_apart(source, destination)
     target = check_destination(destination, overwrite, file=layout == "gguf")
     model = open_source(source, offline)
     if layout == "gguf":
@@ -110,16 +106,6 @@ def _check_choice(layout: str, weights: str | None, destination: str | os.PathLi
         raise ConfigError(
             f"weights of the layout {layout!r} must be one of {', '.join(known)}, got "
             f"{weights!r}{other}"
-        )
-
-
-def _check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
-    real, target = (
-        Path(os.path.realpath(Path(path).expanduser())) for path in (source, destination)
-    )
-    if target == real or target in real.parents:
-        raise ConfigError(
-            f"the destination {str(target)!r} would replace the source; choose another place"
         )
 
 
@@ -149,33 +135,43 @@ def _special_tokens(model: Source) -> dict[str, Any]:
 
 
 def _write_files(folder: Path, model: Source, layout: Any, weights: str | None) -> None:
-    arrays = {
-        name: _typed(name, model.tensors[name], weights) for name in expected_shapes(model.config)
+    shapes = expected_shapes(model.config)
+    plans = {
+        name: TensorPlan(_kind(name, model.kinds[name], weights), shape)
+        for name, shape in shapes.items()
     }
-    if model_shape(model.config).tied and repeats_head(layout):
-        arrays[HEAD] = arrays[EMBEDDINGS]
-    config = config_of_layout(model.config, layout, _KINDS[arrays[EMBEDDINGS].dtype])
+    repeated = model_shape(model.config).tied and repeats_head(layout)
+    if repeated:
+        plans[HEAD] = plans[EMBEDDINGS]
+    config = config_of_layout(model.config, layout, plans[EMBEDDINGS].dtype)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    tensors = {name_in_layout(name, layout): _bytes(array) for name, array in arrays.items()}
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
     for name, data in model.companions.items():
         (folder / name).write_bytes(data)
+    named = {name_in_layout(name, layout): plan for name, plan in plans.items()}
+    with SafetensorsStream(folder / "model.safetensors", named, {"format": "pt"}) as stream:
+        for name in shapes:
+            written = np.ascontiguousarray(
+                _typed(name, model.tensors[name], plans[name].dtype)
+            ).data
+            stream.put(name_in_layout(name, layout), written)
+            if repeated and name == EMBEDDINGS:
+                stream.put(name_in_layout(HEAD, layout), written)
 
 
-def _bytes(array: NDArray[Any]) -> TensorBytes:
-    return TensorBytes(_KINDS[array.dtype], array.shape, np.ascontiguousarray(array).data)
+def _kind(name: str, stored: str, weights: str | None) -> str:
+    """The type that a tensor is to be written in; its own, where nothing else is asked for."""
+    own = stored if stored in ("F16", "BF16") else "F32"
+    return own if weights is None or (weights != "f32" and not is_matrix(name)) else weights.upper()
 
 
-def _typed(name: str, tensor: NDArray[Any], weights: str | None) -> NDArray[Any]:
-    """A tensor in the type that it is to be written in; as it is, where that is its own."""
-    tensor = tensor.astype("<f4") if tensor.dtype == np.float64 else tensor
-    own = _KINDS[tensor.dtype].lower()
-    if weights in (None, own) or (weights != "f32" and not is_matrix(name)):
+def _typed(name: str, tensor: NDArray[Any], kind: str) -> NDArray[Any]:
+    """A tensor in such a type, where it lies if it has that type."""
+    if tensor.dtype == _DTYPES[kind]:
         return tensor
-    wide = to_float32(tensor) if own == "bf16" else tensor.astype("<f4", copy=False)
-    if weights == "f32":
+    wide = to_float32(tensor) if tensor.dtype == _DTYPES["BF16"] else tensor.astype("<f4")
+    if kind == "F32":
         return wide
-    if weights == "bf16":
+    if kind == "BF16":
         return to_bfloat16(wide)
     if not (np.abs(wide) <= _LARGEST_FLOAT16).all():
         raise ConfigError(

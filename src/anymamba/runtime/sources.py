@@ -47,14 +47,19 @@ class Source:
         config: the config's fields in Transformers' names.
         tensors: by Transformers' names, of a tied model without the head: float32, float64,
             float16, or bfloat16 as its bits in uint16.
-        dtype: in which type the embedding table is stored, as "BF16" or "Q8_0".
+        kinds: in which type each of them is stored, as "BF16" or "Q8_0".
         companions: the other files that belong to the model, by name.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, NDArray[Any]]
-    dtype: str
+    kinds: Mapping[str, str]
     companions: Mapping[str, bytes]
+
+    @property
+    def dtype(self) -> str:
+        """In which type the embedding table is stored."""
+        return self.kinds[EMBEDDINGS]
 
     def text(self, name: str) -> str | None:
         """A companion as text, if it is there.
@@ -109,13 +114,14 @@ def open_source(source: str | os.PathLike[str], offline: bool = False) -> Source
     expected = expected_shapes(checkpoint.config)
     tensors: Mapping[str, NDArray[Any]]
     if checkpoint.pickled:
-        tensors, dtype = _unpickled(checkpoint)
+        tensors, kinds = _unpickled(checkpoint)
     else:
         found = {name: record.shape for name, record in checkpoint.tensors.items()}
         check_tensors(found, expected, where)
-        tensors, dtype = _Mapped(checkpoint), checkpoint.tensors[EMBEDDINGS].dtype
+        tensors = _Mapped(checkpoint)
+        kinds = {name: record.dtype for name, record in checkpoint.tensors.items()}
         _check_repeated_head(tensors, expected, where)
-    return Source(checkpoint.config, tensors, dtype, _companions(checkpoint.folder))
+    return Source(checkpoint.config, tensors, kinds, _companions(checkpoint.folder))
 
 
 class _Mapped(Mapping[str, NDArray[Any]]):
@@ -159,15 +165,15 @@ def _check_repeated_head(
             )
 
 
-def _unpickled(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[Any]], str]:
+def _unpickled(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     if find_spec("torch") is None:
         raise MissingDependencyError(
             f"the weights in {str(checkpoint.folder)!r} are pickled, and reading pickles needs "
             "PyTorch, once: pip install 'anymamba[torch]'"
         )
     tensors = {n: _of_torch(n, t) for n, t in load_torch_state_dict(checkpoint).items()}
-    kinds = {np.dtype(name): kind for kind, name in _TYPES.items()}
-    return tensors, kinds[tensors[EMBEDDINGS].dtype]
+    by_type = {np.dtype(name): kind for kind, name in _TYPES.items()}
+    return tensors, {name: by_type[tensor.dtype] for name, tensor in tensors.items()}
 
 
 def _of_torch(name: str, tensor: torch.Tensor) -> NDArray[Any]:
@@ -213,5 +219,5 @@ def _of_gguf(model: GgufModel) -> Source:
             "tokenizer.json": model.tokenizer_json.encode(),
             "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
         }
-    dtype = model.tensors.records[EMBEDDINGS].dtype
-    return Source(model.config, model.tensors, dtype, companions)
+    kinds = {name: record.dtype for name, record in model.tensors.records.items()}
+    return Source(model.config, model.tensors, kinds, companions)
