@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,10 @@ import pytest
 
 from anymamba.checkpoint import read_header
 from anymamba.errors import CheckpointError
+from anymamba.runtime.convert import convert
 from anymamba.runtime.mapping import FileMap
+
+from .small import write_small
 
 VALUES = np.array([[1.5, -2.0, 3.0]], np.float32)
 
@@ -65,6 +71,49 @@ def test_a_file_that_became_shorter(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot read"):
         FileMap().array(record)
+
+
+SHORTENED = """
+import os, sys
+import anymamba
+from anymamba.errors import CheckpointError
+
+file = sys.argv[1]
+engine = anymamba.load(file if file.endswith(".gguf") else os.path.dirname(file), sys.argv[2])
+state = engine.feed(engine.state(), [1, 2, 3])
+os.truncate(file, os.path.getsize(file) // 2)
+calls = {
+    "feed": lambda: engine.feed(state, [4]),
+    "generate": lambda: engine.generate([4], 3),
+    "batch": lambda: engine.generate_batch([[4], [5, 6]], 3),
+    "logits": lambda: engine.logits([4], state),
+    "save": lambda: state.save(file + ".state"),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except CheckpointError as error:
+        assert "became shorter while it was in use" in str(error), error
+    else:
+        print(name, "passed")
+assert state.token_count == 3
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not shorten what is mapped")
+@pytest.mark.parametrize("kind", ["auto", "int8"])
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+def test_a_file_that_is_shortened_in_place_is_an_error_and_not_the_end(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """In a process of its own, which the system would end by SIGBUS."""
+    file = write_small(tmp_path, hidden_size=64, time_step_rank=4) / "model.safetensors"
+    if name == "model.gguf":
+        pytest.importorskip("gguf")
+        file = convert(tmp_path, tmp_path / name, "gguf", "q8_0" if kind == "int8" else "f32")
+    command = [sys.executable, "-c", SHORTENED, str(file), kind]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 def test_a_file_that_is_replaced_stays_for_those_who_mapped_it(tmp_path: Path) -> None:

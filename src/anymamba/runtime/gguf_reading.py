@@ -18,6 +18,7 @@ llama.cpp computes with, -exp(A_log), is met to within a few units in the last p
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 from anymamba.runtime.gguf_header import GgufHeader, read_gguf_header
 from anymamba.runtime.gguf_names import from_gguf_name, is_matrix
 from anymamba.runtime.gguf_tokenizer import CHAT_TEMPLATE, tokenizer_json
+from anymamba.runtime.mapping import check_whole
 from anymamba.runtime.quantization import QuantizedArray
 
 __all__ = ["GgufModel", "GgufTensors", "import_gguf", "read_gguf"]
@@ -160,9 +162,24 @@ class GgufTensors(Mapping[str, Any]):
         return _a_log(record, values) if name.endswith("A_log") else values
 
     def bytes_of(self, name: str) -> memoryview:
-        """A tensor's bytes as the file holds them."""
+        """A tensor's bytes as the file holds them.
+
+        Raises:
+            CheckpointError: the file has become shorter.
+        """
         record = self.records[name]
+        self.check()
         return self._data[record.begin : record.end]
+
+    def check(self) -> None:
+        """Look whether the file still is as long as it was.
+
+        Raises:
+            CheckpointError: it is not, and to touch its tensors might end the process.
+        """
+        whole = self._data.obj
+        if isinstance(whole, mmap.mmap):
+            check_whole(next(iter(self.records.values())).file, whole)
 
 
 def import_gguf() -> Any:

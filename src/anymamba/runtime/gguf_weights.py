@@ -64,5 +64,5 @@ def load_gguf_weights(
         )
 
     if kind == "auto" or (kind == own and kind in ("int8", "int4")):
-        return Weights(model.config, tensors, own, digest), model
-    return Weights(model.config, convert(tensors, kind), kind, digest), model
+        return Weights(model.config, tensors, own, digest, model.tensors.check), model
+    return Weights(model.config, convert(tensors, kind), kind, digest, model.tensors.check), model

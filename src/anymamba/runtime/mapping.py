@@ -2,7 +2,9 @@
 
 Nothing is read before it is used, and processes that map one file share its memory. The arrays
 cannot be written to. A file that is replaced, as all of ours are, stays what it was for those who
-mapped it before.
+mapped it before. One that is shortened in place does not: the system ends a process that touches
+what is gone. So its size is looked at again before it is touched, which leaves only the moments in
+between.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from anymamba.checkpoint.safetensors_header import header_of
 from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["TYPES", "FileMap"]
+__all__ = ["TYPES", "FileMap", "check_whole"]
 
 TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
 """numpy's types by safetensors' names. There is no bfloat16 in numpy: its bits stand for it."""
@@ -50,6 +52,7 @@ class FileMap:
         """
         if path not in self._headers:
             whole = self._mapped(path)
+            check_whole(path, whole)
             whole.seek(0)
             self._headers[path] = header_of(path, whole, len(whole))
         return self._headers[path]
@@ -61,11 +64,17 @@ class FileMap:
             CheckpointError: the file cannot be read, or has become shorter than its header said.
         """
         whole = self._mapped(record.file)
-        if record.end > len(whole):
-            raise CheckpointError(
-                f"{str(record.file)!r} became shorter while it was read; fetch or write it again"
-            )
+        check_whole(record.file, whole, record.end)
         return memoryview(whole)[record.begin : record.end]
+
+    def check(self) -> None:
+        """Look whether all files still are as long as they were.
+
+        Raises:
+            CheckpointError: one is not, and to touch its arrays might end the process.
+        """
+        for path, whole in self._maps.items():
+            check_whole(path, whole)
 
     def _mapped(self, path: Path) -> mmap.mmap:
         if path not in self._maps:
@@ -88,6 +97,34 @@ class FileMap:
             array = array.copy()
             array.flags.writeable = False
         return array.reshape(record.shape)
+
+
+def check_whole(path: Path, whole: mmap.mmap, needed: int = 0) -> None:
+    """Refuse a file that was shortened since it was mapped, or that ends too early.
+
+    Args:
+        path: what it is called.
+        whole: the file, mapped.
+        needed: how many bytes it must have.
+
+    Raises:
+        CheckpointError: it has become shorter.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryFile() as file:
+        ...     _ = file.write(bytes(10)), file.flush()
+        ...     check_whole(Path("x"), mmap.mmap(file.fileno(), 0), needed=11)
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.CheckpointError: 'x' became shorter while it was in use; fetch or write it \
+again, and load it anew
+    """
+    if whole.size() < len(whole) or needed > len(whole):
+        raise CheckpointError(
+            f"{str(path)!r} became shorter while it was in use; fetch or write it again, and load "
+            "it anew"
+        )
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -43,12 +43,14 @@ class Network:
 
     Raises:
         MissingDependencyError: the native core is not installed.
-        CheckpointError: the config asks for what the core does not compute.
+        CheckpointError: the config asks for what the core does not compute. All that advances texts
+            raises it too, before anything is read, where a file of the weights was shortened.
     """
 
     def __init__(self, weights: Weights, threads: int | None = None) -> None:
         self.threads = wanted_threads(threads)
         self.vocabulary = weights.tensors[EMBEDDINGS].shape[0]
+        self._check_files = weights.check
         self._core = core()
         self._model = self._core.Model(*_table(weights))
 
@@ -120,6 +122,7 @@ class Network:
     def _advance(
         self, blocks: Blocks, compute: Callable[[], None], tokens: NDArray[np.int64] | int
     ) -> None:
+        self._check_files()
         if self._core.threads() != self.threads:
             self._core.set_threads(self.threads)
         count = partial(np.add, blocks.counts, tokens, out=blocks.counts)

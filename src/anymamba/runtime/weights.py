@@ -46,12 +46,14 @@ class Weights:
         kind: what they are: "f32", "bf16", "f16", "int8" or "int4".
         digest: computes the digest of the weights in their files. A state belongs to these, in
             whichever kind they are used.
+        check: looks whether the files are as long as they were, and raises a `CheckpointError`.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     kind: str
     digest: Callable[[], str]
+    check: Callable[[], None]
 
     @property
     def n_parameters(self) -> int:
@@ -106,8 +108,8 @@ def load_weights(checkpoint: Checkpoint, kind: str = "auto") -> Weights:
 
     own = f"int{bits}" if bits else _BY_TYPE[cast(Any, tensors[EMBEDDINGS]).dtype]
     if kind == "auto" or (bits and kind == own):
-        return Weights(checkpoint.config, tensors, own, digest)
-    return Weights(checkpoint.config, convert(tensors, kind), kind, digest)
+        return Weights(checkpoint.config, tensors, own, digest, files.check)
+    return Weights(checkpoint.config, convert(tensors, kind), kind, digest, files.check)
 
 
 def _check(checkpoint: Checkpoint) -> int | None:
