@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -102,6 +103,66 @@ def test_a_template_that_fails_or_reaches_out_of_the_sandbox(template):
 
 
 @pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) ~ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{{ 7 ** (10 ** 8) }}",
+        "{{ lipsum(n=10 ** 7) }}",
+    ],
+)
+def test_a_template_that_takes_too_long_is_ended(template, monkeypatch):
+    monkeypatch.setattr(chat_template, "MOST_SECONDS", 1.0)
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"template fails: .*takes longer than 1 seconds"):
+        render(template, CHAT, True, {})
+    # Long after, as others may want the processor too; by itself each would take an hour.
+    assert time.monotonic() - start < 60
+
+
+DOUBLING = """\
+{% set ns = namespace(text='x') %}{% for _ in range(60) %}
+{% set ns.text = ns.text ~ ns.text %}{% endfor %}"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others do not keep count")
+@pytest.mark.parametrize(
+    "template",
+    [
+        DOUBLING,
+        "{{ 'x' * 10 ** 11 }}",
+        "{{ 'x'.ljust(10 ** 11) }}",
+        "{{ '{:>100000000000}'.format(1) }}",
+        "{{ 'x' | center(10 ** 11) }}",
+        "{{ ('x' * 10 ** 6) | replace('x', 'y' * 10 ** 6) }}",
+        "{{ [[0] * 10 ** 5] * 10 ** 10 }}",
+    ],
+)
+def test_a_template_that_takes_too_much_memory_is_ended(template):
+    with pytest.raises(CheckpointError, match=r"template fails: .*more than 1024 MB of memory"):
+        render(template, CHAT, True, {})
+
+
+def test_a_text_that_is_too_long():
+    with pytest.raises(CheckpointError, match=r"fails: .*17000000 characters, more than 16777216"):
+        render("{{ 'x' * 17000000 }}", CHAT, True, {})
+    assert len(render("{{ 'é' * 1000000 }}", CHAT, True, {})) == 10**6
+
+
+def test_nothing_comes_from_the_folder_one_is_in(tmp_path, monkeypatch):
+    for name in ("jinja2", "json", "datetime"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    assert render("{{ 1 }}", CHAT, True, {}) == "1"
+
+
+def test_a_python_that_cannot_be_started(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(CheckpointError, match="cannot start '/nowhere/python'"):
+        render("{{ 1 }}", CHAT, True, {})
+
+
+@pytest.mark.parametrize(
     "message",
     [
         {"role": "user"},
@@ -149,7 +210,6 @@ def test_without_jinja_the_error_says_what_to_install():
 )
 def test_a_jinja_with_a_broken_sandbox_is_refused(monkeypatch, version, safe):
     monkeypatch.setattr(chat_template, "version", lambda name: version)
-    chat_template._compiled.cache_clear()
     if safe:
         assert render("a", [], True, {}) == "a"
     else:
@@ -157,7 +217,6 @@ def test_a_jinja_with_a_broken_sandbox_is_refused(monkeypatch, version, safe):
             MissingDependencyError, match=rf"jinja2 is {version}, .* 3\.1\.6 or later"
         ):
             render("a", [], True, {})
-    chat_template._compiled.cache_clear()
 
 
 def test_jinja_is_imported_only_to_render():

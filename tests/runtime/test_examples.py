@@ -11,6 +11,7 @@ import pytest
 MODULES = [
     "bfloat16",
     "calibration",
+    "chat_rendering",
     "chat_template",
     "convert",
     "engine",

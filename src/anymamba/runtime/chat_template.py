@@ -1,38 +1,37 @@
 """Running a model's chat template: a program in Jinja, written by whoever made the model.
 
 It runs in Jinja's sandbox, which keeps it from files and from the insides of Python, and sees
-nothing but texts. The sandbox does not keep it from taking long, or much memory. What it may use
-beside plain Jinja is what Transformers offers, for which templates are written.
+nothing but texts. The sandbox does not keep it from taking long, or much memory: a line of Jinja
+can ask for more than any machine has. So it runs in a process of its own (`chat_rendering`), which
+may have so much and no more. To start one takes a tenth of a second. What a template may use beside
+plain Jinja is what Transformers offers, for which templates are written.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, NoReturn
+from importlib.util import find_spec
+from typing import Any
 
 from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError, InputError, MissingDependencyError
 
-if TYPE_CHECKING:
-    from jinja2 import Template
+__all__ = ["MOST_SECONDS", "render"]
 
-__all__ = ["render"]
+MOST_SECONDS = 10.0
+"""How long a template may take."""
 
 # Before this one the sandbox had holes (CVE-2025-27516).
 _FIRST_SAFE = (3, 1, 6)
 _INSTALL = "pip install 'anymamba[chat]'"
-# What Python raises in a template that adds a number to a text, and the like.
-_PROGRAM_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
+# The path first, so that nothing is imported from the folder that the user happens to be in.
+_PROGRAM = (
+    "import sys; sys.path[:] = sys.argv[1:]; "
+    "from anymamba.runtime.chat_rendering import main; main()"
 )
 
 
@@ -55,7 +54,7 @@ def render(
 
     Raises:
         InputError: the messages have another form, or the template refuses them.
-        CheckpointError: the template is broken.
+        CheckpointError: the template is broken, takes too long or too much memory.
         MissingDependencyError: jinja2 is not installed, or is too old to be safe.
 
     Example:
@@ -63,26 +62,46 @@ def render(
         >>> render(template, [{"role": "user", "content": "Hi"}], True, {})
         'user: Hi\\n'
     """
-    plain = [_plain(message) for message in messages]
-    compiled = _compiled(template)
-    from jinja2 import TemplateError
+    names: dict[str, Any] = {
+        "messages": [_plain(message) for message in messages],
+        "add_generation_prompt": bool(add_generation_prompt),
+        "tools": None,
+        "documents": None,
+    }
+    _require_jinja()
+    reply = _ask({"template": template, "names": names | dict(special_tokens)})
+    if "refuses" in reply:
+        refusal = reply["refuses"]
+        raise InputError(f"the model's chat template refuses the messages: {refusal}")
+    if "broken" in reply:
+        raise CheckpointError(f"the chat template is broken: {shown(reply['broken'])}")
+    if "text" not in reply:
+        raise CheckpointError(f"the chat template fails: {shown(reply['fails'])}")
+    return reply["text"]
 
+
+def _ask(request: Mapping[str, Any]) -> dict[str, str]:
+    """What the process replies, or what is to be said of one that does not."""
+    command = [sys.executable, "-c", _PROGRAM, *sys.path]
     try:
-        return compiled.render(
-            messages=plain,
-            add_generation_prompt=bool(add_generation_prompt),
-            tools=None,
-            documents=None,
-            **special_tokens,
+        done = subprocess.run(
+            command,
+            input=json.dumps(request).encode(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=MOST_SECONDS,
+            check=False,
         )
-    except _Refused as error:
-        raise InputError(f"the model's chat template refuses the messages: {error}") from None
-    except (TemplateError, *_PROGRAM_ERRORS) as error:
-        raise CheckpointError(f"the chat template fails: {shown(str(error))}") from error
-
-
-class _Refused(Exception):
-    """What a template raises on purpose."""
+    except subprocess.TimeoutExpired:
+        return {"fails": f"it takes longer than {MOST_SECONDS:.0f} seconds"}
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot start {sys.executable!r} to run the chat template: {error.strerror}"
+        ) from error
+    if done.returncode != 0:
+        return {"fails": f"its process ends with status {done.returncode}"}
+    reply: dict[str, str] = json.loads(done.stdout)
+    return reply
 
 
 def _plain(message: Mapping[str, str]) -> dict[str, str]:
@@ -99,60 +118,14 @@ def _plain(message: Mapping[str, str]) -> dict[str, str]:
     return {str.__str__(name): str.__str__(text) for name, text in message.items()}
 
 
-@lru_cache(maxsize=4)
-def _compiled(template: str) -> Template:
-    _require_jinja()
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """Reads the marks around the assistant's words, which matter in training only."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = _now
-    try:
-        return environment.from_string(template)
-    except (TemplateError, RecursionError) as error:
-        raise CheckpointError(f"the chat template is broken: {shown(str(error))}") from error
-
-
 def _require_jinja() -> None:
-    try:
-        import jinja2  # noqa: F401
-    except ModuleNotFoundError as error:
-        if error.name != "jinja2":
-            raise
+    if find_spec("jinja2") is None:
         raise MissingDependencyError(
             f"chat templates need the package 'jinja2', which is not installed: {_INSTALL}"
-        ) from error
+        )
     installed = version("jinja2")
     if tuple(int(part) for part in installed.split(".")[:3] if part.isdigit()) < _FIRST_SAFE:
         raise MissingDependencyError(
             f"jinja2 is {installed}, whose sandbox can be escaped from, expected "
             f"{'.'.join(map(str, _FIRST_SAFE))} or later: {_INSTALL}"
         )
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    # Jinja's own filter writes for HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _refuse(message: object) -> NoReturn:
-    raise _Refused(str(message))
-
-
-def _now(format: str) -> str:
-    return datetime.now().strftime(format)
