@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 
 import pytest
 
-from anymamba.cli.chat_input import line_reader, messages
+from anymamba.cli.chat_input import line_reader, messages, remember
 from anymamba.errors import InputError
 
 
@@ -67,3 +68,23 @@ def test_without_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(InputError, match="standard input"):
         line_reader(None)
+
+
+def test_a_history_that_finds_no_space_is_one_line(tmp_path, monkeypatch, capsys):
+    class Full:
+        def set_history_length(self, length):
+            pass
+
+        def read_history_file(self, path):
+            pass
+
+        def write_history_file(self, path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    at_the_end = []
+    monkeypatch.setattr("atexit.register", at_the_end.append)
+    name = str(tmp_path / "lines")
+    remember(Full(), name)
+    at_the_end[0]()
+    expected = f"anymamba: the history could not be kept in {name!r}: No space left on device\n"
+    assert capsys.readouterr().err == expected

@@ -103,7 +103,15 @@ def remember(readline: object, history: str) -> None:
     except OSError as error:
         raise InputError(f"cannot keep the history in {history!r}: {error.strerror}") from None
     lines.set_history_length(1000)
-    atexit.register(lines.write_history_file, path)
+
+    def keep() -> None:
+        try:
+            lines.write_history_file(path)
+        except OSError as error:
+            reason = f"the history could not be kept in {history!r}: {error.strerror}"
+            print(f"anymamba: {reason}", file=sys.stderr)
+
+    atexit.register(keep)
 
 
 def read_piped_line(prompt: str) -> str:

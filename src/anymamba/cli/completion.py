@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,10 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba completion`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or fish")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the script."""
     from anymamba.cli.completion_scripts import SCRIPTS
 
-    print(SCRIPTS[arguments.shell]())
+    script = SCRIPTS[arguments.shell]()
+    print(json.dumps({"shell": arguments.shell, "script": script}) if arguments.json else script)
