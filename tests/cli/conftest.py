@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from anymamba.assets import bundled_model
 from anymamba.cli.main import main
@@ -64,6 +64,15 @@ def write_model(folder: Path, **settings: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(config | names | settings))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(bundled_model() / name, folder)
+    return folder
+
+
+def with_head(tiny: Path, folder: Path, change: Callable[[Any], Any]) -> Path:
+    """The tiny model with another head."""
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = change(tensors["lm_head.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from .conftest import with_head
 from .reference import greedy, log_probabilities
 
 
@@ -84,3 +85,18 @@ def test_a_table_for_people(tiny, passages, monkeypatch, anymamba):
 def test_files_that_hold_no_passages(content, reason, tmp_path, anymamba):
     (tmp_path / "a.jsonl").write_text(content)
     assert reason in anymamba("lambada", tmp_path / "a.jsonl").complaint
+
+
+def test_a_loss_beyond_all_floats(tiny, tmp_path, anymamba):
+    (tmp_path / "a.jsonl").write_text('{"text": "to be"}')
+    options = ("lambada", tmp_path / "a.jsonl", "--model")
+    model = with_head(tiny, tmp_path / "model", lambda head: head * 1000)
+    assert anymamba(*options, model, "--json").json["perplexity"] is None
+    assert anymamba(*options, model).out.splitlines()[1] == "perplexity  inf"
+
+
+def test_a_model_that_says_no_numbers_is_refused(tiny, tmp_path, anymamba):
+    (tmp_path / "a.jsonl").write_text('{"text": "to be"}')
+    model = with_head(tiny, tmp_path / "model", lambda head: np.full_like(head, np.nan))
+    done = anymamba("lambada", tmp_path / "a.jsonl", "--model", model, "--json")
+    assert "weights are broken" in done.complaint

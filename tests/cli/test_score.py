@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from .conftest import with_head
 from .reference import log_probabilities
 
 
@@ -56,3 +57,41 @@ def test_a_text_too_short_to_be_predicted(text, tmp_path, anymamba):
 
 def test_a_file_that_is_not_there(tmp_path, anymamba):
     assert "nowhere" in anymamba("score", tmp_path / "nowhere").complaint
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("é", 1),
+        ("\N{BYTE ORDER MARK}ROMEO:\n", 9),
+        ("\N{GRINNING FACE}!", 4),
+        ("\N{REPLACEMENT CHARACTER}a", 3),
+        ("\N{REPLACEMENT CHARACTER}", 2),
+    ],
+)
+def test_bytes_of_a_character_that_begins_before_the_first_prediction(
+    text, count, tiny, tmp_path, anymamba
+):
+    """Each token is a byte here, so that all bytes but the first are predicted."""
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    figures = anymamba("score", tmp_path / "a.txt", "--model", tiny, "--json").json
+    assert figures["tokens"] == figures["bytes"] == count
+    assert figures["bits_per_byte"] == pytest.approx(figures["bits_per_token"])
+    assert f"{count} bytes" in anymamba("score", tmp_path / "a.txt", "--model", tiny).out
+
+
+def test_a_loss_beyond_all_floats(tiny, tmp_path, anymamba):
+    (tmp_path / "a.txt").write_text("To be")
+    options = ("score", tmp_path / "a.txt", "--model")
+    model = with_head(tiny, tmp_path / "model", lambda head: head * 1000)
+    figures = anymamba(*options, model, "--json").json
+    assert figures["perplexity"] is None
+    assert figures["nats_per_token"] > 710
+    assert anymamba(*options, model).out.startswith("perplexity      inf\n")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_says_no_numbers_is_refused(value, tiny, tmp_path, anymamba):
+    (tmp_path / "a.txt").write_text("To be")
+    model = with_head(tiny, tmp_path / "model", lambda head: np.full_like(head, value))
+    assert "weights are broken" in anymamba("score", tmp_path / "a.txt", "--model", model).complaint

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from anymamba.cli.model_options import add_model_arguments, add_weights_arguments
 from anymamba.cli.opening import beginning_tokens, model_name, open_engine
 from anymamba.cli.quiet import quiet
-from anymamba.cli.values import integer
+from anymamba.cli.values import finite, integer
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(facts))
         return
     right = f"{facts['accuracy']:.4f} ({result.right:,} of {result.passages:,})"
-    rows = [("accuracy", right), ("perplexity", f"{facts['perplexity']:.2f}")]
+    rows = [("accuracy", right), ("perplexity", f"{result.perplexity:.2f}")]
     print(table(rows))
 
 
@@ -95,13 +95,20 @@ class Result:
     right: int = 0
     nats: float = 0.0
 
+    @property
+    def perplexity(self) -> float:
+        """Among how many equally likely words the model would have chosen."""
+        from anymamba.runtime.scoring import perplexity_of
+
+        return perplexity_of(self.nats / self.passages)
+
     def as_json(self) -> dict[str, Any]:
         """All figures."""
         return {
             "passages": self.passages,
             "right": self.right,
             "accuracy": self.right / self.passages,
-            "perplexity": math.exp(self.nats / self.passages),
+            "perplexity": finite(self.perplexity),
         }
 
 
@@ -150,5 +157,8 @@ def log_of_sum(logits_v: NDArray[np.float32]) -> float:
     """What is taken from logits to make log-probabilities of them."""
     import numpy as np
 
+    from anymamba.runtime.processors import check_numbers
+
     largest = logits_v.max()
+    check_numbers(largest)
     return float(largest) + math.log(np.exp(logits_v - largest).sum(dtype=np.float64))

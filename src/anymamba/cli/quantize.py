@@ -10,6 +10,7 @@ from typing import Any
 
 from anymamba.cli.model_options import add_offline_argument, add_threads_argument
 from anymamba.cli.quiet import quiet
+from anymamba.cli.values import finite
 
 __all__ = ["add_arguments", "run"]
 
@@ -129,6 +130,8 @@ def report(arguments: argparse.Namespace, written: Path, figures: dict[str, Any]
 
     if arguments.json:
         facts = {"destination": str(written), "weights": arguments.weights}
+        for name in figures.keys() & {"perplexity_before", "perplexity_after"}:
+            figures[name] = finite(figures[name])
         print(json.dumps(facts | figures))
         return
     before, after = figures["source_bytes"], figures["destination_bytes"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from anymamba.cli.model_options import add_model_arguments, add_weights_arguments
 from anymamba.cli.opening import model_name, open_engine
 from anymamba.cli.quiet import quiet
+from anymamba.cli.values import finite
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,13 +51,15 @@ def run(arguments: argparse.Namespace) -> None:
         figures = score_text(engine, text)
     if arguments.json:
         facts = {"model": model_name(arguments), "weights": engine.weights_kind}
+        figures["perplexity"] = finite(figures["perplexity"])
         print(json.dumps(facts | figures))
         return
+    per_byte = figures["bits_per_byte"]
     rows = [
         ("perplexity", f"{figures['perplexity']:.4f}"),
         ("nats per token", f"{figures['nats_per_token']:.4f}"),
         ("bits per token", f"{figures['bits_per_token']:.4f}"),
-        ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
+        ("bits per byte", "no bytes to count" if per_byte is None else f"{per_byte:.4f}"),
         ("tokens", f"{figures['tokens']:,} predicted, {figures['bytes']:,} bytes"),
     ]
     print(table(rows))
@@ -72,9 +75,7 @@ def score_text(engine: Engine, text: str) -> dict[str, Any]:
     predicted = len(score.logprobs)
     if not predicted:
         raise InputError("the text is too short to be scored: nothing predicts its first token")
-    # What the first token stands for was given, not predicted.
-    given = engine.detokenize(score.ids[: len(score.ids) - predicted])
-    count = len(text.encode("utf-8")) - len(given.encode("utf-8"))
+    count = predicted_bytes(engine, text, score.ids, predicted)
     return {
         "perplexity": score.perplexity,
         "nats": score.nats,
@@ -84,3 +85,21 @@ def score_text(engine: Engine, text: str) -> dict[str, Any]:
         "tokens": predicted,
         "bytes": count,
     }
+
+
+def predicted_bytes(engine: Engine, text: str, ids: list[int], predicted: int) -> int:
+    """How many bytes of a text its last tokens stand for: what comes before them was given.
+
+    Where the cut is within a character, the bytes left of it, three at most, are shown as
+    U+FFFD, one each.
+    """
+    data = text.encode("utf-8")
+    for skip_special in (False, True):
+        end = engine.detokenize(ids[len(ids) - predicted :], skip_special)
+        for strays in range(4):
+            count = len(end[strays:].encode("utf-8")) + strays
+            if count <= len(data) and data[len(data) - count :].decode(errors="replace") == end:
+                return count
+    # The tokenizer rewrites texts, as by dropping accents.
+    given = engine.detokenize(ids[: len(ids) - predicted])
+    return max(0, len(data) - len(given.encode("utf-8")))

@@ -1,4 +1,4 @@
-"""Numbers on the command line, refused where they make no sense."""
+"""Numbers on the command line, refused where they make no sense; and figures for JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import argparse
 import math
 from collections.abc import Callable
 
-__all__ = ["integer", "number"]
+__all__ = ["finite", "integer", "number"]
+
+
+def finite(value: float) -> float | None:
+    """A figure for JSON, which has no word for infinity: None, which becomes null."""
+    return value if math.isfinite(value) else None
 
 
 def integer(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:

@@ -13,8 +13,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.errors import InputError
+
 __all__ = [
     "add_bias",
+    "check_numbers",
     "keep_min_p",
     "keep_top_k",
     "keep_top_p",
@@ -27,6 +30,23 @@ __all__ = [
 
 Scores = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+
+
+def check_numbers(largest: Scores) -> None:
+    """Refuse what a broken model says, by the largest logits of some rows.
+
+    Raises:
+        InputError: one is NaN or infinite.
+
+    Example:
+        >>> check_numbers(np.float32([1, 2]))
+    """
+    if np.isnan(largest).any() or (largest == np.inf).any():
+        raise InputError(
+            f"logits hold {largest.max()}, expected finite numbers: the model's weights are broken"
+        )
+    if (largest == -np.inf).any():
+        raise InputError("logits are all minus infinity: no token has a chance")
 
 
 def add_bias(scores_v: Scores, ids_c: NDArray[np.int64], bias_c: Scores) -> None:

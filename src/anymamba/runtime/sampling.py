@@ -19,6 +19,7 @@ from anymamba.checkpoint.wording import shown
 from anymamba.errors import InputError
 from anymamba.runtime.processors import (
     add_bias,
+    check_numbers,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -160,13 +161,7 @@ class Sampler:
         if dtype != np.float32 or logits_v.shape != shape:
             found = f"{dtype} {logits_v.shape}" if dtype is not None else shown(logits_v)
             raise InputError(f"logits are {found}, expected an array of float32 {shape}")
-        largest = logits_v.max()
-        if np.isnan(largest) or largest == np.inf:
-            raise InputError(
-                f"logits hold {largest}, expected finite numbers: the model's weights are broken"
-            )
-        if largest == -np.inf:
-            raise InputError("logits are all minus infinity: no token has a chance")
+        check_numbers(logits_v.max(keepdims=True))
 
     def _adjusted(self, logits_v: NDArray[np.float32]) -> NDArray[np.float32]:
         """The scores after bias, penalties and constraint."""

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.network import Network
+from anymamba.runtime.processors import check_numbers
 from anymamba.runtime.reading import read_with_logits
 
-__all__ = ["Score", "score_ids"]
+__all__ = ["Score", "perplexity_of", "score_ids"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,20 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Among how many equally likely tokens each would be chosen; NaN where none was."""
-        return math.exp(self.nats / self.logprobs.size) if self.logprobs.size else math.nan
+        return perplexity_of(self.nats / self.logprobs.size) if self.logprobs.size else math.nan
+
+
+def perplexity_of(nats: float) -> float:
+    """Among how many equally likely choices one is as surprising; infinite beyond all floats.
+
+    Example:
+        >>> perplexity_of(0.0), perplexity_of(1000.0)
+        (1.0, inf)
+    """
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
 
 
 def score_ids(network: Network, blocks: Blocks, ids_l: NDArray[np.int64]) -> Score:
@@ -56,7 +70,8 @@ def score_ids(network: Network, blocks: Blocks, ids_l: NDArray[np.int64]) -> Sco
         The score.
 
     Raises:
-        InputError: a token is not in the vocabulary; then nothing was read.
+        InputError: a token is not in the vocabulary; then nothing was read. Or the model says
+            what is no number.
     """
     logprobs = []
     before_v = None if blocks.logits is None else blocks.logits[0].copy()
@@ -72,6 +87,7 @@ def score_ids(network: Network, blocks: Blocks, ids_l: NDArray[np.int64]) -> Sco
 def _logprobs_of(logits_wv: NDArray[np.float32], ids_w: NDArray[np.int64]) -> NDArray[np.float64]:
     """Of one token for each row of logits, which are overwritten."""
     largest_w1 = logits_wv.max(axis=1, keepdims=True) if len(logits_wv) else logits_wv[:, :1]
+    check_numbers(largest_w1)
     logits_wv -= largest_w1
     chosen_w = logits_wv[np.arange(len(ids_w)), ids_w].astype(np.float64)
     np.exp(logits_wv, out=logits_wv)
