@@ -159,15 +159,14 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             check_mask(batch, length, attention_mask)
             if not bool(attention_mask[:, -length:].all()):
                 return None
+        table = fused.table_of(self, input_ids)
+        if table is None:
+            return None
         cache, kept = self._cache_for(cache_params, use_cache, batch, input_ids.device)
         check_cache_position(cache_position)
-        logits = fused.decode(self, input_ids, cache) if length == 1 else None
-        if logits is None:
-            logits = fused.read_prompt(
-                self, input_ids, cache, min(logits_to_keep or length, length)
-            )
-        if logits is None:
+        if not fused.fits(cache):
             return None
+        logits = table.run(input_ids, cache, min(logits_to_keep or length, length))
         cache.token_counts += length
         return MambaCausalLMOutput(logits=logits, cache_params=cache if kept else None)
 
@@ -295,7 +294,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         )
         return expanded
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(  # type: ignore[override, unused-ignore]
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from anymamba.modeling.cache import MambaCache
     from anymamba.modeling.causal_lm import MambaForCausalLM
 
-__all__ = ["CHUNK_TOKENS", "MOST_ROWS", "decode", "read_prompt", "why_not_fused"]
+__all__ = ["CHUNK_TOKENS", "MOST_ROWS", "Table", "fits", "table_of", "why_not_fused"]
 
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
@@ -39,57 +39,33 @@ full speed, short enough for little memory."""
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def decode(model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache) -> Tensor | None:
-    """The next token's logits, or None where the step must go through the modules.
+def table_of(model: MambaForCausalLM, input_ids: Tensor) -> Table | None:
+    """The model as the native core runs it, or None where its modules must be called.
 
     Args:
         model: the language model.
-        input_ids: (b, 1), the token that each row has just got.
-        cache: the state before it; advanced in place.
-
-    Returns:
-        (b, 1, v) in float32.
-
-    Raises:
-        InputError: a token is not in the vocabulary; the cache is then what it was.
+        input_ids: (b, l), what is to be read.
     """
-    if input_ids.shape[0] > MOST_ROWS:
-        return None
-    table = _table_of(model, input_ids, cache)
-    return None if table is None else table.step(input_ids, cache)
-
-
-def read_prompt(
-    model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache, wanted: int
-) -> Tensor | None:
-    """The last logits of each row, or None where the prompt must go through the modules.
-
-    Args:
-        model: the language model.
-        input_ids: (b, l), the tokens of each row.
-        cache: the state before them; advanced in place.
-        wanted: how many positions of each row, from its end, get logits; at most l.
-
-    Returns:
-        (b, wanted, v) in float32.
-
-    Raises:
-        InputError: a token is not in the vocabulary; the cache is then what it was.
-    """
-    table = _table_of(model, input_ids, cache)
-    return None if table is None else table.read(input_ids, cache, wanted)
-
-
-def _table_of(model: MambaForCausalLM, input_ids: Tensor, cache: MambaCache) -> _Table | None:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _fits(input_ids, cache):
+    ids_fit = input_ids.device.type == "cpu" and input_ids.dtype in (torch.int32, torch.int64)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not ids_fit:
         return None
     table = _TABLES.get(model)
     if table is None or not table.is_current():
         _TABLES.pop(model, None)
         if why_not_fused(model) is not None:
             return None
-        table = _TABLES[model] = _Table(model)
+        table = _TABLES[model] = Table(model)
     return table
+
+
+def fits(cache: MambaCache) -> bool:
+    """Whether the core can work on a state where it lies."""
+    return (
+        cache.device.type == "cpu"
+        and cache.dtype in _TYPES
+        and cache.conv_states.is_contiguous()
+        and cache.ssm_states.is_contiguous()
+    )
 
 
 def why_not_fused(model: MambaForCausalLM) -> str | None:
@@ -123,17 +99,6 @@ def why_not_fused(model: MambaForCausalLM) -> str | None:
         if weight.device.type != "cpu" or weight.dtype not in _TYPES or not weight.is_contiguous():
             return f"{name} is {weight.dtype} on {weight.device}, or not contiguous"
     return None
-
-
-def _fits(input_ids: Tensor, cache: MambaCache) -> bool:
-    return (
-        input_ids.dtype in (torch.int32, torch.int64)
-        and input_ids.device.type == "cpu"
-        and cache.device.type == "cpu"
-        and cache.dtype in _TYPES
-        and cache.conv_states.is_contiguous()
-        and cache.ssm_states.is_contiguous()
-    )
 
 
 def _parts(model: MambaForCausalLM) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
@@ -189,7 +154,7 @@ _GLOBAL_HOOKS = (
 )
 
 
-class _Table:
+class Table:
     """The weights' pointers, and what must not have changed for them to be right."""
 
     def __init__(self, model: MambaForCausalLM) -> None:
@@ -241,7 +206,26 @@ class _Table:
             and not torch.is_autocast_enabled("cpu")
         )
 
-    def step(self, input_ids: Tensor, cache: MambaCache) -> Tensor:
+    def run(self, input_ids: Tensor, cache: MambaCache, wanted: int) -> Tensor:
+        """Read what each row goes on with.
+
+        Args:
+            input_ids: (b, l), the new tokens of each row.
+            cache: the state before them; advanced in place.
+            wanted: how many positions of each row, from its end, get logits; at most l.
+
+        Returns:
+            (b, wanted, v) in float32.
+
+        Raises:
+            InputError: a token is not in the vocabulary; the cache is then what it was.
+        """
+        batch, length = input_ids.shape
+        if length == 1 and batch <= MOST_ROWS:
+            return self._step(input_ids, cache)
+        return self._read(input_ids, cache, wanted)
+
+    def _step(self, input_ids: Tensor, cache: MambaCache) -> Tensor:
         """(b, 1, v) logits; the cache advances."""
         logits = torch.empty(input_ids.shape[0], self._vocabulary)
         core()
@@ -252,7 +236,7 @@ class _Table:
             raise InputError(f"input_ids: {error}") from error
         return logits[:, None]
 
-    def read(self, input_ids: Tensor, cache: MambaCache, wanted: int) -> Tensor:
+    def _read(self, input_ids: Tensor, cache: MambaCache, wanted: int) -> Tensor:
         """(b, wanted, v) logits; the cache advances."""
         batch, length = input_ids.shape
         self._check_tokens(input_ids)
@@ -324,4 +308,4 @@ def _weight_of(module: Any) -> Any:
     return module.weight.detach()
 
 
-_TABLES: WeakKeyDictionary[nn.Module, _Table] = WeakKeyDictionary()
+_TABLES: WeakKeyDictionary[nn.Module, Table] = WeakKeyDictionary()
