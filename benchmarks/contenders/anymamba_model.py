@@ -50,7 +50,7 @@ class AnyMamba(TorchContender):
         """Through `forward` with a `MambaCache`."""
         cache = MambaCache(self.model.config, ids_bl.shape[0], dtype=self.model.dtype)
         for t in range(ids_bl.shape[1]):
-            logits: Tensor = self.model(ids_bl[:, t : t + 1], cache_params=cache).logits
+            logits: Tensor = self.model(ids_bl[:, t : t + 1], cache=cache).logits
         return logits[:, -1]
 
     def generate(self, ids_bl: Tensor, steps: int) -> Tensor:

@@ -42,8 +42,8 @@ class Transformers(TorchContender):
         """Through `forward` with its cache."""
         cache = None
         for t in range(ids_bl.shape[1]):
-            out = self.model(ids_bl[:, t : t + 1], cache_params=cache, use_cache=True)
-            cache = out.cache_params
+            out = self.model(ids_bl[:, t : t + 1], cache=cache, use_cache=True)
+            cache = out.cache
         logits: Tensor = out.logits[:, -1]
         return logits
 

@@ -39,8 +39,8 @@ def loss_of_stream(model: MambaForCausalLM, text: Tensor, stretch: int = 1024) -
     cache = None
     total = 0.0
     for input_part, target_part in zip(inputs.split(stretch), targets.split(stretch), strict=True):
-        output = model(input_part[None], cache_params=cache, use_cache=True)
-        cache = output.cache_params
+        output = model(input_part[None], cache=cache, use_cache=True)
+        cache = output.cache
         total += summed_loss(output.logits, target_part[None])
     return total / targets.numel()
 

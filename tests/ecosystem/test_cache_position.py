@@ -15,16 +15,16 @@ def test_a_prompt_and_then_token_by_token(model: MambaForCausalLM, prompt_length
     cache = MambaCache(model.config, max_batch_size=2, dtype=model.dtype, device=model.device)
     outputs = model(
         IDS[:, :prompt_length],
-        cache_params=cache,
+        cache=cache,
         use_cache=True,
         cache_position=torch.arange(prompt_length),
     )
-    assert outputs.cache_params is cache
+    assert outputs.cache is cache
     logits = [outputs.logits]
     for position in range(prompt_length, IDS.shape[1]):
         outputs = model(
             IDS[:, position : position + 1],
-            cache_params=cache,
+            cache=cache,
             use_cache=True,
             cache_position=torch.tensor([position]),
         )
@@ -38,10 +38,8 @@ def test_a_prompt_and_then_token_by_token(model: MambaForCausalLM, prompt_length
 def test_the_default_type_of_a_cache_rounds_the_window_alone(model: MambaForCausalLM) -> None:
     whole = model(IDS).logits
     cache = MambaCache(model.config, max_batch_size=2)
-    model(IDS[:, :-1], cache_params=cache, use_cache=True, cache_position=torch.arange(8))
-    last = model(
-        IDS[:, -1:], cache_params=cache, use_cache=True, cache_position=torch.tensor([8])
-    ).logits
+    model(IDS[:, :-1], cache=cache, use_cache=True, cache_position=torch.arange(8))
+    last = model(IDS[:, -1:], cache=cache, use_cache=True, cache_position=torch.tensor([8])).logits
     # float16 keeps 11 bits; the design's bound for 16-bit storage.
     bound = 2e-2 * max(1.0, float(whole.abs().max()))
     assert torch.allclose(last, whole[:, -1:], rtol=0, atol=bound)

@@ -360,10 +360,10 @@ def test_a_loaded_state_continues_the_text(tmp_path: Path, model: MambaForCausal
     ids = torch.randint(0, 11, (2, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = model(ids).logits
-        first = model(ids[:, :7], use_cache=True).cache_params
+        first = model(ids[:, :7], use_cache=True).cache
         first.save(tmp_path / "state", model=model)
         loaded = MambaCache.load(tmp_path / "state", model=model)
-        rest = model(ids[:, 7:], cache_params=loaded).logits
+        rest = model(ids[:, 7:], cache=loaded).logits
     # The design's bound for a cut anywhere, in float32.
     bound = 1e-4 * max(1.0, float(whole.abs().max()))
     assert torch.allclose(rest, whole[:, 7:], rtol=0, atol=bound)

@@ -29,12 +29,11 @@ def test_any_cut_gives_what_one_pass_gives(cuts: list[int]) -> None:
     cache = MambaCache(MODEL.config, 2, dtype=torch.float32)
     borders = [0, *sorted(cuts), LENGTH]
     logits = [
-        MODEL(ids[:, start:stop], cache_params=cache).logits
-        for start, stop in itertools.pairwise(borders)
+        MODEL(ids[:, start:stop], cache=cache).logits for start, stop in itertools.pairwise(borders)
     ]
     assert_same(torch.cat(logits, 1), whole.logits)
-    assert_same(cache.ssm_states, whole.cache_params.ssm_states)
-    assert_same(cache.conv_states, whole.cache_params.conv_states)
+    assert_same(cache.ssm_states, whole.cache.ssm_states)
+    assert_same(cache.conv_states, whole.cache.conv_states)
     assert cache.token_counts.tolist() == [LENGTH, LENGTH]
 
 
@@ -47,17 +46,17 @@ def test_a_masked_position_counts_as_deleted(data: st.DataObject) -> None:
     ).view(3, LENGTH)
     cut = data.draw(st.integers(0, LENGTH))
     cache = MambaCache(MODEL.config, 3, dtype=torch.float32)
-    first = MODEL(ids[:, :cut], attention_mask=mask[:, :cut], cache_params=cache).logits
+    first = MODEL(ids[:, :cut], attention_mask=mask[:, :cut], cache=cache).logits
     # The second piece gets the whole mask, of which the last columns count.
-    second = MODEL(ids[:, cut:], attention_mask=mask, cache_params=cache).logits
+    second = MODEL(ids[:, cut:], attention_mask=mask, cache=cache).logits
     logits = torch.cat([first, second], 1)
     for row in range(3):
         kept = mask[row].bool()
         assert not logits[row, ~kept].any()
         alone = MODEL(ids[row, kept][None], use_cache=True)
         assert_same(logits[row, kept], alone.logits[0])
-        assert_same(cache.ssm_states[:, row], alone.cache_params.ssm_states[:, 0])
-        assert_same(cache.conv_states[:, row], alone.cache_params.conv_states[:, 0])
+        assert_same(cache.ssm_states[:, row], alone.cache.ssm_states[:, 0])
+        assert_same(cache.conv_states[:, row], alone.cache.conv_states[:, 0])
         assert cache.token_counts[row] == kept.sum()
 
 
@@ -146,7 +145,7 @@ def test_tuples_and_embeddings_as_input() -> None:
     assert_same(logits, outputs.logits)
     assert_same(loss, outputs.loss)
     assert isinstance(cache, MambaCache)
-    assert MODEL(ids, use_cache=False).cache_params is None
+    assert MODEL(ids, use_cache=False).cache is None
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1)])
@@ -165,8 +164,8 @@ def test_half_precision_weights_keep_the_state_space_in_float32(dtype: torch.dty
     # The contract's tolerance for half precision storage.
     bound = 2e-2 * max(1.0, float(expected.logits.abs().max()))
     assert float((outputs.logits - expected.logits).abs().max()) <= bound
-    assert outputs.cache_params.ssm_states.dtype == torch.float32
-    assert outputs.cache_params.conv_states.dtype == dtype
+    assert outputs.cache.ssm_states.dtype == torch.float32
+    assert outputs.cache.conv_states.dtype == dtype
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:
@@ -190,10 +189,10 @@ def test_training_on_a_cache_reads_it_and_does_not_follow_it_back() -> None:
     cache = MambaCache(model.config, 2, dtype=torch.float32)
     for start in (0, 10):
         piece = ids[:, start : start + 10]
-        outputs = model(piece, labels=piece, cache_params=cache)
+        outputs = model(piece, labels=piece, cache=cache)
         outputs.loss.backward()
         assert not cache.ssm_states.requires_grad
-    assert_same(cache.ssm_states, small_model()(ids).cache_params.ssm_states)
+    assert_same(cache.ssm_states, small_model()(ids).cache.ssm_states)
 
 
 @pytest.mark.parametrize("residual_in_fp32", [True, False])
@@ -239,7 +238,7 @@ def test_a_convolution_in_another_modules_place_is_called() -> None:
     mask[0, :3] = mask[1, 4:6] = 0
     cache = MambaCache(model.config, 2, dtype=torch.float32)
     logits = [
-        model(piece, attention_mask=masked, cache_params=cache).logits
+        model(piece, attention_mask=masked, cache=cache).logits
         for piece, masked in zip(ids.split(4, 1), mask.split(4, 1), strict=True)
     ]
     assert mixer.conv1d.calls
@@ -289,8 +288,8 @@ BAD_CALLS: dict[str, dict[str, Any]] = {
     "position_ids has shape": {"position_ids": torch.ones(2, 6)},
     "labels has shape": {"labels": torch.ones(2, 5, dtype=torch.long)},
     "cache_position has shape": {"cache_position": torch.ones(2, 2)},
-    "expected an anymamba.MambaCache": {"cache_params": transformers.DynamicCache()},
-    "cache_params holds states of shape": {"cache_params": MambaCache(MODEL.config, 3)},
+    "expected an anymamba.MambaCache": {"cache": transformers.DynamicCache()},
+    "cache holds states of shape": {"cache": MambaCache(MODEL.config, 3)},
 }
 
 
@@ -304,7 +303,7 @@ def test_a_cache_under_gradient_checkpointing_is_refused() -> None:
     model = small_model().train()
     model.gradient_checkpointing_enable()
     with pytest.raises(InputError, match="gradient checkpointing"):
-        model(words(1, 3), cache_params=MambaCache(model.config, 1))
+        model(words(1, 3), cache=MambaCache(model.config, 1))
 
 
 def test_a_backend_that_cannot_serve_is_an_error_not_a_detour(

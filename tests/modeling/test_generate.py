@@ -65,12 +65,12 @@ def test_generation_continues_from_a_cache(num_beams: int) -> None:
         ids, attention_mask=mask, max_new_tokens=6, num_beams=num_beams, **GREEDY
     )
     cache = MambaCache(MODEL.config, 2, dtype=torch.float32)
-    MODEL(ids[:, :5], cache_params=cache)
+    MODEL(ids[:, :5], cache=cache)
     before = cache.clone()
     generated = MODEL.generate(
         ids[:, 5:],
         attention_mask=mask,
-        cache_params=cache,
+        cache=cache,
         max_new_tokens=6,
         num_beams=num_beams,
         **GREEDY,
@@ -88,7 +88,7 @@ def test_generate_builds_a_mamba_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = type(MODEL).forward
 
     def spy(self: Any, input_ids: Tensor, **kwargs: Any) -> Any:
-        seen.append(kwargs["cache_params"])
+        seen.append(kwargs["cache"])
         return forward(self, input_ids, **kwargs)
 
     monkeypatch.setattr(type(MODEL), "forward", spy)
@@ -143,7 +143,7 @@ def test_a_row_without_a_token_is_refused() -> None:
 
 def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(InputError, match="at least one token"):
-        MODEL.generate(words(1, 0), cache_params=MambaCache(MODEL.config, 1), **GREEDY)
+        MODEL.generate(words(1, 0), cache=MambaCache(MODEL.config, 1), **GREEDY)
 
 
 def test_assisted_decoding_keeps_its_error() -> None:

@@ -89,13 +89,13 @@ def prefilled(model: MambaForCausalLM, batch: int, dtype: torch.dtype | None = N
     """The state after a few tokens, through the reference."""
     cache = MambaCache(model.config, batch, dtype or model.dtype)
     with torch.no_grad(), ops.backend("reference"):
-        model(words(batch, 6), cache_params=cache)
+        model(words(batch, 6), cache=cache)
     return cache
 
 
 def step(model: MambaForCausalLM, ids: Tensor, cache: MambaCache, **options: Any) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(ids, cache_params=cache, **options).logits
+        logits: Tensor = model(ids, cache=cache, **options).logits
     assert logits.shape[1] == 1
     return logits[:, 0]
 
@@ -185,7 +185,7 @@ def test_the_state_space_is_computed_in_float32(
     cache = MambaCache(model.config, 2, dtype)
     with torch.no_grad(), ops.backend("cpu"):
         for _ in range(2):  # through the modules, for only they return hidden states
-            model(words(2, 5), cache_params=cache, output_hidden_states=True)
+            model(words(2, 5), cache=cache, output_hidden_states=True)
     assert len(seen) == 4
     for arguments, block in zip(seen, list(model.backbone.layers) * 2, strict=True):
         assert arguments["A_en"].dtype == torch.float32
@@ -279,9 +279,9 @@ def test_a_prompt_equals_the_modules(variant: str, mixers: list[int]) -> None:
     ids = words(3, 37)
     with torch.no_grad():
         with ops.backend("reference"):
-            expected = model(ids, cache_params=expected_cache).logits
+            expected = model(ids, cache=expected_cache).logits
         del mixers[:]
-        assert_same(model(ids, cache_params=cache).logits, expected)
+        assert_same(model(ids, cache=cache).logits, expected)
     assert_same_cache(cache, expected_cache)
     assert not mixers
 
@@ -306,7 +306,7 @@ def test_the_number_of_threads_changes_no_bit_of_a_prompt(monkeypatch: pytest.Mo
         monkeypatch.setenv("ANYMAMBA_NUM_THREADS", str(threads))
         with torch.no_grad():
             out = model(words(3, 50))
-        results.append((out.logits, out.cache_params.conv_states, out.cache_params.ssm_states))
+        results.append((out.logits, out.cache.conv_states, out.cache.ssm_states))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -319,7 +319,7 @@ def test_a_wrong_token_late_in_a_prompt_leaves_the_state_alone(wrong: int) -> No
     ids = words(1, 2 * fused.CHUNK_TOKENS)
     ids[0, -1] = wrong
     with torch.no_grad(), pytest.raises(InputError, match=f"token {wrong} is not in the vocab"):
-        model(ids, cache_params=cache)
+        model(ids, cache=cache)
     assert_same_cache(cache, before)
 
 
@@ -339,20 +339,20 @@ def test_what_the_step_returns() -> None:
     model = lively_model()
     cache = prefilled(model, 2)
     with torch.no_grad():
-        out = model(words(2, 1), cache_params=cache)
-        assert out.cache_params is cache
+        out = model(words(2, 1), cache=cache)
+        assert out.cache is cache
         assert out.hidden_states is None
         assert cache.token_counts.tolist() == [7, 7]
-        assert model(words(2, 1), cache_params=cache, use_cache=False).cache_params is None
-        logits, kept = model(words(2, 1), cache_params=cache, return_dict=False)
+        assert model(words(2, 1), cache=cache, use_cache=False).cache is None
+        logits, kept = model(words(2, 1), cache=cache, return_dict=False)
         assert logits.shape == (2, 1, 61)
         assert kept is cache
-        assert model(words(2, 1), cache_params=cache, logits_to_keep=1).logits.shape[1] == 1
-        hidden = model(words(2, 1), cache_params=cache, output_hidden_states=True).hidden_states
+        assert model(words(2, 1), cache=cache, logits_to_keep=1).logits.shape[1] == 1
+        hidden = model(words(2, 1), cache=cache, output_hidden_states=True).hidden_states
         assert len(hidden) == 3
-        assert model(words(2, 1), cache_params=cache, labels=words(2, 1)).loss is not None
+        assert model(words(2, 1), cache=cache, labels=words(2, 1)).loss is not None
     assert cache.token_counts.tolist() == [12, 12]
-    assert model(words(2, 1), cache_params=cache).logits.requires_grad
+    assert model(words(2, 1), cache=cache).logits.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -381,7 +381,7 @@ def test_what_the_modules_refuse_the_step_refuses() -> None:
     cache = prefilled(model, 2)
     with pytest.raises(InputError, match="attention_mask has shape"):
         step(model, words(2, 1), cache, attention_mask=torch.ones(3, 7))
-    with pytest.raises(InputError, match="cache_params holds states"):
+    with pytest.raises(InputError, match="cache holds states"):
         step(model, words(3, 1), cache)
     with pytest.raises(InputError, match="cache_position"):
         step(model, words(2, 1), cache, cache_position=torch.zeros(1, 1))
@@ -895,7 +895,7 @@ def test_weights_lent_for_one_call() -> None:
     mine = cache.clone()
     with torch.no_grad():
         out = torch.func.functional_call(
-            model, lent, (words(2, 1),), {"cache_params": mine}, tie_weights=True
+            model, lent, (words(2, 1),), {"cache": mine}, tie_weights=True
         )
     assert_same(out.logits[:, 0], by_modules(other, words(2, 1), cache.clone()))
     assert torch.equal(step(model, words(2, 1), cache.clone()), own)
@@ -1016,12 +1016,12 @@ def test_a_prompt_in_chunks_is_the_prompt(
     cache = prefilled(model, batch) if continued else None
     expected_cache = None if cache is None else cache.clone()
     with torch.no_grad():
-        out = model(**inputs, cache_params=cache)
-    expected = in_one_pass(model, **inputs, cache_params=expected_cache)
+        out = model(**inputs, cache=cache)
+    expected = in_one_pass(model, **inputs, cache=expected_cache)
     assert_same(out.logits, expected.logits)
-    assert_same_cache(out.cache_params, expected.cache_params)
+    assert_same_cache(out.cache, expected.cache)
     if cache is not None:
-        assert out.cache_params is cache
+        assert out.cache is cache
 
 
 @pytest.mark.usefixtures("_short_chunks")
@@ -1048,11 +1048,11 @@ def test_chunks_are_chunks(mixers: list[int]) -> None:
 def test_chunks_and_the_cache_that_is_asked_for() -> None:
     model = lively_model()
     with torch.no_grad():
-        assert model(words(1, 21), logits_to_keep=1).cache_params is not None
-        assert model(words(1, 21), logits_to_keep=1, use_cache=False).cache_params is None
+        assert model(words(1, 21), logits_to_keep=1).cache is not None
+        assert model(words(1, 21), logits_to_keep=1, use_cache=False).cache is None
         cache = prefilled(model, 1)
-        out = model(words(1, 21), logits_to_keep=1, use_cache=False, cache_params=cache)
-        assert out.cache_params is None
+        out = model(words(1, 21), logits_to_keep=1, use_cache=False, cache=cache)
+        assert out.cache is None
         assert cache.token_counts.tolist() == [27]
         with pytest.raises(InputError, match="attention_mask has"):
             model(words(1, 21), logits_to_keep=1, attention_mask=torch.ones(1, 20))
@@ -1084,9 +1084,9 @@ def test_any_cut_gives_what_one_pass_gives(isa: str, cuts: list[int]) -> None:
     cache = MambaCache(model.config, 2, torch.float32)
     last, pieces = cache.clone(), []
     with torch.no_grad(), natively(isa):
-        whole = model(ids, cache_params=last).logits
+        whole = model(ids, cache=last).logits
         for start, stop in itertools.pairwise([0, *sorted(cuts), 33]):
-            pieces.append(model(ids[:, start:stop], cache_params=cache).logits)
+            pieces.append(model(ids[:, start:stop], cache=cache).logits)
     assert_same(torch.cat(pieces, 1), whole)
     assert_same_cache(cache, last)
 
@@ -1097,7 +1097,7 @@ def test_token_by_token_is_the_whole(mixers: list[int]) -> None:
     with torch.no_grad():
         whole = model(ids).logits
         del mixers[:]
-        steps = [model(ids[:, t, None], cache_params=cache).logits for t in range(33)]
+        steps = [model(ids[:, t, None], cache=cache).logits for t in range(33)]
     assert not mixers
     assert_same(torch.cat(steps, 1), whole)
 

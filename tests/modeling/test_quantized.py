@@ -177,7 +177,7 @@ def test_steps_continue_a_prompt(tmp_path: Path) -> None:
     cache = MambaCache(model.config, 2, torch.float32)
     with torch.no_grad():
         whole = model(ids).logits
-        pieces = [model(ids[:, t : t + 1], cache_params=cache).logits for t in range(12)]
+        pieces = [model(ids[:, t : t + 1], cache=cache).logits for t in range(12)]
     assert_near(torch.cat(pieces, 1), whole, ONE_ROUNDING)
 
 
@@ -217,10 +217,10 @@ def test_the_step_sees_a_replaced_weight(tmp_path: Path) -> None:
     model = MambaForCausalLM.from_pretrained(tmp_path)
     cache = MambaCache(model.config, 1, torch.float32)
     with torch.no_grad():
-        before = model(words(1, 1), cache_params=cache.clone()).logits
+        before = model(words(1, 1), cache=cache.clone()).logits
         mixer = model.backbone.layers[0].mixer
         mixer.in_proj.weight_q = 255 - mixer.in_proj.weight_q
-        after = model(words(1, 1), cache_params=cache.clone()).logits
+        after = model(words(1, 1), cache=cache.clone()).logits
     assert not torch.allclose(before, after)
 
 

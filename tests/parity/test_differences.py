@@ -19,7 +19,7 @@ from torch import Tensor
 import anymamba
 
 pytestmark = pytest.mark.skipif(
-    not transformers.__version__.startswith("5.23."), reason="the table is about Transformers 5.23"
+    not transformers.__version__.startswith("5.24."), reason="the table is about Transformers 5.24"
 )
 
 # What float32 rounds is below, what a wrong state or a seen mask does to random weights far above.
@@ -61,8 +61,8 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 def test_several_tokens_on_top_of_a_state(models: tuple[Any, Any], tokens: Tensor) -> None:
     errors = []
     for model in models:
-        state = model(tokens[:, :12], use_cache=True).cache_params
-        continued = model(tokens[:, 12:], cache_params=state).logits
+        state = model(tokens[:, :12], use_cache=True).cache
+        continued = model(tokens[:, 12:], cache=state).logits
         errors.append(distance(continued, model(tokens).logits[:, 12:]))
     theirs, ours = errors
     assert theirs > DIFFERENT
@@ -105,7 +105,7 @@ def test_packed_documents(models: tuple[Any, Any], tokens: Tensor, argument: str
 
 
 def test_kinds_of_state(models: tuple[Any, Any], tokens: Tensor) -> None:
-    theirs, ours = (model(tokens, use_cache=True).cache_params for model in models)
+    theirs, ours = (model(tokens, use_cache=True).cache for model in models)
     assert type(theirs) is transformers.DynamicCache
     assert type(ours) is anymamba.MambaCache
     assert not hasattr(theirs, "save")

@@ -101,13 +101,13 @@ def model(folder: Path) -> MambaForCausalLM:
 def read(model: MambaForCausalLM, ids: list[int], batch: int = 1) -> MambaCache:
     cache = MambaCache(model.config, batch, dtype=model.dtype)
     with torch.no_grad():
-        model(torch.tensor([ids] * batch), cache_params=cache)
+        model(torch.tensor([ids] * batch), cache=cache)
     return cache
 
 
 def next_logits(model: MambaForCausalLM, cache: MambaCache, ids: list[int]) -> np.ndarray:
     with torch.no_grad():
-        return model(torch.tensor([ids]), cache_params=cache).logits[0].numpy()
+        return model(torch.tensor([ids]), cache=cache).logits[0].numpy()
 
 
 def test_a_state_becomes_a_cache(engine: Engine, model: MambaForCausalLM) -> None:
@@ -122,7 +122,7 @@ def test_a_state_becomes_a_cache(engine: Engine, model: MambaForCausalLM) -> Non
 def test_a_cache_becomes_a_state(engine: Engine, model: MambaForCausalLM) -> None:
     cache = read(model, IDS, batch=2)
     with torch.no_grad():
-        model(torch.tensor([[1], [2]]), cache_params=cache)
+        model(torch.tensor([[1], [2]]), cache=cache)
     state = cache.to_state(engine, row=1)
     assert (state.token_count, state.logits) == (71, None)
     assert_close(engine.logits([3, 4], state), engine.logits([*IDS, 2, 3, 4])[-2:])

@@ -43,7 +43,7 @@ _Self = TypeVar("_Self", bound="MambaCache")
 class MambaCache(Cache):
     """What a Mamba model carries from the tokens it has read to those that follow.
 
-    Pass it to `forward` or `generate` as `cache_params`; each call continues where the
+    Pass it to `forward` or `generate` as `cache`; each call continues where the
     last one ended and updates it in place. It is a Transformers `Cache`, with the constructor and
     the update methods of Transformers' historical `MambaCache`.
 

@@ -22,6 +22,7 @@ from anymamba.modeling.model import (
 from anymamba.modeling.outputs import MambaCausalLMOutput
 from anymamba.modeling.packing import check_mask, next_tokens, pack_batch
 from anymamba.modeling.plain import project
+from anymamba.modeling.renaming import takes_cache_params
 
 __all__ = ["MambaForCausalLM"]
 
@@ -63,12 +64,13 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         """Put another embedding layer in place."""
         self.backbone.set_input_embeddings(value)
 
+    @takes_cache_params
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: MambaCache | None = None,
+        cache: MambaCache | None = None,
         cache_position: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -88,7 +90,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last positions get logits, 0 for all of them; or the
                 indices (m,) of the positions. Labels then count at those positions alone.
             **kwargs: what the loss understands (`num_items_in_batch`); the rest is ignored.
-            input_ids, attention_mask, inputs_embeds, cache_params, cache_position: as in
+            input_ids, attention_mask, inputs_embeds, cache, cache_position: as in
                 `MambaModel.forward`.
             output_hidden_states, return_dict, use_cache: as in `MambaModel.forward`.
             seq_idx, cu_seq_lens_q, position_ids: as in `MambaModel.forward`.
@@ -104,7 +106,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "inputs_embeds": inputs_embeds,
-            "cache_params": cache_params,
+            "cache": cache,
             "cache_position": cache_position,
             "use_cache": use_cache,
         }
@@ -131,7 +133,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             loss = None
             if labels is not None:
                 loss = self._loss(logits, labels, kept, hidden_states.shape[:2], marks, kwargs)
-            output = MambaCausalLMOutput(loss, logits, outputs.cache_params, outputs.hidden_states)
+            output = MambaCausalLMOutput(loss, logits, outputs.cache, outputs.hidden_states)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
@@ -145,7 +147,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
-        cache_params: MambaCache | None,
+        cache: MambaCache | None,
         cache_position: Tensor | None,
         use_cache: bool | None,
     ) -> MambaCausalLMOutput | None:
@@ -162,13 +164,13 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         table = fused.table_of(self, input_ids)
         if table is None:
             return None
-        cache, kept = self._cache_for(cache_params, use_cache, batch, input_ids.device)
+        cache, kept = self._cache_for(cache, use_cache, batch, input_ids.device)
         check_cache_position(cache_position)
         if not fused.fits(cache):
             return None
         logits = table.run(input_ids, cache, min(logits_to_keep or length, length))
         cache.token_counts += length
-        return MambaCausalLMOutput(logits=logits, cache_params=cache if kept else None)
+        return MambaCausalLMOutput(logits=logits, cache=cache if kept else None)
 
     def _cache_for(
         self, cache: MambaCache | None, use_cache: bool | None, batch: int, device: torch.device
@@ -187,7 +189,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
         inputs_embeds: Tensor | None,
-        cache_params: MambaCache | None,
+        cache: MambaCache | None,
         cache_position: Tensor | None,
         use_cache: bool | None,
     ) -> MambaCausalLMOutput | None:
@@ -199,7 +201,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         columns = max(fused.CHUNK_TOKENS // max(batch, 1), 1)
         if length <= columns:
             return None
-        cache, kept = self._cache_for(cache_params, use_cache, batch, given.device)
+        cache, kept = self._cache_for(cache, use_cache, batch, given.device)
         mask = None
         if attention_mask is not None:
             check_mask(batch, length, attention_mask)
@@ -211,14 +213,14 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 input_ids=None if input_ids is None else input_ids[:, now],
                 inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, now],
                 attention_mask=None if mask is None else mask[:, now],
-                cache_params=cache,
+                cache=cache,
                 cache_position=cache_position,
             )
             beyond = start + columns - (length - logits_to_keep)
             if beyond > 0:
                 hidden.append(outputs.last_hidden_state[:, -beyond:])
         logits = self._logits(torch.cat(hidden, 1)[:, -logits_to_keep:])
-        return MambaCausalLMOutput(logits=logits, cache_params=cache if kept else None)
+        return MambaCausalLMOutput(logits=logits, cache=cache if kept else None)
 
     def _loss(
         self,
@@ -260,9 +262,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 "A Mamba state has one form: cache_implementation="
                 f"{generation_config.cache_implementation!r} changes nothing."
             )
-        if model_kwargs.get("cache_params") is None and generation_config.use_cache is not False:
+        if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-            model_kwargs["cache_params"] = MambaCache(
+            model_kwargs["cache"] = MambaCache(
                 self.config, batch_size * copies, self.dtype, self.device
             )
 
@@ -279,11 +281,11 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         """
         if input_ids is not None and not input_ids.shape[1] and "inputs_embeds" not in model_kwargs:
             raise InputError("input_ids is empty: generate needs at least one token to go on from")
-        cache = model_kwargs.get("cache_params")
+        cache = model_kwargs.get("cache")
         if cache is not None and expand_size > 1:
             cache = cache.clone()
             cache.batch_repeat_interleave(expand_size)
-            model_kwargs["cache_params"] = cache
+            model_kwargs["cache"] = cache
         # Transformers annotates `self` there with a protocol of its own.
         parent: Any = super()
         expanded: tuple[Tensor, dict[str, Any]] = parent._expand_inputs_for_generation(
@@ -294,12 +296,13 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         )
         return expanded
 
+    @takes_cache_params
     def prepare_inputs_for_generation(  # type: ignore[override, unused-ignore]
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        cache_params: MambaCache | None = None,
+        cache: MambaCache | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -324,13 +327,13 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             input_ids,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            cache_params=cache_params,
+            cache=cache,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
         # They count tokens here and do not mark packed documents.
         inputs.pop("position_ids", None)
-        if cache_params is not None and not is_first_iteration:
+        if cache is not None and not is_first_iteration:
             inputs.pop("attention_mask", None)
         return inputs
 

@@ -25,6 +25,7 @@ from anymamba.modeling.loading import FromAnyLayout
 from anymamba.modeling.outputs import MambaOutput
 from anymamba.modeling.packing import PackedBatch, pack_batch
 from anymamba.modeling.plain import project, why_not_plain
+from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.backends import BACKENDS
 
 __all__ = [
@@ -88,17 +89,18 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.empty(e))
         self.out_proj = nn.Linear(e, d, bias=config.use_bias)
 
+    @takes_cache_params
     def forward(
         self,
         hidden_states: Tensor,
-        cache_params: MambaCache | None = None,
+        cache: MambaCache | None = None,
         packed: PackedBatch | None = None,
     ) -> Tensor:
         """Mix along time.
 
         Args:
             hidden_states: (b, l, d), or (1, t, d) where packed.
-            cache_params: the state before the first position; overwritten with the state after
+            cache: the state before the first position; overwritten with the state after
                 the last.
             packed: how the row holds the batch's sequences.
 
@@ -106,14 +108,12 @@ class MambaMixer(nn.Module):
             (b, l, d) in the type of out_proj's result.
         """
         x_ble, z_ble = project(self.in_proj, hidden_states).chunk(2, dim=-1)
-        x_ble = self._convolve(x_ble, cache_params, packed)
+        x_ble = self._convolve(x_ble, cache, packed)
         delta_blr, B_bln, C_bln = project(self.x_proj, x_ble).split(
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1
         )
         delta_ble, delta_bias_e = self._step_size(delta_blr)
-        y_ble = self._scan(
-            x_ble, delta_ble, B_bln, C_bln, z_ble, delta_bias_e, cache_params, packed
-        )
+        y_ble = self._scan(x_ble, delta_ble, B_bln, C_bln, z_ble, delta_bias_e, cache, packed)
         return project(self.out_proj, y_ble)
 
     def _step_size(self, delta_blr: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -231,17 +231,18 @@ class MambaBlock(GradientCheckpointingLayer):
         self.norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = MambaMixer(config, layer_idx)
 
+    @takes_cache_params
     def forward(
         self,
         hidden_states: Tensor,
-        cache_params: MambaCache | None = None,
+        cache: MambaCache | None = None,
         packed: PackedBatch | None = None,
     ) -> Tensor:
         """(b, l, d) to (b, l, d); arguments as in `MambaMixer.forward`."""
         residual = hidden_states
         if self.residual_in_fp32:
             residual = residual.to(torch.promote_types(residual.dtype, torch.float32))
-        mixed: Tensor = self.mixer(self.norm(hidden_states), cache_params, packed)
+        mixed: Tensor = self.mixer(self.norm(hidden_states), cache, packed)
         return residual + mixed.to(residual.dtype)
 
 
@@ -333,12 +334,13 @@ class MambaModel(MambaPreTrainedModel):
         """Put another embedding layer in place."""
         self.embeddings = value  # type: ignore[assignment]
 
+    @takes_cache_params
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        cache_params: MambaCache | None = None,
+        cache: MambaCache | None = None,
         cache_position: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -355,7 +357,7 @@ class MambaModel(MambaPreTrainedModel):
             attention_mask: (b, l or more) of 0 and 1, of which the last l columns count. A masked
                 position counts as deleted, wherever it stands; its outputs are zero.
             inputs_embeds: (b, l, d) instead of input_ids.
-            cache_params: the state after what came before; the ids are then the new tokens only.
+            cache: the state after what came before; the ids are then the new tokens only.
                 It is overwritten with the state after the last position.
             cache_position: accepted for Transformers' sake, and checked; the state knows where
                 it stands.
@@ -376,7 +378,7 @@ class MambaModel(MambaPreTrainedModel):
         """
         hidden_states = self._embed(input_ids, inputs_embeds)
         batch, length, _ = hidden_states.shape
-        cache, returned = self._open_cache(cache_params, use_cache, hidden_states)
+        cache, returned = self._open_cache(cache, use_cache, hidden_states)
         check_cache_position(cache_position)
         packed = pack_batch(
             batch,
@@ -405,7 +407,7 @@ class MambaModel(MambaPreTrainedModel):
             cache.token_counts += _tokens_a_row(batch, length, packed).to(cache.token_counts)
         output = MambaOutput(
             last_hidden_state=hidden_states,
-            cache_params=cache if returned else None,
+            cache=cache if returned else None,
             hidden_states=tuple(all_hidden) if want_all else None,
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
@@ -439,7 +441,7 @@ class MambaModel(MambaPreTrainedModel):
             if checkpointing:
                 raise InputError(
                     "gradient checkpointing computes each layer twice and would advance "
-                    "cache_params twice: train without a cache, or without checkpointing"
+                    "the cache twice: train without a cache, or without checkpointing"
                 )
             return cache, use_cache is not False
         if use_cache is None:
@@ -460,18 +462,18 @@ def check_cache(cache: object, config: MambaConfig, batch: int) -> None:
     """
     if not isinstance(cache, MambaCache):
         raise InputError(
-            f"cache_params is a {type(cache).__name__}, expected an anymamba.MambaCache: "
+            f"cache is a {type(cache).__name__}, expected an anymamba.MambaCache: "
             "make one with MambaCache(model.config, batch_size, dtype=model.dtype)"
         )
     expected = (config.num_hidden_layers, batch, config.intermediate_size, config.state_size)
     if tuple(cache.ssm_states.shape) != expected:
         raise InputError(
-            f"cache_params holds states of shape {tuple(cache.ssm_states.shape)}, this model and "
+            f"cache holds states of shape {tuple(cache.ssm_states.shape)}, this model and "
             f"batch need {expected} (layers, batch, inner width, state size)"
         )
     if cache.conv_states.shape[-1] != config.conv_kernel:
         raise InputError(
-            f"cache_params holds convolution windows of width {cache.conv_states.shape[-1]}, this "
+            f"cache holds convolution windows of width {cache.conv_states.shape[-1]}, this "
             f"model's are {config.conv_kernel} wide"
         )
 

@@ -18,14 +18,14 @@ class MambaOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: (b, l, d), after the final norm.
-        cache_params: the state after the last position, where use_cache is set.
+        cache: the state after the last position, where use_cache is set.
         hidden_states: where asked for, n_layer + 1 tensors (b, l, d): what the embeddings and
             then each layer put out. (Transformers' code returns the layers' outputs and then the
             final norm's, against its own documentation.)
     """
 
     last_hidden_state: Tensor | None = None
-    cache_params: MambaCache | None = None
+    cache: MambaCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
 
@@ -36,11 +36,11 @@ class MambaCausalLMOutput(ModelOutput):
     Attributes:
         loss: the mean cross-entropy in nats per predicted token, where labels are given.
         logits: (b, l, v) in float32, or fewer positions with logits_to_keep.
-        cache_params: the state after the last position, where use_cache is set.
+        cache: the state after the last position, where use_cache is set.
         hidden_states: as in `MambaOutput`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    cache_params: MambaCache | None = None
+    cache: MambaCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
