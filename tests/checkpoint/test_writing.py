@@ -158,3 +158,13 @@ def test_an_error_of_ours_stays_what_it_is(tmp_path):
 
     with pytest.raises(CheckpointError, match=r"^the source is broken$"):
         write_atomically(tmp_path / "state", fail)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_a_private_file_stays_private(tmp_path):
+    target = tmp_path / "private.state"
+    target.write_text("old")
+    target.chmod(0o600)
+    write_atomically(target, lambda path: path.write_text("new") and None)
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o600

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from anymamba.checkpoint.paths import user_path
 from anymamba.errors import CheckpointError, HubError
 
 __all__ = ["SMALL_FILES", "resolve"]
@@ -67,7 +68,7 @@ def resolve(
         >>> resolve(folder) == Path(folder)
         True
     """
-    local = Path(model).expanduser()
+    local = user_path(model)
     if model and local.is_dir():  # Path("") would be the current folder
         folder = local
     elif isinstance(model, os.PathLike) or local.exists() or _looks_like_path(model):

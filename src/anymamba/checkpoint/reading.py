@@ -11,6 +11,7 @@ from typing import Any
 from anymamba.checkpoint.config import Layout, read_config
 from anymamba.checkpoint.files import WeightFiles, find_weight_files
 from anymamba.checkpoint.names import to_transformers_name
+from anymamba.checkpoint.paths import user_path
 from anymamba.checkpoint.safetensors_header import TensorRecord, read_header
 from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError
@@ -66,7 +67,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         >>> checkpoint.layout, checkpoint.tensors["backbone.norm_f.weight"].shape
         ('minimal', (8,))
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{str(folder)!r} is no folder; give the folder of a model")
     layout, config = read_config(folder)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anymamba.checkpoint.paths import user_path
 from anymamba.checkpoint.safetensors_header import SafetensorsHeader, TensorRecord, read_header
 from anymamba.checkpoint.shapes import model_shape
 from anymamba.checkpoint.wording import shown
@@ -151,10 +152,11 @@ def read_state_file(
         anymamba.errors.StateError: state file 'nowhere' does not exist
     """
     source = f"state file {str(path)!r}"
-    if not Path(path).is_file():
+    place = user_path(path, StateError)
+    if not place.is_file():
         raise StateError(f"{source} does not exist")
     try:
-        header = read(Path(path))
+        header = read(place)
     except CheckpointError as error:
         raise StateError(f"{source} is broken: {error}; save the state again") from error
     metadata, tensors = header.metadata, header.tensors

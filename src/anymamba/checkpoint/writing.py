@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from anymamba.checkpoint.paths import user_path
 from anymamba.errors import CheckpointError
 
 __all__ = ["cannot_write", "write_atomically"]
@@ -28,7 +29,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
 
     `write` fills a file of the same name in a temporary folder beside the target; it is then
     flushed to disk and renamed. If anything fails, the target stays as it was and the temporary
-    folder is removed. A link is followed: the file it points to is replaced.
+    folder is removed. A link is followed: the file it points to is replaced. What replaces a file
+    has its permissions: a private one stays private.
 
     Args:
         path: the file to create or replace.
@@ -47,7 +49,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         >>> target.read_text()
         'ready'
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(user_path(path)))
     # To rename a file over /dev/null would be the end of it.
     if target.exists() and not target.is_file():
         raise CheckpointError(f"cannot write {str(target)!r}: it is not a file; give another name")
@@ -56,6 +58,8 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         try:
             unfinished = workplace / target.name
             write(unfinished)
+            if target.exists():
+                shutil.copymode(target, unfinished)
             _flush(unfinished)
             unfinished.replace(target)
         finally:

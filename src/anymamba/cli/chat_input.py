@@ -90,11 +90,12 @@ def line_reader(history: str | None) -> ReadLine:
 def remember(readline: object, history: str) -> None:
     """Bring back the lines of earlier chats, and keep those of this one at its end."""
     import atexit
-    from pathlib import Path
     from typing import Any, cast
 
+    from anymamba.checkpoint.paths import user_path
+
     lines = cast(Any, readline)
-    path = Path(history).expanduser()
+    path = user_path(history, InputError)
     try:
         if path.exists():
             lines.read_history_file(path)

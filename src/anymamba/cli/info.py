@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from anymamba.cli.model_options import add_offline_argument
@@ -55,7 +54,9 @@ def describe(
         from anymamba.cli import about_machine
 
         return about_machine.describe(), about_machine.as_text
-    file = Path(model).expanduser()
+    from anymamba.checkpoint.paths import user_path
+
+    file = user_path(model)
     if model and file.is_file():
         if file.suffix.lower() == ".gguf":
             from anymamba.cli import about_gguf

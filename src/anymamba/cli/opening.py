@@ -40,12 +40,13 @@ def tokenizer_place(arguments: argparse.Namespace) -> Path:
     """The folder or file that the tokenizer comes from."""
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
+    from anymamba.checkpoint.paths import user_path
 
     if arguments.tokenizer is not None:
-        return Path(arguments.tokenizer).expanduser()
+        return user_path(arguments.tokenizer)
     if arguments.model is None:
         return bundled_model()
-    file = Path(arguments.model).expanduser()
+    file = user_path(arguments.model)
     return file if file.is_file() else resolve(arguments.model, offline=arguments.offline)
 
 
@@ -73,9 +74,11 @@ def check_writable(file: str | None) -> None:
     Raises:
         StateError: its folder does not exist or is closed to us, or it is no file.
     """
+    from anymamba.checkpoint.paths import user_path
+
     if file is None:
         return
-    target = Path(os.path.realpath(Path(file).expanduser()))
+    target = Path(os.path.realpath(user_path(file, StateError)))
     folder = target.parent
     if not folder.is_dir():
         raise StateError(f"cannot write {file!r}: the folder {str(folder)!r} does not exist")

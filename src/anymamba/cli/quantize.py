@@ -99,10 +99,11 @@ def run(arguments: argparse.Namespace) -> None:
 def place_of(arguments: argparse.Namespace) -> Path:
     """Where the source is, which is there now, downloaded if need be."""
     from anymamba.checkpoint import resolve
+    from anymamba.checkpoint.paths import user_path
     from anymamba.runtime.gguf_names import is_gguf
 
     if is_gguf(arguments.source):
-        return Path(arguments.source).expanduser()
+        return user_path(arguments.source)
     return resolve(arguments.source, offline=arguments.offline)
 
 

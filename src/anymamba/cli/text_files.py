@@ -6,9 +6,9 @@ import codecs
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import BinaryIO
 
+from anymamba.checkpoint.paths import user_path
 from anymamba.errors import InputError
 
 __all__ = ["STANDARD_INPUT", "read_blocks", "read_text", "size_of"]
@@ -62,10 +62,9 @@ def open_binary(name: str) -> AbstractContextManager[BinaryIO]:
             raise InputError("there is no standard input to read")
         return nullcontext(sys.stdin.buffer)
     try:
-        return Path(name).open("rb")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot read {shown(name)}: {reason}") from None
+        return user_path(name, InputError).open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read {shown(name)}: {error.strerror}") from None
 
 
 def read_text(name: str) -> str:
@@ -83,7 +82,7 @@ def size_of(names: list[str]) -> int | None:
     for name in names:
         if name == STANDARD_INPUT:
             return None
-        path = Path(name)
+        path = user_path(name, InputError)
         if not path.exists():
             raise InputError(f"there is no file {name!r}")
         if not path.is_file():

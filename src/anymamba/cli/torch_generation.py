@@ -47,7 +47,7 @@ def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Outp
 
     refuse_others(arguments)
     folder = resolve(arguments.model or bundled_model(), offline=arguments.offline)
-    tokenizer = read_tokenizer(Path(arguments.tokenizer or folder))
+    tokenizer = read_tokenizer(arguments.tokenizer or folder)
     prompt_ids = tokenizer.encode(prompt).ids
     dtype = arguments.dtype or DTYPES[arguments.weights]
     model = load_model(folder, arguments.device, dtype)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from anymamba.checkpoint.files import SAFETENSORS_NAMES
 from anymamba.checkpoint.hub import SMALL_FILES
+from anymamba.checkpoint.paths import user_path
 from anymamba.checkpoint.wording import listed, shown
 from anymamba.checkpoint.writing import cannot_write
 from anymamba.errors import CheckpointError, ConfigError
@@ -33,9 +34,7 @@ def check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[s
     Example:
         >>> check_apart("model", "model-int4")
     """
-    real, target = (
-        Path(os.path.realpath(Path(path).expanduser())) for path in (source, destination)
-    )
+    real, target = (Path(os.path.realpath(user_path(path))) for path in (source, destination))
     if target == real or target in real.parents:
         raise ConfigError(
             f"the destination {str(target)!r} would replace the source; choose another place"
@@ -66,16 +65,17 @@ def check_destination(
         >>> check_destination(folder, overwrite=False)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        anymamba.errors.CheckpointError: '...' exists; choose another place, or pass overwrite=True
+        anymamba.errors.CheckpointError: '...' exists; choose another place, ...
     """
-    target = Path(os.path.realpath(Path(destination).expanduser()))
+    target = Path(os.path.realpath(user_path(destination)))
     if not target.parent.is_dir():
         raise CheckpointError(
             f"cannot write {str(target)!r}: the folder {str(target.parent)!r} does not exist"
         )
     if target.exists() and not overwrite:
         raise CheckpointError(
-            f"{str(target)!r} exists; choose another place, or pass overwrite=True"
+            f"{str(target)!r} exists; choose another place, or pass overwrite=True (on the command "
+            "line --overwrite)"
         )
     if target.exists() and target.is_dir() == file:
         is_there, wanted = ("file", "folder") if target.is_file() else ("folder", "file")

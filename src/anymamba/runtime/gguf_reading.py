@@ -296,7 +296,8 @@ def _kept_blocks(record: TensorRecord, data: memoryview) -> QuantizedArray:
     if not q.all():
         raise CheckpointError(
             f"tensor {shown(record.name)} in {str(record.file)!r} holds the number -128, which no "
-            "writer of Q8_0 makes and the kernels do not know; load it with weights='f32'"
+            "writer of Q8_0 makes and the kernels do not know; load it with weights='f32' "
+            "(on the command line --weights f32)"
         )
     return QuantizedArray(q, scales, None, 8, _BLOCK, (n, k))
 

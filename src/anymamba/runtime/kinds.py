@@ -93,7 +93,8 @@ def _from_quantized(name: str, tensor: QuantizedArray, kind: str) -> Tensor:
         return tensor
     raise ConfigError(
         f"the weights are int{tensor.bits} already and cannot be made {kind}, which would round "
-        "them twice; use weights='auto', or quantize the model as it was before"
+        "them twice; use weights='auto' (on the command line --weights auto), or quantize the "
+        "model as it was before"
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint import open_checkpoint, resolve
 from anymamba.checkpoint.json_object import read_json_object
+from anymamba.checkpoint.paths import user_path
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.gguf_names import is_gguf
 from anymamba.runtime.kinds import check_kind
@@ -65,8 +66,9 @@ def load(
         from anymamba.assets import bundled_model
 
         model = bundled_model()
-    if is_gguf(model):
-        return _load_gguf(Path(model).expanduser(), weights, tokenizer, threads)
+    place = user_path(model)
+    if is_gguf(place):
+        return _load_gguf(place, weights, tokenizer, threads)
     folder = resolve(
         model,
         revision=revision,
@@ -92,7 +94,7 @@ def _load_gguf(
     loaded, model = load_gguf_weights(path, weights, tokenizer=named is None)
     open_tokenizer: Callable[[], Tokenizer] | None = None
     if named is not None:
-        open_tokenizer = partial(read_tokenizer, Path(named).expanduser())
+        open_tokenizer = partial(read_tokenizer, named)
     elif model.tokenizer_json is not None:
         where = f"the tokenizer in {str(path)!r}"
         open_tokenizer = partial(tokenizer_from_json, model.tokenizer_json, where)
@@ -105,7 +107,7 @@ def _tokenizer_in(
 ) -> Callable[[], Tokenizer] | None:
     """What opens the tokenizer: the one that was named, else the model's, if it has one."""
     if named is not None:
-        return partial(read_tokenizer, Path(named).expanduser())
+        return partial(read_tokenizer, named)
     path = folder / "tokenizer.json"
     return partial(read_tokenizer, path) if path.is_file() else None
 

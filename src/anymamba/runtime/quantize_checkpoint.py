@@ -137,7 +137,7 @@ def _tokens(
             raise InputError(f"calibrate must be text or a list of tokens, got {shown(text)}")
         return ids.astype(np.int64)
     if tokenizer is not None:
-        codec = TextCodec(lambda: read_tokenizer(Path(tokenizer)))
+        codec = TextCodec(lambda: read_tokenizer(tokenizer))
     elif (own := model.companions.get("tokenizer.json")) is not None:
         codec = TextCodec(lambda: tokenizer_from_json(own, "the model's tokenizer.json"))
     else:

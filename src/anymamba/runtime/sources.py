@@ -24,6 +24,7 @@ from anymamba.checkpoint import (
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.json_object import MAX_JSON_BYTES, parse_json_object
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.paths import user_path
 from anymamba.errors import CheckpointError, MissingDependencyError
 from anymamba.runtime.gguf_names import is_gguf
 from anymamba.runtime.gguf_reading import GgufModel, read_gguf
@@ -102,8 +103,9 @@ def open_source(source: str | os.PathLike[str], offline: bool = False) -> Source
         >>> source.dtype, sorted(source.companions)[0]
         ('BF16', 'generation_config.json')
     """
-    if is_gguf(source):
-        return _of_gguf(read_gguf(Path(source).expanduser()))
+    place = user_path(source)
+    if is_gguf(place):
+        return _of_gguf(read_gguf(place))
     checkpoint = open_checkpoint(resolve(source, offline=offline))
     where = repr(str(checkpoint.folder))
     if "quantization_config" in checkpoint.config:

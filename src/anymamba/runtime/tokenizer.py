@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.checkpoint.paths import user_path
 from anymamba.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class TextCodec:
             raise InputError(f"tokens must be whole numbers, 0 or more: {error}") from error
 
 
-def read_tokenizer(place: Path) -> Tokenizer:
+def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
     """Read a tokenizer in the format of the `tokenizers` library.
 
     Args:
@@ -85,7 +86,8 @@ def read_tokenizer(place: Path) -> Tokenizer:
         >>> read_tokenizer(bundled_model()).get_vocab_size()
         256
     """
-    path = place / "tokenizer.json" if place.is_dir() else place
+    given = user_path(place)
+    path = given / "tokenizer.json" if given.is_dir() else given
     if not path.is_file():
         raise CheckpointError(f"there is no tokenizer: {path} is missing. {_HELP}")
     try:
