@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import DeferredStopCheck
 
 from anymamba import MambaCache
 from anymamba.errors import InputError
@@ -81,6 +82,24 @@ def test_generation_continues_from_a_cache(num_beams: int) -> None:
         assert cache.token_counts.tolist() == [14, 14]
     else:
         assert torch.equal(cache.ssm_states, before.ssm_states)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_no_needless_step_is_run_on_a_caller_s_state(
+    monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    """On mps, Transformers runs one step too many where nobody sees the state afterwards."""
+    supported = DeferredStopCheck.is_supported
+    answers = []
+
+    def answer(device: torch.device, *rest: Any, **options: Any) -> bool:
+        answers.append(supported(torch.device("mps"), *rest, **options))
+        return False
+
+    monkeypatch.setattr(DeferredStopCheck, "is_supported", answer)
+    cache = MambaCache(MODEL.config, 1, dtype=torch.float32) if given else None
+    MODEL.generate(words(1, 4), cache=cache, max_new_tokens=2, **GREEDY)
+    assert answers == [not given]
 
 
 def test_generate_builds_a_mamba_cache(monkeypatch: pytest.MonkeyPatch) -> None:

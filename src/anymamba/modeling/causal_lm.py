@@ -262,7 +262,11 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 "A Mamba state has one form: cache_implementation="
                 f"{generation_config.cache_implementation!r} changes nothing."
             )
-        if model_kwargs.get("cache") is None and generation_config.use_cache is not False:
+        given = model_kwargs.get("cache")
+        if isinstance(given, MambaCache):
+            # On mps, Transformers runs one step too many on a state that nobody will see again.
+            given._is_user_defined = True  # type: ignore[attr-defined]
+        elif given is None and generation_config.use_cache is not False:
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
             model_kwargs["cache"] = MambaCache(
                 self.config, batch_size * copies, self.dtype, self.device
