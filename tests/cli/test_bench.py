@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from anymamba.assets import bundled_model
 from anymamba.cli import speed as module
 from anymamba.cli.bench import default_threads
 from anymamba.cli.speed import Effort, measure
@@ -86,3 +87,16 @@ def test_what_makes_no_sense_is_refused(options, named, anymamba):
 def test_columns_of_numbers_stand_at_their_right():
     rows = [("name", "n"), ("a", "1,000"), ("bcdef", "2")]
     assert columns(rows) == "name       n\na      1,000\nbcdef      2"
+
+
+def test_of_a_quantized_model_its_own_kind_is_measured(tmp_path, anymamba):
+    folder = tmp_path / "int4"
+    assert anymamba("quantize", bundled_model(), folder).status == 0
+    speeds = anymamba("bench", folder, "--threads", 1, *QUICK, "--json").json["speeds"]
+    assert [speed["weights"] for speed in speeds] == ["int4"]
+    asked = ("--weights", "bf16", "int4", "--threads", 1)
+    speeds = anymamba("bench", folder, *asked, *QUICK, "--json").json["speeds"]
+    assert [speed["weights"] for speed in speeds] == ["bf16", "int4"]
+    # Nothing is measured in vain.
+    done = anymamba("bench", folder, "--weights", "f32", "int8", "--threads", 1, *QUICK)
+    assert "int4 already" in done.complaint

@@ -9,6 +9,7 @@ import sys
 from anymamba.cli.model_options import WEIGHTS, add_offline_argument
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import integer
+from anymamba.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
 
@@ -23,6 +24,7 @@ examples:
   anymamba bench state-spaces/mamba-130m-hf --weights int8 int4
   anymamba bench ./my-model --threads 1 2 4 --json
 """
+QUANTIZED = ("int8", "int4")
 KINDS = tuple(kind for kind in WEIGHTS if kind != "auto")
 
 
@@ -33,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="MODEL", help="a folder, a GGUF file or a name on the hub"
     )
     parser.add_argument(
-        "--weights", nargs="+", choices=WEIGHTS, default=KINDS, help="kinds; default: all"
+        "--weights",
+        nargs="+",
+        choices=WEIGHTS,
+        help="kinds; default: all, of a quantized model its own",
     )
     parser.add_argument(
         "--threads",
@@ -61,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     effort = Effort(arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)
     speeds: list[Speed] = []
-    for kind in dict.fromkeys(arguments.weights):
+    for kind in kinds(arguments):
         for threads in dict.fromkeys(arguments.threads or default_threads()):
             if not arguments.json:
                 print(f"measuring {kind} with {threads} threads", file=sys.stderr)
@@ -77,6 +82,32 @@ def run(arguments: argparse.Namespace) -> None:
     head = ("weights", "threads", "size", "prefill", "decode", "limit", "of the limit")
     print(columns([head, *map(row, speeds)]))
     print("prefill, decode and limit in tokens a second")
+
+
+def kinds(arguments: argparse.Namespace) -> list[str]:
+    """The kinds to measure, once it is sure that all of them can be had.
+
+    Raises:
+        ConfigError: the model is stored in other bits than a kind that was asked for.
+    """
+    from anymamba.runtime.loading import load
+
+    asked = list(dict.fromkeys(arguments.weights or KINDS))
+    if not {*asked} & {*QUANTIZED}:
+        return asked
+    with quiet():
+        stored = load(arguments.model, threads=1, offline=arguments.offline).weights_kind
+    if stored not in QUANTIZED:
+        return asked
+    if arguments.weights is None:
+        return [stored]
+    impossible = [kind for kind in asked if kind in QUANTIZED and kind != stored]
+    if impossible:
+        raise ConfigError(
+            f"the weights are {stored} already and cannot be measured as {impossible[0]}, which "
+            f"would round them twice; leave it out, or name the model as it was before"
+        )
+    return asked
 
 
 def row(speed: object) -> tuple[str, ...]:
