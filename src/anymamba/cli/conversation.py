@@ -102,7 +102,9 @@ class Conversation:
         """From where to go on, and the text to read first."""
         now = self._now
         if self._template is None:
-            new_line = "" if not now.text or now.text.endswith("\n") else "\n"
+            # Of a state from a file, what it has read is not known, only that there is something.
+            begun = now.state.token_count > 0 and not now.text.endswith("\n")
+            new_line = "\n" if begun else ""
             return now, new_line + messages[-1]["content"]
         text = self._template.render(messages)
         if text.startswith(now.text):
