@@ -94,3 +94,17 @@ def test_nothing_is_replaced_unasked(tmp_path, anymamba):
     assert str(tmp_path / "q") in anymamba(*command).complaint
     assert anymamba(*command, "--overwrite").status == 0
     assert str(tmp_path / "q") in anymamba("quantize", tmp_path / "q", tmp_path / "again").complaint
+
+
+def test_a_text_too_short_to_score_is_refused_before_anything_is_written(tmp_path, anymamba):
+    (tmp_path / "a.txt").write_text("a")
+    folder = tmp_path / "out"
+    done = anymamba("quantize", bundled_model(), folder, "--score", tmp_path / "a.txt")
+    assert "too short" in done.complaint
+    assert not folder.exists()
+
+
+def test_standard_input_cannot_be_read_twice(tmp_path, anymamba):
+    options = ("--calibrate", "-", "--score", "-")
+    assert "only once" in anymamba("quantize", bundled_model(), tmp_path / "a", *options).complaint
+    assert "only once" in anymamba("ingest", "-", "-", "--save-state", tmp_path / "b").complaint

@@ -53,7 +53,7 @@ def test_standard_input_is_read_and_left_open(monkeypatch):
 
 def test_files_that_cannot_be_read(tmp_path):
     for name in (str(tmp_path), str(tmp_path / "missing"), "a\0b"):
-        with pytest.raises(InputError, match="cannot (read|use)"):
+        with pytest.raises(InputError, match=r"cannot (read|use)"):
             read_text(name)
 
 

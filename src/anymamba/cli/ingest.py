@@ -58,9 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Read, store, and tell how it went."""
     from anymamba.cli.progress import Progress
-    from anymamba.cli.text_files import size_of
+    from anymamba.cli.text_files import read_once, size_of
 
     check_writable(arguments.save_state)
+    read_once(arguments.files)
     total = size_of(arguments.files)
     with quiet():
         engine = open_engine(arguments)

@@ -62,13 +62,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Quantize, and tell what it costs and gains."""
     from anymamba.cli.progress import Steps
-    from anymamba.cli.text_files import read_text
+    from anymamba.cli.text_files import read_once, read_text
+    from anymamba.runtime.folder_writing import check_apart, check_destination
     from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
 
+    read_once([arguments.score, arguments.calibrate])
     score = None if arguments.score is None else read_text(arguments.score)
     calibrate = None if arguments.calibrate is None else read_text(arguments.calibrate)
-    start = time.perf_counter()
+    figures: dict[str, Any] = {}
     with quiet():
+        if score is not None:
+            # First of all, so that nothing is written where the text cannot be scored.
+            check_apart(arguments.source, arguments.destination)
+            check_destination(arguments.destination, arguments.overwrite)
+            figures["perplexity_before"] = perplexity(arguments, place_of(arguments), score)
+        start = time.perf_counter()
         with Steps("tensors", visible=not arguments.json) as steps:
             written = quantize_checkpoint(
                 arguments.source,
@@ -84,20 +92,18 @@ def run(arguments: argparse.Namespace) -> None:
                 progress=steps.show,
             )
         seconds = time.perf_counter() - start
-        source = place_of(arguments)
-        figures: dict[str, Any] = {
-            "source_bytes": weight_bytes_in(source),
+        figures |= {
+            "source_bytes": weight_bytes_in(place_of(arguments)),
             "destination_bytes": weight_bytes_in(written),
             "seconds": round(seconds, 1),
         }
         if score is not None:
-            figures["perplexity_before"] = perplexity(arguments, source, score)
             figures["perplexity_after"] = perplexity(arguments, written, score)
     report(arguments, written, figures)
 
 
 def place_of(arguments: argparse.Namespace) -> Path:
-    """Where the source is, which is there now, downloaded if need be."""
+    """Where the source is, downloaded if need be."""
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.paths import user_path
     from anymamba.runtime.gguf_names import is_gguf

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO
 
 from anymamba.checkpoint.paths import user_path
 from anymamba.errors import InputError
 
-__all__ = ["STANDARD_INPUT", "read_blocks", "read_text", "size_of"]
+__all__ = ["STANDARD_INPUT", "read_blocks", "read_once", "read_text", "size_of"]
 
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 1 << 15
@@ -70,6 +70,16 @@ def open_binary(name: str) -> AbstractContextManager[BinaryIO]:
 def read_text(name: str) -> str:
     """The whole text of a file, or of standard input."""
     return "".join(read_blocks(name))
+
+
+def read_once(names: Sequence[str | None]) -> None:
+    """Refuse standard input for several texts: the second would be empty.
+
+    Raises:
+        InputError: it is named more than once.
+    """
+    if names.count(STANDARD_INPUT) > 1:
+        raise InputError("standard input (-) can be read only once: give one of the texts a file")
 
 
 def size_of(names: list[str]) -> int | None:
