@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 
 from anymamba.cli.model_options import WEIGHTS, add_offline_argument
+from anymamba.cli.output import tell
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import integer
 from anymamba.errors import ConfigError
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     for kind in kinds(arguments):
         for threads in dict.fromkeys(arguments.threads or default_threads()):
             if not arguments.json:
-                print(f"measuring {kind} with {threads} threads", file=sys.stderr)
+                tell(f"measuring {kind} with {threads} threads")
             with quiet():
                 engine = load(
                     arguments.model, weights=kind, threads=threads, offline=arguments.offline

@@ -16,7 +16,7 @@ from anymamba.cli.opening import (
     open_engine,
     tokenizer_place,
 )
-from anymamba.cli.output import ignore, write
+from anymamba.cli.output import ignore, tell, write
 from anymamba.cli.quiet import quiet
 from anymamba.cli.sampling_options import (
     add_length_arguments,
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         conversation = Conversation(engine, state, sampling_settings(arguments), template)
         if sys.stdin.isatty():
             how = "its chat template" if template else "plain continuation"
-            print(f"{model_name(arguments)}, {how}; /help lists commands", file=sys.stderr)
+            tell(f"{model_name(arguments)}, {how}; /help lists commands")
         Chat(conversation, read_line, json_lines=arguments.json).run()
 
 
@@ -124,8 +124,8 @@ class Chat:
     def run(self) -> None:
         """Go on until the input ends, or someone quits.
 
-        On a terminal a mistake is told and the chat goes on; in a pipe it ends the program, as
-        nobody is there to correct it.
+        On a terminal a mistake is told and the chat goes on, as it does after Ctrl-C; in a pipe
+        both end the program, as nobody is there to correct it.
         """
         from anymamba.cli.chat_input import messages
 
@@ -141,6 +141,8 @@ class Chat:
                 if not on_terminal:
                     raise
                 tell(f"anymamba: {error}")
+                # What could not be read has ended the reader of messages.
+                typed = messages(self._read_line)
             except KeyboardInterrupt:
                 if not on_terminal:
                     raise
@@ -165,6 +167,8 @@ class Chat:
             print(json.dumps(facts), flush=True)
         elif not reply.text.endswith("\n"):
             write("\n")
+        if reply.ended_by == "interrupt" and not sys.stdin.isatty():
+            raise KeyboardInterrupt
 
     def _save(self, file: str) -> None:
         file = need_file(file, "/save")
@@ -193,8 +197,3 @@ def need_file(name: str, command: str) -> str:
     if not name:
         raise InputError(f"{command} needs the name of a file")
     return name
-
-
-def tell(line: str) -> None:
-    """Say something that is no answer."""
-    print(line, file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 
+from anymamba.cli.output import tell
 from anymamba.errors import InputError
 
 __all__ = ["ReadLine", "line_reader", "messages"]
@@ -110,7 +111,7 @@ def remember(readline: object, history: str) -> None:
             lines.write_history_file(path)
         except OSError as error:
             reason = f"the history could not be kept in {history!r}: {error.strerror}"
-            print(f"anymamba: {reason}", file=sys.stderr)
+            tell(f"anymamba: {reason}")
 
     atexit.register(keep)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from contextlib import closing
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from anymamba.cli.continuation import Continuation
 from anymamba.cli.figures import figures_line, figures_of
 from anymamba.cli.model_options import WEIGHTS, add_model_arguments, add_weights_arguments
 from anymamba.cli.opening import beginning_state, check_writable, model_name, open_engine
-from anymamba.cli.output import Output
+from anymamba.cli.output import Output, tell
 from anymamba.cli.prompt import prompt_from
 from anymamba.cli.quiet import quiet
 from anymamba.cli.sampling_options import (
@@ -106,7 +105,7 @@ def through_torch(arguments: argparse.Namespace) -> bool:
             "in: install a C++ compiler (GCC or Clang) and anymamba again, or "
             "pip install 'anymamba[torch]'"
         )
-    print("anymamba: without its native core; PyTorch computes, more slowly", file=sys.stderr)
+    tell("anymamba: without its native core; PyTorch computes, more slowly")
     return True
 
 
@@ -161,7 +160,7 @@ def report(arguments: argparse.Namespace, prompt: str, continuation: Continuatio
     """Print the figures, or everything as one object."""
     figures = figures_of(len(continuation.prompt_ids), continuation)
     if not arguments.json:
-        print(figures_line(figures), file=sys.stderr)
+        tell(figures_line(figures))
         return
     result = {
         "model": model_name(arguments),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from anymamba.cli.opening import (
     model_name,
     open_engine,
 )
+from anymamba.cli.output import tell
 from anymamba.cli.quiet import quiet
 
 if TYPE_CHECKING:
@@ -131,4 +131,4 @@ def report(arguments: argparse.Namespace, figures: dict[str, float | int | None]
     parts = [f"read: {figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else "")]
     if memory is not None:
         parts.append(f"peak memory: {memory / 1e6:.0f} MB")
-    print("; ".join([*parts, f"state: {arguments.save_state}"]), file=sys.stderr)
+    tell("; ".join([*parts, f"state: {arguments.save_state}"]))

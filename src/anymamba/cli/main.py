@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import errno
 import io
-import os
 import sys
 from collections.abc import Collection, Sequence
 from importlib import import_module
 from typing import NoReturn
 
 from anymamba import __version__
+from anymamba.cli.output import forget, open_missing, tell
 from anymamba.errors import AnyMambaError, InputError
 
 COMMANDS = {
@@ -63,6 +63,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status, one of those that `--help` lists."""
+    open_missing()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character shows a question mark, which is better than ending.
         sys.stdout.reconfigure(errors="replace")
@@ -70,21 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
     except AnyMambaError as error:
-        print("anymamba: " + " ".join(str(error).split()), file=sys.stderr)
+        tell("anymamba: " + " ".join(str(error).split()))
         return EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        forget_output()
+        forget(sys.stdout)
         return EXIT_CLOSED_PIPE
     except OSError as error:
         # Files are written by functions that say which one it was: what is left is the output.
         if error.errno not in NO_SPACE:
             raise
-        forget_output()
-        print(
-            f"anymamba: cannot write the output: {error.strerror}; free some space", file=sys.stderr
-        )
+        forget(sys.stdout)
+        tell(f"anymamba: cannot write the output: {error.strerror}; free some space")
         return EXIT_FAILURE
     return 0
 
@@ -117,12 +116,6 @@ def build_parser(complete: Collection[str]) -> argparse.ArgumentParser:
         if name in complete:
             import_module(f"anymamba.cli.{name}").add_arguments(parser)
     return top
-
-
-def forget_output() -> None:
-    """Send what is still to be flushed nowhere: Python would complain about it on its way out."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
 
 
 if __name__ == "__main__":

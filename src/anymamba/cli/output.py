@@ -1,10 +1,14 @@
-"""Writing text while it is made."""
+"""Writing text while it is made, and remarks beside it."""
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
 
-__all__ = ["Output", "ignore", "write"]
+__all__ = ["Output", "forget", "ignore", "open_missing", "tell", "write"]
 
 
 def write(text: str) -> None:
@@ -15,6 +19,33 @@ def write(text: str) -> None:
 
 def ignore(text: str) -> None:
     """Write nothing."""
+
+
+def tell(line: str) -> None:
+    """Say on standard error something that is no output. Work is not lost if nobody can hear it."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        forget(sys.stderr)
+
+
+def forget(stream: TextIO) -> None:
+    """Send what is still to be flushed nowhere: Python would complain about it on its way out."""
+    with suppress(OSError):  # it has no file below
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def open_missing() -> None:
+    """Let output that was closed before the program began (`>&-`) go nowhere.
+
+    Python has None in its place, which `print` takes for standard output. The next file opened
+    would take its number, and what libraries print would end up in that.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
 
 
 class Output:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TextIO
 
+from anymamba.cli.output import forget
+
 __all__ = ["Progress", "Steps"]
 
 BAR_WIDTH = 24
@@ -43,8 +45,7 @@ class Line:
     ) -> None:
         """Leave the terminal as it was: what follows stands in the line's place."""
         if self._drawn_width:
-            self._out.write("\r" + " " * self._drawn_width + "\r")
-            self._out.flush()
+            self._write("\r" + " " * self._drawn_width + "\r")
 
     def draw(self, make_line: Callable[[float], str]) -> None:
         """Draw the line, which is made of the seconds so far, unless one was drawn just now."""
@@ -54,11 +55,18 @@ class Line:
         self._drawn_at = now
         line = make_line(now - self._start)
         if self._on_terminal:
-            self._out.write("\r" + line.ljust(self._drawn_width))
+            self._write("\r" + line.ljust(self._drawn_width))
             self._drawn_width = len(line)
         else:
-            self._out.write(line + "\n")
-        self._out.flush()
+            self._write(line + "\n")
+
+    def _write(self, text: str) -> None:
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except OSError:  # work is not lost if nobody can see it
+            forget(self._out)
+            self._visible = False
 
     def bar(self, share: float) -> str:
         """How full it is, in a bar where there is a terminal to draw it on."""
