@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,11 @@ def test_the_version_is_the_package_s(capsys):
         main(["--version"])
     assert end.value.code == 0
     assert capsys.readouterr().out == f"anymamba {__version__}\n"
+
+
+def test_the_command_is_the_one_that_minds_early_interrupts():
+    settings = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert settings["project"]["scripts"] == {"anymamba": "anymamba.__main__:main"}
 
 
 def test_python_m_is_the_same_program():
@@ -80,6 +87,21 @@ def test_an_interrupt_is_quiet(monkeypatch, anymamba):
     monkeypatch.setattr(main_module, "run_command", interrupt)
     done = anymamba("info")
     assert (done.status, done.out, done.err) == (130, "", "")
+
+
+def test_an_interrupt_while_the_program_is_imported_is_quiet():
+    program = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'argparse': raise KeyboardInterrupt\n"
+        "from anymamba.__main__ import main\n"
+        "assert 'argparse' not in sys.modules\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "sys.exit(main())\n"
+    )
+    done = python(program, "info")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.parametrize("arguments", [["info"], ["generate", "a"]])
