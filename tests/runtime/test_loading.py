@@ -143,7 +143,7 @@ def test_no_such_kind(kind: str) -> None:
         anymamba.load(weights=kind)
 
 
-@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 10**9])
 def test_no_such_number_of_threads(threads: int) -> None:
     with pytest.raises(InputError, match="threads must be a whole number"):
         anymamba.load(threads=threads)
@@ -160,6 +160,10 @@ def test_threads_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANYMAMBA_NUM_THREADS", "many")
     with pytest.raises(BackendError, match="ANYMAMBA_NUM_THREADS is 'many'"):
         anymamba.load()
+    for many in ("1000000000", "9" * 5000):
+        monkeypatch.setenv("ANYMAMBA_NUM_THREADS", many)
+        with pytest.raises(BackendError, match="1 to 1024"):
+            anymamba.load()
 
 
 def test_no_such_model(tmp_path: Path) -> None:

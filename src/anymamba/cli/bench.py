@@ -10,6 +10,7 @@ from anymamba.cli.output import tell
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import integer
 from anymamba.errors import ConfigError
+from anymamba.runtime.native import MOST_THREADS
 
 __all__ = ["add_arguments", "run"]
 
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads",
         nargs="+",
-        type=integer(1, 1024),
+        type=integer(1, MOST_THREADS),
         metavar="N",
         help="numbers of threads; default: 1 and one a core",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from anymamba.cli.values import integer
+from anymamba.runtime.native import MOST_THREADS
 
 __all__ = [
     "WEIGHTS",
@@ -58,7 +59,7 @@ def add_threads_argument(group: argparse._ActionsContainer) -> None:
     """Declare `--threads`."""
     group.add_argument(
         "--threads",
-        type=integer(1, 1024),
+        type=integer(1, MOST_THREADS),
         metavar="N",
         help="how many threads compute (default: ANYMAMBA_NUM_THREADS, else one a core)",
     )

@@ -14,6 +14,7 @@ from anymamba.checkpoint.paths import user_path
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.gguf_names import is_gguf
 from anymamba.runtime.kinds import check_kind
+from anymamba.runtime.native import wanted_threads
 from anymamba.runtime.tokenizer import read_tokenizer, tokenizer_from_json
 from anymamba.runtime.weights import load_weights
 
@@ -54,6 +55,7 @@ def load(
         HubError: the model is neither here nor to be had from the hub.
         CheckpointError: files are missing or broken, pickled, or do not fit the config.
         ConfigError: `weights` is none of these, or cannot be made of what is stored.
+        InputError: `threads` makes no sense.
         MissingDependencyError: the native core is not installed.
 
     Example:
@@ -62,6 +64,7 @@ def load(
         Engine(3,045,888 parameters, f32, 1 threads)
     """
     check_kind(weights)
+    wanted_threads(threads)  # a mistake shows before the weights are converted
     if model is None:
         from anymamba.assets import bundled_model
 

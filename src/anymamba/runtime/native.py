@@ -9,7 +9,10 @@ from typing import Any
 
 from anymamba.errors import BackendError, InputError, MissingDependencyError
 
-__all__ = ["core", "wanted_threads"]
+__all__ = ["MOST_THREADS", "core", "wanted_threads"]
+
+MOST_THREADS = 1024
+"""More would be a mistake: no machine has so many cores, and each thread takes memory."""
 
 
 @cache
@@ -41,7 +44,7 @@ def wanted_threads(threads: int | None) -> int:
             there are processors for this process.
 
     Raises:
-        InputError: the number is no whole number of at least 1.
+        InputError: the number is no whole number from 1 to `MOST_THREADS`.
         BackendError: that in the environment is not.
 
     Example:
@@ -49,15 +52,19 @@ def wanted_threads(threads: int | None) -> int:
         2
     """
     if threads is not None:
-        if type(threads) is not int or threads < 1:
-            raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
+        if type(threads) is not int or not 1 <= threads <= MOST_THREADS:
+            raise InputError(
+                f"threads must be a whole number from 1 to {MOST_THREADS}, got {threads!r}"
+            )
         return threads
     text = os.environ.get("ANYMAMBA_NUM_THREADS")
     if not text:
         allowed = getattr(os, "sched_getaffinity", None)  # not on every system
         return len(allowed(0)) if allowed else os.cpu_count() or 1
-    if not text.isdecimal() or int(text) < 1:
+    # Python refuses to read numbers of thousands of digits.
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_THREADS:
         raise BackendError(
-            f"ANYMAMBA_NUM_THREADS is {text!r}, expected a whole number of threads, 1 or more"
+            f"ANYMAMBA_NUM_THREADS is {text[:80]!r}, expected a whole number of threads, 1 to "
+            f"{MOST_THREADS}"
         )
     return int(text)
