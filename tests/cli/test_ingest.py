@@ -108,6 +108,11 @@ def test_figures_and_progress_go_to_standard_error(book, tmp_path, monkeypatch, 
     *progress, figures = done.err.splitlines()
     assert progress
     assert all("tokens/s" in line and "%" in line for line in progress)
+    # Each token is a byte: the share is that of what the model has read, not of the file's.
+    for line in progress:
+        share, tokens = line.split("%, ")
+        read = int(tokens.split()[0].replace(",", ""))
+        assert abs(int(share) - 100 * read / book.stat().st_size) <= 0.5
     assert figures.startswith(f"read: {book.stat().st_size} tokens, ")
     assert figures.endswith(f"; state: {state}")
     assert done.out == ""

@@ -94,6 +94,7 @@ class Reader:
     def __init__(self, engine: Engine, state: State, progress: Progress) -> None:
         self.bytes = 0
         self.tokens = 0
+        self._fed_bytes = 0
         self._engine = engine
         self._state = state
         self._progress = progress
@@ -101,21 +102,24 @@ class Reader:
     def read(self, name: str) -> None:
         """Feed one file."""
         from anymamba.cli.text_files import read_blocks
-        from anymamba.cli.tokens_of_blocks import tokens_of_blocks
+        from anymamba.cli.tokens_of_blocks import texts_of_blocks
 
         if self._state.token_count == 0:
-            self._feed(beginning_tokens(self._engine))
+            self._feed(beginning_tokens(self._engine), 0)
         encode = partial(self._engine.tokenize, special=False)
-        for tokens in tokens_of_blocks(read_blocks(name, self._count), encode):
-            self._feed(tokens)
+        for text in texts_of_blocks(read_blocks(name, self._count), encode):
+            self._feed(encode(text), len(text.encode("utf-8")))
 
-    def _feed(self, tokens: Sequence[int]) -> None:
-        # In stretches, between which progress is shown.
+    def _feed(self, tokens: Sequence[int], size: int) -> None:
+        # In stretches, between which progress is shown: that of the model, as the file itself is
+        # read far ahead of it.
         for start in range(0, len(tokens), STRETCH_TOKENS):
             stretch = tokens[start : start + STRETCH_TOKENS]
             self._engine.feed(self._state, stretch)
             self.tokens += len(stretch)
-            self._progress.show(self.bytes, self.tokens)
+            share = (start + len(stretch)) / len(tokens)
+            self._progress.show(self._fed_bytes + int(size * share), self.tokens)
+        self._fed_bytes += size
 
     def _count(self, size: int) -> None:
         self.bytes += size

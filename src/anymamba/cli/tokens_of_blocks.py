@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["Encode", "tokens_of_blocks"]
+__all__ = ["Encode", "texts_of_blocks", "tokens_of_blocks"]
 
 Encode = Callable[[str], Sequence[int]]
 """The tokens of a text, without any that mark its beginning or end."""
@@ -42,6 +42,21 @@ def tokens_of_blocks(blocks: Iterable[str], encode: Encode) -> Iterator[Sequence
         >>> list(tokens_of_blocks(["to", " be"], lambda text: list(text.encode())))
         [[116, 111, 32, 98, 101]]
     """
+    for text in texts_of_blocks(blocks, encode):
+        yield encode(text)
+
+
+def texts_of_blocks(blocks: Iterable[str], encode: Encode) -> Iterator[str]:
+    """The same text in blocks that are cut where the tokens of its parts are those of the whole.
+
+    Args:
+        blocks: the text, cut anywhere between two characters.
+        encode: the tokenizer.
+
+    Example:
+        >>> list(texts_of_blocks(["to", " be"], lambda text: list(text.encode())))
+        ['to be']
+    """
     text = ""
     wanted = LEAST_CHARACTERS
     for block in blocks:
@@ -55,10 +70,10 @@ def tokens_of_blocks(blocks: Iterable[str], encode: Encode) -> Iterator[Sequence
             wanted = 2 * len(text)
             continue
         wanted = LEAST_CHARACTERS
-        yield encode(text[:border])
+        yield text[:border]
         text = text[border:]
     if text:
-        yield encode(text)
+        yield text
 
 
 def find_border(text: str, encode: Encode) -> int | None:
