@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from anymamba.cli.conversation import Conversation
+from anymamba.errors import InputError
 from anymamba.runtime.loading import load
 
 from .conftest import buffered
@@ -288,3 +289,19 @@ def test_in_a_terminal(tiny):
     assert "> " in shown
     engine = load()
     assert engine.generate("ROMEO:", max_new_tokens=5).text in shown.replace("\r\n", "\n")
+
+
+def test_a_line_that_is_no_text_does_not_end_a_chat_on_a_terminal(tiny, monkeypatch, anymamba):
+    lines = iter([InputError("what was typed is not UTF-8 text"), "To be", EOFError()])
+
+    def read_line(prompt):
+        line = next(lines)
+        if isinstance(line, Exception):
+            raise line
+        return line
+
+    monkeypatch.setattr("anymamba.cli.chat_input.line_reader", lambda history: read_line)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    done = anymamba("chat", "--model", tiny, "--temperature", 0, "--max-new-tokens", 6, "--json")
+    assert "not UTF-8" in done.err
+    assert answers(done) == [greedy(tiny, "To be", 6)]

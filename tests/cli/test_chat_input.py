@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from anymamba.cli.chat_input import line_reader, messages, remember
+from anymamba.cli.chat_input import line_reader, messages, read_typed_line, remember
 from anymamba.errors import InputError
 
 
@@ -88,3 +88,15 @@ def test_a_history_that_finds_no_space_is_one_line(tmp_path, monkeypatch, capsys
     at_the_end[0]()
     expected = f"anymamba: the history could not be kept in {name!r}: No space left on device\n"
     assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_bytes_typed_in_a_terminal_that_are_no_text(strict, monkeypatch):
+    """Python reads them as an error, or in some settings as halves of surrogate pairs."""
+
+    def typed(prompt):
+        return b"\xff".decode("utf-8", errors="strict" if strict else "surrogateescape")
+
+    monkeypatch.setattr("builtins.input", typed)
+    with pytest.raises(InputError, match="not UTF-8"):
+        read_typed_line("> ")

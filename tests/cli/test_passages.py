@@ -46,3 +46,12 @@ def test_a_line_that_is_no_passage_is_named(line, reason):
     assert next(found) == Passage("to", " be")
     with pytest.raises(InputError, match=rf"line 3 of 'a.jsonl' .*{reason}"):
         next(found)
+
+
+def test_a_mark_of_utf_8_at_the_beginning_is_no_text():
+    assert next(passages_in(['\N{BYTE ORDER MARK}{"text": "to be"}'], "a")) == Passage("to", " be")
+
+
+def test_half_of_a_surrogate_pair_is_named():
+    with pytest.raises(InputError, match="line 1 of 'a' holds half of a surrogate pair"):
+        list(passages_in(['{"text": "to \\ud800"}'], "a"))

@@ -151,3 +151,9 @@ def test_the_library_is_imported_for_the_first_text():
     loaded = set(done.stdout.split())
     assert "tokenizers" in loaded
     assert not loaded & {"torch", "transformers", "numpy", "jinja2"}
+
+
+def test_half_of_a_surrogate_pair_is_called_so():
+    codec = TextCodec(lambda: read_tokenizer(bundled_model()))
+    with pytest.raises(InputError, match="half of a surrogate pair"):
+        codec.encode("a\ud800", special=True)

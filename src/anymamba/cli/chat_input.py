@@ -82,10 +82,10 @@ def line_reader(history: str | None) -> ReadLine:
     try:
         import readline
     except ImportError:  # Windows has none; its terminal edits lines by itself
-        return input
+        return read_typed_line
     if history is not None:
         remember(readline, history)
-    return input
+    return read_typed_line
 
 
 def remember(readline: object, history: str) -> None:
@@ -114,6 +114,16 @@ def remember(readline: object, history: str) -> None:
             tell(f"anymamba: {reason}")
 
     atexit.register(keep)
+
+
+def read_typed_line(prompt: str) -> str:
+    """The next line of the terminal."""
+    try:
+        line = input(prompt)
+        line.encode("utf-8")  # in some settings Python keeps bytes that are no text
+    except UnicodeError:
+        raise InputError("what was typed is not UTF-8 text") from None
+    return line
 
 
 def read_piped_line(prompt: str) -> str:

@@ -52,13 +52,19 @@ def text_of(line: str, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} is no object with a "text"')
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
     return text.strip()
 
 
 def lines_of(blocks: Iterable[str]) -> Iterator[str]:
     """The lines of a text that comes in blocks."""
     rest = ""
-    for block in blocks:
+    for number, block in enumerate(blocks):
+        if number == 0:  # some editors mark a file as UTF-8
+            block = block.removeprefix("\N{BYTE ORDER MARK}")
         *lines, rest = (rest + block).split("\n")
         yield from lines
     yield rest

@@ -61,8 +61,12 @@ class TextCodec:
         """The tokens of a text, with those that the tokenizer puts at its borders if `special`."""
         try:
             return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
-        except (TypeError, UnicodeError) as error:  # half of a surrogate pair is no text
-            raise InputError(f"the text cannot be encoded: {error}") from error
+        except (TypeError, UnicodeError) as error:
+            reason = str(error)
+            # The library does not say so. Python keeps bytes that are no text as such halves.
+            if isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
+                reason = "it holds half of a surrogate pair, or bytes that are not UTF-8"
+            raise InputError(f"the text cannot be encoded: {reason}") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of tokens, without special ones if `skip_special`."""
