@@ -413,7 +413,7 @@ def test_a_token_that_does_not_exist_leaves_the_state_as_it_was(engine: Engine, 
     assert (state.ssm_states == before.ssm_states).all()
 
 
-@pytest.mark.parametrize("text", [[[1, 2]], [0.5], [True], ["a"], 3, [2**70], None])
+@pytest.mark.parametrize("text", [[[1, 2]], [[1], [1, 2]], [0.5], [True], ["a"], 3, [2**70], None])
 def test_what_is_no_text_is_refused(engine: Engine, text: Any) -> None:
     with pytest.raises(InputError, match="expected a text, or the whole numbers"):
         engine.feed(engine.state(), text)
@@ -437,3 +437,39 @@ def test_without_a_tokenizer_there_are_tokens_only(engine: Engine) -> None:
     ):
         with pytest.raises(CheckpointError, match=r"without a tokenizer.*tokenizer="):
             call()
+
+
+def test_what_is_no_state_is_refused(engine: Engine) -> None:
+    wrong: Any = 5
+    calls: list[Callable[[], object]] = [
+        lambda: engine.feed(wrong, [1]),
+        lambda: engine.logits([1], wrong),
+        lambda: engine.score([1], wrong),
+        lambda: engine.generate([1], state=wrong),
+        lambda: engine.stream([1], state=wrong),
+        lambda: engine.generate_batch([[1]], state=wrong),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match="expected a state"):
+            call()
+
+
+def test_prompts_may_come_from_a_generator(engine: Engine) -> None:
+    prompts = [[1], [2, 3]]
+    found = engine.generate_batch((prompt for prompt in prompts), max_new_tokens=3)
+    assert found == engine.generate_batch(prompts, max_new_tokens=3)
+    wrong: Any = 5
+    with pytest.raises(InputError, match="prompts must be a list"):
+        engine.generate_batch(wrong)
+
+
+def test_settings_of_another_kind_are_refused(engine: Engine) -> None:
+    wrong: Any = {"temperature": 1}
+    with pytest.raises(InputError, match="sampling must be a Sampling"):
+        engine.generate([1], 2, wrong)
+
+
+def test_a_token_beyond_signed_numbers_is_named(engine: Engine) -> None:
+    huge: Any = np.array([1, 2**63 + 5], np.uint64)
+    with pytest.raises(InputError, match="token 9223372036854775813 is not in"):
+        engine.logits(huge)

@@ -338,3 +338,23 @@ def test_states_of_16_bits_written_by_others(engine: Engine, state: State, tmp_p
     }
     write_safetensors(tmp_path / "b.state", tensors, header.metadata)
     assert (engine.load_state(tmp_path / "b.state").conv_states == windows).all()
+
+
+@pytest.mark.parametrize("name", ["conv_states", "ssm_states", "logits"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_of_no_numbers_is_called_broken(
+    name: str, value: float, engine: Engine, state: State, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.state"
+    state.save(file)
+    tensors = load_file(file)
+    tensors[name].flat[3] = value
+    save_file(tensors, file, read_header(file).metadata)
+    with pytest.raises(StateError, match=f"a.state' is broken: {name} holds NaN or infinity"):
+        engine.load_state(file)
+
+
+@pytest.mark.parametrize("count", [-5, 1.5, None])
+def test_no_such_number_of_tokens(count: Any, state: State) -> None:
+    with pytest.raises(InputError, match="token_count"):
+        state.assign(state.conv_states, state.ssm_states, count)

@@ -218,7 +218,7 @@ class Engine:
             >>> anymamba.load().logits("ROMEO:").shape
             (6, 256)
         """
-        state = self.state() if state is None else state
+        state = self._started(state)
         blocks, ids_l = self._blocks_of(state), self._ids(text, state)
         logits_lv = np.empty((ids_l.size, self._network.vocabulary), np.float32)
         start = 0
@@ -247,7 +247,7 @@ class Engine:
             >>> engine.score("the cat").perplexity < engine.score("eht tac").perplexity
             True
         """
-        state = self.state() if state is None else state
+        state = self._started(state)
         return score_ids(self._network, self._blocks_of(state), self._ids(text, state))
 
     # Writing.
@@ -287,7 +287,7 @@ class Engine:
             'stop'
         """
         chosen = self._sampling(sampling, max_new_tokens, settings)
-        started = self.state() if state is None else state
+        started = self._started(state)
         ids = self._prompt_ids(prompt, started)
         pieces = self._pieces(ids, chosen, started, keep=state is not None)
         return Generation.of(list(pieces), ids.tolist(), chosen)
@@ -321,7 +321,7 @@ class Engine:
             '\\nI wi'
         """
         chosen = self._sampling(sampling, max_new_tokens, settings)
-        started = self.state() if state is None else state
+        started = self._started(state)
         ids = self._prompt_ids(prompt, started)
         return self._pieces(ids, chosen, started, keep=state is not None)
 
@@ -359,8 +359,12 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise InputError("prompts is one text, expected several: give a list")
+        try:
+            prompts = list(prompts)
+        except TypeError:
+            raise InputError(f"prompts must be a list of texts, got {shown(prompts)}") from None
         chosen = self._sampling(sampling, max_new_tokens, settings)
-        started = self.state() if state is None else state
+        started = self._started(state)
         blocks = self._blocks_of(started).take([0] * len(prompts))
         sequences = [self._prompt_ids(prompt, started) for prompt in prompts]
         writers = [self._writer(chosen, ids, row) for row, ids in enumerate(sequences)]
@@ -398,6 +402,8 @@ class Engine:
             raise InputError(
                 f"there is no setting {', '.join(unknown)}; there are {', '.join(_SETTINGS)}"
             )
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise InputError(f"sampling must be a Sampling, got {shown(sampling)}")
         if max_new_tokens is not None:
             settings["max_new_tokens"] = max_new_tokens
         return Sampling(**settings) if sampling is None else replace(sampling, **settings)
@@ -406,13 +412,18 @@ class Engine:
         """The tokens of what a state is to read next."""
         if isinstance(text, str):
             return np.array(self.tokenize(text, special=state.token_count == 0), np.int64)
-        ids = np.asarray(text)
+        try:
+            ids = np.asarray(text)
+        except ValueError:  # lists of different lengths
+            ids = np.empty((0, 0))
         if ids.size == 0 and ids.ndim == 1:
             return ids.astype(np.int64)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
             raise InputError(
                 f"expected a text, or the whole numbers of its tokens in a row, got {shown(text)}"
             )
+        if ids.dtype.kind == "u":  # the largest would be others after the conversion
+            self._network.check_tokens(ids)
         return ids.astype(np.int64)
 
     def _prompt_ids(self, prompt: Text, state: State) -> NDArray[np.int64]:
@@ -432,8 +443,13 @@ class Engine:
             )
         return np.array([first])
 
+    def _started(self, state: State | None) -> State:
+        """The state to go on from: a new one where none was given."""
+        return self.state() if state is None else _checked(state)
+
     def _blocks_of(self, state: State) -> Blocks:
         """What a state holds, if it belongs to this model."""
+        _checked(state)
         if state.identity is not self._identity:
             check_identity(state.identity.sizes, self._identity.sizes, "this state")
             if state.identity.digest != self._identity.digest:
@@ -442,6 +458,15 @@ class Engine:
                     "with the engine that made it"
                 )
         return state._blocks
+
+
+def _checked(state: object) -> State:
+    if not isinstance(state, State):
+        raise InputError(
+            "expected a state, as Engine.state makes it and load_state reads it, got "
+            f"{shown(state)}"
+        )
+    return state
 
 
 def _no_text(ids: Sequence[int]) -> str:

@@ -93,7 +93,7 @@ class Network:
             blocks.logits = logits_lv[-1:].copy()
         return logits_lv
 
-    def check_tokens(self, ids: NDArray[np.int64]) -> None:
+    def check_tokens(self, ids: NDArray[np.integer]) -> None:
         """Refuse tokens that the model does not have, before anything is read.
 
         Raises:

@@ -103,7 +103,7 @@ class State:
             token_count: how many tokens were read.
 
         Raises:
-            InputError: a shape does not fit.
+            InputError: a shape does not fit, or the count is no whole number of at least 0.
 
         Example:
             >>> import anymamba
@@ -113,12 +113,16 @@ class State:
             >>> state.token_count
             6
         """
+        if type(token_count) is not int or token_count < 0:
+            raise InputError(
+                f"token_count must be a whole number of at least 0, got {token_count!r}"
+            )
         for name, given, own in (
             ("conv_states", conv_states, self.conv_states),
             ("ssm_states", ssm_states, self.ssm_states),
         ):
-            if given.shape != own.shape:
-                raise InputError(f"{name} has shape {given.shape}, expected {own.shape}")
+            if np.shape(given) != own.shape:
+                raise InputError(f"{name} has shape {np.shape(given)}, expected {own.shape}")
         self._blocks = Blocks(
             np.array(conv_states, np.float32, order="C"),
             np.array(ssm_states, np.float32, order="C"),
@@ -194,6 +198,7 @@ def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
     if file.weights_digest is not None:  # else ours need not be computed
         file.check_digest(identity.digest)
     blocks = {name: _widened(files, file, name) for name in file.tensors}
+    _check_numbers(blocks, file.source)
     counts = np.array(file.token_counts, np.int64)
     logits = blocks.get("logits")
     return State(identity, Blocks(blocks["conv_states"], blocks["ssm_states"], counts, logits))
@@ -215,6 +220,14 @@ def _widened(files: FileMap, file: StateFile, name: str) -> NDArray[np.float32]:
         )
     array = files.array(record)
     return to_float32(array) if array.dtype == np.uint16 else np.array(array, np.float32)
+
+
+def _check_numbers(blocks: dict[str, NDArray[np.float32]], source: str) -> None:
+    for name, block in blocks.items():
+        if not np.isfinite(block).all():
+            raise StateError(
+                f"{source} is broken: {name} holds NaN or infinity; read the text again"
+            )
 
 
 def _check_logits(file: StateFile, vocabulary: int) -> None:
