@@ -68,16 +68,19 @@ def test_answers_are_shown_as_they_come_and_end_their_line(tiny, monkeypatch, an
 
 
 def test_a_state_is_saved_and_gone_on_from(tmp_path, chat):
-    state = tmp_path / "a.state"
+    state, more = tmp_path / "a.state", tmp_path / "b.state"
     one, two = answers(chat("To be", "or not"))
     done = chat("To be", f"/save {state}")
     assert answers(done) == [one]
     assert f"saved 11 tokens in {state}" in done.err
     # What was read before is not known: the message begins a new line all the same.
     assert one[-1] != ord("\n")
-    loaded = chat(f"/load {state}", "or not")
-    assert answers(loaded) == [two]
-    assert answers(chat("or not", options=("--state", state))) == [two]
+    count = 11 + len("\nor not") + 6
+    loaded = chat(f"/load {state}", "or not", f"/save {more}")
+    begun = chat("or not", f"/save {more}", options=("--state", state))
+    for done in (loaded, begun):
+        assert answers(done) == [two]
+        assert f"saved {count} tokens" in done.err
 
 
 def test_a_fork_can_be_returned_to(chat):
