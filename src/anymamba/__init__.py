@@ -6,8 +6,8 @@ transformers nor numpy.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING
+# As typing has it, whose import takes longer than all else here.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from anymamba.modeling import (
@@ -62,6 +62,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'anymamba' has no attribute {name!r}")
+    from importlib import import_module
+
     try:
         value = getattr(import_module(_HOME_OF[name]), name)
     except ModuleNotFoundError as error:
