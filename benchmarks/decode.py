@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.limits import seconds_to_read
+from common.limits import seconds_to_read, stored_bytes
 from common.machine import describe
 from common.options import options_from, parser
 from common.results import finish
@@ -35,12 +35,11 @@ def main() -> None:
     machine = describe(options.quick)
     source = random_model(shape)
     ours = {kind: AnyMamba(source, dtype) for kind, dtype in OURS.items()}
-    read = 1 << (20 if options.quick else 28)
     tables = []
     with tempfile.TemporaryDirectory() as folder:
         for batch in BATCHES:
             ids_bl = torch.randint(shape.vocab_size, (batch, steps))
-            cases = limit_cases(ours, steps, read) + our_cases(ours, ids_bl)
+            cases = limit_cases(ours, steps) + our_cases(ours, ids_bl)
             table = Table(f"Decoding, batch {batch}, {steps} tokens a row from an empty state")
             if batch == 1:
                 peers = Peers(shape, source, options.peers, Path(folder))
@@ -52,11 +51,11 @@ def main() -> None:
     finish("decode", options, machine, tables)
 
 
-def limit_cases(ours: dict[str, AnyMamba], steps: int, read: int) -> list[Case]:
+def limit_cases(ours: dict[str, AnyMamba], steps: int) -> list[Case]:
     """The time that reading the weights takes at the bandwidth of the moment."""
 
     def once_a_step(contender: AnyMamba) -> float:
-        return steps * seconds_to_read(contender.model, read)
+        return steps * seconds_to_read(stored_bytes(contender.model))
 
     return [
         Case(LIMITS[kind], partial(once_a_step, contender), own_clock=True)

@@ -14,7 +14,7 @@ import torch
 
 import anymamba
 from anymamba import Engine
-from common.limits import ModelProducts, read_bandwidth
+from common.limits import ModelProducts, seconds_to_read
 from common.machine import describe
 from common.options import options_from, parser
 from common.results import finish
@@ -47,10 +47,9 @@ def main() -> None:
             kind: anymamba.load(folder / "model", weights=kind, threads=threads) for kind in KINDS
         }
         peers = Peers(shape, source, options.peers, folder)
-        read = 1 << (20 if options.quick else 28)
         rounds = options.rounds or 7
         tables = [
-            decoding(engines, peers, steps, rounds, read),
+            decoding(engines, peers, steps, rounds),
             batches(engines, steps, rounds),
             prefill(engines, peers, source, length, rounds),
         ]
@@ -62,11 +61,11 @@ def limit_of(kind: str) -> str:
     return f"limit: weights read once, {kind}"
 
 
-def decoding(engines: dict[str, Engine], peers: Peers, steps: int, rounds: int, read: int) -> Table:
+def decoding(engines: dict[str, Engine], peers: Peers, steps: int, rounds: int) -> Table:
     """One text, token by token."""
     cases = []
     for kind, engine in engines.items():
-        seconds = partial(seconds_to_read, engine, steps, read)
+        seconds = partial(seconds_of_reading, engine, steps)
         cases.append(Case(limit_of(kind), seconds, own_clock=True))
         run = partial(engine.generate, [5], steps, do_sample=False, stop_ids=())
         cases.append(Case(f"AnyMamba {kind}", run))
@@ -82,9 +81,9 @@ def decoding(engines: dict[str, Engine], peers: Peers, steps: int, rounds: int, 
     return Table(f"Runtime: decoding, batch 1, {steps} tokens", rows=rows + missing)
 
 
-def seconds_to_read(engine: Engine, steps: int, read: int) -> float:
-    """The time that reading the weights takes at the bandwidth of the moment."""
-    return steps * engine.weight_bytes / read_bandwidth(read)[0]
+def seconds_of_reading(engine: Engine, steps: int) -> float:
+    """The time that reading the weights once a step takes at the bandwidth of the moment."""
+    return steps * seconds_to_read(engine.weight_bytes)
 
 
 def batches(engines: dict[str, Engine], steps: int, rounds: int) -> Table:

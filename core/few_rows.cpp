@@ -46,7 +46,7 @@ void one_vector(const FewRows& few, int64_t first, int64_t last) {
       F sum{};
       for (int64_t p = 0; p < whole; p += W) {
         const char* from = weight + r * stride + p * size;
-        __builtin_prefetch(from + kAhead, 0, 0);
+        __builtin_prefetch(from + kAhead);
         sum = fma(read_vector(from, type, 0), load(few.x + p), sum);
       }
       sums[r] = sum;
@@ -114,7 +114,6 @@ void few_rows_of(const FewRows& few, int64_t first, int64_t last) {
       few.m > M ? larger(1, kChunkBytes / larger(1, R * row_bytes)) * R : last - first;
   for (int64_t start = first; start < last; start += chunk) {
     const int64_t stop = smaller(start + chunk, last);
-    if constexpr (M == 1) return one_vector<type>(few, first, last);
     for (int vector = 0; vector < few.m; vector += M) {
       const int vectors = few.m - vector < M ? few.m - vector : M;
       int64_t row = start;
@@ -129,8 +128,12 @@ void few_rows_of(const FewRows& few, int64_t first, int64_t last) {
 
 template <DType type, int M>
 void few_rows_in_groups(int group, const FewRows& few, int64_t first, int64_t last) {
-  if (group == M) return few_rows_of<type, M>(few, first, last);
-  if constexpr (M > 1) few_rows_in_groups<type, M - 1>(group, few, first, last);
+  if constexpr (M == 1) {
+    if (group == 1) one_vector<type>(few, first, last);
+  } else {
+    if (group == M) return few_rows_of<type, M>(few, first, last);
+    few_rows_in_groups<type, M - 1>(group, few, first, last);
+  }
 }
 
 }  // namespace

@@ -40,12 +40,6 @@ constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is wha
 constexpr int64_t kFewRows = 16, kFewRowsDepth = 1 << 15;  // beyond these, blocked
 
 
-// W neighbouring numbers of a type known at compile time.
-template <DType type>
-ANYMAMBA_INLINE F load_as(const void* p, int64_t index) {
-  return read_vector(p, type, index);
-}
-
 // ---------------------------------------------------------------------------------------------
 // Scratch memory of a thread: grows to a bounded size, is kept between calls and freed with it.
 
@@ -252,7 +246,7 @@ LeftPanel pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_
       int64_t p = 0;
       for (; p + W <= depth; p += W) {
         __builtin_prefetch(static_cast<const char*>(left.data) + (from + ahead + p) * size);
-        store(to + p, load_as<type>(left.data, from + p));
+        store(to + p, read_vector(left.data, type, from + p));
       }
       for (; p < depth; ++p) to[p] = read(left.data, type, from + p);
     }
@@ -286,7 +280,7 @@ void pack_right(const Operand& right, int64_t first_column, int64_t columns, int
     const int64_t whole = columns / W * W;
     for (int64_t p = 0; p < depth; ++p)
       for (j = 0; j < whole; j += W)
-        store(panel + p * width + j, load_as<type>(right.data, start + p * right.depth + j));
+        store(panel + p * width + j, read_vector(right.data, type, start + p * right.depth + j));
     j = whole;
   } else if (right.depth == 1) {
     for (; j + W <= columns; j += W) {
@@ -295,7 +289,7 @@ void pack_right(const Operand& right, int64_t first_column, int64_t columns, int
       for (; p + W <= depth; p += W) {
         F v[W];
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) v[i] = load_as<type>(right.data, from + i * right.lane + p);
+        for (int i = 0; i < W; ++i) v[i] = read_vector(right.data, type, from + i * right.lane + p);
         transpose(v);
 #pragma GCC unroll 16
         for (int i = 0; i < W; ++i) store(panel + (p + i) * width + j, v[i]);

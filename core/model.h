@@ -24,8 +24,9 @@ struct Array {
   DType type = DType::f32;
 };
 
-// Only the model's own memory: what follows from it (A from A_log, float32 from bfloat16) is
-// computed anew at each call, so that no change of a weight can go unnoticed.
+// The model's own memory: what follows from it (A from A_log, float32 from bfloat16) is computed
+// anew at each call, so that no change of a weight can go unnoticed. A alone may be given beside
+// A_log, by an owner whose weights never change.
 struct Layer {
   Array norm;           // (d,)
   Weight in_proj;       // (2e, d)
@@ -36,6 +37,7 @@ struct Layer {
   Weight dt_proj;       // (e, r)
   Array dt_bias;        // (e,) or absent
   Array A_log;          // (e, n)
+  const float* A = nullptr;  // (e, n), what rates() makes of A_log, or null
   Array D;              // (e,)
   Weight out_proj;      // (d, e)
   Array out_proj_bias;  // (d,) or absent

@@ -193,8 +193,9 @@ class Reading {
     scan.z = rows(xz_, 2 * m_.e, m_.e);
     scan.B = {rBC_.floats() + m_.r, DType::f32, 0, wide(), 0, 1};
     scan.C = {rBC_.floats() + m_.r + m_.n, DType::f32, 0, wide(), 0, 1};
-    kernels().rates(layer.A_log.data, layer.A_log.type, A_.floats(), m_.e * m_.n);
-    scan.A = A_.floats();
+    if (layer.A == nullptr)
+      kernels().rates(layer.A_log.data, layer.A_log.type, A_.floats(), m_.e * m_.n);
+    scan.A = layer.A != nullptr ? layer.A : A_.floats();
     scan.D = floats(layer.D, D_, 0, m_.e);
     scan.delta_bias = floats(layer.dt_bias, dt_bias_, 0, m_.e);
     scan.softplus = true;

@@ -16,7 +16,7 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t kAhead = 4096;      // bytes to fetch ahead in the stream of weights
-constexpr int kVectorsAtOnce = 4;     // of few rows
+constexpr int kVectorsAtOnce = W == 16 ? 8 : 4;  // of few rows
 constexpr int kTileRows = W == 16 ? 12 : W == 8 ? 3 : 2;
 constexpr int kPanel = 2 * W;         // weight rows in a panel of the product of many rows
 constexpr int64_t kTaskProducts = 1 << 20;  // less is not worth a hand-over to another thread
@@ -155,7 +155,7 @@ ANYMAMBA_INLINE void add_groups(const Few& few, const std::uint8_t* q, int64_t r
 #pragma GCC unroll 8
     for (int64_t c = 0; c < chunks; ++c) {
       const int64_t chunk = g / groups_a_step * chunks + c;
-      if (bits == 8 || c % 2 == 0) __builtin_prefetch(q + chunk * kBytes * bits / 8 + kAhead, 0, 0);
+      if (bits == 8 || c % 2 == 0) __builtin_prefetch(q + chunk * kBytes * bits / 8 + kAhead);
       const Bytes v = chunk_of<bits, G>(q, chunk);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m)

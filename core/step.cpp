@@ -13,22 +13,10 @@ constexpr int kMostVectors = 16;        // that few_rows takes at once
 constexpr std::int64_t kScanBlock = 64;  // channels
 constexpr std::int64_t kWeightRows = 32;  // read from memory once, then used for all vectors
 
-struct Span {
-  std::int64_t first, last;
-};
-
-// A worker's share of `count` rows, in units of 16 so that workers do not share cache lines.
-Span share(std::int64_t count, int worker, int workers, std::int64_t unit = 16) {
-  const std::int64_t units = (count + unit - 1) / unit;
-  const auto border = [&](int w) { return std::min(count, units * w / workers * unit); };
-  return {border(worker), border(worker + 1)};
-}
-
 // The weight rows that a worker will read next. They are fetched into its second cache while it
 // waits for others or computes, when memory would stand idle.
 class Ahead {
  public:
-  Ahead() = default;
   Ahead(const Weight& weight, std::int64_t k, Span rows) {
     const QuantizedWeight& quantized = weight.quantized;
     const bool whole = quantized.bits != 0;
@@ -44,7 +32,7 @@ class Ahead {
 
  private:
   static constexpr std::int64_t kMost = 128 << 10;
-  const char *next_ = nullptr, *end_ = nullptr;
+  const char *next_, *end_;
 };
 
 // A worker's vectors rounded to 8 bits, where a quantized weight wants them.
@@ -211,7 +199,7 @@ class Step {
     scan.y = rows_of(buf_.y.data(), m_.e);
     scan.B = {buf_.rBC.data() + m_.r, DType::f32, wide(), 0, 0, 1};
     scan.C = {buf_.rBC.data() + m_.r + m_.n, DType::f32, wide(), 0, 0, 1};
-    scan.A = own.A.data();
+    scan.A = layer.A != nullptr ? layer.A : own.A.data();
     scan.D = floats(layer.D, own.D, channels.first, width);
     scan.delta_bias = floats(layer.dt_bias, own.dt_bias, channels.first, width);
     scan.softplus = true;
@@ -221,13 +209,14 @@ class Step {
     for (std::int64_t first = channels.first; first < channels.last; first += block) {
       const Span some{first, std::min(first + block, channels.last)};
       const Span next{some.last, std::min(some.last + block, channels.last)};
-      fetch(layer.A_log, next);
+      fetch(layer.A != nullptr ? Array{layer.A, DType::f32} : layer.A_log, next);
       fetch({scan.state, DType::f32}, next);
       project(layer.dt_proj, {buf_.rBC.data(), b_, m_.r, wide(), own.rounded}, nullptr,
               buf_.delta.data(), m_.e, some);
       const std::int64_t start = some.first * m_.n;
-      kernels_.rates(at(layer.A_log, start), layer.A_log.type, own.A.data() + start,
-                     some.last * m_.n - start);
+      if (layer.A == nullptr)
+        kernels_.rates(at(layer.A_log, start), layer.A_log.type, own.A.data() + start,
+                       some.last * m_.n - start);
       kernels_.scan_step(scan, some.first, some.last);
     }
   }

@@ -59,6 +59,21 @@ class Threads {
   static void loop(Body body, void* context, int at_most);
 };
 
+// A stretch of rows.
+struct Span {
+  std::int64_t first, last;
+};
+
+// A worker's share of `count` rows, in units of 16 so that workers do not share cache lines.
+inline Span share(std::int64_t count, int worker, int workers, std::int64_t unit = 16) {
+  const std::int64_t units = (count + unit - 1) / unit;
+  const auto border = [&](int w) {
+    const std::int64_t row = units * w / workers * unit;
+    return row < count ? row : count;
+  };
+  return {border(worker), border(worker + 1)};
+}
+
 // Calls body(worker, workers, barrier) on every worker at once.
 template <class F>
 inline void parallel_region(const F& body, int at_most = 1 << 20) {

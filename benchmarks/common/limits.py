@@ -55,9 +55,12 @@ def stored_bytes(model: Any) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights.values())
 
 
-def seconds_to_read(model: Any, size: int = 1 << 28) -> float:
-    """The time to read a step's weights once, at the bandwidth of a buffer of `size` bytes."""
-    return stored_bytes(model) / read_bandwidth(size)[0]
+def seconds_to_read(size: int) -> float:
+    """The time to read so many bytes of weights once, from a buffer as large as they are.
+
+    What the caches keep of the weights between two steps, they keep of the buffer.
+    """
+    return size / read_bandwidth(size)[0]
 
 
 class LayerProducts:

@@ -13,7 +13,7 @@ namespace {
 class PyModel {
  public:
   PyModel(const nb::object& embeddings, const nb::object& head, const In& norm, float eps,
-          const nb::list& layers) {
+          const nb::list& layers, bool constant) {
     model_.d = extent(norm, 0);
     model_.v = rows_of(embeddings);
     model_.eps = eps;
@@ -26,6 +26,7 @@ class PyModel {
       if (!nb::try_cast<nb::dict>(layer, given)) refuse("a layer is not a dict of arrays");
       add(given);
     }
+    if (constant) keep_rates();
   }
 
   // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
@@ -164,17 +165,31 @@ class PyModel {
     model_.layers.push_back(layer);
   }
 
+  // A of all layers, once and for all.
+  void keep_rates() {
+    const std::int64_t size = model_.e * model_.n;
+    rates_.resize(model_.layers.size() * size);
+    float* A = rates_.data();
+    for (Layer& layer : model_.layers) {
+      kernels().rates(layer.A_log.data, layer.A_log.type, A, size);
+      layer.A = A;
+      A += size;
+    }
+  }
+
   Model model_;
   std::vector<In> kept_;
+  std::vector<float> rates_;
 };
 
 }  // namespace
 
 void add_model(nb::module_& m) {
   nb::class_<PyModel>(m, "Model", "A model's weights as one table of checked pointers.")
-      .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&>(),
+      .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&, bool>(),
            nb::arg("embeddings"), nb::arg("head"), nb::arg("norm"), nb::arg("eps"),
-           nb::arg("layers"))
+           nb::arg("layers"), nb::arg("constant") = false,
+           "With `constant` the weights never change, and what follows from them is kept.")
       .def("step", &PyModel::step, nb::arg("tokens").none(), nb::arg("hidden").none(),
            nb::arg("conv"), nb::arg("ssm"), nb::arg("logits"),
            "One token for each row; the states advance in place.")

@@ -342,9 +342,8 @@ void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& b
   if (m == 0) return;
   nb::gil_scoped_release release;
   parallel_region([&](int worker, int workers, Barrier&) {
-    const std::int64_t units = (n + 15) / 16;
-    kernels().few_rows(product, std::min(n, units * worker / workers * 16),
-                       std::min(n, units * (worker + 1) / workers * 16));
+    const Span mine = share(n, worker, workers);
+    kernels().few_rows(product, mine.first, mine.last);
   });
 }
 
@@ -372,10 +371,9 @@ void py_quantized_product(const In& x, const In& q, const In& scales, const std:
                               row_scales.data(), sums.data()};
   kernels().quantize_rows(product.a, product.k, rows, 0, product.m);
   parallel_region([&](int worker, int workers, Barrier&) {
-    const std::int64_t units = (product.n + 15) / 16;
+    const Span mine = share(product.n, worker, workers);
     kernels().few_quantized_rows({product.weight, rows, product.bias, product.c, product.n},
-                                 std::min(product.n, units * worker / workers * 16),
-                                 std::min(product.n, units * (worker + 1) / workers * 16));
+                                 mine.first, mine.last);
   });
 }
 

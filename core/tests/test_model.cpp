@@ -115,9 +115,32 @@ void test_batch_of_steps() {
   }
 }
 
+// A kept beside A_log changes nothing, in a step or in a prompt.
+void test_kept_rates(DType type) {
+  Example example(type, 16, 35, 5);
+  Model& m = example.model;
+  const std::vector<std::int64_t> tokens = {3, 1, 4, 1, 5}, offsets = {0, 5}, positions = {4};
+  std::vector<std::vector<float>> kept;
+  std::vector<float> found[2];
+  for (std::vector<float>& logits : found) {
+    Memories memories(m, 1);
+    logits.resize(2 * m.v);
+    read_prompt(m, memories.view, {1, offsets.data(), tokens.data(), nullptr, 1, positions.data()}, logits.data());
+    decode_step(m, memories.view, 1, tokens.data(), nullptr, logits.data() + m.v);
+    for (Layer& layer : m.layers) {
+      kept.emplace_back(m.e * m.n);
+      kernels().rates(layer.A_log.data, layer.A_log.type, kept.back().data(), m.e * m.n);
+      layer.A = kept.back().data();
+    }
+  }
+  CHECK(found[0] == found[1], "A kept beside A_log gives other logits");
+}
+
 }  // namespace
 
 int main() {
+  test_kept_rates(DType::f32);
+  test_kept_rates(DType::bf16);
   test_prompt(DType::f32, 16, 32, 16, 1e-4);
   test_prompt(DType::f32, 13, 21, 5, 1e-4);
   test_prompt(DType::bf16, 16, 32, 16, 5e-2);

@@ -52,7 +52,7 @@ class Network:
         self.vocabulary = weights.tensors[EMBEDDINGS].shape[0]
         self._check_files = weights.check
         self._core = core()
-        self._model = self._core.Model(*_table(weights))
+        self._model = self._core.Model(*_table(weights), constant=True)
 
     def step(self, blocks: Blocks, tokens_b: NDArray[np.int64]) -> None:
         """Let each text read one token; `blocks` and their logits advance in place."""
