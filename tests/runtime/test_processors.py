@@ -203,6 +203,7 @@ def test_the_order_is_that_of_generate(model, left_out, seed):
     config = GenerationConfig(do_sample=True, num_beams=1, **steps)
     config.top_k = steps.get("top_k", 0)
     config.sequence_bias = {(id,): value for id, value in bias.items()} or None
+    config, _ = model._prepare_generation_config(config)  # fills in the defaults
     chain = model._get_logits_processor(
         generation_config=config,
         input_ids_seq_length=len(PROMPT),
