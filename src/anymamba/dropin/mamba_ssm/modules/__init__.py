@@ -1,0 +1,1 @@
+"""Layers: Mamba, Mamba-2, their blocks, attention and feed-forward layers."""

@@ -1,0 +1,1 @@
+"""The operators: selective scan, and those that the original wrote in Triton."""

@@ -1,0 +1,1 @@
+"""What the original wrote in Triton: updates, norms, state space duality."""

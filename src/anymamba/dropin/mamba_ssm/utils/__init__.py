@@ -1,0 +1,1 @@
+"""Generation, and reading models from the hub."""
