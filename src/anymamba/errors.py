@@ -13,6 +13,8 @@ __all__ = [
     "HubError",
     "InputError",
     "MissingDependencyError",
+    "MissingModuleError",
+    "NotIncludedError",
     "StateError",
 ]
 
@@ -35,6 +37,14 @@ class BackendError(AnyMambaError, RuntimeError):
 
 class MissingDependencyError(AnyMambaError, ImportError):
     """An optional package is needed and not installed."""
+
+
+class NotIncludedError(AnyMambaError, NotImplementedError):
+    """The drop-in lacks something that the package it stands for has."""
+
+
+class MissingModuleError(NotIncludedError, ModuleNotFoundError):
+    """The drop-in lacks a module, or a name, that a program imports."""
 
 
 class CheckpointError(AnyMambaError, OSError):

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import ParamSpec, TypeVar
 
-from anymamba.dropin.originals import originals
+from anymamba.originals import import_original
 
-__all__ = ["by_device"]
+__all__ = ["answering", "by_device"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PREFIX = "anymamba.dropin."
+OURS = "anymamba.dropin."
+
+answering: set[str] = set()
+"""The original packages that take calls with CUDA tensors; `install` fills it."""
 
 
 def by_device(ours: Callable[P, R]) -> Callable[P, R]:
     """Send calls with CUDA tensors to the original's function, and all others to this one.
 
     The original's function is the one of the same name in the module of the same path. It is
-    called only where the original package is importable, and `install(force=True)` was not asked.
+    called only where the original package is installed, and `install(force=True)` was not asked.
 
     Args:
         ours: a function in a module under `anymamba.dropin`.
@@ -36,15 +40,16 @@ def by_device(ours: Callable[P, R]) -> Callable[P, R]:
         >>> double(21)
         42
     """
-    module, name = ours.__module__.removeprefix(PREFIX), ours.__qualname__
+    module = ours.__module__.removeprefix(OURS)
+    package = module.partition(".")[0]
+    in_module = attrgetter(ours.__qualname__)
 
     @functools.wraps(ours)
     def dispatched(*args: P.args, **kwargs: P.kwargs) -> R:
-        # The first test is all that a call costs where there is no original.
-        if originals.answer(module) and any_on_cuda((*args, *kwargs.values())):
-            theirs: Callable[P, R] | None = originals.function(module, name)
-            if theirs is not None:
-                return theirs(*args, **kwargs)
+        # The first test is all that a call costs where no original is installed.
+        if package in answering and any_on_cuda((*args, *kwargs.values())):
+            theirs: Callable[P, R] = in_module(import_original(module))
+            return theirs(*args, **kwargs)
         return ours(*args, **kwargs)
 
     return dispatched

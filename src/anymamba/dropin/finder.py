@@ -1,0 +1,85 @@
+"""Answers `import mamba_ssm` and `import causal_conv1d` with the modules of this folder."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from anymamba.dropin.dispatch import OURS, answering
+from anymamba.errors import MissingModuleError
+from anymamba.originals import PACKAGES, import_original, is_loading
+
+__all__ = ["Finder"]
+
+
+class Finder(MetaPathFinder):
+    """Finds `mamba_ssm.X` as `anymamba.dropin.mamba_ssm.X`: one module under two names.
+
+    A module that is not there comes from the original package where that answers, too.
+    """
+
+    is_drop_in = True
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """How to load a module of the two packages; None for all others.
+
+        Raises:
+            MissingModuleError: neither the drop-in nor an original that answers has the module.
+        """
+        name = fullname.removeprefix(OURS)
+        package = name.partition(".")[0]
+        if package not in PACKAGES or is_loading():
+            return None
+        ours = find_ours(name, path)
+        if fullname != name:
+            # `from mamba_ssm import X` asks for this name where the package has no X.
+            return ours or refuse(name)
+        if ours is not None:
+            places = ours.submodule_search_locations
+            spec = ModuleSpec(name, Alias(), origin=ours.origin, is_package=places is not None)
+            spec.submodule_search_locations = places
+            spec.has_location = True
+            return spec
+        return ModuleSpec(name, Original()) if package in answering else refuse(name)
+
+
+def find_ours(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Our module of a name. Only packages are looked into, and nothing is imported."""
+    if path is None:
+        path = importlib.import_module(OURS.rstrip(".")).__path__
+    return importlib.machinery.PathFinder.find_spec(OURS + name, path)
+
+
+def refuse(name: str) -> ModuleSpec:
+    """Say that the drop-in lacks a module."""
+    raise MissingModuleError(
+        f"{name} is not in AnyMamba's drop-in, which stands for its package here: "
+        "docs/drop-in.md lists what is",
+        name=name,
+    )
+
+
+class Alias(Loader):
+    """Gives a module of ours a second name."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put our module in the place of the empty one that was made."""
+        sys.modules[module.__name__] = importlib.import_module(OURS + module.__name__)
+
+
+class Original(Loader):
+    """Gives a module of the original package, which is kept apart, its name back."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Put the original's module in the place of the empty one that was made."""
+        name = module.__name__
+        # While the original loads, this name is its own.
+        theirs = import_original(name)
+        sys.modules[name] = theirs
