@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cmath
 import itertools
 import math
 from typing import Any
@@ -44,7 +45,8 @@ def brute_force(
     b, l, e = x_ble.shape
     n = A_en.shape[1]
     y = torch.zeros(b, l, e, dtype=torch.float64)
-    last = torch.zeros(b, e, n, dtype=torch.float64)
+    last = torch.zeros(b, e, n, dtype=torch.promote_types(A_en.dtype, torch.float64))
+    pair = 2 if A_en.is_complex() else 1  # a complex state stands for itself and its conjugate
     for i in range(b):
         for c in range(e):
             h = [0.0] * n if initial_state is None else initial_state[i, c].tolist()
@@ -53,18 +55,22 @@ def brute_force(
                 delta += 0.0 if delta_bias_e is None else float(delta_bias_e[c])
                 if delta_softplus:
                     delta = math.log1p(math.exp(delta))
-                group = () if B_bln.ndim == 3 else (c // (e // B_bln.shape[2]),)
-                B, C = B_bln[(i, t, *group)].tolist(), C_bln[(i, t, *group)].tolist()
+                B, C = (M[i, t, seen_by(c, M, e)].tolist() for M in (B_bln, C_bln))
                 A = A_en[c].tolist()
-                h = [math.exp(delta * A[j]) * h[j] + delta * B[j] * x for j in range(n)]
-                out = sum(C[j] * h[j] for j in range(n))
+                h = [cmath.exp(delta * A[j]) * h[j] + delta * B[j] * x for j in range(n)]
+                out = pair * sum(C[j] * h[j] for j in range(n)).real
                 out += 0.0 if D_e is None else float(D_e[c]) * x
                 if z_ble is not None:
                     z = float(z_ble[i, t, c])
                     out *= z / (1 + math.exp(-z))
                 y[i, t, c] = out
-            last[i, c] = torch.tensor(h, dtype=torch.float64)
+            last[i, c] = torch.tensor(h if A_en.is_complex() else [v.real for v in h])
     return y, last
+
+
+def seen_by(channel: int, B_bln: Tensor, e: int) -> int | slice:
+    """Which group of B or C a channel looks at; all of it where there are no groups."""
+    return slice(None) if B_bln.ndim == 3 else channel // (e // B_bln.shape[2])
 
 
 def run(inputs: dict[str, Any], **options: Any) -> tuple[Tensor, Tensor]:
@@ -90,6 +96,64 @@ def test_equals_the_brute_force_loop(shape: tuple[int, ...], extras: bool) -> No
 def test_groups_of_channels_have_their_own_B_and_C(groups: int) -> None:
     inputs = scan_inputs(2, 9, 6, 4, groups=groups)
     assert_contract(run(inputs)[0], brute_force(**inputs)[0])
+
+
+@pytest.mark.usefixtures("each_backend")
+@pytest.mark.parametrize(("of_B", "of_C"), [(None, 2), (3, None), (2, 3), (6, 1)])
+def test_B_and_C_may_have_different_groups(of_B: int | None, of_C: int | None) -> None:
+    inputs = scan_inputs(2, 9, 6, 4, groups=of_B)
+    inputs["C_bln"] = scan_inputs(2, 9, 6, 4, groups=of_C, seed=1)["C_bln"]
+    assert_contract(run(inputs)[0], brute_force(**inputs)[0])
+    leaf = inputs["B_bln"].requires_grad_()
+    (of_parts,) = torch.autograd.grad(run(inputs)[0].sum(), leaf)
+    inputs["C_bln"] = each_channels_own(inputs["C_bln"], 6)
+    whole = run(inputs | {"B_bln": each_channels_own(leaf, 6)})[0]
+    assert_contract(of_parts, torch.autograd.grad(whole.sum(), leaf)[0], factor=10)
+
+
+def each_channels_own(B_bln: Tensor, e: int) -> Tensor:
+    return torch.stack([B_bln[:, :, seen_by(c, B_bln, e)] for c in range(e)], 2)
+
+
+def complex_inputs(*shape: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Inputs whose A, B and C are complex."""
+    inputs = scan_inputs(*shape, groups=3, dtype=dtype)
+    for name in ("A_en", "B_bln", "C_bln"):
+        inputs[name] = torch.complex(inputs[name], torch.randn_like(inputs[name]))
+    return inputs
+
+
+def test_complex_A_runs_by_itself_where_it_can() -> None:
+    with ops.backend("auto"):
+        assert run(complex_inputs(1, 5, 3, 2))[1].is_complex()
+
+
+@pytest.mark.parametrize("length", [1, 5, 70])
+def test_complex_A_equals_the_brute_force_loop(length: int) -> None:
+    inputs = complex_inputs(2, length, 6, 4)
+    y, last = run(inputs, backend="reference")
+    expected_y, expected_last = brute_force(**inputs)
+    assert y.dtype == torch.float32
+    assert last.dtype == torch.complex64
+    assert_contract(y, expected_y)
+    assert_contract(torch.view_as_real(last), torch.view_as_real(expected_last))
+
+
+def test_complex_gradients_are_the_numerical_derivatives() -> None:
+    inputs = complex_inputs(1, 5, 3, 2, dtype=torch.float64)
+    names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+
+    def function(*values: Tensor) -> tuple[Tensor, Tensor]:
+        return run(inputs | dict(zip(names, values, strict=True)), backend="reference")
+
+    tensors = [inputs[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+
+
+def test_complex_B_needs_complex_A() -> None:
+    inputs = complex_inputs(1, 5, 3, 2)
+    with pytest.raises(InputError, match="B is complex and A is real"):
+        ops.selective_scan(**inputs | {"A_en": inputs["A_en"].real})
 
 
 @pytest.mark.usefixtures("each_backend")

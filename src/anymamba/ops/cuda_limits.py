@@ -34,6 +34,8 @@ def _against_scan(arguments: dict[str, Any]) -> str | None:
         return "its scan takes no initial state"
     if arguments["return_last_state"] and torch.is_grad_enabled():
         return "its scan gives no gradient through the last state"
+    if arguments["A_en"].is_complex():
+        return "its scan takes complex B and C in another form"
     if arguments["A_en"].shape[1] > 256:
         return "its scan ends at a state size of 256"
     return None

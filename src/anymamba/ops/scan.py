@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Inexact, Int
 from torch import Tensor
 
 from anymamba.errors import InputError
@@ -24,30 +24,32 @@ __all__ = ["selective_scan", "selective_state_update"]
 def selective_scan(
     x_ble: Float[Tensor, "b l e"],
     delta_ble: Float[Tensor, "b l e"],
-    A_en: Float[Tensor, "e n"],
-    B_bln: Float[Tensor, "b l n"] | Float[Tensor, "b l g n"],
-    C_bln: Float[Tensor, "b l n"] | Float[Tensor, "b l g n"],
+    A_en: Inexact[Tensor, "e n"],
+    B_bln: Inexact[Tensor, "b l n"] | Inexact[Tensor, "b l g n"],
+    C_bln: Inexact[Tensor, "b l n"] | Inexact[Tensor, "b l g n"],
     D_e: Float[Tensor, " e"] | None = None,
     z_ble: Float[Tensor, "b l e"] | None = None,
     delta_bias_e: Float[Tensor, " e"] | None = None,
     delta_softplus: bool = False,
     *,
-    initial_state: Float[Tensor, "s e n"] | None = None,
+    initial_state: Inexact[Tensor, "s e n"] | None = None,
     return_last_state: bool = False,
     seq_idx: Int[Tensor, "b l"] | None = None,
     cu_seqlens: Int[Tensor, " s1"] | None = None,
     reverse: bool = False,
     backend: str | None = None,
     fallback: str = "reference",
-) -> Float[Tensor, "b l e"] | tuple[Float[Tensor, "b l e"], Float[Tensor, "s e n"]]:
+) -> Float[Tensor, "b l e"] | tuple[Float[Tensor, "b l e"], Inexact[Tensor, "s e n"]]:
     """Run the selective state space over sequences. Differentiable in every tensor.
 
     Args:
         x_ble: the input, (b, l, e).
         delta_ble: the step size before bias and softplus, (b, l, e).
-        A_en: the (negative) rates of decay, (e, n).
+        A_en: the (negative) rates of decay, (e, n). They may be complex, with negative real parts;
+            y is then twice the real part of C_t h_t, as if each state had its conjugate beside
+            it, and only the reference can run it.
         B_bln, C_bln: input and output maps, (b, l, n), or (b, l, g, n) when each of g groups of
-            e / g neighbouring channels has its own.
+            e / g neighbouring channels has its own. Complex only where A is.
         D_e: the skip connection, (e,).
         z_ble: a gate; the output is multiplied by silu(z).
         delta_bias_e: added to delta, (e,).
@@ -66,10 +68,10 @@ def selective_scan(
 
     Returns:
         y_ble in the type of x, and with return_last_state the last state, (b, e, n) or
-        (s, e, n), float32 (float64 for float64 inputs).
+        (s, e, n), float32 (float64 for float64 inputs) or complex of that precision.
 
     Raises:
-        InputError: a shape does not fit the others.
+        InputError: a shape does not fit the others, or B or C is complex and A is real.
         BackendError: the chosen backend cannot run the call.
 
     Example:
@@ -201,6 +203,10 @@ def _check_scan(
     for name, tensor in (("B", B_bln), ("C", C_bln)):
         groups = tensor.shape[2] if tensor.ndim == 4 else 1
         check_shape(operator, name, tensor, (b, l, n), (b, l, groups, n))
+        if tensor.is_complex() and not A_en.is_complex():
+            raise InputError(
+                f"{operator}: {name} is complex and A is real; make A complex, or pass {name}.real"
+            )
         if groups < 1 or e % groups:
             raise InputError(f"{operator}: {name} has {groups} groups, which do not divide e={e}")
     for name, vector in (("D", D_e), ("delta_bias", delta_bias_e)):

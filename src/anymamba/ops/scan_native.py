@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,8 +34,7 @@ def selective_scan(
         x_ble,
         delta_ble,
         _float32(A_en),
-        _in_groups(B_bln),
-        _in_groups(C_bln),
+        *_in_groups(B_bln, C_bln, x_ble.ndim),
         _float32(D_e),
         z_ble,
         _float32(delta_bias_e),
@@ -76,8 +76,7 @@ def selective_state_update(
         x_be,
         delta_be,
         _float32(A_en),
-        B_bn[:, None] if B_bn.ndim == 2 else B_bn,
-        C_bn[:, None] if C_bn.ndim == 2 else C_bn,
+        *_in_groups(B_bn, C_bn, x_be.ndim),
         _float32(D_e),
         z_be,
         _float32(delta_bias_e),
@@ -92,8 +91,21 @@ def _float32(tensor: Any) -> Any:
     return None if tensor is None else tensor.float().contiguous()
 
 
-def _in_groups(B_bln: Tensor) -> Tensor:
-    return B_bln[:, :, None] if B_bln.ndim == 3 else B_bln
+def _in_groups(B: Tensor, C: Tensor, axes_without_groups: int) -> tuple[Tensor, Tensor]:
+    """B and C as (..., g, n) with the same g, which the core wants, whatever each came with."""
+    if B.ndim == axes_without_groups:
+        B = B[..., None, :]
+    if C.ndim == axes_without_groups:
+        C = C[..., None, :]
+    groups = math.lcm(B.shape[-2], C.shape[-2])
+    return _split_groups(B, groups), _split_groups(C, groups)
+
+
+def _split_groups(B: Tensor, groups: int) -> Tensor:
+    parts = groups // B.shape[-2]
+    if parts == 1:
+        return B
+    return B[..., None, :].expand(*B.shape[:-1], parts, B.shape[-1]).flatten(-3, -2)
 
 
 def _bare(tensor: Any) -> Any:

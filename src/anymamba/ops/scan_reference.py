@@ -4,6 +4,9 @@
 the same numbers with far fewer PyTorch calls: a time block is cut into chunks that walk side by
 side, each from a zero state, and the states at the chunks' borders are carried through
 afterwards. Between blocks only the state is kept; gradients recompute a block from it.
+
+A may be complex. Its states then stand for pairs of conjugates, of which one is computed: the
+other adds its own conjugate to the output, so that y is twice the real part.
 """
 
 from __future__ import annotations
@@ -102,7 +105,7 @@ def selective_scan_sequential(
             decay_ben = torch.exp(delta_ble[:, t, :, None] * A_en)
             drive_ben = (delta_ble[:, t] * x_ble[:, t])[..., None] * B_blen[:, t]
             state_ben = decay_ben * state_ben + drive_ben
-            outputs.append((state_ben * C_blen[:, t]).sum(-1))
+            outputs.append(_real((state_ben * C_blen[:, t]).sum(-1)))
         return (torch.stack(outputs, 1) if outputs else x_ble), state_ben
 
     return _scan_pieces(
@@ -176,7 +179,8 @@ def _scan_pieces(
         delta = delta + delta_bias_e.to(wide)
     if delta_softplus:
         delta = F.softplus(delta)
-    B, C = _by_channel(B_bln.to(wide), e), _by_channel(C_bln.to(wide), e)
+    wide_A = torch.promote_types(A_en.dtype, wide)
+    B, C = _by_channel(B_bln.to(wide_A), e), _by_channel(C_bln.to(wide_A), e)
 
     def walk(row: slice, span: slice, state: Tensor) -> tuple[Tensor, Tensor]:
         piece = (x[row, span], delta[row, span], B[row, span], C[row, span])
@@ -190,7 +194,7 @@ def _scan_pieces(
     if states is None:
         n_states = b if segments is None else segments.n_states
         states = x.new_zeros(n_states, e, A_en.shape[1])
-    states = states.to(wide)
+    states = states.to(wide_A)
     y, last = _each_segment(walk, x, states, segments)
     if D_e is not None:
         y = y + D_e.to(wide) * x
@@ -245,14 +249,19 @@ def _block(
     state_ben: Tensor,
     recurrence: Recurrence,
 ) -> tuple[Tensor, Tensor]:
-    decay_blen = torch.exp(delta_ble[..., None] * A_en.to(x_ble.dtype))
+    decay_blen = torch.exp(delta_ble[..., None] * A_en)
     drive_blen = (delta_ble * x_ble)[..., None] * B_blen
     state_blen = recurrence(decay_blen, drive_blen, state_ben)
     if C_blen.shape[2] == 1:
         y_ble = (state_blen @ C_blen.transpose(2, 3)).squeeze(-1)
     else:
         y_ble = (state_blen * C_blen).sum(-1)
-    return y_ble, state_blen[:, -1]
+    return _real(y_ble), state_blen[:, -1]
+
+
+def _real(y: Tensor) -> Tensor:
+    """What a state and its conjugate add up to; real numbers stay as they are."""
+    return 2 * y.real if y.is_complex() else y
 
 
 def linear_recurrence(a_blen: Tensor, b_blen: Tensor, h_ben: Tensor) -> Tensor:
@@ -285,8 +294,11 @@ class _LinearRecurrence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
-        """With g_t the gradient of h_t: g_t = given_t + a_{t+1} g_{t+1}, the same walk backward."""
-        a_blen, states, h_ben = ctx.saved_tensors  # type: ignore[attr-defined]
+        """With g_t the gradient of h_t: g_t = given_t + a_{t+1} g_{t+1}, the same walk backward.
+
+        Factors that are complex count as their conjugates, as everywhere in PyTorch's gradients.
+        """
+        a_blen, states, h_ben = (t.conj() for t in ctx.saved_tensors)  # type: ignore[attr-defined]
         (given,) = grads
         next_a = torch.cat([a_blen[:, 1:], torch.zeros_like(a_blen[:, :1])], 1)
         g = _recur(next_a.flip(1), given.flip(1), torch.zeros_like(h_ben)).flip(1)
