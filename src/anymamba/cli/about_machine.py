@@ -23,6 +23,7 @@ def describe() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "torch": torch_version,
         "backends": backends,
+        "drop_in": drop_in(),
         "bundled_model": bundled_folder(),
     }
 
@@ -58,6 +59,17 @@ def torch_and_backends() -> tuple[str, list[dict[str, Any]]]:
     return torch.__version__, [
         {"name": name, "available": available, "reason": reason} for name, available, reason in rows
     ]
+
+
+def drop_in() -> str:
+    """Whether AnyMamba answers the imports of `mamba_ssm` and `causal_conv1d` in this process."""
+    from anymamba.dropin import is_installed
+    from anymamba.dropin.dispatch import answering
+
+    if not is_installed():
+        return "off: anymamba run, or anymamba.dropin.install() in a program, turns it on"
+    others = f"; CUDA tensors go to {' and '.join(sorted(answering))}" if answering else ""
+    return f"active: mamba_ssm and causal_conv1d are AnyMamba's{others}"
 
 
 def bundled_folder() -> str:

@@ -27,6 +27,7 @@ COMMANDS = {
     "score": "tell how well a model predicts a text",
     "lambada": "test a model on the last words of passages",
     "bench": "measure how fast a model runs here",
+    "run": "run a program that imports mamba_ssm or causal_conv1d",
     "quantize": "store a model with 8- or 4-bit weights",
     "convert": "store a model in another layout",
     "completion": "print a script that lets a shell complete commands",
@@ -63,12 +64,14 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status, one of those that `--help` lists."""
+    argv = sys.argv[1:] if argv is None else argv
     open_missing()
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    # Other people's programs keep the output that Python gives them.
+    if isinstance(sys.stdout, io.TextIOWrapper) and argv[:1] != ["run"]:
         # A terminal that lacks a character shows a question mark, which is better than ending.
         sys.stdout.reconfigure(errors="replace")
     try:
-        run_command(sys.argv[1:] if argv is None else argv)
+        run_command(argv)
         sys.stdout.flush()
     except AnyMambaError as error:
         tell("anymamba: " + " ".join(str(error).split()))

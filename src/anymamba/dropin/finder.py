@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 
 from anymamba.dropin.dispatch import OURS, answering
@@ -37,7 +37,7 @@ class Finder(MetaPathFinder):
         package = name.partition(".")[0]
         if package not in PACKAGES or is_loading():
             return None
-        ours = find_ours(name, path)
+        ours = find_ours(name)
         if fullname != name:
             # `from mamba_ssm import X` asks for this name where the package has no X.
             return ours or refuse(name)
@@ -50,11 +50,10 @@ class Finder(MetaPathFinder):
         return ModuleSpec(name, Original()) if package in answering else refuse(name)
 
 
-def find_ours(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """Our module of a name. Only packages are looked into, and nothing is imported."""
-    if path is None:
-        path = importlib.import_module(OURS.rstrip(".")).__path__
-    return importlib.machinery.PathFinder.find_spec(OURS + name, path)
+def find_ours(name: str) -> ModuleSpec | None:
+    """Our module of a name, looked for in its folder; nothing is imported."""
+    folder = Path(__file__).parent.joinpath(*name.split(".")[:-1])
+    return PathFinder.find_spec(OURS + name, [str(folder)])
 
 
 def refuse(name: str) -> ModuleSpec:
@@ -79,7 +78,5 @@ class Original(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Put the original's module in the place of the empty one that was made."""
-        name = module.__name__
-        # While the original loads, this name is its own.
-        theirs = import_original(name)
-        sys.modules[name] = theirs
+        # The right side comes first: while the original loads, this name is its own.
+        sys.modules[module.__name__] = import_original(module.__name__)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from anymamba.errors import BackendError
+from anymamba.originals import PACKAGES, is_original_installed
 
 __all__ = ["available_backends", "backend", "implementation"]
 
@@ -108,6 +109,8 @@ _ONLY_BY_REQUEST = frozenset({"mambapy"})
 
 
 def _is_importable(name: str) -> bool:
+    if name in PACKAGES:
+        return is_original_installed(name)
     try:
         return find_spec(name) is not None
     except ModuleNotFoundError:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import causal_conv1d as kernels
 from torch import Tensor
 
 from anymamba.ops.segments import Segments
+from anymamba.originals import import_original
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
+
+# The drop-in may stand under the package's name, and would come back here.
+kernels = import_original("causal_conv1d")
 
 
 def causal_conv1d(

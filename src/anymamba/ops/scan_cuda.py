@@ -5,13 +5,16 @@ That package puts channels before time, (b, e, l); a transposed view serves with
 
 from __future__ import annotations
 
-from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
-from mamba_ssm.ops.triton import selective_state_update as triton_update
 from torch import Tensor
 
 from anymamba.ops.segments import Segments
+from anymamba.originals import import_original
 
 __all__ = ["selective_scan", "selective_state_update"]
+
+# The drop-in may stand under the package's name, and would come back here.
+scan_kernels = import_original("mamba_ssm.ops.selective_scan_interface")
+update_kernels = import_original("mamba_ssm.ops.triton.selective_state_update")
 
 
 def selective_scan(
@@ -30,7 +33,7 @@ def selective_scan(
     reverse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Arguments and returns as in `anymamba.ops.selective_scan`, less what it cannot do."""
-    result = selective_scan_fn(
+    result = scan_kernels.selective_scan_fn(
         x_ble.transpose(1, 2),
         delta_ble.to(x_ble.dtype).transpose(1, 2),
         A_en.float(),
@@ -59,7 +62,7 @@ def selective_state_update(
     delta_softplus: bool,
 ) -> Tensor:
     """Arguments and returns as in `anymamba.ops.selective_state_update`."""
-    y_be: Tensor = triton_update.selective_state_update(
+    y_be: Tensor = update_kernels.selective_state_update(
         state_ben,
         x_be,
         delta_be,

@@ -1,0 +1,135 @@
+"""`anymamba run`: run a Python program in which AnyMamba stands for `mamba_ssm`."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import runpy
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from anymamba.errors import InputError
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Run a Python program as `python` would, with imports of mamba_ssm and causal_conv1d answered by
+AnyMamba. Where these packages are installed, calls with CUDA tensors still go to them.
+"""
+EXAMPLES = """\
+examples:
+  anymamba run train.py --epochs 3
+  anymamba run -m package.module --help
+  anymamba run --force compare.py
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba run`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.usage = "anymamba run [-h] [--force] (SCRIPT | -m MODULE) [ARGUMENTS ...]"
+    parser.add_argument(
+        "--force", action="store_true", help="take calls with CUDA tensors from the packages, too"
+    )
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        metavar="MODULE",
+        help="run a module, as python -m does; the rest are its arguments",
+    )
+    parser.add_argument(
+        "script",
+        nargs=argparse.REMAINDER,
+        metavar="FILE",
+        help="a script, folder or zip file; the rest are its arguments",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Install the drop-in, and be the program from here on.
+
+    Raises:
+        InputError: there is no such program.
+        SystemExit: the program has ended.
+    """
+    words = arguments.module or arguments.script
+    if not words:
+        what = "a script" if arguments.module is None else "a module after -m"
+        raise InputError(f"anymamba run needs {what} (see anymamba run --help)")
+    program, folder = module(words[0]) if arguments.module else script(words[0])
+    from anymamba import dropin
+
+    dropin.install(force=arguments.force)
+    sys.argv[:] = words
+    # The first place is the folder of the `anymamba` command, unless Python was told to have none.
+    if not sys.flags.safe_path:
+        sys.path[0] = folder
+    sys.modules["__main__"] = ModuleType("__main__")
+    undisturbed(program)
+
+
+Program = Callable[[], object]
+
+
+def module(name: str) -> tuple[Program, str]:
+    """What runs a module, and the first place where it finds others."""
+    # Python's own function for `-m`, which looks for the module when it is called.
+    program: Callable[[str], object] = runpy._run_module_as_main  # type: ignore[attr-defined]
+    return lambda: program(name), str(Path.cwd())
+
+
+def script(name: str) -> tuple[Program, str]:
+    """What runs a script, and the first place where it finds others.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
+        as_main: Callable[..., object] = runpy._run_module_as_main  # type: ignore[attr-defined]
+        return lambda: as_main("__main__", alter_argv=False), name
+    try:
+        with io.open_code(str(path.absolute())) as file:
+            source = file.read()
+    except OSError as error:
+        raise InputError(f"cannot open the program {name!r}: {error.strerror}") from None
+    return lambda: as_script(source, str(path.absolute())), str(path.resolve().parent)
+
+
+def as_script(source: bytes, file: str) -> None:
+    """Run the text of a script in the module `__main__`."""
+    names = vars(sys.modules["__main__"])
+    names.update(
+        __file__=file,
+        __builtins__=sys.modules["builtins"],
+        __loader__=SourceFileLoader("__main__", file),
+        __annotations__={},
+        __cached__=None,
+    )
+    exec(compile(source, file, "exec", dont_inherit=True), names)
+
+
+def undisturbed(program: Program) -> NoReturn:
+    """Let a program end as under Python: how it ended is told by it, not by this command."""
+    try:
+        program()
+    except Exception as error:
+        fail(error, 1)
+    except KeyboardInterrupt as error:
+        fail(error, 130)
+    raise SystemExit
+
+
+def fail(error: BaseException, status: int) -> NoReturn:
+    """Show the traceback of a program without the frames of this file, and end."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
+    raise SystemExit(status)
