@@ -21,8 +21,8 @@ from anymamba.modeling.model import (
 )
 from anymamba.modeling.outputs import MambaCausalLMOutput
 from anymamba.modeling.packing import check_mask, next_tokens, pack_batch
-from anymamba.modeling.plain import project
 from anymamba.modeling.renaming import takes_cache_params
+from anymamba.ops.plain import project
 
 __all__ = ["MambaForCausalLM"]
 

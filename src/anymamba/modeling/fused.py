@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from anymamba.errors import InputError
-from anymamba.modeling.plain import why_not_plain
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 from anymamba.ops import backend
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.native import core
+from anymamba.ops.plain import why_not_plain
 
 if TYPE_CHECKING:
     from anymamba.modeling.cache import MambaCache

@@ -24,9 +24,9 @@ from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.loading import FromAnyLayout
 from anymamba.modeling.outputs import MambaOutput
 from anymamba.modeling.packing import PackedBatch, pack_batch
-from anymamba.modeling.plain import project, why_not_plain
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.backends import BACKENDS
+from anymamba.ops.plain import project, why_not_plain
 
 __all__ = [
     "MambaBlock",

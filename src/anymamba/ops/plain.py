@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 from torch.nn.parameter import Parameter
 
-from anymamba import ops
+from anymamba.ops.linear import linear as multiply
 
 __all__ = ["project", "why_not_plain"]
 
@@ -42,7 +42,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     # Autocast rewrites torch's own product and knows nothing of ours.
     ours = not torch.is_autocast_enabled(x.device.type)
     if ours and type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None:
-        return ops.linear(x, linear.weight, linear.bias)
+        return multiply(x, linear.weight, linear.bias)
     projected: Tensor = linear(x)
     return projected
 
