@@ -14,6 +14,7 @@ Importing this package imports neither torch nor numpy; only what touches tensor
 
 from anymamba.checkpoint.config import Layout, read_config
 from anymamba.checkpoint.digest import bytes_digest, checkpoint_digest, state_dict_digest
+from anymamba.checkpoint.files import find_weight_files
 from anymamba.checkpoint.hub import resolve
 from anymamba.checkpoint.names import to_transformers_name
 from anymamba.checkpoint.quantized import FORMAT, quantized_bits, quantized_shapes
@@ -28,7 +29,7 @@ from anymamba.checkpoint.state_file import (
     state_identity,
     state_metadata,
 )
-from anymamba.checkpoint.torch_weights import load_torch_state_dict
+from anymamba.checkpoint.torch_weights import load_stored_tensors, load_torch_state_dict
 from anymamba.checkpoint.writing import write_atomically
 
 __all__ = [
@@ -46,6 +47,8 @@ __all__ = [
     "check_tensors",
     "checkpoint_digest",
     "expected_shapes",
+    "find_weight_files",
+    "load_stored_tensors",
     "load_torch_state_dict",
     "model_shape",
     "open_checkpoint",

@@ -38,6 +38,7 @@ def resolve(
     offline: bool = False,
     subfolder: str | None = None,
     force_download: bool = False,
+    weights: bool = True,
 ) -> Path:
     """Find a model's folder, downloading it if it is not local.
 
@@ -53,6 +54,7 @@ def resolve(
         offline: use what was downloaded before, and no network.
         subfolder: the folder inside of the model's folder or repository that is meant.
         force_download: download again what was downloaded before.
+        weights: whether the weights are wanted; without them only the small files are fetched.
 
     Returns:
         A folder that exists.
@@ -87,6 +89,7 @@ def resolve(
                 endpoint=os.environ.get("HF_ENDPOINT") or None,
                 offline=offline or _is_on("HF_HUB_OFFLINE"),
                 force=force_download,
+                weights=weights,
             )
         )
     folder = folder / (subfolder or "")
@@ -115,10 +118,13 @@ class _Request:
     endpoint: str | None
     offline: bool
     force: bool
+    weights: bool
 
 
 def _download(request: _Request) -> Path:
     """Download a model without its pickles, and if that brought no weights, with them."""
+    if not request.weights:
+        return _snapshot(request, ())
     snapshot = _snapshot(request, _SAFETENSORS)
     if not any((snapshot / request.inside).glob(_SAFETENSORS[0])):
         snapshot = _snapshot(request, _PICKLES)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.checkpoint.files import WeightFiles
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.reading import Checkpoint, canonical_names, check_shard
+from anymamba.checkpoint.safetensors_header import read_header
 from anymamba.checkpoint.shapes import check_tensors, expected_shapes, model_shape
 from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError
@@ -16,7 +18,7 @@ from anymamba.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_torch_state_dict"]
+__all__ = ["load_stored_tensors", "load_torch_state_dict"]
 
 _ZIP_SIGNATURE = b"PK\x03\x04"
 
@@ -56,7 +58,7 @@ def load_torch_state_dict(
     """
     if expected is None:
         expected = expected_shapes(checkpoint.config)
-    tensors = _read_pickles(checkpoint) if checkpoint.pickled else _read_safetensors(checkpoint)
+    tensors = _translated_pickles(checkpoint) if checkpoint.pickled else _located(checkpoint)
     where = repr(str(checkpoint.folder))
     check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, expected, where)
     for name, tensor in tensors.items():
@@ -82,30 +84,70 @@ def _check_repeated_head(checkpoint: Checkpoint, tensors: Mapping[str, torch.Ten
         )
 
 
-def _read_safetensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
+def load_stored_tensors(files: WeightFiles) -> dict[str, torch.Tensor]:
+    """Load all tensors of a model's files, of whatever kind of model, under their stored names.
 
-    stored: dict[Path, dict[str, str]] = {}
-    for new, record in checkpoint.tensors.items():
-        stored.setdefault(record.file, {})[new] = record.name
-    tensors: dict[str, torch.Tensor] = {}
-    for path, names in stored.items():
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                tensors |= {new: file.get_tensor(old) for new, old in names.items()}
-        except (SafetensorError, OSError, KeyError) as error:
-            raise CheckpointError(f"cannot read {str(path)!r}: {_one_line(error)}") from error
-    return tensors
+    Nothing in a file is run, and the tensors are mapped where the format allows it, as in
+    `load_torch_state_dict`; but names, shapes and types are for the caller to check.
 
+    Args:
+        files: what `find_weight_files` returned.
 
-def _read_pickles(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    Returns:
+        The tensors, on the CPU, in the types they are stored in.
+
+    Raises:
+        CheckpointError: a file is broken or would run code, or a shard does not hold what the
+            index says.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from anymamba.checkpoint.files import find_weight_files
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> torch.save({"conv1d.bias": torch.ones(3)}, folder / "pytorch_model.bin")
+        >>> load_stored_tensors(find_weight_files(folder))
+        {'conv1d.bias': tensor([1., 1., 1.])}
+    """
     stored: dict[str, torch.Tensor] = {}
-    for path in checkpoint.files.paths:
-        tensors = _read_pickle(path)
-        check_shard(checkpoint.files, path, tensors)
+    for path in files.paths:
+        # read_header says in one line what is wrong with a broken file.
+        tensors = (
+            _read_pickle(path)
+            if files.pickled
+            else _read_safetensors(path, read_header(path).tensors)
+        )
+        check_shard(files, path, tensors)
         stored |= tensors
+    return stored
+
+
+def _translated_pickles(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    stored = load_stored_tensors(checkpoint.files)
     names = canonical_names(stored, checkpoint.files.paths[0])
     return {new: stored[old] for new, old in names.items()}
+
+
+def _located(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of safetensors files, which were located when the checkpoint was opened."""
+    names: dict[Path, dict[str, str]] = {}
+    for new, record in checkpoint.tensors.items():
+        names.setdefault(record.file, {})[record.name] = new
+    return {
+        new_of[old]: tensor
+        for path, new_of in names.items()
+        for old, tensor in _read_safetensors(path, new_of).items()
+    }
+
+
+def _read_safetensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {_one_line(error)}") from error
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
