@@ -43,7 +43,7 @@ class NotIncludedError(AnyMambaError, NotImplementedError):
     """The drop-in lacks something that the package it stands for has."""
 
 
-class MissingModuleError(NotIncludedError, ModuleNotFoundError):
+class MissingModuleError(AnyMambaError, ModuleNotFoundError):
     """The drop-in lacks a module, or a name, that a program imports."""
 
 

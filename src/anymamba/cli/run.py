@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import io
 import runpy
 import sys
@@ -70,7 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
     # The first place is the folder of the `anymamba` command, unless Python was told to have none.
     if not sys.flags.safe_path:
         sys.path[0] = folder
-    sys.modules["__main__"] = ModuleType("__main__")
+    sys.modules["__main__"] = main = ModuleType("__main__")
+    vars(main).update(__builtins__=builtins, __annotations__={})
     undisturbed(program)
 
 
@@ -93,7 +95,7 @@ def script(name: str) -> tuple[Program, str]:
     path = Path(name)
     if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
         as_main: Callable[..., object] = runpy._run_module_as_main  # type: ignore[attr-defined]
-        return lambda: as_main("__main__", alter_argv=False), name
+        return lambda: as_main("__main__", alter_argv=False), str(path.absolute())
     try:
         with io.open_code(str(path.absolute())) as file:
             source = file.read()
@@ -107,9 +109,7 @@ def as_script(source: bytes, file: str) -> None:
     names = vars(sys.modules["__main__"])
     names.update(
         __file__=file,
-        __builtins__=sys.modules["builtins"],
         __loader__=SourceFileLoader("__main__", file),
-        __annotations__={},
         __cached__=None,
     )
     exec(compile(source, file, "exec", dont_inherit=True), names)

@@ -1,0 +1,149 @@
+"""`anymamba run` is `python` with the drop-in: compared with `python` itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PYTHON = [sys.executable]
+RUN = [sys.executable, "-m", "anymamba", "run"]
+
+PROGRAM = '''
+"""A program that tells what it sees, and ends as it is told to."""
+import os, sys
+
+def fail():
+    raise LookupError("not found")
+
+names = sorted(name for name in globals() if name != "__warningregistry__")
+print(sys.argv, sys.path[0], __name__, __file__, __package__, __doc__, names)
+print(sys.modules["__main__"].fail is fail, sys.stdout.errors, file=sys.stderr)
+match sys.argv[1:]:
+    case ["exit", status]: sys.exit(int(status))
+    case ["message"]: sys.exit("a message")
+    case ["fail"]: fail()
+    case ["chain"]:
+        try: fail()
+        except LookupError as error: raise RuntimeError("and then") from error
+    case ["refuse"]:
+        from anymamba.errors import InputError
+        raise InputError("this is the program's own affair")
+    case ["hook"]:
+        sys.excepthook = lambda *caught: print("hooked", caught[0].__name__, caught[2].tb_lineno)
+        fail()
+'''
+
+
+def outcome(command: list[str], folder: Path) -> tuple[int, str, str]:
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "program.py").write_text(PROGRAM)
+    (tmp_path / "inner" / "broken.py").write_text("x = (\n")
+    (tmp_path / "inner" / "__main__.py").write_text(PROGRAM)
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.writestr("__main__.py", PROGRAM)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "inner/program.py",
+        "inner/program.py -m --help -- --force x",
+        "inner/program.py exit 0",
+        "inner/program.py exit 7",
+        "inner/program.py message",
+        "inner/program.py fail",
+        "inner/program.py chain",
+        "inner/program.py refuse",
+        "inner/program.py hook",
+        "inner/broken.py",
+        "inner fail",
+        "packed.zip fail",
+        "-m inner.program",
+        "-m inner.program --help -m x",
+        "-m inner.program fail",
+        "-m inner exit 3",
+        "-m no_such_module",
+    ],
+)
+def test_a_program_runs_as_under_python(arguments: str, folder: Path) -> None:
+    words = arguments.split()
+    assert outcome(RUN + words, folder) == outcome(PYTHON + words, folder)
+
+
+def test_an_interrupted_program_shows_where(folder: Path) -> None:
+    (folder / "program.py").write_text("def wait():\n    raise KeyboardInterrupt\nwait()\n")
+    status, _, shown = outcome([*RUN, "program.py"], folder)
+    # Python ends itself by the signal, which a shell reports as 130.
+    assert status == 130
+    assert shown == outcome([*PYTHON, "program.py"], folder)[2]
+
+
+def test_a_link_leads_to_the_modules_beside_the_script(folder: Path) -> None:
+    (folder / "inner" / "beside.py").write_text("NAME = 'beside'\n")
+    (folder / "inner" / "linked.py").write_text("import beside; print(beside.NAME)\n")
+    (folder / "link.py").symlink_to(folder / "inner" / "linked.py")
+    assert outcome([*RUN, "link.py"], folder) == (0, "beside\n", "")
+
+
+def test_the_programs_threads_and_exit_functions_still_see_it(folder: Path) -> None:
+    (folder / "program.py").write_text(
+        "import atexit, sys\n"
+        "def last(): print(sys.modules['__main__'].last is last)\n"
+        "atexit.register(last)\n"
+    )
+    assert outcome([*RUN, "program.py"], folder) == (0, "True\n", "")
+
+
+def test_the_drop_in_is_active(folder: Path) -> None:
+    (folder / "program.py").write_text(
+        "import importlib.metadata, anymamba.dropin, causal_conv1d, sys\n"
+        "from anymamba.cli.main import main\n"
+        "assert anymamba.dropin.is_installed()\n"
+        "print(importlib.metadata.version('causal-conv1d'), causal_conv1d.__name__)\n"
+        "main(['info'])\n"
+    )
+    status, said, complaint = outcome([*RUN, "program.py"], folder)
+    assert (status, complaint) == (0, "")
+    first, *rest = said.splitlines()
+    assert first == "1.7.0 anymamba.dropin.causal_conv1d"
+    assert [line.split(maxsplit=2)[2] for line in rest if line.startswith("drop in")] == [
+        "active: mamba_ssm and causal_conv1d are AnyMamba's"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "anymamba: anymamba run needs a script (see anymamba run --help)"),
+        (["-m"], "anymamba: anymamba run needs a module after -m (see anymamba run --help)"),
+        (
+            ["absent.py", "--help"],
+            "anymamba: cannot open the program 'absent.py': No such file or directory",
+        ),
+    ],
+)
+def test_a_missing_program_is_named_in_one_line(
+    words: list[str], complaint: str, tmp_path: Path
+) -> None:
+    assert outcome(RUN + words, tmp_path) == (2, "", complaint + "\n")
