@@ -10,6 +10,7 @@ from anymamba.ops.linear import linear
 from anymamba.ops.norm import rms_norm
 from anymamba.ops.quantized_linear import quantized_linear
 from anymamba.ops.scan import selective_scan, selective_state_update
+from anymamba.ops.ssd import ssd
 
 __all__ = [
     "available_backends",
@@ -21,4 +22,5 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "ssd",
 ]
