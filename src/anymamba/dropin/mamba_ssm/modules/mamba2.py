@@ -1,0 +1,404 @@
+"""The Mamba-2 layer, as `mamba_ssm.modules.mamba2` has it.
+
+Source: "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State
+Space Duality" (arXiv 2405.21060), section 7.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
+from anymamba.dropin.layer_states import (
+    States,
+    all_plain,
+    at_least_float32,
+    cached_states,
+    convolve,
+    convolve_step,
+    last_inputs,
+    one_token,
+    step_bias,
+)
+from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
+from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
+    mamba_chunk_scan_combined,
+    mamba_split_conv1d_scan_combined,
+)
+from anymamba.errors import ConfigError, InputError, NotIncludedError
+from anymamba.ops.plain import project
+
+if TYPE_CHECKING:
+    from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
+
+__all__ = ["Mamba2"]
+
+NO_LIMIT = (0.0, float("inf"))
+
+
+class Mamba2(nn.Module, PyTorchModelHubMixin):
+    """The state space layer whose heads each decay at one rate, computed by matrix products.
+
+    Args:
+        d_model: the width of input and output.
+        d_state: the size of the state, of each of a head's channels.
+        d_conv: the width of the convolution.
+        conv_init: the convolution's weights start between -conv_init and conv_init.
+        expand: the inner width, in multiples of d_model.
+        headdim: the channels of a head.
+        d_ssm: how many inner channels go through the state space; the rest is a gated MLP. By
+            default all.
+        ngroups: how many groups of heads have B and C of their own.
+        A_init_range: the range of the heads' rates at initialization.
+        D_has_hdim: whether D has a value for each channel rather than for each head.
+        rmsnorm: whether gate and RMSNorm stand before the output; else the gate alone.
+        norm_before_gate: which of the two comes first.
+        dt_min, dt_max, dt_init_floor: the range of step sizes at initialization.
+        dt_limit: the least and the largest step size ever used.
+        bias, conv_bias: whether the projections, and the convolution, have a bias.
+        chunk_size: how the scan is cut; changes speed, not results.
+        use_mem_eff_path: whether `forward` may run as one operator. It does so only while every
+            projection is untouched, so adapters and hooks count in either case.
+        layer_idx: this layer's key in an inference cache.
+        process_group: must be None: one process runs the whole layer.
+        sequence_parallel: without a process_group it does nothing.
+        device, dtype: of the weights.
+
+    Raises:
+        ConfigError: the sizes do not divide, or the range of A makes no sense.
+        NotIncludedError: a process_group is given.
+
+    Example:
+        >>> layer = Mamba2(d_model=16, d_state=8, headdim=8)
+        >>> layer(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 128,
+        d_conv: int = 4,
+        conv_init: float | None = None,
+        expand: int = 2,
+        headdim: int = 64,
+        d_ssm: int | None = None,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = NO_LIMIT,
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 256,
+        use_mem_eff_path: bool = True,
+        layer_idx: int | None = None,
+        process_group: Any = None,
+        sequence_parallel: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if process_group is not None:
+            raise NotIncludedError(
+                "Mamba2(process_group=...): tensor-parallel layers are not part of the drop-in, "
+                "whose list is docs/drop-in.md; leave process_group out"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.conv_init, self.headdim, self.ngroups = conv_init, headdim, ngroups
+        self.process_group, self.sequence_parallel = None, sequence_parallel
+        self.world_size, self.local_rank = 1, 0
+        self.d_inner = e = int(expand * d_model)
+        self.d_ssm = s = e if d_ssm is None else d_ssm
+        check_heads(s, headdim, ngroups)
+        self.nheads = h = s // headdim
+        self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
+        # config.json has a list in the tuple's place.
+        self.dt_limit: tuple[float, float] = (dt_limit[0], dt_limit[1])
+        self.activation = "silu"
+        self.chunk_size, self.use_mem_eff_path, self.layer_idx = (
+            chunk_size,
+            use_mem_eff_path,
+            layer_idx,
+        )
+        # The order of what is drawn is the original's: one seed gives the same weights in both.
+        width = s + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, 2 * e - s + width + h, bias=bias, **factory)
+        self.conv1d = depthwise(width, d_conv, conv_bias, conv_init, factory)
+        self.act = nn.SiLU()
+        self.dt_bias = not_decayed(step_bias(h, dt_min, dt_max, dt_init_floor, **factory))
+        self.A_log = not_decayed(log_rates(h, A_init_range, device).to(dtype=dtype))
+        self.D = not_decayed(torch.ones(s if D_has_hdim else h, device=device))
+        if rmsnorm:
+            self.norm = RMSNorm(
+                s,
+                eps=1e-5,
+                norm_before_gate=norm_before_gate,
+                group_size=s // ngroups,
+                **factory,
+            )
+        self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
+
+    def forward(
+        self,
+        u: Tensor,
+        seqlen: int | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        inference_params: InferenceParams | None = None,
+    ) -> Tensor:
+        """Run the layer over sequences.
+
+        Args:
+            u: (b, l, d), or (b * l, d) where seqlen tells l.
+            seqlen: the l of an input of two dimensions.
+            seq_idx: (b, l) integers, which sequence each position belongs to; state and
+                convolution begin anew where they change.
+            cu_seqlens: (s + 1,) offsets of s sequences packed in one row; also where seq_idx is
+                not given, state and convolution begin anew at each.
+            inference_params: the cache of a generation; its states are changed in place. With
+                cu_seqlens it holds one row for each sequence.
+
+        Returns:
+            The same shape as u.
+
+        Raises:
+            InputError: more than one token follows a prompt, sequences are packed in more than
+                one row, or the cache is another batch's.
+        """
+        if seqlen is not None:
+            rows = u.unflatten(0, (-1, seqlen))
+            return self.forward(rows, None, seq_idx, cu_seqlens, inference_params).flatten(0, 1)
+        if cu_seqlens is not None:
+            if u.shape[0] != 1:
+                raise InputError(f"cu_seqlens packs sequences in one row, the input has {len(u)}")
+            seq_idx = _numbered(cu_seqlens, u.shape[1]) if seq_idx is None else seq_idx
+        states = None
+        if inference_params is not None:
+            rows_in_cache = u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+            states = self._get_states_from_cache(inference_params, rows_in_cache)
+            if inference_params.seqlen_offset > 0:
+                return self.step(u, *states)[0]
+        zxbcdt = project(self.in_proj, u)
+        plain = self.use_mem_eff_path and all_plain(self.conv1d, self.out_proj)
+        if plain and states is None:
+            return self._as_one_operator(zxbcdt, seq_idx)
+        return self._by_modules(zxbcdt, seq_idx, cu_seqlens, states)
+
+    def _A(self) -> Tensor:
+        return -torch.exp(at_least_float32(self.A_log))
+
+    def _D(self) -> Tensor:
+        return self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else self.D
+
+    def _as_one_operator(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> Tensor:
+        out = mamba_split_conv1d_scan_combined(
+            zxbcdt,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self._A(),
+            D=self._D(),
+            chunk_size=self.chunk_size,
+            seq_idx=seq_idx,
+            activation=self.activation,
+            rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
+            rmsnorm_eps=self.norm.eps if self.rmsnorm else 1e-6,
+            outproj_weight=self.out_proj.weight,
+            outproj_bias=self.out_proj.bias,
+            headdim=None if self.D_has_hdim else self.headdim,
+            ngroups=self.ngroups,
+            norm_before_gate=self.norm_before_gate,
+            dt_limit=self.dt_limit,
+        )
+        return cast(Tensor, out)
+
+    def _by_modules(
+        self,
+        zxbcdt: Tensor,
+        seq_idx: Tensor | None,
+        cu_seqlens: Tensor | None,
+        states: States | None,
+    ) -> Tensor:
+        mlp_gate, mlp, z, xBC, dt = self._split(zxbcdt)
+        if states is not None:
+            states[0].copy_(self._window(xBC, seq_idx, cu_seqlens))
+        x, B, C = self._split_xBC(convolve(self.conv1d, xBC, self.activation, seq_idx))
+        packed = cu_seqlens is not None and states is not None
+        y, last_states, *varlen_states = mamba_chunk_scan_combined(
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self._D(),
+            z=None if self.rmsnorm else z.unflatten(-1, (-1, self.headdim)),
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+            dt_limit=self.dt_limit,
+            return_final_states=True,
+            return_varlen_states=packed,
+        )
+        if states is not None:
+            states[1].copy_((varlen_states[0] if packed else last_states).detach())
+        return self._finish(y.flatten(-2), z, mlp_gate, mlp)
+
+    def _window(self, xBC: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is None:
+            return last_inputs(xBC, self.d_conv, seq_idx)
+        window: Tensor = causal_conv1d_varlen_states(
+            xBC.detach().squeeze(0), cu_seqlens, state_len=self.d_conv
+        )
+        return window
+
+    def _split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
+        """The halves of the gated MLP, the gate z, what is convolved, and the step size."""
+        d_mlp = self.d_inner - self.d_ssm
+        sizes = [d_mlp, d_mlp, self.d_ssm, self.conv1d.weight.shape[0], self.nheads]
+        return tuple(zxbcdt.split(sizes, dim=-1))
+
+    def _split_xBC(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., h, p), B and C (..., g, n)."""
+        maps = self.ngroups * self.d_state
+        x, B, C = xBC.split([self.d_ssm, maps, maps], dim=-1)
+        groups = (self.ngroups, self.d_state)
+        return x.unflatten(-1, (-1, self.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _finish(self, y: Tensor, z: Tensor, mlp_gate: Tensor, mlp: Tensor) -> Tensor:
+        if self.rmsnorm:
+            y = self.norm(y, z)
+        if self.d_inner > self.d_ssm:
+            y = torch.cat([F.silu(mlp_gate) * mlp, y], dim=-1)
+        return project(self.out_proj, y)
+
+    def step(
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the layer over one more token. Has no gradient.
+
+        Args:
+            hidden_states: (b, 1, d).
+            conv_state: the convolution's last inputs, (b, c, k); changed in place.
+            ssm_state: (b, h, p, n); changed in place.
+
+        Returns:
+            The output, (b, 1, d), and the two states.
+
+        Raises:
+            InputError: there is not exactly one token a row.
+        """
+        zxbcdt = project(self.in_proj, one_token(hidden_states))
+        mlp_gate, mlp, z, xBC, dt = self._split(zxbcdt)
+        x, B, C = self._split_xBC(convolve_step(self.conv1d, xBC, conv_state, self.activation))
+        # The update knows no limits, so the step size comes to it ready.
+        dt = F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias))
+        h, p, n = self.nheads, self.headdim, self.d_state
+        y = selective_state_update(
+            ssm_state,
+            x,
+            dt.clamp(*self.dt_limit).unsqueeze(-1).expand(-1, h, p),
+            self._A().view(h, 1, 1).expand(h, p, n),
+            B,
+            C,
+            self._D().view(h, -1).expand(h, p),
+            z=None if self.rmsnorm else z.unflatten(-1, (h, p)),
+        )
+        out = self._finish(y.flatten(-2), z, mlp_gate, mlp)
+        return out.unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> States:
+        """States for `step`, all zero.
+
+        Args:
+            batch_size: the number of rows.
+            max_seqlen: does not matter: the states have one size for any length.
+            dtype: of both states; by default the weights' for the convolution's, and float32 for
+                the recurrence's, which sums over the whole past.
+            kwargs: not used.
+
+        Returns:
+            conv_state (b, c, k), of which c is contiguous, and ssm_state (b, h, p, n).
+        """
+        weight = self.conv1d.weight
+        conv_state = weight.new_zeros(batch_size, self.d_conv, weight.shape[0], dtype=dtype)
+        state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+        sizes = (batch_size, self.nheads, self.headdim, self.d_state)
+        return conv_state.transpose(1, 2), weight.new_zeros(sizes, dtype=state_dtype)
+
+    def _get_states_from_cache(
+        self, inference_params: InferenceParams, batch_size: int, initialize_states: bool = False
+    ) -> States:
+        return cached_states(
+            inference_params,
+            self.layer_idx,
+            batch_size,
+            lambda: self.allocate_inference_cache(batch_size, inference_params.max_seqlen),
+            initialize_states,
+        )
+
+
+def check_heads(width: int, headdim: int, ngroups: int) -> None:
+    """Check that heads fill the width, and groups the heads.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if width % headdim or (width // headdim) % ngroups:
+        raise ConfigError(
+            f"{width} inner channels cannot be split into heads of headdim={headdim} in "
+            f"ngroups={ngroups}; choose a headdim that divides them and ngroups that divides the "
+            "number of heads"
+        )
+
+
+def depthwise(
+    width: int, d_conv: int, bias: bool, init: float | None, factory: dict[str, Any]
+) -> nn.Conv1d:
+    """A causal convolution of each channel with its own kernel."""
+    conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1, bias=bias, **factory)
+    if init is not None:
+        nn.init.uniform_(conv1d.weight, -init, init)
+    return conv1d
+
+
+def log_rates(nheads: int, init_range: tuple[float, float], device: Any) -> Tensor:
+    """Draw the logarithms of the heads' rates of decay, in float32.
+
+    Raises:
+        ConfigError: the range is empty, or goes below zero.
+    """
+    low, high = init_range
+    if not 0 < low <= high:
+        raise ConfigError(f"A_init_range is {init_range}, expected 0 < low <= high")
+    rates = torch.empty(nheads, dtype=torch.float32, device=device).uniform_(low, high)
+    return torch.log(rates)
+
+
+def not_decayed(tensor: Tensor) -> nn.Parameter:
+    """A parameter that asks optimizers for no weight decay."""
+    parameter = nn.Parameter(tensor)
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def _numbered(cu_seqlens: Tensor, l: int) -> Tensor:
+    """Which sequence each of l positions belongs to, (1, l)."""
+    positions = torch.arange(l, device=cu_seqlens.device)
+    index = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+    return index.to(torch.int32).unsqueeze(0)

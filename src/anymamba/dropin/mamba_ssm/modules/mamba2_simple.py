@@ -1,0 +1,172 @@
+"""The plainer Mamba-2 layer, as `mamba_ssm.modules.mamba2_simple` has it.
+
+Source: "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State
+Space Duality" (arXiv 2405.21060), section 7.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from anymamba.dropin.layer_states import (
+    all_plain,
+    at_least_float32,
+    convolve,
+    step_bias,
+)
+from anymamba.dropin.mamba_ssm.modules.mamba2 import (
+    NO_LIMIT,
+    check_heads,
+    depthwise,
+    log_rates,
+    not_decayed,
+)
+from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
+from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
+    mamba_chunk_scan_combined,
+    mamba_split_conv1d_scan_combined,
+)
+from anymamba.errors import ConfigError
+from anymamba.ops.plain import project
+
+__all__ = ["Mamba2Simple"]
+
+
+class Mamba2Simple(nn.Module):
+    """Mamba-2 without what generation and parallel training add, but with learnable first states.
+
+    Args:
+        d_model, d_state, d_conv, conv_init, expand, headdim, ngroups, A_init_range, dt_min, dt_max,
+            dt_init_floor, dt_limit, bias, conv_bias, chunk_size, use_mem_eff_path, device, dtype:
+            as in `Mamba2`, with other defaults for d_state and headdim.
+        learnable_init_states: whether the states before the first token are weights.
+        activation: of the convolution; "swish" and "silu" are the same.
+        layer_idx: not used.
+
+    Raises:
+        ConfigError: the sizes do not divide, or a setting is unknown.
+
+    Example:
+        >>> layer = Mamba2Simple(d_model=16, d_state=8, headdim=8)
+        >>> layer(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        d_conv: int = 4,
+        conv_init: float | None = None,
+        expand: int = 2,
+        headdim: int = 128,
+        ngroups: int = 1,
+        A_init_range: tuple[float, float] = (1, 16),
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = NO_LIMIT,
+        learnable_init_states: bool = False,
+        activation: str = "swish",
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 256,
+        use_mem_eff_path: bool = True,
+        layer_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if activation not in ("swish", "silu"):
+            raise ConfigError(f"activation is {activation!r}, expected 'swish' or 'silu'")
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.conv_init, self.headdim, self.ngroups = conv_init, headdim, ngroups
+        self.d_inner = e = int(expand * d_model)
+        check_heads(e, headdim, ngroups)
+        self.nheads = h = e // headdim
+        self.dt_limit, self.learnable_init_states = dt_limit, learnable_init_states
+        self.activation, self.chunk_size = activation, chunk_size
+        self.use_mem_eff_path, self.layer_idx = use_mem_eff_path, layer_idx
+        # The order of what is drawn is the original's: one seed gives the same weights in both.
+        width = e + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, e + width + h, bias=bias, **factory)
+        self.conv1d = depthwise(width, d_conv, conv_bias, conv_init, factory)
+        if learnable_init_states:
+            self.init_states = not_decayed(torch.zeros(h, headdim, d_state, **factory))
+        self.act = nn.SiLU()
+        self.dt_bias = not_decayed(step_bias(h, dt_min, dt_max, dt_init_floor, **factory))
+        self.A_log = not_decayed(log_rates(h, A_init_range, device).to(dtype=dtype))
+        self.D = not_decayed(torch.ones(h, device=device))
+        # The original norms whole rows on one of its paths and groups on the other; the second is
+        # its default, and what Mamba2 does.
+        self.norm = RMSNorm(e, eps=1e-5, norm_before_gate=False, group_size=e // ngroups, **factory)
+        self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
+
+    def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """Run the layer over sequences.
+
+        Args:
+            u: (b, l, d).
+            seq_idx: (b, l) integers; state and convolution begin anew where they change.
+
+        Returns:
+            (b, l, d).
+        """
+        zxbcdt = project(self.in_proj, u)
+        A = -torch.exp(at_least_float32(self.A_log))
+        first = self.init_states.expand(len(u), -1, -1, -1) if self.learnable_init_states else None
+        if self.use_mem_eff_path and all_plain(self.conv1d, self.out_proj):
+            return self._as_one_operator(zxbcdt, A, first, seq_idx)
+        return self._by_modules(zxbcdt, A, first, seq_idx)
+
+    def _as_one_operator(
+        self, zxbcdt: Tensor, A: Tensor, first: Tensor | None, seq_idx: Tensor | None
+    ) -> Tensor:
+        out = mamba_split_conv1d_scan_combined(
+            zxbcdt,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            A,
+            D=self.D,
+            chunk_size=self.chunk_size,
+            initial_states=first,
+            seq_idx=seq_idx,
+            activation=self.activation,
+            rmsnorm_weight=self.norm.weight,
+            rmsnorm_eps=self.norm.eps,
+            outproj_weight=self.out_proj.weight,
+            outproj_bias=self.out_proj.bias,
+            headdim=self.headdim,
+            ngroups=self.ngroups,
+            norm_before_gate=False,
+            dt_limit=self.dt_limit,
+        )
+        return cast(Tensor, out)
+
+    def _by_modules(
+        self, zxbcdt: Tensor, A: Tensor, first: Tensor | None, seq_idx: Tensor | None
+    ) -> Tensor:
+        maps = self.ngroups * self.d_state
+        z, xBC, dt = zxbcdt.split([self.d_inner, self.d_inner + 2 * maps, self.nheads], dim=-1)
+        xBC = convolve(self.conv1d, xBC, self.activation, seq_idx)
+        x, B, C = xBC.split([self.d_inner, maps, maps], dim=-1)
+        y = mamba_chunk_scan_combined(
+            x.unflatten(-1, (-1, self.headdim)),
+            dt,
+            A,
+            B.unflatten(-1, (self.ngroups, -1)),
+            C.unflatten(-1, (self.ngroups, -1)),
+            chunk_size=self.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            initial_states=first,
+            seq_idx=seq_idx,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+        )
+        return project(self.out_proj, self.norm(cast(Tensor, y).flatten(-2), z))

@@ -1,0 +1,268 @@
+"""The Mamba layer, as `mamba_ssm.modules.mamba_simple` has it.
+
+Source: "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
+sections 3.4 to 3.6.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from anymamba.dropin.layer_states import (
+    States,
+    all_plain,
+    at_least_float32,
+    cached_states,
+    convolve,
+    convolve_step,
+    last_inputs,
+    one_token,
+    step_bias,
+)
+from anymamba.dropin.mamba_ssm.modules.block import Block as Block  # older programs look here
+from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
+    mamba_inner_fn,
+    selective_scan_fn,
+)
+from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from anymamba.errors import ConfigError
+from anymamba.ops.plain import project
+
+if TYPE_CHECKING:
+    from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
+
+__all__ = ["Mamba"]
+
+
+class Mamba(nn.Module):
+    """The selective state space layer with its projections, convolution and gate.
+
+    Args:
+        d_model: the width of input and output.
+        d_state: the size of each channel's state.
+        d_conv: the width of the convolution.
+        expand: the inner width, in multiples of d_model.
+        dt_rank: the rank of the step size; "auto" is d_model / 16, rounded up.
+        dt_min, dt_max, dt_init_floor: the range of step sizes at initialization.
+        dt_init: "random" or "constant", how dt_proj's weight starts.
+        dt_scale: scales that weight.
+        conv_bias, bias: whether the convolution, and the outer projections, have a bias.
+        use_fast_path: whether `forward` may run as one operator. It does so only while every
+            projection is untouched, so adapters and hooks count in either case.
+        layer_idx: this layer's key in an inference cache.
+        device, dtype: of the weights; `A_log` and `D` are float32.
+
+    Raises:
+        ConfigError: dt_init is unknown.
+
+    Example:
+        >>> layer = Mamba(d_model=16, d_state=4)
+        >>> layer(torch.randn(2, 5, 16)).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: float = 2,
+        dt_rank: int | str = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: str = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = e = int(expand * d_model)
+        self.dt_rank = r = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        self.use_fast_path = use_fast_path
+        self.layer_idx = layer_idx
+        # The order of what is drawn is the original's: one seed gives the same weights in both.
+        self.in_proj = nn.Linear(d_model, 2 * e, bias=bias, **factory)
+        self.conv1d = nn.Conv1d(
+            e, e, d_conv, groups=e, padding=d_conv - 1, bias=conv_bias, **factory
+        )
+        self.activation = "silu"
+        self.act = nn.SiLU()
+        self.x_proj = nn.Linear(e, r + 2 * d_state, bias=False, **factory)
+        self.dt_proj = nn.Linear(r, e, bias=True, **factory)
+        _initialize_step(self.dt_proj.weight, dt_init, r**-0.5 * dt_scale)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(step_bias(e, dt_min, dt_max, dt_init_floor, **factory))
+        self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
+        rates_n = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
+        self.A_log = nn.Parameter(torch.log(rates_n).repeat(e, 1))
+        self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
+        self.D = nn.Parameter(torch.ones(e, device=device))
+        self.D._no_weight_decay = True  # type: ignore[attr-defined]
+        self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
+
+    def forward(
+        self, hidden_states: Tensor, inference_params: InferenceParams | None = None
+    ) -> Tensor:
+        """Run the layer over sequences.
+
+        Args:
+            hidden_states: (b, l, d); one token a row once inference_params has seen a prompt.
+            inference_params: the cache of a generation; its states are changed in place.
+
+        Returns:
+            (b, l, d).
+
+        Raises:
+            InputError: more than one token follows a prompt, or the cache is another batch's.
+        """
+        states = None
+        if inference_params is not None:
+            states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
+            if inference_params.seqlen_offset > 0:
+                return self.step(hidden_states, *states)[0]
+        xz_ble = project(self.in_proj, hidden_states)
+        if states is None and self.use_fast_path and self._is_plain():
+            return self._as_one_operator(xz_ble)
+        return self._by_modules(xz_ble, states)
+
+    def _is_plain(self) -> bool:
+        return all_plain(self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
+
+    def _A(self) -> Tensor:
+        return -torch.exp(at_least_float32(self.A_log))
+
+    def _as_one_operator(self, xz_ble: Tensor) -> Tensor:
+        out: Tensor = mamba_inner_fn(
+            xz_ble.transpose(1, 2),
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            self._A(),
+            None,
+            None,
+            at_least_float32(self.D),
+            delta_bias=at_least_float32(self.dt_proj.bias),
+            delta_softplus=True,
+        )
+        return out
+
+    def _by_modules(self, xz_ble: Tensor, states: States | None) -> Tensor:
+        x_ble, z_ble = xz_ble.chunk(2, dim=-1)
+        if states is not None:
+            states[0].copy_(last_inputs(x_ble, self.d_conv))
+        x_ble = convolve(self.conv1d, x_ble, self.activation)
+        delta_ble, bias_e, B_bln, C_bln = self._selection(x_ble)
+        y_bel, last_state = selective_scan_fn(
+            x_ble.transpose(1, 2),
+            delta_ble.transpose(1, 2),
+            self._A(),
+            B_bln.transpose(1, 2),
+            C_bln.transpose(1, 2),
+            at_least_float32(self.D),
+            z=z_ble.transpose(1, 2),
+            delta_bias=bias_e,
+            delta_softplus=True,
+            return_last_state=True,
+        )
+        if states is not None:
+            states[1].copy_(last_state.detach())
+        return project(self.out_proj, y_bel.transpose(1, 2))
+
+    def _selection(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """What depends on the input: step size before bias and softplus, the bias, B and C."""
+        delta, B, C = project(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], -1)
+        if not all_plain(self.dt_proj):
+            return self.dt_proj(delta), None, B, C
+        # The bias joins in float32, inside of the scan.
+        bias = at_least_float32(self.dt_proj.bias)
+        return nn.functional.linear(delta, self.dt_proj.weight), bias, B, C
+
+    def step(
+        self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the layer over one more token. Has no gradient.
+
+        Args:
+            hidden_states: (b, 1, d).
+            conv_state: the convolution's last inputs, (b, e, k); changed in place.
+            ssm_state: (b, e, n); changed in place.
+
+        Returns:
+            The output, (b, 1, d), and the two states.
+
+        Raises:
+            InputError: there is not exactly one token a row.
+        """
+        x_be, z_be = project(self.in_proj, one_token(hidden_states)).chunk(2, dim=-1)
+        x_be = convolve_step(self.conv1d, x_be, conv_state, self.activation)
+        delta_be, bias_e, B_bn, C_bn = self._selection(x_be)
+        y_be = selective_state_update(
+            ssm_state,
+            x_be,
+            delta_be,
+            self._A(),
+            B_bn,
+            C_bn,
+            at_least_float32(self.D),
+            z=z_be,
+            dt_bias=bias_e,
+            dt_softplus=True,
+        )
+        return project(self.out_proj, y_be).unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> States:
+        """States for `step`, all zero.
+
+        Args:
+            batch_size: the number of rows.
+            max_seqlen: does not matter: the states have one size for any length.
+            dtype: of both states; by default the weights' for the convolution's, and float32 for
+                the recurrence's, which sums over the whole past.
+            kwargs: not used.
+
+        Returns:
+            conv_state (b, e, k) and ssm_state (b, e, n).
+        """
+        weight = self.conv1d.weight
+        conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
+        state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+        return conv_state, weight.new_zeros(
+            batch_size, self.d_inner, self.d_state, dtype=state_dtype
+        )
+
+    def _get_states_from_cache(
+        self, inference_params: InferenceParams, batch_size: int, initialize_states: bool = False
+    ) -> States:
+        return cached_states(
+            inference_params,
+            self.layer_idx,
+            batch_size,
+            lambda: self.allocate_inference_cache(batch_size, inference_params.max_seqlen),
+            initialize_states,
+        )
+
+
+def _initialize_step(weight: Tensor, how: str, size: float) -> None:
+    """Start dt_proj so that it keeps the variance."""
+    if how == "constant":
+        nn.init.constant_(weight, size)
+    elif how == "random":
+        nn.init.uniform_(weight, -size, size)
+    else:
+        raise ConfigError(f"dt_init is {how!r}, expected 'random' or 'constant'")
