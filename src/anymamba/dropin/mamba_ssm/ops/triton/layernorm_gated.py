@@ -1,0 +1,243 @@
+"""LayerNorm and RMSNorm with a gate, over all channels or over groups of them: Mamba-2's norm.
+
+    out = norm(x) * silu(z)     (norm_before_gate)        out = norm(x * silu(z))     (otherwise)
+
+Computed in float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anymamba import ops
+from anymamba.dropin.dispatch import by_device
+from anymamba.errors import InputError
+from anymamba.ops.checks import check_shape
+
+__all__ = ["LayerNorm", "LayerNormFn", "RMSNorm", "layernorm_fn", "rms_norm_ref", "rmsnorm_fn"]
+
+
+@by_device
+def layernorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+) -> Tensor:
+    """Norm rows, or groups of channels in them, with a gate. Differentiable in every tensor.
+
+    Args:
+        x: (..., d).
+        weight, bias: gain and offset of each channel, (d,).
+        z: the gate, like x.
+        eps: added to the variance, or to the mean square.
+        group_size: how many neighbouring channels are normed together; all when None.
+        norm_before_gate: whether the gate comes after the norm.
+        is_rms_norm: RMSNorm in place of LayerNorm.
+
+    Returns:
+        (..., d) in the type of x.
+
+    Raises:
+        InputError: a shape does not fit the others, or groups do not divide d.
+
+    Source: "Transformers are SSMs" (arXiv 2405.21060), section 7.1.
+
+    Example:
+        >>> import torch
+        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import layernorm_fn
+        >>> x = torch.tensor([[1.0, 3.0, 10.0, 30.0]])
+        >>> layernorm_fn(x, torch.ones(4), None, eps=0.0, group_size=2).tolist()
+        [[-1.0, 1.0, -1.0, 1.0]]
+    """
+    d = _check(x, weight, bias, z, group_size)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate = None if z is None else F.silu(z.to(wide))
+    rows = x.to(wide)
+    if gate is not None and not norm_before_gate:
+        rows = rows * gate
+    norm = _rms_norm if is_rms_norm else _layer_norm
+    gains = (weight.to(wide), None if bias is None else bias.to(wide))
+    out = norm(rows, *gains, eps, d if group_size is None else group_size)
+    if gate is not None and norm_before_gate:
+        out = out * gate
+    return out.to(x.dtype)
+
+
+@by_device
+def rmsnorm_fn(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """`layernorm_fn` with `is_rms_norm`: all else is said there.
+
+    Example:
+        >>> import torch
+        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+        >>> x = torch.tensor([[1.0, -1.0, 10.0, -10.0]])
+        >>> rmsnorm_fn(x, torch.ones(4), None, eps=0.0, group_size=2).tolist()
+        [[1.0, -1.0, 1.0, -1.0]]
+    """
+    return layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, True)
+
+
+class LayerNormFn:
+    """`layernorm_fn` for programs that call the original's autograd function by its name."""
+
+    apply = staticmethod(layernorm_fn)
+
+
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    upcast: bool = True,
+) -> Tensor:
+    """`rmsnorm_fn` step by step.
+
+    Args:
+        upcast: whether x and z are computed with in float32, not in their own type.
+    """
+    d = _check(x, weight, bias, z, group_size)
+    rows, gate = (x.float(), None if z is None else z.float()) if upcast else (x, z)
+    if gate is not None and not norm_before_gate:
+        rows = rows * F.silu(gate)
+    groups = rows.reshape(*x.shape[:-1], -1, group_size or d)
+    groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+    out = groups.reshape(x.shape) * weight.float()
+    if bias is not None:
+        out = out + bias.float()
+    if gate is not None and norm_before_gate:
+        out = out * F.silu(gate)
+    return out.to(x.dtype)
+
+
+class _Gated(nn.Module):
+    """What both norms share."""
+
+    is_rms_norm: bool
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        eps: float = 1e-5,
+        group_size: int | None = None,
+        norm_before_gate: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        self.group_size = group_size
+        self.norm_before_gate = norm_before_gate
+        if not self.is_rms_norm:
+            self.bias = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all gains to one and all offsets to zero."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """The normed and gated rows, (..., d): see `layernorm_fn`."""
+        return layernorm_fn(
+            x,
+            self.weight,
+            self.bias,
+            z,
+            self.eps,
+            self.group_size,
+            self.norm_before_gate,
+            self.is_rms_norm,
+        )
+
+
+class LayerNorm(_Gated):
+    """LayerNorm with a gate.
+
+    Args:
+        hidden_size: d, the number of channels.
+        eps: added to the variance.
+        group_size: how many neighbouring channels are normed together; all when None.
+        norm_before_gate: whether the gate comes after the norm.
+        device, dtype: of weight and bias.
+
+    Example:
+        >>> import torch
+        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import LayerNorm
+        >>> LayerNorm(2, eps=0.0)(torch.tensor([[2.0, 4.0]])).tolist()
+        [[-1.0, 1.0]]
+    """
+
+    is_rms_norm = False
+
+
+class RMSNorm(_Gated):
+    """RMSNorm with a gate; arguments as in `LayerNorm`, without a bias.
+
+    Example:
+        >>> import torch
+        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
+        >>> RMSNorm(2, eps=0.0)(torch.tensor([[2.0, -2.0]])).tolist()
+        [[1.0, -1.0]]
+    """
+
+    is_rms_norm = True
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int
+) -> Tensor:
+    if group_size == x.shape[-1]:
+        return F.layer_norm(x, (group_size,), weight, bias, eps)
+    groups = x.reshape(*x.shape[:-1], -1, group_size)
+    out = F.layer_norm(groups, (group_size,), eps=eps).reshape(x.shape) * weight
+    return out if bias is None else out + bias
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int
+) -> Tensor:
+    if group_size == x.shape[-1]:
+        out = cast(Tensor, ops.rms_norm(x, weight, eps))
+    else:
+        groups = x.reshape(*x.shape[:-1], -1, group_size)
+        normed = cast(Tensor, ops.rms_norm(groups, x.new_ones(group_size), eps))
+        out = normed.reshape(x.shape) * weight
+    return out if bias is None else out + bias
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, group_size: int | None
+) -> int:
+    """The number of channels, after all shapes were found to fit it."""
+    d = x.shape[-1]
+    check_shape("layernorm_fn", "weight", weight, (d,))
+    check_shape("layernorm_fn", "bias", bias, (d,))
+    check_shape("layernorm_fn", "z", z, tuple(x.shape))
+    if group_size is not None and (group_size < 1 or d % group_size):
+        raise InputError(f"layernorm_fn: groups of {group_size} channels do not divide all {d}")
+    return d
