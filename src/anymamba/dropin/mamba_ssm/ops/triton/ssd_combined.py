@@ -1,0 +1,549 @@
+"""Mamba-2's scan, alone and with all that stands around it in a layer.
+
+Shapes are spelled out as (batch, seqlen, nheads, headdim) and so on; dim is nheads times headdim.
+Source: "Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State
+Space Duality" (arXiv 2405.21060).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anymamba import ops
+from anymamba.dropin.causal_conv1d.causal_conv1d_interface import causal_conv1d_fn
+from anymamba.dropin.dispatch import by_device
+from anymamba.dropin.mamba_ssm.ops.triton.k_activations import swiglu
+from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
+from anymamba.errors import InputError
+from anymamba.ops.checks import check_shape
+from anymamba.ops.ssd_reference import ssd_sequential
+
+__all__ = [
+    "MambaChunkScanCombinedFn",
+    "MambaSplitConv1dScanCombinedFn",
+    "mamba_chunk_scan",
+    "mamba_chunk_scan_combined",
+    "mamba_conv1d_scan_ref",
+    "mamba_split_conv1d_scan_combined",
+    "mamba_split_conv1d_scan_ref",
+    "ssd_chunk_scan_combined_ref",
+    "ssd_selective_scan",
+]
+
+NO_LIMIT = (0.0, math.inf)
+
+
+@by_device
+def mamba_chunk_scan_combined(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    return_final_states: bool = False,
+    return_varlen_states: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Run Mamba-2's state space over sequences. Differentiable in every tensor.
+
+    Args:
+        x: (batch, seqlen, nheads, headdim).
+        dt: the step size before bias, softplus and limits, (batch, seqlen, nheads).
+        A: the rates of decay, (nheads,).
+        B, C: (batch, seqlen, ngroups, dstate).
+        chunk_size: ignored, as results do not depend on it: CPUs and GPUs have different best ones.
+        D: (nheads,) or (nheads, headdim).
+        z: a gate like x; the output is multiplied by silu(z).
+        dt_bias: (nheads,).
+        initial_states: (batch, nheads, headdim, dstate).
+        seq_idx: (batch, seqlen) integers: the state restarts from zero where they change.
+        cu_seqlens: the offsets of the sequences packed in the only row, (sequences + 1,). Used only
+            with return_varlen_states, and does not restart anything: seq_idx does.
+        dt_softplus: whether dt goes through softplus.
+        dt_limit: the smallest and the largest step size.
+        return_final_states: whether to return each row's last state too.
+        return_varlen_states: whether to return, after that, the last state of each packed
+            sequence, each run from zero. Has gradients, which the original does not offer.
+
+    Returns:
+        The output like x; then float32 states as asked for, (batch, nheads, headdim, dstate) and
+        (sequences, nheads, headdim, dstate).
+
+    Raises:
+        InputError: a shape does not fit the others, or cu_seqlens is missing.
+
+    Example:
+        >>> import torch
+        >>> x, dt, A = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1), torch.zeros(1)
+        >>> B = C = torch.ones(1, 3, 1, 4)
+        >>> mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
+        [4.0, 8.0, 12.0]
+    """
+
+    def scan(
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        initial_states: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        y, states = ops.ssd(
+            *(x, dt, A, B, C, D, z, dt_bias, dt_softplus),
+            dt_limit=dt_limit,
+            initial_states=initial_states,
+            return_final_states=True,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+        )
+        return y, states
+
+    if not return_varlen_states:
+        out, final_states = scan(seq_idx, initial_states=initial_states)
+        return (out, final_states) if return_final_states else out
+    if cu_seqlens is None:
+        raise InputError("mamba_chunk_scan_combined: return_varlen_states needs cu_seqlens")
+    out, varlen_states = scan(cu_seqlens=cu_seqlens)
+    final_states = varlen_states[-1:]
+    if initial_states is not None or not _mark_the_same(seq_idx, cu_seqlens):
+        out, final_states = scan(seq_idx, initial_states=initial_states)
+    return (out, final_states, varlen_states) if return_final_states else (out, varlen_states)
+
+
+def _mark_the_same(seq_idx: Tensor | None, cu_seqlens: Tensor) -> bool:
+    """Whether the state restarts exactly where the offsets say, so that one scan does for both."""
+    inner = torch.unique(cu_seqlens[1:-1])
+    if seq_idx is None:
+        return not inner.numel()
+    restarts = torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1])[:, 0] + 1
+    # A last sequence without steps has its own, empty, state: the row's is another.
+    return bool(cu_seqlens[-1] > cu_seqlens[-2]) and torch.equal(restarts, inner.long())
+
+
+@by_device
+def mamba_chunk_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """Run Mamba-2's state space over whole rows. Differentiable in every tensor.
+
+    Args:
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus: as in `mamba_chunk_scan_combined`.
+            Without softplus, a negative dt counts as it is.
+
+    Returns:
+        The output like x.
+
+    Raises:
+        InputError: a shape does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> x, dt, A = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1), torch.zeros(1)
+        >>> B = C = torch.ones(1, 3, 1, 4)
+        >>> mamba_chunk_scan(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
+        [4.0, 8.0, 12.0]
+    """
+    y = ops.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=(-math.inf, math.inf))
+    assert isinstance(y, Tensor)
+    return y
+
+
+def ssd_chunk_scan_combined_ref(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """`mamba_chunk_scan` by its recurrence, step by step: slow, for comparison.
+
+    Args:
+        x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus: as in `mamba_chunk_scan`.
+
+    Returns:
+        The output like x.
+
+    Example:
+        >>> import torch
+        >>> x, dt, A = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1), torch.zeros(1)
+        >>> B = C = torch.ones(1, 3, 1, 4)
+        >>> ssd_chunk_scan_combined_ref(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
+        [4.0, 8.0, 12.0]
+    """
+    steps = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    steps = steps if dt_bias is None else steps + dt_bias
+    steps = F.softplus(steps) if dt_softplus else steps
+    D = D[:, None] if D is not None and D.ndim == 1 else D
+    y, _ = ssd_sequential(x, steps, A, B, C, D, None, None)
+    return y if z is None else (y * F.silu(z)).to(x.dtype)
+
+
+@by_device
+def ssd_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+) -> Tensor:
+    """The scan with steps and decays of its own for each channel, by Mamba-1's kernels.
+
+    Args:
+        x: (batch, seqlen, nheads, headdim).
+        dt: (batch, seqlen, nheads) or (batch, seqlen, nheads, headdim).
+        A: (nheads,) or (dim, dstate).
+        B, C: (batch, seqlen, ngroups, dstate).
+        D: (nheads,) or (nheads, headdim).
+        z: a gate like x; the output is multiplied by silu(z).
+        dt_bias: (nheads,) or (nheads, headdim).
+        dt_softplus: whether dt goes through softplus after the bias.
+        dt_limit: the smallest and the largest step size; the default limits nothing.
+
+    Returns:
+        The output like x.
+
+    Raises:
+        InputError: a shape does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> x, dt, A = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1), torch.zeros(1)
+        >>> B = C = torch.ones(1, 3, 1, 4)
+        >>> ssd_selective_scan(x, dt, A, B, C)[0, :, 0, 0].tolist()
+        [4.0, 8.0, 12.0]
+    """
+    b, l, h, p = x.shape
+    check_shape("ssd_selective_scan", "dt", dt, (b, l, h), (b, l, h, p))
+
+    def each_channel(tensor: Tensor | None, axis: int) -> Tensor | None:
+        """Heads at the axis, and channels of a head behind it or not yet, as one axis."""
+        if tensor is None:
+            return None
+        wide = tensor if tensor.ndim > axis + 1 else tensor[..., None].expand(*tensor.shape, p)
+        return wide.flatten(axis)
+
+    steps, bias = each_channel(dt, 2), each_channel(dt_bias, 0)
+    assert steps is not None
+    if dt_limit != NO_LIMIT:
+        steps = steps if bias is None else steps + bias
+        steps = F.softplus(steps) if dt_softplus else steps
+        steps, bias, dt_softplus = steps.clamp(*dt_limit).to(x.dtype), None, False
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
+    rates = A if A.ndim == 2 else A.repeat_interleave(p)[:, None]
+    y = ops.selective_scan(
+        x.flatten(2),
+        steps,
+        rates.expand(-1, B.shape[-1]),
+        B,
+        C,
+        each_channel(D, 0),
+        None if z is None else z.flatten(2),
+        bias,
+        dt_softplus,
+    )
+    assert isinstance(y, Tensor)
+    return y.view(x.shape)
+
+
+@by_device
+def mamba_conv1d_scan_ref(
+    xBC: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt: Tensor,
+    A: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    activation: str | None = "silu",
+    headdim: int | None = None,
+    ngroups: int = 1,
+) -> Tensor:
+    """Convolve, split into x, B and C, and scan by Mamba-1's kernels: for comparison.
+
+    Args:
+        xBC: (batch, seqlen, dim + 2 * ngroups * dstate).
+        conv1d_weight, conv1d_bias: (dim + 2 * ngroups * dstate, width) and the same without width.
+        dt, A, D, dt_bias, dt_softplus, dt_limit: as in `ssd_selective_scan`.
+        chunk_size: ignored.
+        z: a gate, (batch, seqlen, dim).
+        activation: None, "silu" or "swish".
+        headdim: needed where neither z nor a D of two axes tells it.
+        ngroups: of B and C.
+
+    Returns:
+        (batch, seqlen, dim).
+
+    Raises:
+        InputError: the width of a head cannot be told.
+
+    Example:
+        >>> import torch
+        >>> xBC, dt, A = torch.ones(1, 3, 2 + 4 + 4), torch.ones(1, 3, 1), torch.zeros(1)
+        >>> weight = torch.ones(10, 1)
+        >>> out = mamba_conv1d_scan_ref(
+        ...     xBC, weight, None, dt, A, 256, activation=None, headdim=2
+        ... )
+        >>> out[0, :, 0].tolist()
+        [4.0, 8.0, 12.0]
+    """
+    nheads = dt.shape[2]
+    if z is not None:
+        headdim = z.shape[-1] // nheads
+    headdim = _width_of_a_head("mamba_conv1d_scan_ref", D, headdim)
+    x, B, C = _convolved(
+        xBC, conv1d_weight, conv1d_bias, None, activation, nheads, headdim, ngroups
+    )
+    gate = None if z is None else z.unflatten(-1, (nheads, headdim))
+    steps = dt.to(x.dtype)
+    y: Tensor = ssd_selective_scan(x, steps, A, B, C, D, gate, dt_bias, dt_softplus, dt_limit)
+    return y.flatten(2)
+
+
+@by_device
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    return_final_states: bool = False,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """All of a Mamba-2 layer behind its input projection. Differentiable in every tensor.
+
+    Args:
+        zxbcdt: the projection's output, (batch, seqlen, 2 * d_mlp + 2 * dim + 2 * ngroups * dstate
+            + nheads): the gate and the input of an MLP if d_mlp > 0, then z, x, B, C and dt.
+        conv1d_weight, conv1d_bias: (dim + 2 * ngroups * dstate, width) and the same without width.
+        dt_bias, A: (nheads,).
+        D: (nheads,) or (nheads, headdim).
+        chunk_size, initial_states, seq_idx, dt_limit: as in `mamba_chunk_scan_combined`. dt goes
+            through softplus.
+        return_final_states: whether to return each row's last state too.
+        activation: of the convolution: None, "silu" or "swish".
+        rmsnorm_weight: (dim,); None gates without a norm.
+        rmsnorm_eps: keeps the norm from dividing by zero. Each group is normed by itself.
+        outproj_weight, outproj_bias: (out_dim, d_mlp + dim) and (out_dim,); None leaves them out.
+        headdim: needed where D has one axis.
+        ngroups: of B, C and the norm.
+        norm_before_gate: RMSNorm(y) * silu(z) if true, RMSNorm(y * silu(z)) if not.
+
+    Returns:
+        (batch, seqlen, out_dim), or (batch, seqlen, d_mlp + dim) without outproj_weight; with
+        return_final_states also (batch, nheads, headdim, dstate) in float32.
+
+    Raises:
+        InputError: a shape does not fit the others, or headdim is missing.
+
+    Example:
+        >>> import torch
+        >>> zxbcdt = torch.ones(1, 3, 2 * 2 + 2 * 4 + 1)
+        >>> weight, one = torch.ones(10, 1), torch.ones(1)
+        >>> out = mamba_split_conv1d_scan_combined(
+        ...     zxbcdt, weight, None, one, -one, one, 256, headdim=2
+        ... )
+        >>> out.shape
+        torch.Size([1, 3, 2])
+    """
+    name = "mamba_split_conv1d_scan_combined"
+    headdim = _width_of_a_head(name, D, headdim)
+    sizes = _Sizes(name, zxbcdt, conv1d_weight, D.shape[0], headdim, ngroups)
+    mlp, z, xBC, dt = sizes.split(zxbcdt)
+    x, B, C = _convolved(
+        xBC, conv1d_weight, conv1d_bias, seq_idx, activation, D.shape[0], headdim, ngroups
+    )
+    gate = z.unflatten(-1, (-1, headdim)) if rmsnorm_weight is None else None
+    y, final_states = ops.ssd(
+        *(x, dt, A, B, C, D, gate, dt_bias, True),
+        dt_limit=dt_limit,
+        initial_states=initial_states,
+        return_final_states=True,
+        seq_idx=seq_idx,
+    )
+    out = y.flatten(2)
+    if rmsnorm_weight is not None:
+        check_shape(name, "rmsnorm_weight", rmsnorm_weight, (sizes.dim,))
+        out = rmsnorm_fn(
+            out, rmsnorm_weight, None, z, rmsnorm_eps, sizes.dim // ngroups, norm_before_gate
+        )
+    if mlp.shape[-1]:
+        out = torch.cat([swiglu(mlp), out], dim=-1)
+    out = _projected(name, out, outproj_weight, outproj_bias)
+    return (out, final_states) if return_final_states else out
+
+
+@by_device
+def mamba_split_conv1d_scan_ref(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    activation: str | None = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """`mamba_split_conv1d_scan_combined` by Mamba-1's kernels: for comparison.
+
+    Args:
+        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, dt_limit, activation,
+            rmsnorm_weight, rmsnorm_eps, outproj_weight, outproj_bias, headdim, ngroups,
+            norm_before_gate: as in `mamba_split_conv1d_scan_combined`, without an MLP. As in the
+            original, the norm takes all groups together.
+
+    Returns:
+        (batch, seqlen, out_dim), or (batch, seqlen, dim) without outproj_weight.
+
+    Raises:
+        InputError: a shape does not fit the others, or headdim is missing.
+
+    Example:
+        >>> import torch
+        >>> zxbcdt = torch.ones(1, 3, 2 * 2 + 2 * 4 + 1)
+        >>> weight, one = torch.ones(10, 1), torch.ones(1)
+        >>> mamba_split_conv1d_scan_ref(
+        ...     zxbcdt, weight, None, one, -one, one, 256, headdim=2
+        ... ).shape
+        torch.Size([1, 3, 2])
+    """
+    name = "mamba_split_conv1d_scan_ref"
+    headdim = _width_of_a_head(name, D, headdim)
+    sizes = _Sizes(name, zxbcdt, conv1d_weight, D.shape[0], headdim, ngroups)
+    mlp, z, xBC, dt = sizes.split(zxbcdt)
+    if mlp.shape[-1]:
+        extra = mlp.shape[-1]
+        raise InputError(f"{name}: zxbcdt has {extra} columns for an MLP, expected none")
+    out: Tensor = mamba_conv1d_scan_ref(
+        *(xBC, conv1d_weight, conv1d_bias, dt, A, chunk_size, D),
+        z if rmsnorm_weight is None else None,
+        *(dt_bias, True, dt_limit, activation, headdim, ngroups),
+    )
+    if rmsnorm_weight is not None:
+        out = rmsnorm_fn(
+            out, rmsnorm_weight, None, z, rmsnorm_eps, norm_before_gate=norm_before_gate
+        )
+    return _projected(name, out, outproj_weight, outproj_bias)
+
+
+class _Sizes:
+    """Where the MLP's part, z, x with B and C, and dt lie in the projection's output."""
+
+    def __init__(
+        self, name: str, zxbcdt: Tensor, weight: Tensor, nheads: int, headdim: int, ngroups: int
+    ) -> None:
+        self.dim, convolved = nheads * headdim, weight.shape[0]
+        mlp = zxbcdt.shape[-1] - self.dim - convolved - nheads
+        self._parts = [mlp, self.dim, convolved, nheads]
+        if zxbcdt.ndim != 3 or mlp < 0 or mlp % 2 or (convolved - self.dim) % (2 * ngroups):
+            raise InputError(
+                f"{name}: zxbcdt has shape {tuple(zxbcdt.shape)} and conv1d_weight "
+                f"{tuple(weight.shape)}, expected (batch, seqlen, dim + 2 * ngroups * dstate + dim "
+                f"+ nheads) and (dim + 2 * ngroups * dstate, width) with nheads={nheads}, "
+                f"dim={self.dim}, ngroups={ngroups}"
+            )
+
+    def split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
+        """Views of the MLP's part, z, xBC and dt."""
+        return torch.split_with_sizes(zxbcdt, self._parts, dim=-1)
+
+
+def _width_of_a_head(name: str, D: Tensor | None, headdim: int | None) -> int:
+    if D is not None and D.ndim == 2:
+        return D.shape[1]
+    if headdim is None:
+        raise InputError(f"{name}: headdim is needed where D has one axis")
+    return headdim
+
+
+def _convolved(
+    xBC: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: str | None,
+    nheads: int,
+    headdim: int,
+    ngroups: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x in heads, and B and C in groups, as views of the convolution's output."""
+    convolved = causal_conv1d_fn(xBC.mT, weight, bias, seq_idx, activation=activation)
+    assert isinstance(convolved, Tensor)
+    maps = (xBC.shape[-1] - nheads * headdim) // 2
+    x, B, C = torch.split_with_sizes(convolved.mT, [nheads * headdim, maps, maps], dim=-1)
+    in_groups = [part.unflatten(-1, (ngroups, -1)) for part in (B, C)]
+    return x.unflatten(-1, (nheads, headdim)), in_groups[0], in_groups[1]
+
+
+def _projected(name: str, out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        return F.linear(out, weight, bias)
+    if bias is not None:
+        raise InputError(f"{name}: outproj_bias is given without outproj_weight")
+    return out
+
+
+class MambaChunkScanCombinedFn:
+    """`mamba_chunk_scan_combined` for programs that name the original's autograd function."""
+
+    apply: Callable[..., Tensor | tuple[Tensor, ...]] = staticmethod(mamba_chunk_scan_combined)
+
+
+class MambaSplitConv1dScanCombinedFn:
+    """`mamba_split_conv1d_scan_combined` for programs that name the original's function."""
+
+    apply: Callable[..., Tensor | tuple[Tensor, Tensor]] = staticmethod(
+        mamba_split_conv1d_scan_combined
+    )
