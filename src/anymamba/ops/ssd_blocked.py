@@ -36,8 +36,8 @@ __all__ = ["ssd_blocked"]
 CHUNK_STEPS = 64
 # Rows are taken together as long as a chunk of them, in numbers, stays in the second-level cache.
 _CHUNK_NUMBERS = 1 << 17
-# exp(-70) is 4e-31, nothing beside the 1 of the step itself, and still far from float32's limit.
-_SMALLEST, _TINY = -70.0, 4e-31
+# exp(-40) is 4e-18: beside the 1 with which a step meets itself, less than float64's rounding.
+_SMALLEST, _TINY = -40.0, 4.3e-18
 
 
 def ssd_blocked(
@@ -323,8 +323,8 @@ def _within(chunk: _Chunk, dy_rgqjp: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     weights_rgjqq *= dt_rgjq[..., None, :]
     # What a pair of steps gives to one of the sums and takes from the other must cancel exactly in
     # the sums of earlier steps, or it would drown what these get from others.
-    given, taken = (weights_rgjqq.sum(over, dtype=torch.float64) for over in (-1, -2))
-    dsums_rgjq = given - taken
+    exactly = weights_rgjqq.double()
+    dsums_rgjq = exactly.sum(-1) - exactly.sum(-2)
 
     products_rgjqq *= decays_rgjqq
     products_rgjqq *= dt_rgjq[..., None, :]
@@ -341,7 +341,10 @@ def _within(chunk: _Chunk, dy_rgqjp: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
 
 
 def _decay(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(exponent), 0 where it is tiny: processors take many times longer for such numbers."""
+    """exp(exponent), and 0 where that is nothing beside 1.
+
+    Products of such numbers reach the denormal ones, for which processors take many times longer.
+    """
     found = exponent.to(dtype).clamp(min=_SMALLEST).exp_()
     return F.threshold(found, _TINY, 0.0, inplace=True)
 
