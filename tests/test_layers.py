@@ -16,13 +16,27 @@ PACKAGE = Path(anymamba.__file__).parent
 HEAVY = ("torch", "transformers")
 # What a room of the package must not know of, neither at import time nor later.
 STRANGERS = {
-    "checkpoint": ("ops", "modeling", "runtime", "cli", "training"),
-    "ops": ("modeling", "runtime", "checkpoint", "cli", "training"),
-    "modeling": ("runtime", "cli", "training"),
-    "runtime": ("modeling", "ops", "cli", "training"),
+    "checkpoint": ("ops", "modeling", "runtime", "dropin", "cli", "training"),
+    "ops": ("modeling", "runtime", "checkpoint", "dropin", "cli", "training"),
+    "modeling": ("runtime", "dropin", "cli", "training"),
+    "runtime": ("modeling", "ops", "dropin", "cli", "training"),
+    "dropin": ("modeling", "runtime", "cli", "training"),
     "training": ("cli",),
 }
-LIGHT = ("checkpoint", "runtime", "cli", "assets", "__init__.py", "__main__.py", "errors.py")
+LIGHT = (
+    "checkpoint",
+    "runtime",
+    "cli",
+    "assets",
+    "__init__.py",
+    "__main__.py",
+    "errors.py",
+    "originals.py",
+    "dropin/__init__.py",
+    "dropin/dispatch.py",
+    "dropin/finder.py",
+    "dropin/metadata.py",
+)
 
 
 def modules(room: str) -> list[Path]:
@@ -58,6 +72,12 @@ def test_rooms_know_only_their_neighbours(room: str) -> None:
                 assert not name.startswith(place + "."), file
 
 
+def test_the_drop_in_calls_its_modules_by_our_name() -> None:
+    for file in modules("dropin"):
+        for name in imports(file):
+            assert name.split(".")[0] not in ("mamba_ssm", "causal_conv1d"), file
+
+
 def test_nothing_imports_the_command_line() -> None:
     for file in modules("."):
         if "cli" not in file.parts and file.name != "__main__.py":
@@ -71,7 +91,10 @@ def test_light_rooms_import_no_torch(room: str) -> None:
             assert name.split(".")[0] not in HEAVY, file
 
 
-@pytest.mark.parametrize("module", ["anymamba", "anymamba.cli.main", "anymamba.checkpoint"])
+@pytest.mark.parametrize(
+    "module",
+    ["anymamba", "anymamba.cli.main", "anymamba.cli.run", "anymamba.checkpoint", "anymamba.dropin"],
+)
 def test_an_import_brings_in_nothing_heavy(module: str) -> None:
     script = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run(

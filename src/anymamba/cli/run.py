@@ -9,18 +9,22 @@ import runpy
 import sys
 import zipfile
 from collections.abc import Callable
+from importlib.abc import MetaPathFinder
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from anymamba.cli.output import tell
 from anymamba.errors import InputError
+from anymamba.originals import PACKAGES
 
 __all__ = ["add_arguments", "run"]
 
 DESCRIPTION = """\
 Run a Python program as `python` would, with imports of mamba_ssm and causal_conv1d answered by
-AnyMamba. Where these packages are installed, calls with CUDA tensors still go to them.
+AnyMamba. Where these packages are installed, calls with CUDA tensors still go to them. Without
+CUDA, a program that imports them and names the device "cuda" gets the CPU, and is told so once.
 """
 EXAMPLES = """\
 examples:
@@ -67,6 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba import dropin
 
     dropin.install(force=arguments.force)
+    sys.meta_path.insert(0, CudaOnCpuFromFirstImport())
     sys.argv[:] = words
     # The first place is the folder of the `anymamba` command, unless Python was told to have none.
     if not sys.flags.safe_path:
@@ -74,6 +79,28 @@ def run(arguments: argparse.Namespace) -> None:
     sys.modules["__main__"] = main = ModuleType("__main__")
     vars(main).update(__builtins__=builtins, __annotations__={})
     undisturbed(program)
+
+
+class CudaOnCpuFromFirstImport(MetaPathFinder):
+    """Finds nothing. It waits for the first import of one of the two packages.
+
+    Not earlier, because programs set variables of the environment that PyTorch reads when it is
+    imported.
+    """
+
+    waiting = True
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        """Put "cuda" on the CPU when a program asks for one of the packages."""
+        if fullname not in PACKAGES or not self.waiting:
+            return
+        self.waiting = False
+        import torch
+
+        if not torch.cuda.is_available():
+            from anymamba.dropin.cuda_on_cpu import CudaOnCpu
+
+            CudaOnCpu(lambda line: tell(f"anymamba: {line}")).__enter__()
 
 
 Program = Callable[[], object]
