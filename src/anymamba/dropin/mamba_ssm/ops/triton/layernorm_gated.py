@@ -119,7 +119,7 @@ def rms_norm_ref(
     rows, gate = (x.float(), None if z is None else z.float()) if upcast else (x, z)
     if gate is not None and not norm_before_gate:
         rows = rows * F.silu(gate)
-    groups = rows.reshape(*x.shape[:-1], -1, group_size or d)
+    groups = _in_groups(rows, group_size or d)
     groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     out = groups.reshape(x.shape) * weight.float()
     if bias is not None:
@@ -213,7 +213,7 @@ def _layer_norm(
 ) -> Tensor:
     if group_size == x.shape[-1]:
         return F.layer_norm(x, (group_size,), weight, bias, eps)
-    groups = x.reshape(*x.shape[:-1], -1, group_size)
+    groups = _in_groups(x, group_size)
     out = F.layer_norm(groups, (group_size,), eps=eps).reshape(x.shape) * weight
     return out if bias is None else out + bias
 
@@ -224,10 +224,14 @@ def _rms_norm(
     if group_size == x.shape[-1]:
         out = cast(Tensor, ops.rms_norm(x, weight, eps))
     else:
-        groups = x.reshape(*x.shape[:-1], -1, group_size)
+        groups = _in_groups(x, group_size)
         normed = cast(Tensor, ops.rms_norm(groups, x.new_ones(group_size), eps))
         out = normed.reshape(x.shape) * weight
     return out if bias is None else out + bias
+
+
+def _in_groups(x: Tensor, group_size: int) -> Tensor:
+    return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
 
 
 def _check(
