@@ -124,7 +124,7 @@ def decode(
     if input_ids.ndim != 2 or input_ids.shape[1] < 1:
         raise InputError(f"input_ids must be (b, l) with l > 0, got {tuple(input_ids.shape)}")
     if cg:
-        warnings.warn(NO_GRAPHS, stacklevel=2)
+        warnings.warn(NO_GRAPHS, stacklevel=4)  # the caller of generate
     started = time.perf_counter()
     params = InferenceParams(max_seqlen=max_length, max_batch_size=input_ids.shape[0])
     scores: list[Tensor] = []
@@ -251,7 +251,6 @@ class DecodingCGCache:
     run: Callable[..., Tensor] | None = None
 
 
-@torch.inference_mode()
 def update_graph_cache(
     model: Any,
     cache: DecodingCGCache | None,
@@ -288,7 +287,7 @@ def update_graph_cache(
         >>> cache.run(torch.tensor([[1]]), None, 3).shape
         torch.Size([1, 1, 8])
     """
-    warnings.warn(NO_GRAPHS, stacklevel=3)  # beneath the frame of inference_mode
+    warnings.warn(NO_GRAPHS, stacklevel=2)
     cache = DecodingCGCache() if cache is None else cache
     weight = next(iter(model.parameters()))
     kind = (weight.device, dtype or weight.dtype)
