@@ -229,7 +229,11 @@ def test_gradients_are_the_recurrence_s(size: tuple[int, ...], dtype: torch.dtyp
 
 
 def test_gradients_where_decays_leave_almost_nothing() -> None:
-    given = inputs(1, 130, 2, 3, 1, 4) | {"A_h": torch.tensor([-30.0, -0.01])}
+    """What a step gives to itself is 10,000 and more here, and none of it belongs to the decays."""
+    given = inputs(1, 130, 2, 3, 1, 4) | {"A_h": torch.tensor([-30.0, -50.0])}
+    for name in ("x_blhp", "B_blgn", "C_blgn"):
+        given[name] *= 10
+    given["dt_bias_h"] += 3
     ours, theirs = leaves(given), leaves(given, torch.float64)
     y, last = ssd(**ours, return_final_states=True)
     expected = by_recurrence(theirs)

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -65,7 +64,8 @@ def ssd_blocked(
     D_hp = None if D_hp is None else D_hp.to(wide)
     initial_states = None if initial_states is None else initial_states.to(wide)
     (b, l, h, p), n_states = x_blhp.shape, x_blhp.shape[0]
-    rows = max(1, _CHUNK_NUMBERS // max(1, min(chunk_steps, l) * h * p))
+    chunk_steps = min(chunk_steps, max(1, l))
+    rows = max(1, _CHUNK_NUMBERS // max(1, chunk_steps * h * p))
     stretches = list(_rows_together(b, l, rows))
     if segments is not None:
         stretches, n_states = list(_one_by_one(segments)), segments.n_states
@@ -109,8 +109,17 @@ class _Chunk:
     """A chunk's inputs in groups, and the decays between its steps and its two ends."""
 
     def __init__(
-        self, at: tuple[slice, slice], x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor
+        self,
+        at: tuple[slice, slice],
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        above: Tensor,
     ) -> None:
+        steps = at[1].stop - at[1].start
+        self._above = above[:steps, :steps]
         self.g = B.shape[2]
         wide = dt.dtype
         self.x_rgqjp = self.in_groups(x[at].to(wide))
@@ -136,7 +145,7 @@ class _Chunk:
     def decays_rgjqq(self) -> Tensor:
         """exp(a_t - a_s) for s <= t, else 0."""
         between = self._sums_rgjq[..., None] - self._sums_rgjq[..., None, :]
-        between += _minus_infinity_above(between.shape[-1], between.device)
+        between += self._above
         return _decay(between, self.dt_rgqj.dtype)
 
     def scores_k1qq(self) -> Tensor:
@@ -181,11 +190,12 @@ class _Ssd(torch.autograd.Function):
         steps: int,
     ) -> tuple[Tensor, Tensor]:
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        above = _minus_infinity_above(steps, x.device)
         last = dt.new_zeros(n_states, *x.shape[2:], B.shape[-1])
         for stretch in stretches:
             state_knm = _state_into(stretch, initial, x, dt, B)
             for at in stretch.chunks(steps):
-                chunk = _Chunk(at, x, dt, A, B, C)
+                chunk = _Chunk(at, x, dt, A, B, C, above)
                 y_rgqjp = chunk.outputs_rgqjp(state_knm)
                 if D is not None:
                     y_rgqjp.addcmul_(chunk.x_rgqjp, D.unflatten(0, (chunk.g, 1, -1)))
@@ -202,17 +212,18 @@ class _Ssd(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, initial = ctx.saved_tensors
         found = _Gradients(x, dt, A, B, C, D, initial)
+        above = _minus_infinity_above(ctx.steps, x.device)
         for stretch in ctx.stretches:
             state_knm = _state_into(stretch, initial, x, dt, B)
             states = []
             for at in stretch.chunks(ctx.steps):
                 states.append(state_knm)
-                state_knm = _Chunk(at, x, dt, A, B, C).pass_on(state_knm)
+                state_knm = _Chunk(at, x, dt, A, B, C, above).pass_on(state_knm)
             dstate_knm = _state_like(dlast, stretch.state_out, state_knm, B.shape[2])
             for at, state_knm in zip(
                 reversed(stretch.chunks(ctx.steps)), reversed(states), strict=True
             ):
-                chunk = _Chunk(at, x, dt, A, B, C)
+                chunk = _Chunk(at, x, dt, A, B, C, above)
                 dstate_knm = found.of_chunk(at, chunk, dy[at].to(dt.dtype), state_knm, dstate_knm)
             if found.dinitial is not None and stretch.state_in is not None:
                 found.dinitial[stretch.state_in] = _as_public(dstate_knm, dlast, B.shape[2])
@@ -381,7 +392,6 @@ def _as_public(state_knm: Tensor, like_shpn: Tensor, g: int) -> Tensor:
     return state_knm.mT.reshape(-1, *like_shpn.shape[1:])
 
 
-@cache
 def _minus_infinity_above(steps: int, device: torch.device) -> Tensor:
     """(q, q), 0 up to the diagonal: what comes later does not count."""
     full = torch.full((steps, steps), float("-inf"), dtype=torch.float64, device=device)
