@@ -59,7 +59,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for name in prefill decode train scan ssd memory runtime context start; do \
+	for name in prefill decode train scan ssd memory runtime context start dropin; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/chart.py || echo "The tables and JSON files are complete without it."

@@ -13,7 +13,18 @@ from common.tables import markdown
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
-BENCHMARKS = ("prefill", "decode", "train", "scan", "ssd", "memory", "runtime", "context", "start")
+BENCHMARKS = (
+    "prefill",
+    "decode",
+    "train",
+    "scan",
+    "ssd",
+    "memory",
+    "runtime",
+    "context",
+    "start",
+    "dropin",
+)
 
 
 def main() -> int:

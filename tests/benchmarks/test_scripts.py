@@ -16,7 +16,18 @@ import torch
 
 from tests.benchmarks.conftest import FOLDER, load
 
-SCRIPTS = ("prefill", "decode", "train", "scan", "ssd", "memory", "runtime", "context", "start")
+SCRIPTS = (
+    "prefill",
+    "decode",
+    "train",
+    "scan",
+    "ssd",
+    "memory",
+    "runtime",
+    "context",
+    "start",
+    "dropin",
+)
 TOOLS = ("chart", "report", "gguf_export")
 NUMBERS = ("ms", "bytes", "reading")
 
