@@ -15,6 +15,10 @@ from anymamba.dropin import dispatch, install, uninstall
 from anymamba.dropin.dispatch import by_device
 
 
+# Other tests may have imported such models; one test looks for this warning, in a fresh process.
+pytestmark = pytest.mark.filterwarnings("ignore:Transformers imported its:RuntimeWarning")
+
+
 class OnCuda:
     """What the dispatch knows of a tensor on CUDA."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import importlib.metadata
 import importlib.util
@@ -18,6 +19,8 @@ from anymamba.dropin import dispatch
 from anymamba.errors import AnyMambaError, MissingModuleError
 from anymamba.originals import PACKAGES, import_original, is_original_installed
 
+# Other tests may have imported such models; one test looks for this warning, in a fresh process.
+pytestmark = pytest.mark.filterwarnings("ignore:Transformers imported its:RuntimeWarning")
 VERSIONS = {"mamba-ssm": "2.3.2.post1", "causal-conv1d": "1.7.0"}
 SCAN = "mamba_ssm.ops.selective_scan_interface"
 
@@ -239,3 +242,8 @@ def test_without_such_a_model_nothing_is_told() -> None:
     program = "import transformers, anymamba.dropin; anymamba.dropin.install()"
     done = run(program)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_examples_of_the_three_functions_run() -> None:
+    failed, tried = doctest.testmod(dropin)
+    assert (failed, tried) == (0, 9)
