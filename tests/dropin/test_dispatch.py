@@ -14,7 +14,6 @@ import torch
 from anymamba.dropin import dispatch, install, uninstall
 from anymamba.dropin.dispatch import by_device
 
-
 # Other tests may have imported such models; one test looks for this warning, in a fresh process.
 pytestmark = pytest.mark.filterwarnings("ignore:Transformers imported its:RuntimeWarning")
 
