@@ -118,6 +118,15 @@ def test_a_prompt_and_steps_give_what_forward_gives(
     assert_close(torch.cat(parts, dim=1), expected)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_steps_of_every_variant(variant: dict[str, Any]) -> None:
+    mamba, u = layer(**variant), inputs(l=9)
+    states = mamba.allocate_inference_cache(2, 9)
+    with torch.no_grad():
+        steps = [mamba.step(u[:, t : t + 1], *states)[0] for t in range(9)]
+        assert_close(torch.cat(steps, dim=1), loops.mamba2(mamba, u, d_ssm=mamba.d_ssm))
+
+
 def test_packed_prompts_and_steps_of_each() -> None:
     mamba = layer(ngroups=2)
     rows = [inputs(1, 7), 2 * inputs(1, 3), -inputs(1, 9)]
