@@ -28,7 +28,7 @@ from anymamba.runtime.gguf_writing import GGUF_WEIGHTS, write_gguf
 from anymamba.runtime.layouts import config_of_layout, name_in_layout, repeats_head
 from anymamba.runtime.sources import Source, open_source
 
-__all__ = ["FOLDER_WEIGHTS", "LAYOUTS", "convert"]
+__all__ = ["FOLDER_WEIGHTS", "LAYOUTS", "convert", "write_files"]
 
 LAYOUTS = (*get_args(Layout), "gguf")
 """What can be written."""
@@ -88,7 +88,7 @@ def convert(
         return target
     # Whatever the layout cannot express shows before anything is written.
     config_of_layout(model.config, layout, "F32")  # type: ignore[arg-type]
-    write_folder(target, lambda folder: _write_files(folder, model, layout, weights))
+    write_folder(target, lambda folder: write_files(folder, model, layout, weights))
     return target
 
 
@@ -134,7 +134,27 @@ def _special_tokens(model: Source) -> dict[str, Any]:
     return found
 
 
-def _write_files(folder: Path, model: Source, layout: Any, weights: str | None) -> None:
+def write_files(folder: Path, model: Source, layout: Any, weights: str | None) -> None:
+    """Fill a folder with a model: config, weights, and the other files that belong to it.
+
+    Args:
+        folder: an empty one.
+        model: what is written, a tensor at a time.
+        layout: one of `LAYOUTS` but "gguf".
+        weights: the matrices' type, one of `FOLDER_WEIGHTS`, or None to keep it.
+
+    Raises:
+        ConfigError: the layout cannot express the model, or the type its numbers.
+        CheckpointError: the model's files are broken.
+
+    Example:
+        >>> import tempfile
+        >>> from anymamba.assets import bundled_model
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_files(folder, open_source(bundled_model()), "transformers", None)
+        >>> (folder / "model.safetensors").is_file()
+        True
+    """
     shapes = expected_shapes(model.config)
     plans = {
         name: TensorPlan(_kind(name, model.kinds[name], weights), shape)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from anymamba.checkpoint import open_checkpoint, resolve
 from anymamba.checkpoint.json_object import read_json_object
 from anymamba.checkpoint.paths import user_path
+from anymamba.errors import CheckpointError
+from anymamba.runtime.adapter import merge_adapter
+from anymamba.runtime.adapter_reading import Adapter, base_model_of, read_adapter
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.gguf_names import is_gguf
 from anymamba.runtime.kinds import check_kind
@@ -21,7 +24,9 @@ from anymamba.runtime.weights import load_weights
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["load"]
+__all__ = ["load", "model_of"]
+
+_GENERATION = "generation_config.json"
 
 
 def load(
@@ -29,6 +34,7 @@ def load(
     weights: str = "auto",
     threads: int | None = None,
     *,
+    adapter: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -39,11 +45,14 @@ def load(
     """Open a model for the torch-free runtime.
 
     Args:
-        model: a folder in any layout, a GGUF file, or a hub id; None for the bundled model.
+        model: a folder in any layout, a GGUF file, or a hub id; None for the model that the
+            adapter names, or without an adapter the bundled one.
         weights: how the weights are kept. "auto": as they are stored, mapped from the file.
             "f32", "bf16": in that type. "int8", "int4": rounded to so many bits now, which takes
             seconds; `anymamba quantize` does it once.
         threads: how many threads compute; None takes `ANYMAMBA_NUM_THREADS`, else all processors.
+        adapter: a folder with a LoRA or DoRA adapter of PEFT's, which is merged now, in float32.
+            A tokenizer.json or generation_config.json in it counts in place of the model's.
         tokenizer: a folder with a tokenizer.json, or that file, where the model comes without one.
         revision, cache_dir, token, offline, subfolder: which of the hub's models, and how it is
             fetched, as `anymamba.checkpoint.resolve` has them.
@@ -53,7 +62,8 @@ def load(
 
     Raises:
         HubError: the model is neither here nor to be had from the hub.
-        CheckpointError: files are missing or broken, pickled, or do not fit the config.
+        CheckpointError: files are missing or broken, pickled, or do not fit the config; or the
+            adapter does not fit the model, or is of a kind that is not merged here.
         ConfigError: `weights` is none of these, or cannot be made of what is stored.
         InputError: `threads` makes no sense.
         MissingDependencyError: the native core is not installed.
@@ -65,13 +75,13 @@ def load(
     """
     check_kind(weights)
     wanted_threads(threads)  # a mistake shows before the weights are converted
-    if model is None:
-        from anymamba.assets import bundled_model
-
-        model = bundled_model()
+    change = None if adapter is None else read_adapter(adapter)
+    if change is not None and tokenizer is None and (change.folder / "tokenizer.json").is_file():
+        tokenizer = change.folder
+    model = model_of(model, adapter)
     place = user_path(model)
     if is_gguf(place):
-        return _load_gguf(place, weights, tokenizer, threads)
+        return _load_gguf(place, weights, change, tokenizer, threads)
     folder = resolve(
         model,
         revision=revision,
@@ -81,20 +91,59 @@ def load(
         subfolder=subfolder,
     )
     checkpoint = open_checkpoint(folder)
+    stored = load_weights(checkpoint, weights if change is None else "auto")
     return Engine(
-        load_weights(checkpoint, weights),
+        stored if change is None else merge_adapter(stored, change, weights),
         _tokenizer_in(folder, tokenizer),
-        _end_ids(folder, checkpoint.config),
+        _end_ids(folder, checkpoint.config, change),
         threads,
     )
 
 
+def model_of(
+    model: str | os.PathLike[str] | None, adapter: str | os.PathLike[str] | None
+) -> str | os.PathLike[str]:
+    """The model that is meant: that which is named, else the adapter's, else the bundled one.
+
+    Args:
+        model: what was named.
+        adapter: the adapter's folder.
+
+    Raises:
+        CheckpointError: the adapter is none, or names no model.
+
+    Example:
+        >>> model_of("my-model", None)
+        'my-model'
+    """
+    if model is not None:
+        return model
+    if adapter is None:
+        from anymamba.assets import bundled_model
+
+        return bundled_model()
+    named = base_model_of(adapter)
+    if named is None:
+        raise CheckpointError(
+            f"the adapter in {os.fspath(adapter)!r} does not say which model it belongs to; name "
+            "it: model=... (on the command line --model)"
+        )
+    return named
+
+
 def _load_gguf(
-    path: Path, weights: str, named: str | os.PathLike[str] | None, threads: int | None
+    path: Path,
+    weights: str,
+    adapter: Adapter | None,
+    named: str | os.PathLike[str] | None,
+    threads: int | None,
 ) -> Engine:
     from anymamba.runtime.gguf_weights import load_gguf_weights
 
-    loaded, model = load_gguf_weights(path, weights, tokenizer=named is None)
+    stored = weights if adapter is None else "auto"
+    loaded, model = load_gguf_weights(path, stored, tokenizer=named is None)
+    if adapter is not None:
+        loaded = merge_adapter(loaded, adapter, weights)
     open_tokenizer: Callable[[], Tokenizer] | None = None
     if named is not None:
         open_tokenizer = partial(read_tokenizer, named)
@@ -102,7 +151,10 @@ def _load_gguf(
         where = f"the tokenizer in {str(path)!r}"
         open_tokenizer = partial(tokenizer_from_json, model.tokenizer_json, where)
     end = model.config.get("eos_token_id")
-    return Engine(loaded, open_tokenizer, [] if end is None else [end], threads)
+    ends = [] if end is None else [end]
+    if adapter is not None and (settings := adapter.folder / _GENERATION).is_file():
+        ends = _ids_in(read_json_object(settings).get("eos_token_id"))
+    return Engine(loaded, open_tokenizer, ends, threads)
 
 
 def _tokenizer_in(
@@ -115,11 +167,16 @@ def _tokenizer_in(
     return partial(read_tokenizer, path) if path.is_file() else None
 
 
-def _end_ids(folder: Path, config: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a text, as Transformers finds them."""
-    settings = folder / "generation_config.json"
-    fields = read_json_object(settings) if settings.is_file() else config
-    # Transformers' default for a Mamba that says nothing.
-    found = fields.get("eos_token_id", None if fields is not config else 0)
+def _end_ids(folder: Path, config: Mapping[str, Any], adapter: Adapter | None = None) -> list[int]:
+    """The tokens that end a text, as Transformers finds them; an adapter may have its own."""
+    places = [folder] if adapter is None else [adapter.folder, folder]
+    settings = next((p / _GENERATION for p in places if (p / _GENERATION).is_file()), None)
+    if settings is not None:
+        return _ids_in(read_json_object(settings).get("eos_token_id"))
+    # Transformers' default for a Mamba that says nothing is token 0.
+    return _ids_in(config.get("eos_token_id", 0))
+
+
+def _ids_in(found: object) -> list[int]:
     ids = found if isinstance(found, list) else [found]
     return [id for id in ids if type(id) is int]

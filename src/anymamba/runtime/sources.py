@@ -33,7 +33,7 @@ from anymamba.runtime.mapping import TYPES, FileMap
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "companions_in", "open_source"]
 
 _TYPES = {"F32": "<f4", "F16": "<f2", "BF16": TYPES["BF16"], "F64": "<f8"}
 # The largest tokenizer.json of a published model is half of this.
@@ -123,7 +123,7 @@ def open_source(source: str | os.PathLike[str], offline: bool = False) -> Source
         tensors = _Mapped(checkpoint)
         kinds = {name: record.dtype for name, record in checkpoint.tensors.items()}
         _check_repeated_head(tensors, expected, where)
-    return Source(checkpoint.config, tensors, kinds, _companions(checkpoint.folder))
+    return Source(checkpoint.config, tensors, kinds, companions_in(checkpoint.folder))
 
 
 class _Mapped(Mapping[str, NDArray[Any]]):
@@ -192,7 +192,20 @@ def _of_torch(name: str, tensor: torch.Tensor) -> NDArray[Any]:
     return array
 
 
-def _companions(folder: Path) -> dict[str, bytes]:
+def companions_in(folder: Path) -> dict[str, bytes]:
+    """The files beside the weights that belong to a model, such as its tokenizer's, by name.
+
+    Args:
+        folder: the model's, or an adapter's.
+
+    Raises:
+        CheckpointError: one cannot be read, or is too large.
+
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> "tokenizer.json" in companions_in(bundled_model())
+        True
+    """
     found = {}
     for name in SMALL_FILES:
         path = folder / name

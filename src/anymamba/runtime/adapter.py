@@ -1,0 +1,180 @@
+"""Merging an adapter into a model's weights, in float32, as PEFT's `merge_and_unload` does.
+
+LoRA adds a product of two thin matrices to a weight, W' = W + s B A (https://arxiv.org/abs/2106.09685,
+section 4.1). DoRA then brings each row of the sum to a length of its own,
+W'' = m W' / |W'| (https://arxiv.org/abs/2402.09353, equation 5). Of an embedding table, W is what
+PEFT calls the transposed weight.
+
+Only the matrices that are adapted are copied; the others stay mapped. A head tied to an adapted
+embedding table gets the table as it was, because the adapter never touched the head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.wording import shown
+from anymamba.errors import CheckpointError
+from anymamba.runtime.adapter_reading import Adapter, Change
+from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+from anymamba.runtime.kinds import check_kind, convert
+from anymamba.runtime.weights import Weights
+
+if TYPE_CHECKING:
+    from anymamba.runtime.kinds import Tensor
+
+__all__ = ["check_fits", "merge_adapter", "merged"]
+
+
+def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Weights:
+    """Merge an adapter into a model's weights, and bring all of them into a storage.
+
+    Args:
+        weights: the model's weights as they are stored ("auto").
+        adapter: what `read_adapter` returned.
+        kind: one of `kinds.KINDS`. By "auto" a merged matrix is stored as it was before: in its
+            type, or rounded to as many bits in groups of the same size.
+
+    Returns:
+        Weights in which the adapted matrices are copies. Their digest is another, so that a
+        state of the model without the adapter is refused.
+
+    Raises:
+        CheckpointError: the adapter does not fit the model, or makes NaN or infinity of it.
+        ConfigError: there is no such kind, or it cannot be made of these weights.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from anymamba.assets import bundled_model
+        >>> from anymamba.checkpoint import open_checkpoint
+        >>> from anymamba.runtime.weights import load_weights
+        >>> weights = load_weights(open_checkpoint(bundled_model()))
+        >>> table = weights.tensors["backbone.embeddings.weight"]
+        >>> v, d = table.shape
+        >>> A, B = np.ones((1, v), np.float32), np.ones((d, 1), np.float32)
+        >>> change = Change(A, B, scaling=0.5, transposed=True)
+        >>> adapter = Adapter(Path("x"), {"backbone.embeddings.weight": change}, "x")
+        >>> both = merge_adapter(weights, adapter).tensors
+        >>> both["lm_head.weight"] is table
+        True
+        >>> before, after = (to_float32(t) for t in (table, both["backbone.embeddings.weight"]))
+        >>> bool(abs(after - before - 0.5).max() < 0.01)  # bfloat16's rounding
+        True
+    """
+    check_kind(kind)
+    weights.check()
+    tensors = dict(weights.tensors)
+    config = dict(weights.config)
+    check_fits(adapter, tensors)
+    if EMBEDDINGS in adapter.changes and HEAD not in tensors:
+        tensors[HEAD] = tensors[EMBEDDINGS]
+        config["tie_word_embeddings"] = False
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        change = adapter.changes.get(name)
+        if change is None:
+            result |= {name: tensor} if kind == "auto" else convert({name: tensor}, kind)
+        else:
+            result[name] = _stored(name, merged(_wide(tensor), change, name), tensor, kind)
+
+    def digest() -> str:
+        return hashlib.sha256(f"{weights.digest()}\n{adapter.digest}".encode()).hexdigest()
+
+    own = weights.kind if kind == "auto" else kind
+    return replace(weights, config=config, tensors=result, kind=own, digest=digest)
+
+
+def merged(weight_nk: NDArray[np.float32], change: Change, name: str) -> NDArray[np.float32]:
+    """One matrix with its adapter merged.
+
+    Args:
+        weight_nk: (n, k), float32; stays as it is.
+        change: the adapter of this matrix.
+        name: what the matrix is called, for messages.
+
+    Returns:
+        (n, k), float32.
+
+    Raises:
+        CheckpointError: the result holds NaN or infinity.
+
+    Example:
+        >>> A, B = np.ones((1, 2), np.float32), np.ones((2, 1), np.float32)
+        >>> merged(np.eye(2, dtype=np.float32), Change(A, B, scaling=2.0), "W").tolist()
+        [[3.0, 2.0], [2.0, 3.0]]
+    """
+    with np.errstate(all="ignore"):  # what comes of it is looked at below
+        product = change.B @ change.A
+        result = (product.T if change.transposed else product) * np.float32(change.scaling)
+        result += weight_nk
+        if change.magnitude is not None:
+            # Lengths of rows; of an embedding table, whose weight PEFT transposes, of columns.
+            lengths = np.linalg.norm(result, axis=0 if change.transposed else 1)
+            factors = change.magnitude / lengths
+            result *= factors if change.transposed else factors[:, None]
+    if not np.isfinite(result).all():
+        raise CheckpointError(
+            f"with the adapter, {name} holds NaN or infinity; does it belong to this model?"
+        )
+    return np.ascontiguousarray(result)
+
+
+def check_fits(adapter: Adapter, tensors: Mapping[str, Any]) -> None:
+    """Refuse an adapter whose matrices the model does not have, or has in other shapes.
+
+    Raises:
+        CheckpointError: the message names the matrix.
+
+    Example:
+        >>> from pathlib import Path
+        >>> check_fits(Adapter(Path("x"), {}, ""), {})
+    """
+    for name, change in adapter.changes.items():
+        shape = tensors[name].shape if name in tensors else None
+        if shape != change.shape:
+            has = "which the model lacks" if shape is None else f"and the model has {shape}"
+            raise CheckpointError(
+                f"the adapter in {str(adapter.folder)!r} changes {shown(name)} of shape "
+                f"{change.shape}, {has}; it belongs to another model"
+            )
+
+
+def _wide(tensor: Tensor) -> NDArray[np.float32]:
+    if isinstance(tensor, np.ndarray):
+        return to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
+    from anymamba.runtime.quantization import dequantize
+
+    return dequantize(tensor)
+
+
+def _stored(name: str, wide: NDArray[np.float32], before: Tensor, kind: str) -> Tensor:
+    """A merged matrix in the kind asked for, which by "auto" is that of the matrix before."""
+    if isinstance(before, np.ndarray):
+        return convert({name: wide}, kind)[name] if kind != "auto" else _typed(name, wide, before)
+    if kind in ("f32", "bf16"):
+        return convert({name: wide}, kind)[name]
+    if kind != "auto":
+        convert({name: before}, kind)  # refuses other bits, as it does without an adapter
+    from anymamba.runtime.quantization import quantize
+
+    return quantize(wide, before.bits, before.group, symmetric=before.symmetric, name=name)
+
+
+def _typed(name: str, wide: NDArray[np.float32], before: NDArray[Any]) -> NDArray[Any]:
+    if before.dtype == np.uint16:
+        return to_bfloat16(wide)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(before.dtype, copy=False)
+    if not np.isfinite(narrow).all():
+        raise CheckpointError(
+            f"with the adapter, {name} holds numbers beyond float16's 65504; load the model with "
+            "weights='f32' or 'bf16'"
+        )
+    return narrow
