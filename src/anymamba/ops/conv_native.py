@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.ops.native import core, segment_table
+from anymamba.ops.native import core, is_traced, segment_table
 from anymamba.ops.segments import Segments
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
@@ -47,7 +47,8 @@ def causal_conv1d_update(
     activation: str | None,
 ) -> Tensor:
     """Arguments and returns as in `anymamba.ops.causal_conv1d_update`."""
-    y_be: Tensor = _conv_step(
+    step = _conv_step if is_traced(x_be) else _conv_step_now
+    y_be: Tensor = step(
         x_be,
         window_bek,
         weight_ek.float().contiguous(),
@@ -185,15 +186,21 @@ def _go_back(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, .
 _conv.register_autograd(_go_back, setup_context=_keep)
 
 
-@torch.library.custom_op(
-    "anymamba::causal_conv1d_update", mutates_args=("window",), device_types="cpu"
-)
-def _conv_step(
+def _conv_step_now(
     x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> Tensor:
     y = torch.empty_like(x)
     core().conv_step(x.detach(), window.detach(), weight.detach(), _bare(bias), silu, y)
+    torch.autograd.graph.increment_version(window)
     return y
+
+
+_conv_step = torch.library.custom_op(
+    "anymamba::causal_conv1d_update",
+    _conv_step_now,
+    mutates_args=("window",),
+    device_types="cpu",
+)
 
 
 @_conv_step.register_fake

@@ -74,6 +74,14 @@ def segment_table(segments: Segments | None) -> Tensor | None:
     return torch.tensor(lists, dtype=torch.int64)
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a call is recorded or only imagined, so that it has to go through an operator.
+
+    Going through one takes longer than a single token's arithmetic.
+    """
+    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+
+
 @cache
 def _load() -> Any:
     return importlib.import_module("anymamba._core")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.ops.native import core, segment_table
+from anymamba.ops.native import core, is_traced, segment_table
 from anymamba.ops.segments import Segments
 
 __all__ = ["selective_scan", "selective_state_update"]
@@ -71,7 +71,8 @@ def selective_state_update(
     state = state_ben
     if state.dtype != torch.float32 or not state[:1].is_contiguous():
         state = state.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    y_be: Tensor = _scan_step(
+    step = _scan_step if is_traced(x_be) else _scan_step_now
+    y_be: Tensor = step(
         state,
         x_be,
         delta_be,
@@ -302,10 +303,7 @@ def _go_back(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Any) -> tuple
 _scan.register_autograd(_go_back, setup_context=_keep)
 
 
-@torch.library.custom_op(
-    "anymamba::selective_state_update", mutates_args=("state",), device_types="cpu"
-)
-def _scan_step(
+def _scan_step_now(
     state: Tensor,
     x: Tensor,
     delta: Tensor,
@@ -320,7 +318,16 @@ def _scan_step(
     y = torch.empty_like(x)
     inputs = [_bare(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
     core().scan_step(state.detach(), *inputs, softplus, y)
+    torch.autograd.graph.increment_version(state)
     return y
+
+
+_scan_step = torch.library.custom_op(
+    "anymamba::selective_state_update",
+    _scan_step_now,
+    mutates_args=("state",),
+    device_types="cpu",
+)
 
 
 @_scan_step.register_fake
