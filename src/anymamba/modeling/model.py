@@ -129,16 +129,24 @@ class MambaMixer(nn.Module):
         if cache is not None:
             old_window = _readable(cache.conv_states[self.layer_idx])
             window = old_window if packed is None else packed.states_before(old_window)
+        x_conv_ble, last = self._convolution(
+            x_ble, window, None if packed is None else packed.cu_seqlens
+        )
+        if cache is not None and old_window is not None:
+            new_window = last if packed is None else packed.states_after(old_window, last)
+            cache.conv_states[self.layer_idx].copy_(new_window.detach())
+        return x_conv_ble
+
+    def _convolution(
+        self, x_ble: Tensor, window: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The convolution with its activation, and the final windows."""
         convolve = (
             self._fused_convolution
             if why_not_plain(self.conv1d, nn.Conv1d) is None
             else self._called_convolution
         )
-        x_conv_ble, last = convolve(x_ble, window, None if packed is None else packed.cu_seqlens)
-        if cache is not None and old_window is not None:
-            new_window = last if packed is None else packed.states_after(old_window, last)
-            cache.conv_states[self.layer_idx].copy_(new_window.detach())
-        return x_conv_ble
+        return convolve(x_ble, window, cu_seqlens)
 
     def _fused_convolution(
         self, x_ble: Tensor, window: Tensor | None, cu_seqlens: Tensor | None

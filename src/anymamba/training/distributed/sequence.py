@@ -1,0 +1,225 @@
+"""Sequence parallelism: one long sequence, of which every process holds a stretch.
+
+Projections, norms and the head see single positions and need nothing from elsewhere. The
+convolution needs the last inputs of the stretch before, and the scan its state. Each process scans
+its stretch twice: from zeros, to tell the others what it leaves, and from the state that follows
+from what they told. The second scan could wait for the process before instead and spare the
+first; but then only one process would work at a time. Source of the rule: "Mamba: Linear-Time
+Sequence Modeling with Selective State Spaces" (arXiv 2312.00752), section 3.3.2 (the scan is
+associative), here with processes for steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from anymamba import ops
+from anymamba.errors import InputError
+from anymamba.modeling.cache import MambaCache
+from anymamba.modeling.model import MambaMixer
+from anymamba.modeling.packing import PackedBatch, next_tokens
+from anymamba.training.distributed.states import (
+    check_started,
+    state_before,
+    sum_of_losses,
+    window_before,
+)
+
+__all__ = ["sequence_loss", "sequence_parallel", "stretch_of", "sum_gradients"]
+
+
+@contextmanager
+def sequence_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:
+    """While it lasts, what the model reads is this process's stretch of a longer sequence.
+
+    Call the model with `stretch_of(input_ids)` on every process of the group, and `backward`
+    before leaving. The outputs are those of the whole sequence at these positions. A batch has
+    whole rows: no masks, no packed documents, and no cache.
+
+    Args:
+        model: a Mamba model, alone, wrapped in DDP, or sharded by `shard`.
+        group: the processes, in the order of their stretches; all of them if None.
+
+    Raises:
+        InputError: there is no process group, or no Mamba layer in the model; and from within,
+            where the model gets what it cannot take here.
+    """
+    check_started("sequence_parallel")
+    mixers = [module for module in model.modules() if type(module) is MambaMixer]
+    if not mixers:
+        raise InputError("sequence_parallel: the model has no Mamba layer, or is parallel already")
+    for mixer in mixers:
+        # As FSDP2 does it: whatever asks for the class sees that this is no plain mixer.
+        mixer.__class__ = _SequenceParallelMixer
+        mixer.group = group
+    try:
+        yield
+    finally:
+        for mixer in mixers:
+            mixer.__class__ = MambaMixer
+            del mixer.group
+
+
+def stretch_of(whole: Tensor, group: Any = None, dim: int = 1) -> Tensor:
+    """This process's part of a sequence: stretches are equal, or the first ones one longer.
+
+    Args:
+        whole: (b, l, ...), the same on all processes.
+        group: the processes, in the order of their stretches; all of them if None.
+        dim: which axis is the sequence.
+
+    Raises:
+        InputError: there is no process group.
+    """
+    check_started("stretch_of")
+    parts = torch.tensor_split(whole, dist.get_world_size(group), dim)
+    return parts[dist.get_rank(group)].contiguous()
+
+
+def sequence_loss(
+    model: nn.Module, input_ids: Tensor, labels: Tensor | None = None, group: Any = None
+) -> Tensor:
+    """The language model's loss over whole rows, of which every process computes its stretch.
+
+    Args:
+        model: a `MambaForCausalLM`, under `sequence_parallel`.
+        input_ids: (b, l) token ids, the same on all processes.
+        labels: (b, l), as in `MambaForCausalLM.forward`, which is to say not shifted; input_ids if
+            None. -100 is ignored.
+        group: the processes, in the order of their stretches; all of them if None.
+
+    Returns:
+        The mean over all positions that count, the same number on all processes. `backward` gives
+        each process its own stretch's part of the gradients; `sum_gradients` adds them up.
+
+    Raises:
+        InputError: labels has another shape, or a stretch would be shorter than the convolution.
+    """
+    check_started("sequence_loss")
+    labels = input_ids if labels is None else labels
+    if labels.shape != input_ids.shape or labels.ndim != 2:
+        raise InputError(
+            f"sequence_loss: labels has shape {tuple(labels.shape)} and input_ids "
+            f"{tuple(input_ids.shape)}, expected (b, l) of both"
+        )
+    _check_long_enough(input_ids.shape[1] // dist.get_world_size(group), _conv_kernel(model))
+    targets = next_tokens(labels, None)
+    count = int((targets != -100).sum())
+    logits = model(input_ids=stretch_of(input_ids, group), use_cache=False).logits
+    part = F.cross_entropy(
+        logits.flatten(0, 1), stretch_of(targets, group).flatten(), reduction="sum"
+    )
+    return sum_of_losses(part / max(count, 1), group)
+
+
+def sum_gradients(model: nn.Module, group: Any = None) -> None:
+    """Add up all processes' gradients, in place. Not with DDP or FSDP, which do so themselves.
+
+    Args:
+        model: the same on all processes, after `backward`.
+        group: the processes; all of them if None.
+
+    Raises:
+        InputError: there is no process group.
+    """
+    check_started("sum_gradients")
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        some = [gradient for gradient in gradients if gradient.dtype == dtype]
+        # One message, because many small ones take longer.
+        flat = torch.cat([gradient.flatten() for gradient in some])
+        dist.all_reduce(flat, group=group)
+        for gradient, total in zip(some, flat.split([g.numel() for g in some]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+
+class _SequenceParallelMixer(MambaMixer):
+    """A mixer whose window and state come from the process that holds the stretch before."""
+
+    group: Any
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: MambaCache | None = None,
+        packed: PackedBatch | None = None,
+    ) -> Tensor:
+        """As `MambaMixer.forward`, for one stretch."""
+        if cache is not None or packed is not None:
+            given = "a cache (pass use_cache=False)" if packed is None else "a mask or packed rows"
+            raise InputError(f"sequence_parallel takes whole rows only, the model got {given}")
+        _check_long_enough(hidden_states.shape[1], self.config.conv_kernel)
+        mixed: Tensor = super().forward(hidden_states)
+        return mixed
+
+    def _convolve(
+        self, x_ble: Tensor, cache: MambaCache | None, packed: PackedBatch | None
+    ) -> Tensor:
+        k = self.config.conv_kernel
+        # A window is k wide, of which the convolution looks at the last k - 1.
+        tail_bwe = x_ble[:, x_ble.shape[1] - (k - 1) :]
+        window_bke = F.pad(window_before(tail_bwe, self.group), (0, 0, 1, 0))
+        x_conv_ble, _ = self._convolution(x_ble, window_bke.transpose(1, 2), None)
+        return x_conv_ble
+
+    def _scan(
+        self,
+        x_ble: Tensor,
+        delta_ble: Tensor,
+        B_bln: Tensor,
+        C_bln: Tensor,
+        z_ble: Tensor,
+        delta_bias_e: Tensor | None,
+        cache: MambaCache | None,
+        packed: PackedBatch | None,
+    ) -> Tensor:
+        A_en = -torch.exp(self.A_log.float())
+        fallback = "mambapy" if self.config.use_mambapy else "reference"
+        inputs = (x_ble, delta_ble, A_en, B_bln, C_bln)
+        _, last_ben = ops.selective_scan(
+            *inputs,
+            delta_bias_e=delta_bias_e,
+            delta_softplus=True,
+            return_last_state=True,
+            fallback=fallback,
+        )
+        decay_ben = torch.exp(_time(delta_ble, delta_bias_e)[..., None] * A_en)
+        y_ble = ops.selective_scan(
+            *inputs,
+            self.D,
+            z_ble,
+            delta_bias_e,
+            delta_softplus=True,
+            initial_state=state_before(decay_ben, last_ben, self.group),
+            fallback=fallback,
+        )
+        assert isinstance(y_ble, Tensor)
+        return y_ble
+
+
+def _time(delta_ble: Tensor, delta_bias_e: Tensor | None) -> Tensor:
+    """(b, e), the sum of a stretch's steps, in float32."""
+    step_ble = delta_ble.float()
+    if delta_bias_e is not None:
+        step_ble = step_ble + delta_bias_e.float()
+    return F.softplus(step_ble).sum(1)
+
+
+def _check_long_enough(length: int, conv_kernel: int) -> None:
+    if length < conv_kernel:
+        raise InputError(
+            f"sequence_parallel: a stretch of {length} positions is shorter than the convolution's "
+            f"{conv_kernel}; use fewer processes, or longer sequences"
+        )
+
+
+def _conv_kernel(model: nn.Module) -> int:
+    kernels = [m.config.conv_kernel for m in model.modules() if isinstance(m, MambaMixer)]
+    return max(kernels, default=1)
