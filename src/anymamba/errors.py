@@ -16,6 +16,7 @@ __all__ = [
     "MissingModuleError",
     "NotIncludedError",
     "StateError",
+    "TrainingError",
 ]
 
 
@@ -57,3 +58,7 @@ class HubError(CheckpointError):
 
 class StateError(AnyMambaError, ValueError):
     """A saved state does not belong to this model, or its file is broken."""
+
+
+class TrainingError(AnyMambaError, RuntimeError):
+    """Training cannot go on; the last checkpoint is as it was."""

@@ -28,6 +28,7 @@ COMMANDS = {
     "lambada": "test a model on the last words of passages",
     "bench": "measure how fast a model runs here",
     "run": "run a program that imports mamba_ssm or causal_conv1d",
+    "train": "train a model on texts",
     "quantize": "store a model with 8- or 4-bit weights",
     "convert": "store a model in another layout",
     "completion": "print a script that lets a shell complete commands",

@@ -1,0 +1,106 @@
+"""Our settings in the words of Transformers' Trainer, and what follows from the machine."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from anymamba.errors import ConfigError
+from anymamba.training.settings import Settings
+
+__all__ = ["NO_END", "chosen_device", "chosen_dtype", "rate_at", "training_arguments"]
+
+NO_END = 10**9
+"""The number of steps where the clock, and not a number, ends the training."""
+
+
+def chosen_device(settings: Settings) -> str:
+    """`cpu`, `cuda` or `mps`.
+
+    Raises:
+        ConfigError: one was asked for that this machine lacks.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if settings.device == "auto":
+        return next(name for name, found in there.items() if found)
+    if not there[settings.device]:
+        raise ConfigError(f"device {settings.device!r} is not there: torch sees no such device")
+    return settings.device
+
+
+def chosen_dtype(settings: Settings) -> torch.dtype:
+    """The type that matrix products are computed in; weights are float32 while they train.
+
+    bfloat16 products are several times slower than float32 ones on processors that lack
+    instructions for them, so there `auto` is float32.
+    """
+    if settings.dtype != "auto":
+        return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    device = chosen_device(settings)
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device == "cpu":
+        # There are no public names for these.
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def training_arguments(settings: Settings, checkpoints: Path) -> TrainingArguments:
+    """Transformers' arguments. What we log, evaluate and save, and when, is not in them."""
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        per_device_train_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=settings.steps or NO_END,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1,
+        adam_beta2=settings.beta2,
+        max_grad_norm=settings.gradient_clip,
+        bf16=chosen_dtype(settings) is torch.bfloat16,
+        use_cpu=chosen_device(settings) == "cpu",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        torch_compile=settings.compile,
+        seed=settings.seed,
+        # Our rows come in an order of their own, and are cheap to make.
+        train_sampling_strategy="sequential",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def rate_at(settings: Settings, share: float) -> float:
+    """The learning rate when a share of the budget is spent, from 0 to 1.
+
+    A straight rise, then half a cosine (or a straight line, or nothing) down.
+
+    Example:
+        >>> s = Settings(learning_rate=1.0, final_learning_rate=0.0, warm_up=0.5)
+        >>> rate_at(s, 0.25), rate_at(s, 0.5), round(rate_at(s, 0.75), 3), rate_at(s, 1.0)
+        (0.5, 1.0, 0.5, 0.0)
+    """
+    high, low = settings.learning_rate, settings.final_learning_rate
+    if share < settings.warm_up:
+        # The first step is taken at no share at all, and is not to be wasted.
+        return high * max(share / settings.warm_up, 0.01)
+    if settings.schedule == "constant":
+        return high
+    spent = min((share - settings.warm_up) / max(1.0 - settings.warm_up, 1e-9), 1.0)
+    left = 1 - spent if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * spent))
+    return low + left * (high - low)

@@ -1,0 +1,179 @@
+"""Texts to train on, and how they become one row of tokens."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from anymamba.checkpoint.paths import user_path
+from anymamba.errors import InputError
+from anymamba.training.settings import Settings
+
+__all__ = ["TokenRow", "held_out", "read_dataset", "read_texts", "texts_of", "tokenize"]
+
+TEXT_ENDINGS = (".txt", ".md", ".text")
+LINE_ENDINGS = (".jsonl", ".ndjson")
+# The tokenizer works on so many documents at once, on all cores.
+DOCUMENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """Documents one after the other.
+
+    Attributes:
+        tokens: (t,) their tokens.
+        starts: (s,) where each document begins, the first at 0.
+    """
+
+    tokens: NDArray[np.uint32]
+    starts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def texts_of(settings: Settings) -> tuple[list[str], list[str]]:
+    """The documents to train on and those held out.
+
+    Raises:
+        InputError: nothing is there to read.
+    """
+    if settings.dataset is not None:
+        documents = list(
+            read_dataset(
+                settings.dataset,
+                settings.dataset_config,
+                settings.dataset_split,
+                settings.text_field,
+            )
+        )
+    elif settings.data:
+        documents = list(read_texts(settings.data, settings.text_field))
+    else:
+        raise InputError("there is nothing to train on: give --data FILE or --dataset NAME")
+    if settings.validation_data:
+        return documents, list(read_texts(settings.validation_data, settings.text_field))
+    return held_out(documents, settings.validation_share)
+
+
+def read_texts(names: Sequence[str], text_field: str = "text") -> Iterator[str]:
+    """The documents of text files (one each), JSON lines (one a line) and folders of such files.
+
+    Raises:
+        InputError: a file cannot be read, or a line has no text.
+    """
+    for name in names:
+        path = user_path(name, InputError)
+        if path.is_dir():
+            known = (*TEXT_ENDINGS, *LINE_ENDINGS)
+            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
+            if not files:
+                raise InputError(f"the folder {name!r} has no file that ends in {', '.join(known)}")
+        else:
+            files = [path]
+        for file in files:
+            yield from documents_of(file, text_field)
+
+
+def documents_of(file: Path, text_field: str) -> Iterator[str]:
+    """The documents of one file; empty ones are left out."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(file)!r} is not UTF-8 text: see its byte {error.start}") from None
+    if file.suffix.lower() not in LINE_ENDINGS:
+        if text:
+            yield text
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            found = text_of_line(line, text_field, f"{str(file)!r}, line {number}")
+            if found:
+                yield found
+
+
+def text_of_line(line: str, text_field: str, where: str) -> str:
+    """The text in a line of JSON."""
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON: {error.msg}") from None
+    found = content.get(text_field) if isinstance(content, dict) else None
+    if not isinstance(found, str):
+        raise InputError(f"{where} has no text in {text_field!r}; --text-field names the field")
+    return found
+
+
+def read_dataset(name: str, config: str | None, split: str, text_field: str) -> Iterator[str]:
+    """The texts of a Hugging Face dataset: a name on the hub, or a folder that `datasets` loads.
+
+    Raises:
+        InputError: there is no such dataset, or it has no such field.
+    """
+    import datasets
+
+    try:
+        if Path(name).is_dir() and (Path(name) / "state.json").is_file():
+            found = datasets.load_from_disk(name)
+        else:
+            found = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"there is no dataset {name!r} (split {split!r}): {reason}") from None
+    if text_field not in found.column_names:
+        columns = ", ".join(found.column_names)
+        raise InputError(f"the dataset {name!r} has no field {text_field!r}, it has {columns}")
+    yield from (text for text in found[text_field] if text)
+
+
+def held_out(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
+    """The documents before and after a border, which cuts the one that it falls into.
+
+    Args:
+        documents: in their order.
+        share: how much of all characters comes after the border.
+
+    Example:
+        >>> held_out(["aaaaa", "bbbbb"], 0.3)
+        (['aaaaa', 'bb'], ['bbb'])
+    """
+    left = int((1 - share) * sum(map(len, documents)))
+    before, after = [], []
+    for document in documents:
+        before.append(document[:left])
+        after.append(document[left:])
+        left = max(left - len(document), 0)
+    return list(filter(None, before)), list(filter(None, after))
+
+
+def tokenize(
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, end_of_text: bool = True
+) -> TokenRow:
+    """Documents as one row of tokens.
+
+    Args:
+        documents: texts.
+        tokenizer: what makes tokens of them.
+        end_of_text: whether the tokenizer's end token, where it has one, ends each document.
+    """
+    end = [tokenizer.eos_token_id] if end_of_text and tokenizer.eos_token_id is not None else []
+    pieces: list[NDArray[np.uint32]] = []
+    # Python 3.11 has no itertools.batched.
+    remaining = iter(documents)
+    while some := list(itertools.islice(remaining, DOCUMENTS_AT_ONCE)):
+        encoded = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+        pieces += [np.array([*ids, *end], dtype=np.uint32) for ids in encoded if ids]
+    lengths = [0, *(len(piece) for piece in pieces)]
+    starts = np.cumsum(lengths, dtype=np.int64)[:-1]
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
+    return TokenRow(tokens, starts if pieces else np.zeros(0, dtype=np.int64))

@@ -1,0 +1,364 @@
+"""A training run from its settings to a folder with a model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import signal
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from anymamba.checkpoint.paths import user_path
+from anymamba.errors import ConfigError, InputError
+from anymamba.modeling import MambaConfig, MambaForCausalLM
+from anymamba.training.data import TokenRow, texts_of, tokenize
+from anymamba.training.dropout import residual_dropout
+from anymamba.training.report import (
+    ConsoleReport,
+    MetricsFile,
+    draw_losses,
+    read_metrics,
+    tensorboard_callback,
+)
+from anymamba.training.safety import (
+    CANNOT_WRITE,
+    PARTIAL,
+    StopSignals,
+    last_checkpoint,
+    not_written,
+    publish,
+)
+from anymamba.training.settings import Settings
+from anymamba.training.tokenizers import open_tokenizer
+from anymamba.training.trainer import MambaTrainer
+from anymamba.training.validation import loss_of_stream, loss_of_windows
+
+__all__ = ["CONFIG_FILE", "Outcome", "train"]
+
+CONFIG_FILE = "training.yaml"
+RESULT_FILE = "training.json"
+METRICS_FILE = "metrics.jsonl"
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        folder: where everything is.
+        figures: what is known of it, as `training.json` has it.
+        stopped_by: the signal that ended it before its time, or None.
+    """
+
+    folder: Path
+    figures: dict[str, Any]
+    stopped_by: signal.Signals | None = None
+
+
+def train(
+    settings: Settings, *, resume: bool = False, overwrite: bool = False, visible: bool = False
+) -> Outcome:
+    """Train a model and store it, with its tokenizer, its settings and its history.
+
+    Args:
+        settings: everything that decides the result.
+        resume: go on from the last checkpoint in the output folder, if there is one.
+        overwrite: replace what an earlier run left there.
+        visible: whether to tell on standard error how it goes.
+
+    Returns:
+        How it ended. After SIGTERM or Ctrl-C a checkpoint is there, and no result.
+
+    Raises:
+        ConfigError: neither steps nor minutes are given, or the model does not fit the settings.
+        InputError: there is too little text, or it cannot be read.
+        TrainingError: the loss is no number any more, or a disk is full; the last checkpoint is
+            as it was.
+    """
+    if settings.steps is None and settings.minutes is None:
+        raise ConfigError("there is no budget: give steps or minutes")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    folder = opened_folder(settings, resume, overwrite)
+    checkpoints = folder / "checkpoints"
+    train_texts, validation_texts = texts_of(settings)
+    tokenizer = open_tokenizer(settings.tokenizer, train_texts, settings.vocab_size)
+    rows = [
+        tokenize(texts, tokenizer, settings.end_of_text)
+        for texts in (train_texts, validation_texts)
+    ]
+    validation = rows[1] if len(rows[1]) > 1 else None
+    set_seed(settings.seed)
+    model = new_model(settings, tokenizer)
+    trainer = MambaTrainer(model, settings, rows[0], validation, tokenizer, folder)
+    begun = last_checkpoint(checkpoints) if resume else None
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignals())
+        add_callbacks(trainer, stop, stack, begun, visible)
+        stack.enter_context(residual_dropout(model, settings.dropout, settings.embedding_dropout))
+        trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
+    if stop.received is not None and not spent(trainer):
+        return Outcome(folder, {"steps": trainer.progress.step}, stop.received)
+    return finish(trainer, tokenizer, validation, folder)
+
+
+def spent(trainer: MambaTrainer) -> bool:
+    """Whether the budget is used up."""
+    return trainer.share_spent(trainer.progress.step) >= 1
+
+
+def opened_folder(settings: Settings, resume: bool, overwrite: bool) -> Path:
+    """The output folder with the settings in it, empty unless a run is to go on."""
+    folder = user_path(settings.output, InputError)
+    used = [folder / name for name in ("checkpoints", "config.json", METRICS_FILE)]
+    if not resume and any(path.exists() for path in used):
+        if not overwrite:
+            raise InputError(
+                f"the folder {settings.output!r} has a run in it: go on with --resume, replace it "
+                "with --overwrite, or name another with --output"
+            )
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+    try:
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write into {settings.output!r}: {error.strerror}") from None
+    return folder
+
+
+def new_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> MambaForCausalLM:
+    """A model with random weights, or the one to go on from, in float32."""
+    if settings.model is not None:
+        found: MambaForCausalLM = MambaForCausalLM.from_pretrained(
+            settings.model, dtype=torch.float32
+        )
+        if found.config.vocab_size < len(tokenizer):
+            raise ConfigError(
+                f"the model {settings.model!r} knows {found.config.vocab_size} tokens, and the "
+                f"tokenizer has {len(tokenizer)}: name its own with --tokenizer"
+            )
+        return found
+    end = tokenizer.eos_token_id
+    config = MambaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.layers,
+        state_size=settings.state_size,
+        expand=settings.expand,
+        conv_kernel=settings.conv_kernel,
+        tie_word_embeddings=settings.tie_embeddings,
+        initializer_range=settings.initializer_range,
+        rescale_prenorm_residual=settings.rescale_residual,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return MambaForCausalLM(config)
+
+
+def add_callbacks(
+    trainer: MambaTrainer,
+    stop: StopSignals,
+    stack: ExitStack,
+    begun: Path | None,
+    visible: bool,
+) -> None:
+    """Who listens to a run. The course of events is decided first, reports follow."""
+    folder = trainer.checkpoints.parent
+    trainer.add_callback(Course(trainer, stop))
+    if trainer.is_world_process_zero():
+        after = 0 if begun is None else int(begun.name.split("-")[1])
+        trainer.add_callback(MetricsFile(folder / METRICS_FILE, after, trainer.checkpoints))
+        board = (
+            tensorboard_callback(folder / "tensorboard") if trainer.settings.tensorboard else None
+        )
+        if board is not None:
+            trainer.add_callback(board)
+        if visible:
+            trainer.add_callback(stack.enter_context(ConsoleReport(trainer)))
+
+
+class Course(TrainerCallback):
+    """When to log, evaluate, save and stop, and what to keep.
+
+    Args:
+        trainer: whose run.
+        stop: asked after each step.
+    """
+
+    def __init__(self, trainer: MambaTrainer, stop: StopSignals) -> None:
+        self._trainer, self._stop = trainer, stop
+        self._since = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        progress = self._trainer.progress
+        progress.start()
+        self._since = (progress.seconds, progress.tokens)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Decide."""
+        trainer, progress, settings = self._trainer, self._trainer.progress, self._trainer.settings
+        progress.step = state.global_step
+        progress.loss_count += 1
+        progress.tokens += (
+            settings.batch * settings.accumulation * settings.window * args.world_size
+        )
+        if state.global_step % settings.log_every == 0:
+            self._log()
+        over = trainer.share_spent(state.global_step) >= 1
+        control.should_training_stop = over or self._stop.received is not None
+        control.should_evaluate = trainer.validation is not None and (
+            over or state.global_step % settings.evaluate_every == 0
+        )
+        control.should_save = (
+            control.should_training_stop or state.global_step % settings.save_every == 0
+        )
+
+    def _log(self) -> None:
+        trainer, progress = self._trainer, self._trainer.progress
+        total = torch.tensor(progress.loss_sum, dtype=torch.float64, device=trainer.args.device)
+        loss = float(trainer.accelerator.reduce(total, "mean")) / progress.loss_count
+        progress.loss_sum, progress.loss_count = 0.0, 0
+        seconds, tokens = self._since
+        self._since = (progress.tick(), progress.tokens)
+        trainer.log(
+            {
+                "loss": loss,
+                "learning_rate": trainer.lr_scheduler.get_last_lr()[0],
+                "gradient_norm": trainer.gradient_norm,
+                "tokens": progress.tokens,
+                "seconds": round(progress.seconds, 3),
+                "tokens_per_second": round(
+                    (progress.tokens - tokens) / max(progress.seconds - seconds, 1e-9), 1
+                ),
+            }
+        )
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Keep the weights if they are the best; stop if they have long not been."""
+        trainer, settings = self._trainer, self._trainer.settings
+        if trainer.progress.note_loss(metrics["eval_loss"], state.global_step):
+            if state.is_world_process_zero and settings.keep == "best":
+                store(trainer.model, trainer.checkpoints / BEST, "float32", trainer.checkpoints)
+        elif settings.patience and trainer.progress.without_better >= settings.patience:
+            control.should_training_stop = control.should_save = True
+        if settings.sample_prompt is not None and state.is_world_process_zero:
+            text = sample(trainer, settings.sample_prompt, settings.sample_tokens)
+            trainer.log({"sample": text})  # type: ignore[dict-item]
+
+
+def sample(trainer: MambaTrainer, prompt: str, length: int) -> str:
+    """How the model goes on from a prompt. Training's own random numbers are left alone."""
+    tokenizer = trainer._tokenizer
+    assert tokenizer is not None
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    training = model.training
+    model.eval()
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(trainer.settings.seed)
+        tokens = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=length,
+            do_sample=True,
+            temperature=0.8,
+            top_k=0,
+        )
+    model.train(training)
+    return str(tokenizer.decode(tokens[0]))
+
+
+def store(model: Any, target: Path, dtype: str, checkpoints: Path, tokenizer: Any = None) -> None:
+    """Write a model folder, whole or not at all."""
+    partial = target.with_name(f"{PARTIAL}-{target.name}")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if dtype == "bfloat16":
+            model = copy.deepcopy(model).to(torch.bfloat16)
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        publish(partial, target)
+    except CANNOT_WRITE as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise not_written(str(target), error, checkpoints) from error
+
+
+def finish(
+    trainer: MambaTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    validation: TokenRow | None,
+    folder: Path,
+) -> Outcome:
+    """Put the result in its place, measure what was stored, and write down how it came about."""
+    settings, progress = trainer.settings, trainer.progress
+    figures: dict[str, Any] = {
+        "parameters": trainer.model.num_parameters(),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 1),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+    if not trainer.is_world_process_zero():
+        return Outcome(folder, figures)
+    best = trainer.checkpoints / BEST
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if settings.keep == "best" and best.is_dir() and progress.best_step:
+        model = MambaForCausalLM.from_pretrained(best)
+        figures["best_step"] = progress.best_step
+    result = trainer.checkpoints / "result"
+    store(model, result, settings.store, trainer.checkpoints, tokenizer)
+    for file in result.iterdir():
+        file.replace(folder / file.name)
+    result.rmdir()
+    if validation is not None:
+        figures |= measure(folder, validation, settings)
+    lines = read_metrics(folder / METRICS_FILE)
+    if settings.plot:
+        figures["picture"] = draw_losses(lines, folder / "loss.png")
+    content = {"settings": asdict(settings), "result": figures, "curve": curve(lines)}
+    text = json.dumps(content, indent=1) + "\n"
+    (folder / RESULT_FILE).write_text(text, encoding="utf-8")
+    return Outcome(folder, figures)
+
+
+def measure(folder: Path, validation: TokenRow, settings: Settings) -> dict[str, float]:
+    """The losses of what was stored, computed in float32."""
+    stored = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    window = settings.evaluation_window or settings.window
+    return {
+        "validation_tokens": len(validation),
+        "validation_loss_windows": loss_of_windows(stored, validation, window).mean,
+        "validation_loss_stream": loss_of_stream(stored, validation).mean,
+    }
+
+
+def curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations, each with the training loss before it."""
+    points, recent, seconds = [], None, None
+    for line in lines:
+        recent, seconds = line.get("loss", recent), line.get("seconds", seconds)
+        if "eval_loss" in line:
+            points.append(
+                {
+                    "step": line["step"],
+                    "seconds": seconds,
+                    "loss": recent,
+                    "validation_loss": line["eval_loss"],
+                }
+            )
+    return points

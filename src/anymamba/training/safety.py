@@ -1,0 +1,137 @@
+"""Nothing is lost: checkpoints that are whole or not there, and signals that wait for the step."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from safetensors import SafetensorError
+
+from anymamba.errors import TrainingError
+
+__all__ = [
+    "CANNOT_WRITE",
+    "StopSignals",
+    "checkpoints_in",
+    "keep_last",
+    "last_checkpoint",
+    "not_written",
+    "publish",
+]
+
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
+"""What torch, safetensors and Python raise where a disk is full."""
+
+PARTIAL = ".partial"
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and Ctrl-C ask for an end after the step, and end nothing.
+
+    A second Ctrl-C ends at once. Only the main thread can do this; elsewhere it does nothing.
+
+    Attributes:
+        received: the first signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, the oldest first."""
+    found = []
+    for entry in folder.glob("checkpoint-*"):
+        number = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+        if number and entry.is_dir():
+            found.append((int(number[1]), entry))
+    return [entry for _, entry in sorted(found)]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    found = checkpoints_in(folder)
+    return found[-1] if found else None
+
+
+def keep_last(folder: Path, count: int) -> None:
+    """Remove all but the newest checkpoints."""
+    for entry in checkpoints_in(folder)[:-count]:
+        remove(entry)
+
+
+def remove(entry: Path) -> None:
+    """Remove a folder so that no half of it is ever taken for a whole one."""
+    if entry.exists():
+        doomed = entry.with_name(f"{PARTIAL}-removed-{entry.name}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        entry.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a finished folder its name, once all of it is on the disk.
+
+    Args:
+        partial: the folder, on the same disk.
+        target: its name; a folder that has it is replaced.
+    """
+    for entry in (*partial.rglob("*"), partial):
+        flush(entry)
+    remove(target)
+    partial.rename(target)
+    flush(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Ask the system to bring a file, or a folder's list of names, to the disk itself."""
+    if path.is_dir() and os.name != "posix":  # Windows cannot open a folder to flush it
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def not_written(what: str, error: BaseException, folder: Path) -> TrainingError:
+    """The error for what could not be written, and what is left.
+
+    Args:
+        what: what was to be written.
+        error: what the library below said.
+        folder: where the checkpoints are.
+    """
+    reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
+    last = last_checkpoint(folder)
+    left = "there is no checkpoint yet" if last is None else f"the last checkpoint is {str(last)!r}"
+    return TrainingError(
+        f"cannot write {what}: {reason}; {left}. Free some space, then go on with --resume"
+    )

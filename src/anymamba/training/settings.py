@@ -1,0 +1,332 @@
+"""Every setting of a training run, in one flat dataclass: checked, read from YAML, written to YAML.
+
+A YAML file, a preset and the command line name the same fields. What wins: flags over the file,
+the file over its preset, the preset over the defaults here. Imports neither torch nor yaml until
+it must, because the command line's `--help` is made from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from anymamba.checkpoint.paths import user_path
+from anymamba.errors import ConfigError
+
+__all__ = ["PRESETS", "Settings", "read_yaml", "settings_from"]
+
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {"hidden_size": 64, "layers": 2, "batch": 8, "learning_rate": 5e-3},
+    "small": {"hidden_size": 256, "layers": 8, "state_size": 16, "batch": 8, "dropout": 0.1},
+    "medium": {"hidden_size": 512, "layers": 12, "batch": 16, "window": 512},
+    "130m": {
+        "hidden_size": 768,
+        "layers": 24,
+        "batch": 8,
+        "accumulation": 32,
+        "window": 2048,
+        "order": "shuffled",
+        "tokenizer": "bpe",
+        "vocab_size": 32768,
+        "learning_rate": 3e-3,
+        "final_learning_rate": 1e-5,
+        "gradient_checkpointing": True,
+    },
+    "370m": {
+        "hidden_size": 1024,
+        "layers": 48,
+        "batch": 8,
+        "accumulation": 32,
+        "window": 2048,
+        "order": "shuffled",
+        "tokenizer": "bpe",
+        "vocab_size": 32768,
+        "learning_rate": 1.5e-3,
+        "final_learning_rate": 1e-5,
+        "gradient_checkpointing": True,
+    },
+}
+"""Sizes with settings that suit them. The last two have the sizes and rates of the paper."""
+
+
+def setting(default: Any, text: str, **facts: Any) -> Any:
+    """A field with its help text, and what its value may be (`choices`, `low`, `high`)."""
+    return field(default=default, metadata={"help": text, **facts})
+
+
+def listed(text: str) -> dict[str, Any]:
+    """The metadata of a field that holds a list of names."""
+    return {"help": text, "many": True}
+
+
+@dataclass
+class Settings:
+    """What a training run does. Every field is a line of the YAML file and an option of the
+    command line; `field.metadata["help"]` says what it means.
+
+    Raises:
+        ConfigError: a value makes no sense, naming the field, the value and what was expected.
+
+    Example:
+        >>> Settings(data=["book.txt"], steps=100).batch
+        8
+        >>> Settings(data=["book.txt"], batch=0)
+        Traceback (most recent call last):
+        anymamba.errors.ConfigError: batch must be a whole number of at least 1, got 0
+    """
+
+    # What is read.
+    data: list[str] = field(
+        default_factory=list, metadata=listed("text files, JSON lines (.jsonl) or folders of them")
+    )
+    dataset: str | None = setting(None, "a Hugging Face dataset in place of --data")
+    dataset_config: str | None = setting(None, "which of the dataset's configurations")
+    dataset_split: str = setting("train", "which of the dataset's splits")
+    text_field: str = setting("text", "where JSON lines and datasets have their text")
+    validation_data: list[str] = field(
+        default_factory=list, metadata=listed("texts held out; without them the end of the data is")
+    )
+    validation_share: float = setting(
+        0.1, "how much of the data's end is held out", low=0.0, high=0.9
+    )
+    tokenizer: str = setting(
+        "byte", "byte, bpe (trained on the data), or a folder or name on the hub to reuse"
+    )
+    vocab_size: int = setting(4096, "how many tokens a trained bpe has", low=257)
+    end_of_text: bool = setting(True, "end each document with the tokenizer's end token, if any")
+
+    # How it is laid in batches.
+    window: int = setting(256, "tokens a row", low=1)
+    batch: int = setting(8, "rows a batch, on each process", low=1)
+    accumulation: int = setting(1, "batches a step", low=1)
+    order: str = setting(
+        "random",
+        "random: windows from random places; shuffled: windows side by side, in a new order each "
+        "time; carried: one after the other, the state carried on",
+        choices=("random", "shuffled", "carried"),
+    )
+
+    # The model.
+    model: str | None = setting(None, "a model to go on from, in place of random weights")
+    hidden_size: int = setting(128, "width", low=1)
+    layers: int = setting(4, "layers", low=1)
+    state_size: int = setting(16, "states of a channel", low=1)
+    expand: int = setting(2, "the inner width over the width", low=1)
+    conv_kernel: int = setting(4, "width of the convolution", low=1)
+    tie_embeddings: bool = setting(True, "use the embeddings as the head")
+    initializer_range: float = setting(0.02, "how widely embeddings are drawn", low=0.0)
+    rescale_residual: bool = setting(True, "draw out_proj smaller, the deeper the model")
+    dropout: float = setting(
+        0.0, "dropout on the residual branch, while training", low=0.0, high=0.99
+    )
+    embedding_dropout: float = setting(
+        0.0, "dropout on the embeddings, while training", low=0.0, high=0.99
+    )
+
+    # The recipe.
+    steps: int | None = setting(None, "how many steps to take", low=1)
+    minutes: float | None = setting(
+        None, "how long to train by the clock, in place of --steps", low=0.0
+    )
+    learning_rate: float = setting(3e-3, "the highest learning rate", low=0.0)
+    final_learning_rate: float = setting(3e-5, "the last learning rate", low=0.0)
+    schedule: str = setting(
+        "cosine",
+        "how the rate falls after the warm-up",
+        choices=("cosine", "linear", "constant"),
+    )
+    warm_up: float = setting(0.03, "share of the budget in which the rate rises", low=0.0, high=1.0)
+    beta1: float = setting(0.9, "of AdamW", low=0.0, high=0.9999)
+    beta2: float = setting(0.95, "of AdamW", low=0.0, high=0.99999)
+    weight_decay: float = setting(0.1, "on matrices; never on A_log, D, biases, norms", low=0.0)
+    decay_embeddings: bool = setting(True, "decay the embeddings as matrices")
+    gradient_clip: float = setting(1.0, "largest norm of the gradients; 0 is any", low=0.0)
+    seed: int = setting(1, "of the weights, the order and the dropout", low=0)
+
+    # How it is computed.
+    dtype: str = setting(
+        "auto",
+        "auto: bfloat16 where the processor has instructions for it, else float32",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    device: str = setting(
+        "auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda", "mps")
+    )
+    threads: int | None = setting(None, "threads for torch", low=1)
+    gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
+    compile: bool = setting(False, "compile the model with torch.compile")
+
+    # What is looked at and kept.
+    log_every: int = setting(10, "steps between lines of metrics", low=1)
+    evaluate_every: int = setting(200, "steps between evaluations", low=1)
+    evaluate_windows: int | None = setting(
+        None, "evaluate on so many windows, spread evenly; by default on all", low=1
+    )
+    evaluation_window: int | None = setting(
+        None, "tokens of such a window; default --window", low=1
+    )
+    patience: int | None = setting(
+        None, "stop after so many evaluations without a better one", low=1
+    )
+    save_every: int = setting(200, "steps between checkpoints", low=1)
+    keep_checkpoints: int = setting(2, "how many of the last checkpoints to keep", low=1)
+    keep: str = setting("best", "which weights are the result", choices=("best", "last"))
+    sample_prompt: str | None = setting(None, "show how the model goes on from this")
+    sample_tokens: int = setting(200, "how far it goes on", low=1)
+    store: str = setting(
+        "float32", "the type of the stored weights", choices=("float32", "bfloat16")
+    )
+    plot: bool = setting(True, "draw the curve of losses, as loss.png")
+    tensorboard: bool = setting(True, "write for TensorBoard, where it is installed")
+
+    # Where it goes.
+    output: str = setting("trained", "the folder to write")
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            setattr(self, entry.name, checked(entry.name, getattr(self, entry.name)))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.steps is not None and self.minutes is not None:
+            raise ConfigError("steps and minutes exclude each other: give one")
+        if self.data and self.dataset:
+            raise ConfigError("data and dataset exclude each other: give one")
+        if self.order == "carried" and self.gradient_checkpointing:
+            raise ConfigError(
+                "gradient_checkpointing computes twice from a state that order 'carried' has "
+                "overwritten by then: switch one of them off"
+            )
+        if self.final_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"final_learning_rate={self.final_learning_rate:g} must not exceed "
+                f"learning_rate={self.learning_rate:g}"
+            )
+
+    def to_yaml(self) -> str:
+        """Every setting, in the order of the fields, as a file that `read_yaml` reads.
+
+        Example:
+            >>> Settings(data=["book.txt"]).to_yaml().splitlines()[:2]
+            ['data:', '- book.txt']
+        """
+        import yaml
+
+        text: str = yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        return text
+
+
+def checked(name: str, value: Any) -> Any:
+    """The value of a field as it is kept, or an error that says what it may be."""
+    entry = Settings.__dataclass_fields__[name]
+    kind, facts = str(entry.type), entry.metadata
+    if value is None and "None" in kind:
+        return None
+    if "list" in kind:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+            raise refuse(name, "a name or a list of names", value)
+        return list(values)
+    if kind.startswith("bool"):
+        if not isinstance(value, bool):
+            raise refuse(name, "true or false", value)
+        return value
+    if kind.startswith("str"):
+        choices = facts.get("choices")
+        if not isinstance(value, str) or not value or (choices and value not in choices):
+            raise refuse(name, f"one of {', '.join(choices)}" if choices else "a text", value)
+        return value
+    return checked_number(name, kind.startswith("int"), value, facts)
+
+
+def checked_number(name: str, whole: bool, value: Any, facts: Mapping[str, Any]) -> Any:
+    """A number within its bounds."""
+    number = as_number(value)
+    low, high = facts.get("low", -math.inf), facts.get("high", math.inf)
+    fits = number is not None and math.isfinite(number) and low <= number <= high
+    if number is None or not fits or (whole and number != int(number)):
+        least = f" of at least {low:g}" if math.isfinite(low) else ""
+        most = f" and at most {high:g}" if math.isfinite(high) else ""
+        raise refuse(name, f"a {'whole ' if whole else ''}number{least}{most}", value)
+    return int(number) if whole else float(number)
+
+
+def as_number(value: Any) -> float | None:
+    """A number; also where YAML reads 3e-3, which lacks its point, as text."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return value
+    try:
+        return float(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+
+
+def refuse(name: str, expected: str, value: Any) -> ConfigError:
+    """The error for a wrong value."""
+    return ConfigError(f"{name} must be {expected}, got {value!r}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings that a YAML file names; `preset` may be one of them.
+
+    Raises:
+        ConfigError: the file cannot be read, is no mapping, or names what is no setting.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(user_path(path, ConfigError).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot read {str(path)!r}: {reason}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{str(path)!r} must name settings, one a line, as in 'steps: 100'")
+    for name in content:
+        if name != "preset" and name not in Settings.__dataclass_fields__:
+            raise ConfigError(f"{str(path)!r}: there is no setting {name!r}{meant(name)}")
+    return content
+
+
+def meant(name: Any) -> str:
+    """What was probably meant."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(str(name), list(Settings.__dataclass_fields__), n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; anymamba train --help lists them"
+
+
+def settings_from(
+    config: str | Path | None = None, preset: str | None = None, **flags: Any
+) -> Settings:
+    """Settings from a YAML file, a preset and flags, each over the one before it.
+
+    Args:
+        config: a YAML file.
+        preset: one of `PRESETS`; over the one that the file names.
+        **flags: fields of `Settings`; None is "not given".
+
+    Raises:
+        ConfigError: a value makes no sense.
+
+    Example:
+        >>> settings_from(preset="tiny", layers=3).hidden_size
+        64
+    """
+    content = {} if config is None else read_yaml(config)
+    named = content.pop("preset", None)
+    preset = preset or named
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    given = {name: value for name, value in flags.items() if value is not None}
+    # A budget of the one kind replaces one of the other.
+    for one, other in (("steps", "minutes"), ("minutes", "steps")):
+        if one in given and other not in given:
+            content.pop(other, None)
+    return Settings(**{**(PRESETS[preset] if preset else {}), **content, **given})

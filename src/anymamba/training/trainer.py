@@ -1,0 +1,316 @@
+"""Transformers' Trainer for Mamba: the paper's recipe, states carried, and nothing lost.
+
+What it adds to its parent: which weights decay, a learning rate that follows steps or the clock,
+losses of rows whose targets come along, states that go from one batch to the next, evaluation in
+windows, checkpoints that are whole or not there, and an end where numbers stop being numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from anymamba.errors import TrainingError
+from anymamba.modeling import MambaCache, MambaForCausalLM
+from anymamba.training.arguments import rate_at, training_arguments
+from anymamba.training.data import TokenRow
+from anymamba.training.packing import Rows, collate
+from anymamba.training.progress import Progress
+from anymamba.training.safety import CANNOT_WRITE, PARTIAL, keep_last, not_written, publish
+from anymamba.training.settings import Settings
+from anymamba.training.validation import loss_of_windows, summed_loss
+
+__all__ = ["MambaTrainer", "decays"]
+
+
+class MambaTrainer(Trainer):
+    """Trains a Mamba language model on rows of tokens.
+
+    Args:
+        model: what to train.
+        settings: how.
+        train: the documents.
+        validation: documents held out, or None.
+        tokenizer: stored with each checkpoint.
+        folder: where `checkpoints/` is; by default the settings' output.
+        callbacks: further ones of Transformers.
+
+    Attributes:
+        progress: the run's past, over all interruptions.
+
+    Raises:
+        InputError: the documents are too short.
+        TrainingError (from `train`): a loss is no number any more, or a disk is full.
+    """
+
+    def __init__(
+        self,
+        model: MambaForCausalLM,
+        settings: Settings,
+        train: TokenRow,
+        validation: TokenRow | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        folder: Path | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.validation = validation
+        self.checkpoints = (folder or Path(settings.output)) / "checkpoints"
+        self.progress = Progress(text=zlib.crc32(train.tokens))
+        self.gradient_norm = 0.0
+        self._tokenizer = tokenizer
+        self._cache: MambaCache | None = None
+        arguments = training_arguments(settings, self.checkpoints)
+        a_batch = settings.batch * arguments.world_size
+        rows = Rows(
+            train,
+            settings.window,
+            settings.order,
+            streams=a_batch,
+            count=a_batch * settings.accumulation * arguments.max_steps,
+            seed=settings.seed,
+        )
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    # The recipe.
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW that decays matrices only."""
+        if self.optimizer is None:
+            groups: dict[bool, list[Tensor]] = {True: [], False: []}
+            for name, weight in (self.model if model is None else model).named_parameters():
+                if weight.requires_grad:
+                    groups[decays(name, weight, self.settings.decay_embeddings)].append(weight)
+            self.optimizer = torch.optim.AdamW(
+                [
+                    {"params": groups[True], "weight_decay": self.settings.weight_decay},
+                    {"params": groups[False], "weight_decay": 0.0},
+                ],
+                lr=self.settings.learning_rate,
+                betas=(self.settings.beta1, self.settings.beta2),
+                fused=True,
+            )
+        return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> LambdaLR:
+        """The learning rate by the share of the budget that is spent."""
+        if self.lr_scheduler is None:
+            highest = self.settings.learning_rate
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: rate_at(self.settings, self.share_spent(step)) / (highest or 1.0),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def share_spent(self, step: int) -> float:
+        """How much of the steps, or of the minutes, is used up after `step` steps; 1 is all."""
+        if self.settings.minutes is not None:
+            return self.progress.tick() / max(60 * self.settings.minutes, 1e-9)
+        return step / (self.settings.steps or math.inf)
+
+    # A step.
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The mean loss of the step's predictions, of which this batch has a share."""
+        targets = inputs["shift_labels"]
+        given: dict[str, Any] = {"input_ids": inputs["input_ids"], "use_cache": False}
+        if "seq_idx" in inputs:
+            given["seq_idx"] = inputs["seq_idx"]
+        if self.settings.order == "carried":
+            given |= {"cache": self._carried_state(inputs["begins"]), "use_cache": True}
+        outputs = model(**given)
+        loss = summed_loss(outputs.logits, targets)
+        loss = loss / (
+            (targets != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        )
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # DDP takes the mean over processes, of what is a share of the sum here.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _carried_state(self, begins_b: Tensor) -> MambaCache:
+        """The state after the batch before this one, emptied where a row's text begins."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self._cache is None:
+            self._cache = MambaCache(model.config, begins_b.shape[0], model.dtype, begins_b.device)
+        self._cache.conv_states[:, begins_b] = 0
+        self._cache.ssm_states[:, begins_b] = 0
+        return self._cache
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one batch.
+
+        Raises:
+            TrainingError: the loss is no number.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        value = float(loss)
+        if not math.isfinite(value):
+            raise self._no_number("loss", value)
+        self.progress.loss_sum += value
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.gradient_norm = float(norm)
+        if not math.isfinite(self.gradient_norm):
+            raise self._no_number("norm of the gradients", self.gradient_norm)
+        return norm
+
+    def _no_number(self, what: str, value: float) -> TrainingError:
+        last = self.checkpoints / f"checkpoint-{self.progress.step}"
+        return TrainingError(
+            f"the {what} became {value} in step {self.state.global_step + 1}. Lower learning_rate "
+            "or gradient_clip, or compute in float32; "
+            + (
+                f"{str(last)!r} and those before are as they were: go on with --resume"
+                if last.is_dir()
+                else f"what was saved in {str(self.checkpoints)!r} is as it was"
+            )
+        )
+
+    # Evaluation.
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The loss on the text held out, in windows side by side, each from an empty state.
+
+        Returns:
+            `eval_loss` in nats per token; empty where nothing is held out.
+        """
+        row = self.validation if eval_dataset is None else eval_dataset
+        if row is None or len(row) < 2:
+            return {}
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        training = model.training
+        model.eval()
+        loss = loss_of_windows(
+            model,
+            row,
+            self.settings.evaluation_window or self.settings.window,
+            most=self.settings.evaluate_windows,
+            batch=self.settings.batch,
+            share=(self.args.process_index, self.args.world_size),
+        )
+        model.train(training)
+        sums = torch.tensor([loss.total, loss.count], dtype=torch.float64, device=self.args.device)
+        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Tell all who listen; without the epoch, which our endless row of rows has not."""
+        self.state.epoch = None
+        super().log(logs, start_time)
+
+    # Checkpoints.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where a checkpoint is written before it gets its name."""
+        return str(self.checkpoints / PARTIAL)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint beside the others, give it its name when it is whole, keep the last.
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        name = f"checkpoint-{self.state.global_step}"
+        partial = self.checkpoints / PARTIAL
+        try:
+            if self.args.should_save:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self._cache is not None:
+                blocks = {"conv": self._cache.conv_states, "ssm": self._cache.ssm_states}
+                save_file(blocks, partial / name / self._state_file)
+            if self.args.should_save:
+                self.progress.tick()
+                self.progress.save(partial / name)
+                if self._tokenizer is not None:
+                    self._tokenizer.save_pretrained(partial / name)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                publish(partial / name, self.checkpoints / name)
+                keep_last(self.checkpoints, self.settings.keep_checkpoints)
+        except CANNOT_WRITE as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise not_written(
+                f"the checkpoint of step {self.state.global_step}", error, self.checkpoints
+            ) from error
+
+    @property
+    def _state_file(self) -> str:
+        return f"carried-{self.args.process_index}.safetensors"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        text = self.progress.text
+        self.progress = Progress.load(folder)
+        if self.progress.text != text:
+            raise TrainingError(
+                f"{resume_from_checkpoint!r} was trained on another text or with another "
+                "tokenizer: give the same data, or begin anew with --overwrite"
+            )
+        if self.settings.order == "carried" and (folder / self._state_file).is_file():
+            blocks = load_file(folder / self._state_file)
+            cache = MambaCache(
+                self.model.config, self.settings.batch, self.model.dtype, self.args.device
+            )
+            cache.conv_states.copy_(blocks["conv"])
+            cache.ssm_states.copy_(blocks["ssm"])
+            self._cache = cache
+
+
+def decays(name: str, weight: Tensor, embeddings: bool = True) -> bool:
+    """Whether weight decay applies: to the matrices of projections, and to embeddings if asked.
+
+    A_log and D set time constants and biases set offsets: pulled to zero they would mean another
+    thing, not less. Norms' gains and the convolutions' few taps keep their size, too.
+
+    Example:
+        >>> decays("layers.0.mixer.A_log", torch.ones(2, 2))
+        False
+
+    Source: Gu and Dao, 2023, appendix E.2; the original code marks A_log, D and the step's bias.
+    """
+    if weight.ndim != 2 or name.endswith("A_log"):
+        return False
+    return embeddings or not name.endswith(("embeddings.weight", "lm_head.weight"))
