@@ -49,6 +49,7 @@ class Engine:
         threads: how many threads compute; None takes `ANYMAMBA_NUM_THREADS`, else all processors.
 
     Attributes:
+        weights: the model's tensors and config, as they were given.
         config: the model's config, in Transformers' names.
         weights_kind: "f32", "bf16", "f16", "int8" or "int4".
         weight_bytes: the bytes that the weights take, which each decoded token reads.
@@ -79,6 +80,7 @@ class Engine:
         self._network = Network(weights, threads)
         self._identity = Identity(weights.config, self._network.vocabulary, weights.digest)
         self._codec = TextCodec(open_tokenizer)
+        self.weights = weights
         self.config = dict(weights.config)
         self.weights_kind = weights.kind
         self.weight_bytes = weights.nbytes

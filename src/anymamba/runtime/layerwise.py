@@ -1,6 +1,7 @@
-"""A model run one layer at a time, so that what each of its matrices reads can be looked at.
+"""A model run one layer at a time, so that what each of its parts computes can be looked at.
 
-This is for `calibration`: `Network` runs a model faster, and shows nothing on the way. A layer is
+This is for `calibration` and `inspection`: `Network` runs a model faster, and shows nothing on the
+way. A layer is
 
     hidden = hidden + out_proj(mixed(normed(hidden)))
 
@@ -21,10 +22,29 @@ from anymamba.errors import ConfigError
 from anymamba.runtime.native import core
 from anymamba.runtime.quantization import QuantizedArray
 
-__all__ = ["Layer", "Matrix", "check_computable", "epsilon_of", "linear", "normed"]
+__all__ = ["Layer", "Matrix", "Selected", "check_computable", "epsilon_of", "linear", "normed"]
 
 Matrix = NDArray[np.float32] | QuantizedArray
 """A weight (n, k); one that is quantized is multiplied with as `Network` does it."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a layer's scan reads of a text.
+
+    Args:
+        x_ble: the convolved input, which is written into the state.
+        z_ble: the gate.
+        dt_ble: what the step size is made of: Delta = softplus(dt + bias).
+        B_bln: where in the state x is written.
+        C_bln: from where in the state is read.
+    """
+
+    x_ble: NDArray[np.float32]
+    z_ble: NDArray[np.float32]
+    dt_ble: NDArray[np.float32]
+    B_bln: NDArray[np.float32]
+    C_bln: NDArray[np.float32]
 
 
 @dataclass
@@ -99,23 +119,32 @@ class Layer:
         """What `in_proj` reads, (b, l, d)."""
         return normed(hidden_bld, self.norm_d, self.epsilon)
 
-    def mixed(self, normed_bld: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What `out_proj` reads, (b, l, e): convolved, scanned and gated, each text by itself."""
-        native = core()
+    def selected(self, normed_bld: NDArray[np.float32]) -> Selected:
+        """What the scan reads: made of the text, which is what selection means."""
         xz = linear(normed_bld, self.in_proj, self.in_proj_bias)
         e, (r, n) = self.conv_ek.shape[0], (self.dt_proj.shape[1], self.A_en.shape[1])
         x_ble, z_ble = xz[..., :e], xz[..., e:]
         convolved = np.empty(x_ble.shape, np.float32)
-        native.conv(
+        core().conv(
             x_ble, self.conv_ek, self.conv_bias, True, None, None, 0, False, convolved, None
         )
         projected = linear(convolved, self.x_proj)
-        delta_ble = linear(projected[..., :r], self.dt_proj)
-        B_blgn, C_blgn = projected[..., None, r : r + n], projected[..., None, r + n :]
-        y_ble = np.empty(x_ble.shape, np.float32)
-        native.scan(
-            *(convolved, delta_ble, self.A_en, B_blgn, C_blgn, self.D_e, z_ble, self.dt_bias_e),
-            *(True, None, None, 0, False, y_ble, None, None),
+        return Selected(
+            x_ble=convolved,
+            z_ble=z_ble,
+            dt_ble=linear(projected[..., :r], self.dt_proj),
+            B_bln=projected[..., r : r + n],
+            C_bln=projected[..., r + n :],
+        )
+
+    def mixed(self, normed_bld: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What `out_proj` reads, (b, l, e): convolved, scanned and gated, each text by itself."""
+        found = self.selected(normed_bld)
+        B_blgn, C_blgn = found.B_bln[..., None, :], found.C_bln[..., None, :]
+        y_ble = np.empty(found.x_ble.shape, np.float32)
+        core().scan(
+            *(found.x_ble, found.dt_ble, self.A_en, B_blgn, C_blgn, self.D_e, found.z_ble),
+            *(self.dt_bias_e, True, None, None, 0, False, y_ble, None, None),
         )
         return y_ble
 
