@@ -8,7 +8,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from anymamba.cli.model_options import add_model_arguments, add_weights_arguments
+from anymamba.cli.model_options import (
+    add_adapter_argument,
+    add_model_arguments,
+    add_weights_arguments,
+)
 from anymamba.cli.opening import (
     beginning_state,
     check_writable,
@@ -76,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_length_arguments(parser)
     add_sampling_arguments(parser)
     add_model_arguments(parser)
+    add_adapter_argument(parser)
     add_weights_arguments(parser)
 
 

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.continuation import Continuation
 from anymamba.cli.figures import figures_line, figures_of
-from anymamba.cli.model_options import WEIGHTS, add_model_arguments, add_weights_arguments
+from anymamba.cli.model_options import (
+    WEIGHTS,
+    add_adapter_argument,
+    add_model_arguments,
+    add_weights_arguments,
+)
 from anymamba.cli.opening import beginning_state, check_writable, model_name, open_engine
 from anymamba.cli.output import Output, tell
 from anymamba.cli.prompt import prompt_from
@@ -63,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_length_arguments(parser)
     add_sampling_arguments(parser)
     add_model_arguments(parser)
+    add_adapter_argument(parser)
     add_weights_arguments(parser)
     parser.add_argument(
         "--device", default="cpu", help="cpu, or where PyTorch is to compute, such as cuda"

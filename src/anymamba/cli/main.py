@@ -29,6 +29,8 @@ COMMANDS = {
     "bench": "measure how fast a model runs here",
     "run": "run a program that imports mamba_ssm or causal_conv1d",
     "train": "train a model on texts",
+    "finetune": "train a model further, or an adapter of it",
+    "merge": "store a model with an adapter merged into it",
     "quantize": "store a model with 8- or 4-bit weights",
     "convert": "store a model in another layout",
     "completion": "print a script that lets a shell complete commands",

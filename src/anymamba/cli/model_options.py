@@ -9,6 +9,7 @@ from anymamba.runtime.native import MOST_THREADS
 
 __all__ = [
     "WEIGHTS",
+    "add_adapter_argument",
     "add_model_arguments",
     "add_offline_argument",
     "add_threads_argument",
@@ -32,6 +33,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder with a tokenizer.json, or that file, if the model comes without one",
     )
     add_offline_argument(group)
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare `--adapter`."""
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="a LoRA or DoRA adapter, merged on loading; without --model its own model is used",
+    )
 
 
 def add_offline_argument(group: argparse._ActionsContainer) -> None:

@@ -31,28 +31,39 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
         arguments.model,
         weights=arguments.weights,
         threads=arguments.threads,
+        adapter=adapter_of(arguments),
         tokenizer=arguments.tokenizer,
         offline=arguments.offline,
     )
 
 
+def adapter_of(arguments: argparse.Namespace) -> str | None:
+    """The adapter, for commands that take one."""
+    folder: str | None = getattr(arguments, "adapter", None)
+    return folder
+
+
 def tokenizer_place(arguments: argparse.Namespace) -> Path:
     """The folder or file that the tokenizer comes from."""
-    from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.paths import user_path
+    from anymamba.runtime.loading import model_of
 
     if arguments.tokenizer is not None:
         return user_path(arguments.tokenizer)
-    if arguments.model is None:
-        return bundled_model()
-    file = user_path(arguments.model)
-    return file if file.is_file() else resolve(arguments.model, offline=arguments.offline)
+    adapter = adapter_of(arguments)
+    if adapter is not None and (user_path(adapter) / "tokenizer.json").is_file():
+        return user_path(adapter)
+    model = model_of(arguments.model, adapter)
+    file = user_path(model)
+    return file if file.is_file() else resolve(model, offline=arguments.offline)
 
 
 def model_name(arguments: argparse.Namespace) -> str:
     """What the output calls the model."""
-    return "bundled" if arguments.model is None else str(arguments.model)
+    if arguments.model is None:
+        return adapter_of(arguments) or "bundled"
+    return str(arguments.model)
 
 
 def beginning_state(engine: Engine, file: str | None) -> State:

@@ -7,7 +7,11 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
-from anymamba.cli.model_options import add_model_arguments, add_weights_arguments
+from anymamba.cli.model_options import (
+    add_adapter_argument,
+    add_model_arguments,
+    add_weights_arguments,
+)
 from anymamba.cli.opening import model_name, open_engine
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import finite
@@ -37,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="UTF-8 text; - is standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
+    add_adapter_argument(parser)
     add_weights_arguments(parser)
 
 

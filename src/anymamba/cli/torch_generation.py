@@ -30,6 +30,7 @@ WITHOUT_COUNTERPART = {
     "stop_id": [],
     "state": None,
     "save_state": None,
+    "adapter": None,
 }
 
 

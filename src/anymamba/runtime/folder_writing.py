@@ -17,7 +17,8 @@ from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["check_apart", "check_destination", "write_folder"]
 
-_KNOWN = (*SMALL_FILES, *SAFETENSORS_NAMES, "README.md", "LICENSE")
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+_KNOWN = (*SMALL_FILES, *SAFETENSORS_NAMES, *_ADAPTER, "README.md", "LICENSE")
 _PATTERNS = ("model-*.safetensors", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 

@@ -1,0 +1,61 @@
+"""`anymamba merge`: store a model with an adapter merged into it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from anymamba.cli.model_options import add_offline_argument
+from anymamba.cli.quiet import quiet
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Merge a LoRA or DoRA adapter into the model that it was trained on, and store the result as an
+ordinary model, in Transformers' layout. The sums are made in float32 and rounded once, to the type
+in which the model's weights are stored. An adapter of a tied embedding table unties the head.
+"""
+EXAMPLES = """\
+examples:
+  anymamba merge ./my-adapter ./my-model
+  anymamba merge ./my-adapter ./my-model --model state-spaces/mamba-130m-hf --weights bf16
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba merge`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("adapter", metavar="FOLDER", help="the adapter, as PEFT writes it")
+    parser.add_argument("destination", metavar="DST", help="the folder to write")
+    parser.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="the model: a folder, a GGUF file, or a name on the hub (default: the adapter's own)",
+    )
+    parser.add_argument(
+        "--weights", choices=("f32", "f16", "bf16"), help="default: as the model's are stored"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    add_offline_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Merge, and say where it is."""
+    from anymamba.cli.sizes import bytes_in, size
+    from anymamba.runtime.merge import merge
+
+    with quiet():
+        written = merge(
+            arguments.adapter,
+            arguments.destination,
+            arguments.model,
+            arguments.weights,
+            overwrite=arguments.overwrite,
+            offline=arguments.offline,
+        )
+    count = bytes_in(written)
+    if arguments.json:
+        print(json.dumps({"destination": str(written), "bytes": count}))
+    else:
+        print(f"{written}: merged, {size(count)}")

@@ -1,0 +1,345 @@
+"""Training a model further: an adapter of it (LoRA, DoRA), or all of its weights.
+
+TRL's `SFTTrainer` trains, PEFT makes the adapter and writes it. Of a prompt with its answer only
+the answer counts for the loss.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+from anymamba.assets import bundled_model
+from anymamba.checkpoint import resolve
+from anymamba.checkpoint.paths import user_path
+from anymamba.errors import ConfigError, InputError, TrainingError
+from anymamba.modeling import MambaForCausalLM
+from anymamba.modeling.adapters import patch_peft
+from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
+from anymamba.training.instructions import DEFAULT_TEMPLATE, Example, is_conversation, read_examples
+from anymamba.training.safety import StopSignals
+
+__all__ = ["METHODS", "TARGETS", "FinetuneSettings", "finetune"]
+
+METHODS = ("lora", "dora", "full")
+TARGETS = ("x_proj", "embeddings", "in_proj", "out_proj", "dt_proj")
+"""What an adapter can change; the first four are those of Transformers' Mamba documentation."""
+
+LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 5e-5}
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How to fine-tune.
+
+    Args:
+        method: "lora", "dora", or "full" for all weights.
+        rank: of the adapter's products.
+        alpha: what they are scaled by, over the rank; None for twice the rank.
+        targets: which of `TARGETS` get an adapter.
+        rslora: divide alpha by the rank's square root, which suits large ranks.
+        adapter_dropout: the share of an adapter's inputs that is left out at random.
+        epochs: how often each example is seen.
+        max_steps: end after so many steps of the optimizer instead.
+        batch_size: examples at a time.
+        accumulate: batches a step.
+        learning_rate: at its height, after warming up; None for 5e-4, and 5e-5 for all weights.
+        max_length: tokens an example; what is longer loses its end.
+        packing: put several examples into a row, which do not see each other.
+        gradient_checkpointing: compute twice rather than remember, for less memory.
+        chat_template: how conversations are written down, in Jinja; None for the tokenizer's.
+        seed: of all that is random.
+
+    Raises:
+        ConfigError: a value makes no sense.
+
+    Example:
+        >>> FinetuneSettings(method="lore")
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.ConfigError: method must be one of lora, dora, full, got 'lore'
+    """
+
+    method: str = "lora"
+    rank: int = 16
+    alpha: float | None = None
+    targets: Sequence[str] = ("x_proj", "embeddings", "in_proj", "out_proj")
+    rslora: bool = False
+    adapter_dropout: float = 0.0
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 4
+    accumulate: int = 1
+    learning_rate: float | None = None
+    max_length: int = 1024
+    packing: bool = False
+    gradient_checkpointing: bool = False
+    chat_template: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        wrong = [target for target in self.targets if target not in TARGETS]
+        if wrong or not self.targets:
+            raise ConfigError(f"targets must be of {', '.join(TARGETS)}, got {wrong or 'none'}")
+        for name in ("rank", "batch_size", "accumulate", "max_length", "epochs"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps must be at least 1, got {self.max_steps!r}")
+        if not 0 <= self.adapter_dropout < 1:
+            raise ConfigError(f"adapter_dropout must be 0 to 1, got {self.adapter_dropout!r}")
+
+
+def finetune(
+    data: Sequence[str],
+    destination: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    settings: FinetuneSettings | None = None,
+    *,
+    validation: Sequence[str] = (),
+    overwrite: bool = False,
+    offline: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> dict[str, Any]:
+    """Train a model further and write the adapter, or the model, in one step.
+
+    SIGTERM and Ctrl-C end training after the step that is under way; what was learned until then
+    is written.
+
+    Args:
+        data: files of examples; `read_examples` says which.
+        destination: the folder to write: an adapter in PEFT's format, or for the method "full" a
+            model; with the tokenizer, its chat template, and the tokens that end an answer.
+        model: a folder or a hub id; None for the bundled model.
+        settings: how to train.
+        validation: files of examples to tell the loss on, before and after.
+        overwrite: replace what is there.
+        offline: use what was downloaded of a hub id before, and no network.
+        progress: told how many steps are done, and of how many.
+
+    Returns:
+        `destination`, `examples`, `steps`, `seconds`, `parameters`, `trained_parameters`,
+        `loss_first`, `loss_last`, and `stopped_by`: "end" or a signal's name; with `validation`
+        also `validation_before` and `validation_after`, in nats a token of the answers.
+
+    Raises:
+        InputError: the data make no examples, or the chat template refuses them.
+        CheckpointError: the model cannot be read, or the destination not be written.
+        TrainingError: the loss became NaN or infinite; nothing is written.
+
+    Example:
+        >>> file = Path(tempfile.mkdtemp()) / "sums.jsonl"
+        >>> _ = file.write_text('{"prompt": "1+1=", "completion": "2"}\\n' * 4)
+        >>> settings = FinetuneSettings(rank=2, max_steps=1)
+        >>> finetune([str(file)], file.parent / "adapter", settings=settings)["steps"]
+        1
+    """
+    settings = settings or FinetuneSettings()
+    named = bundled_model() if model is None else model
+    check_apart(named, destination)
+    target = check_destination(destination, overwrite)
+    examples = read_examples(data)
+    held_out = read_examples(validation) if validation else None
+    folder = resolve(named, offline=offline)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    base = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # What an adapter says it belongs to: the hub's name and not the place of a download.
+    local = user_path(named)
+    base.name_or_path = str(local.resolve()) if local.is_dir() else str(named)
+    ends = _prepare(tokenizer, base, settings.chat_template, is_conversation(examples[0]))
+    undo = patch_peft()
+    try:
+        with tempfile.TemporaryDirectory() as scratch, StopSignals() as signals:
+            watch = _Watch(signals, progress)
+            trainer = _trainer(base, tokenizer, settings, scratch, examples, held_out, watch)
+            figures = _train(trainer, watch, held_out is not None)
+        base.generation_config.eos_token_id = ends  # the trainer leaves the tokenizer's alone
+        write_folder(target, lambda place: _save(trainer.model, base, tokenizer, place))
+    finally:
+        undo()
+    return {"destination": str(target), "examples": len(examples), **figures}
+
+
+def _prepare(
+    tokenizer: PreTrainedTokenizerBase, model: MambaForCausalLM, template: str | None, chat: bool
+) -> list[int]:
+    """Give the tokenizer an end of text, padding, and a chat template; return what ends answers."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.eos_token is None:
+        # The model's own end, else token 0, as Transformers has it for a Mamba that says nothing.
+        token = tokenizer.convert_ids_to_tokens((ends or [0])[0])
+        tokenizer.add_special_tokens({"eos_token": token})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if template is not None or tokenizer.chat_template is None:
+        tokenizer.chat_template = template or DEFAULT_TEMPLATE
+    found = [tokenizer.eos_token_id, *ends]
+    if chat:
+        found += _ends_of_turn(tokenizer)
+    return list(dict.fromkeys(found))
+
+
+def _ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special token that the chat template writes after an answer, if it writes one."""
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "answered"}]
+    with _template_errors():
+        text = tokenizer.apply_chat_template(said, tokenize=False)
+    _, found, rest = str(text).rpartition("answered")
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
+    return [id for id in ids[:1] if id in tokenizer.all_special_ids]
+
+
+class _template_errors:
+    """What a chat template refuses, in words for the user."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: object) -> None:
+        from jinja2.exceptions import TemplateError
+
+        if isinstance(error, TemplateError):
+            reason = " ".join(str(error).split())
+            raise InputError(f"the chat template refuses the messages: {reason}") from error
+
+
+def _trainer(
+    model: MambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: FinetuneSettings,
+    scratch: str,
+    examples: list[Example],
+    held_out: list[Example] | None,
+    watch: TrainerCallback,
+) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    on_gpu = torch.cuda.is_available()
+    arguments = SFTConfig(
+        output_dir=scratch,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        learning_rate=settings.learning_rate or LEARNING_RATES[settings.method],
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,  # a share of all steps
+        max_length=settings.max_length,
+        packing=settings.packing,
+        eval_packing=False,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        use_cpu=not on_gpu,
+        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        seed=settings.seed,
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+    )
+    with _template_errors():
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(examples),
+            eval_dataset=None if held_out is None else Dataset.from_list(held_out),
+            peft_config=_adapter_config(settings),
+            callbacks=[watch],
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _adapter_config(settings: FinetuneSettings) -> Any:
+    from peft import LoraConfig
+
+    if settings.method == "full":
+        return None
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
+        target_modules=list(settings.targets),
+        lora_dropout=settings.adapter_dropout,
+        use_rslora=settings.rslora,
+        use_dora=settings.method == "dora",
+        task_type="CAUSAL_LM",
+    )
+
+
+class _Watch(TrainerCallback):
+    """Reports progress, notes losses, and ends training on a signal or a loss that is no number."""
+
+    def __init__(self, signals: StopSignals, progress: Callable[[int, int], object] | None) -> None:
+        self.signals, self._progress = signals, progress
+        self.losses: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress(state.global_step, state.max_steps)
+        if self.signals.received is not None:
+            control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" not in (logs or {}):
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"the loss became {loss} at step {state.global_step}, and nothing was written; "
+                "lower the learning rate"
+            )
+        self.losses.append(loss)
+
+
+def _train(trainer: Any, watch: _Watch, validates: bool) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    if validates:
+        figures["validation_before"] = float(trainer.evaluate()["eval_loss"])
+    start = time.perf_counter()
+    steps = trainer.train().global_step
+    figures |= {"steps": steps, "seconds": round(time.perf_counter() - start, 1)}
+    if validates:
+        figures["validation_after"] = float(trainer.evaluate()["eval_loss"])
+    parameters = list(trainer.model.parameters())
+    received = watch.signals.received
+    return figures | {
+        "parameters": sum(p.numel() for p in parameters),
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "loss_first": watch.losses[0] if watch.losses else None,
+        "loss_last": watch.losses[-1] if watch.losses else None,
+        "stopped_by": "end" if received is None else received.name,
+    }
+
+
+def _save(
+    model: Any, base: MambaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    try:
+        if model is base:
+            base.save_pretrained(folder)
+        else:
+            # The embedding table, which PEFT may add, is the model's and many times the adapter.
+            model.save_pretrained(folder, save_embedding_layers=False)
+            base.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except SafetensorError as error:  # a full disk, in the words of safetensors
+        raise OSError(errno.ENOSPC, str(error).split("\n")[0]) from error

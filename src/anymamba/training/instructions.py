@@ -1,0 +1,148 @@
+"""Examples to fine-tune on: conversations, prompts with their answers, or texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from anymamba.checkpoint.paths import user_path
+from anymamba.errors import InputError
+from anymamba.training.data import LINE_ENDINGS, read_texts
+
+__all__ = ["DEFAULT_TEMPLATE", "Example", "is_conversation", "read_examples"]
+
+Example = dict[str, Any]
+"""Either a `text`, or a `prompt` and its `completion`: texts, or lists of messages."""
+
+DEFAULT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}
+{%- else %}{{ message['role'].capitalize() + ': ' + message['content'] + '\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif -%}
+"""
+"""How a conversation is written down where the tokenizer does not say."""
+
+FIELDS = "messages, prompt and completion, or text"
+
+
+def read_examples(names: Sequence[str]) -> list[Example]:
+    """Read what files hold, for TRL's `SFTTrainer`.
+
+    A conversation becomes one example an answer, with all that was said before for its prompt: so
+    each answer is learned, and nothing else is, whatever the chat template can mark.
+
+    Args:
+        names: JSON lines with `messages`, with `prompt` and `completion` (texts or lists of
+            messages), or with `text`; text files and folders, as for `anymamba train`.
+
+    Returns:
+        Examples of one kind.
+
+    Raises:
+        InputError: a file cannot be read, a line is none of these, or there are several kinds.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "talk.jsonl"
+        >>> said = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+        >>> _ = file.write_text(json.dumps({"messages": said}))
+        >>> read_examples([str(file)])[0]["completion"]
+        [{'role': 'assistant', 'content': '4'}]
+    """
+    examples: list[Example] = []
+    for name in names:
+        path = user_path(name, InputError)
+        if path.suffix.lower() in LINE_ENDINGS:
+            examples += read_lines(path)
+        else:
+            examples += [{"text": text} for text in read_texts([name])]
+    if not examples:
+        raise InputError("there is nothing to train on: the files hold no examples")
+    kinds = {kind_of(example) for example in examples}
+    if len(kinds) > 1:
+        raise InputError(
+            f"the examples are of several kinds ({', '.join(sorted(kinds))}); give one"
+        )
+    return examples
+
+
+def is_conversation(example: Example) -> bool:
+    """Whether an example needs a chat template."""
+    return isinstance(example.get("prompt"), list)
+
+
+def kind_of(example: Example) -> str:
+    """What it is, in words."""
+    if "text" in example:
+        return "texts"
+    return "conversations" if is_conversation(example) else "prompts"
+
+
+def read_lines(path: Path) -> Iterator[Example]:
+    """The examples of a file of JSON lines."""
+    try:
+        lines = path.read_bytes().decode("utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(path)!r} is not UTF-8 text: see its byte {error.start}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{str(path)!r}, line {number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not JSON: {error}") from None
+        yield from examples_of(fields, where)
+
+
+def examples_of(fields: object, where: str) -> Iterator[Example]:
+    """The examples in one line."""
+    if not isinstance(fields, dict):
+        raise InputError(f"{where} is no JSON object; expected one with {FIELDS}")
+    if "messages" in fields:
+        yield from answers_in(messages_of(fields["messages"], where), where)
+    elif "prompt" in fields and "completion" in fields:
+        both = {name: fields[name] for name in ("prompt", "completion")}
+        read: Callable[[Any, str], Any] = text_of
+        if isinstance(both["prompt"], list):
+            read = messages_of
+        yield {name: read(value, where) for name, value in both.items()}
+    elif "text" in fields:
+        yield {"text": text_of(fields["text"], where)}
+    else:
+        raise InputError(f"{where} has none of {FIELDS}")
+
+
+def answers_in(messages: list[dict[str, str]], where: str) -> Iterator[Example]:
+    """One example an answer, with all before it for its prompt."""
+    places = [at for at, message in enumerate(messages) if message["role"] == "assistant" and at]
+    if not places:
+        raise InputError(f"{where} has no answer: no message after the first is the assistant's")
+    for at in places:
+        yield {"prompt": messages[:at], "completion": messages[at : at + 1]}
+
+
+def messages_of(value: object, where: str) -> list[dict[str, str]]:
+    """Messages, each with a role and a content."""
+    wrong = InputError(f"{where} must have a list of messages with a role and a content, both text")
+    if not isinstance(value, list) or not value:
+        raise wrong
+    for message in value:
+        if not isinstance(message, dict):
+            raise wrong
+        if not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise wrong
+    return [{name: message[name] for name in ("role", "content")} for message in value]
+
+
+def text_of(value: object, where: str) -> str:
+    """A text that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise InputError(f"{where} must have texts that are not empty, got {type(value).__name__}")
+    return value
