@@ -10,10 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from anymamba.cli.main import COMMANDS
 
+# These run other people's programs, or train; their own tests hold them to the same.
+WITH_PYTORCH = {"run", "train", "finetune", "evaluate"}
 PROGRAM = """
 import sys
 from anymamba.cli.main import main
@@ -39,12 +43,26 @@ def arguments(command: str, model: object, folder: Path) -> list[str]:
         "bench": (model, *effort, "--prompt-tokens", 4, "--new-tokens", 2),
         "quantize": (model, folder / "out", "--group", 32),
         "convert": (model, folder / "out"),
+        "merge": (write_adapter(folder / "adapter"), folder / "out", "--model", model),
+        "inspect": ("To be", "--model", model, "--picture", folder / "out.html"),
         "completion": ("bash",),
     }
     return [command, *map(str, options[command])]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def write_adapter(folder: Path) -> Path:
+    """An adapter of the tiny model."""
+    folder.mkdir()
+    fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    name = "base_model.model.backbone.layers.0.mixer.in_proj.lora_"
+    shapes = {f"{name}A.weight": (1, 16), f"{name}B.weight": (64, 1)}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - WITH_PYTORCH))
 def test_json_is_one_object_without_pytorch(command: str, tiny: Path, tmp_path: Path) -> None:
     words = [*arguments(command, tiny, tmp_path), "--json"]
     done = subprocess.run(
@@ -58,7 +76,7 @@ def test_json_is_one_object_without_pytorch(command: str, tiny: Path, tmp_path: 
     assert isinstance(json.loads(done.stdout), dict)
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"completion"}))
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - WITH_PYTORCH - {"completion"}))
 def test_offline_a_model_that_is_not_here_is_refused_without_network(
     command: str,
     tmp_path: Path,

@@ -1,0 +1,135 @@
+"""Fine-tuning in the library: which tokens count, what is written, and how it ends early."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import anymamba
+from anymamba.errors import ConfigError
+
+pytest.importorskip("trl")
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from anymamba.training.finetune import FinetuneSettings, finetune
+
+from ..cli.conftest import write_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+def write_lines(file: Path, *lines: Any) -> list[str]:
+    file.write_text("\n".join(map(json.dumps, lines)))
+    return [str(file)]
+
+
+def test_only_answers_count(tiny: Path, tmp_path: Path) -> None:
+    """The loss is that of the answers' bytes, which the runtime scores one by one."""
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "xyz"},
+        {"role": "user", "content": "so"},
+        {"role": "assistant", "content": "uvw"},
+    ]
+    data = write_lines(tmp_path / "talk.jsonl", {"messages": messages})
+    settings = FinetuneSettings(rank=1, max_steps=1, batch_size=1)
+    figures = finetune(data, tmp_path / "new", tiny, settings, validation=data)
+    engine = anymamba.load(tiny)
+    nats = []
+    before = ""
+    for ask, answer in (("hi", " xyz"), ("so", " uvw")):
+        before += f"User: {ask}\nAssistant:"
+        # The end token of a tokenizer without one is token 0; the template ends the line.
+        ids = [*before.encode(), *answer.encode(), 0, ord("\n")]
+        score = engine.score(ids)
+        nats.append(-score.logprobs[len(before.encode()) - 1 :].mean())
+        before += answer + "\0\n"
+    assert figures["examples"] == 2
+    # Two examples of as many tokens, a batch each. Two float32 programs of one formula.
+    assert figures["validation_before"] == pytest.approx(np.mean(nats), rel=1e-5)
+
+
+def test_texts_count_as_a_whole(tiny: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "text.jsonl", {"text": "To be, or not"})
+    settings = FinetuneSettings(rank=1, max_steps=1, batch_size=1)
+    figures = finetune(data, tmp_path / "new", tiny, settings, validation=data)
+    score = anymamba.load(tiny).score([*b"To be, or not", 0])
+    assert figures["validation_before"] == pytest.approx(-score.logprobs.mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_peft_loads_what_was_written(method: str, tiny: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", {"prompt": "ab=", "completion": "xyz"})
+    settings = FinetuneSettings(method, rank=2, alpha=5, max_steps=3, learning_rate=0.01)
+    finetune(data, tmp_path / "new", tiny, settings)
+    fields = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    assert fields["base_model_name_or_path"] == str(tiny.resolve())
+    assert (fields["r"], fields["lora_alpha"]) == (2, 5)
+    anymamba.register()
+    try:
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "new"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
+        ids = tokenizer("ab=xyz", return_tensors="pt").input_ids
+        expected = model(ids).logits[0].detach().numpy()
+    finally:
+        anymamba.unregister()
+    found = anymamba.load(adapter=tmp_path / "new").logits(ids[0].tolist())
+    # The design's bound for whole models in float32.
+    assert np.abs(found - expected).max() <= 1e-4 * max(1.0, np.abs(expected).max())
+
+
+def test_a_signal_ends_it_and_what_was_learned_is_kept(tiny: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", {"prompt": "ab=", "completion": "xyz"})
+
+    def end(done: int, total: int) -> None:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    settings = FinetuneSettings(rank=1, max_steps=50)
+    figures = finetune(data, tmp_path / "new", tiny, settings, progress=end)
+    assert (figures["steps"], figures["stopped_by"]) == (2, "SIGTERM")
+    assert anymamba.load(adapter=tmp_path / "new").generate("a", max_new_tokens=1).ids
+
+
+def test_the_end_of_a_turn_ends_answers(tiny: Path, tmp_path: Path) -> None:
+    """A template may end an answer with another special token than that of texts."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    symbols = tokenizer.convert_ids_to_tokens([1, 2])
+    tokenizer.add_special_tokens(
+        {"eos_token": symbols[0], "additional_special_tokens": symbols[1:]}
+    )
+    tokenizer.save_pretrained(model)
+    turn = (
+        "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}" + symbols[1] + "{% endfor %}"
+    )
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = write_lines(tmp_path / "a.jsonl", {"messages": said})
+    settings = FinetuneSettings(rank=1, max_steps=1, chat_template=turn)
+    finetune(data, tmp_path / "new", model, settings)
+    assert anymamba.load(adapter=tmp_path / "new").end_ids == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"method": "lore"}, {"rank": 0}, {"targets": ["conv1d"]}, {"targets": []}, {"max_steps": 0}],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        FinetuneSettings(**wrong)
