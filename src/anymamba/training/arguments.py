@@ -68,7 +68,7 @@ def training_arguments(settings: Settings, checkpoints: Path) -> TrainingArgumen
         max_grad_norm=settings.gradient_clip,
         bf16=chosen_dtype(settings) is torch.bfloat16,
         use_cpu=chosen_device(settings) == "cpu",
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         torch_compile=settings.compile,
         seed=settings.seed,
         # Our rows come in an order of their own, and are cheap to make.

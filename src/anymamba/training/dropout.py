@@ -45,7 +45,7 @@ def residual_dropout(
     Overfitting", 2014; on residual branches as in GPT-2.
     """
     backbone = model.backbone
-    places: list[tuple[nn.Module, float]] = [(layer.mixer, branch) for layer in backbone.layers]
+    places: list[tuple[Any, float]] = [(layer.mixer, branch) for layer in backbone.layers]
     places.append((backbone.embeddings, embeddings))
     handles = [
         module.register_forward_hook(dropping(share)) for module, share in places if share > 0

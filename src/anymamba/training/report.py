@@ -91,7 +91,7 @@ class ConsoleReport(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
-        share = self._trainer.share_spent(state.global_step)
+        share = self._trainer.share_spent
         self._bar.update(
             self._task, completed=min(share, 1.0), description=f"step {state.global_step}"
         )
@@ -119,7 +119,10 @@ def line_of(step: int, logs: dict[str, Any]) -> str:
 
 def tensorboard_callback(folder: Path) -> TrainerCallback | None:
     """Transformers' callback for TensorBoard, or None where that is not installed."""
-    from transformers.integrations import TensorBoardCallback, is_tensorboard_available
+    from transformers.integrations.integration_utils import (
+        TensorBoardCallback,
+        is_tensorboard_available,
+    )
 
     if not is_tensorboard_available():
         return None

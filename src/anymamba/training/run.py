@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import signal
 from contextlib import ExitStack
@@ -104,19 +105,17 @@ def train(
         add_callbacks(trainer, stop, stack, begun, visible)
         stack.enter_context(residual_dropout(model, settings.dropout, settings.embedding_dropout))
         trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
-    if stop.received is not None and not spent(trainer):
-        return Outcome(folder, {"steps": trainer.progress.step}, stop.received)
+    if trainer.stopped and trainer.share_spent < 1:
+        figures = {"steps": trainer.progress.step}
+        return Outcome(folder, figures, stop.received or signal.SIGTERM)
     return finish(trainer, tokenizer, validation, folder)
-
-
-def spent(trainer: MambaTrainer) -> bool:
-    """Whether the budget is used up."""
-    return trainer.share_spent(trainer.progress.step) >= 1
 
 
 def opened_folder(settings: Settings, resume: bool, overwrite: bool) -> Path:
     """The output folder with the settings in it, empty unless a run is to go on."""
     folder = user_path(settings.output, InputError)
+    if int(os.environ.get("RANK", "0")):
+        return folder  # the first process of a launcher's prepares it
     used = [folder / name for name in ("checkpoints", "config.json", METRICS_FILE)]
     if not resume and any(path.exists() for path in used):
         if not overwrite:
@@ -126,6 +125,9 @@ def opened_folder(settings: Settings, resume: bool, overwrite: bool) -> Path:
             )
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / METRICS_FILE).unlink(missing_ok=True)
+    # What a killed process was writing.
+    for unfinished in (folder / "checkpoints").glob(f"{PARTIAL}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
@@ -214,8 +216,9 @@ class Course(TrainerCallback):
         )
         if state.global_step % settings.log_every == 0:
             self._log()
-        over = trainer.share_spent(state.global_step) >= 1
-        control.should_training_stop = over or self._stop.received is not None
+        over = trainer.share_spent >= 1
+        trainer.stopped = self._asked_to_stop()
+        control.should_training_stop = over or trainer.stopped
         control.should_evaluate = trainer.validation is not None and (
             over or state.global_step % settings.evaluate_every == 0
         )
@@ -223,8 +226,15 @@ class Course(TrainerCallback):
             control.should_training_stop or state.global_step % settings.save_every == 0
         )
 
+    def _asked_to_stop(self) -> bool:
+        """Whether any of the processes got a signal: all of them stop after the same step."""
+        asked = torch.tensor(float(self._stop.received is not None))
+        on_all = self._trainer.accelerator.reduce(asked.to(self._trainer.args.device), "sum")
+        return float(on_all) > 0
+
     def _log(self) -> None:
         trainer, progress = self._trainer, self._trainer.progress
+        assert trainer.lr_scheduler is not None
         total = torch.tensor(progress.loss_sum, dtype=torch.float64, device=trainer.args.device)
         loss = float(trainer.accelerator.reduce(total, "mean")) / progress.loss_count
         progress.loss_sum, progress.loss_count = 0.0, 0
@@ -233,7 +243,7 @@ class Course(TrainerCallback):
         trainer.log(
             {
                 "loss": loss,
-                "learning_rate": trainer.lr_scheduler.get_last_lr()[0],
+                "learning_rate": float(trainer.lr_scheduler.get_last_lr()[0]),
                 "gradient_norm": trainer.gradient_norm,
                 "tokens": progress.tokens,
                 "seconds": round(progress.seconds, 3),
@@ -243,14 +253,12 @@ class Course(TrainerCallback):
             }
         )
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the weights if they are the best; stop if they have long not been."""
         trainer, settings = self._trainer, self._trainer.settings
-        if trainer.progress.note_loss(metrics["eval_loss"], state.global_step):
+        if trainer.progress.note_loss(kwargs["metrics"]["eval_loss"], state.global_step):
             if state.is_world_process_zero and settings.keep == "best":
-                store(trainer.model, trainer.checkpoints / BEST, "float32", trainer.checkpoints)
+                store(trainer.mamba, trainer.checkpoints / BEST, "float32", trainer.checkpoints)
         elif settings.patience and trainer.progress.without_better >= settings.patience:
             control.should_training_stop = control.should_save = True
         if settings.sample_prompt is not None and state.is_world_process_zero:
@@ -262,7 +270,7 @@ def sample(trainer: MambaTrainer, prompt: str, length: int) -> str:
     """How the model goes on from a prompt. Training's own random numbers are left alone."""
     tokenizer = trainer._tokenizer
     assert tokenizer is not None
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = trainer.mamba
     training = model.training
     model.eval()
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
@@ -306,7 +314,7 @@ def finish(
     """Put the result in its place, measure what was stored, and write down how it came about."""
     settings, progress = trainer.settings, trainer.progress
     figures: dict[str, Any] = {
-        "parameters": trainer.model.num_parameters(),
+        "parameters": trainer.mamba.num_parameters(),
         "steps": progress.step,
         "tokens": progress.tokens,
         "seconds": round(progress.seconds, 1),
@@ -316,7 +324,7 @@ def finish(
     if not trainer.is_world_process_zero():
         return Outcome(folder, figures)
     best = trainer.checkpoints / BEST
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = trainer.mamba
     if settings.keep == "best" and best.is_dir() and progress.best_step:
         model = MambaForCausalLM.from_pretrained(best)
         figures["best_step"] = progress.best_step

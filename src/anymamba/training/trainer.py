@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -47,6 +48,9 @@ class MambaTrainer(Trainer):
 
     Attributes:
         progress: the run's past, over all interruptions.
+        share_spent: how much of the budget is used up; 1 is all.
+        stopped: whether a signal asked for an end.
+        gradient_norm: of the last step, before clipping.
 
     Raises:
         InputError: the documents are too short.
@@ -66,8 +70,10 @@ class MambaTrainer(Trainer):
         self.settings = settings
         self.validation = validation
         self.checkpoints = (folder or Path(settings.output)) / "checkpoints"
-        self.progress = Progress(text=zlib.crc32(train.tokens))
+        self.progress = Progress(text=zlib.crc32(train.tokens.tobytes()))
         self.gradient_norm = 0.0
+        self.share_spent = 0.0
+        self.stopped = False
         self._tokenizer = tokenizer
         self._cache: MambaCache | None = None
         arguments = training_arguments(settings, self.checkpoints)
@@ -89,13 +95,20 @@ class MambaTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
 
+    @property
+    def mamba(self) -> MambaForCausalLM:
+        """The model itself, without what distributes or compiles it."""
+        found = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        assert isinstance(found, MambaForCausalLM)
+        return found
+
     # The recipe.
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW that decays matrices only."""
         if self.optimizer is None:
             groups: dict[bool, list[Tensor]] = {True: [], False: []}
-            for name, weight in (self.model if model is None else model).named_parameters():
+            for name, weight in (model or self.mamba).named_parameters():
                 if weight.requires_grad:
                     groups[decays(name, weight, self.settings.decay_embeddings)].append(weight)
             self.optimizer = torch.optim.AdamW(
@@ -116,17 +129,22 @@ class MambaTrainer(Trainer):
         if self.lr_scheduler is None:
             highest = self.settings.learning_rate
             self.lr_scheduler = LambdaLR(
-                optimizer or self.optimizer,
-                lambda step: rate_at(self.settings, self.share_spent(step)) / (highest or 1.0),
+                optimizer or self.create_optimizer(),
+                lambda step: rate_at(self.settings, self._share_after(step)) / (highest or 1.0),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def share_spent(self, step: int) -> float:
+    def _share_after(self, step: int) -> float:
         """How much of the steps, or of the minutes, is used up after `step` steps; 1 is all."""
-        if self.settings.minutes is not None:
-            return self.progress.tick() / max(60 * self.settings.minutes, 1e-9)
-        return step / (self.settings.steps or math.inf)
+        if self.settings.minutes is None:
+            self.share_spent = step / (self.settings.steps or math.inf)
+        else:
+            share = self.progress.tick() / max(60 * self.settings.minutes, 1e-9)
+            # All processes go by one clock: another learning rate would be another model.
+            on_all = torch.tensor(share, device=self.args.device)
+            self.share_spent = float(broadcast(on_all))
+        return self.share_spent
 
     # A step.
 
@@ -156,12 +174,14 @@ class MambaTrainer(Trainer):
 
     def _carried_state(self, begins_b: Tensor) -> MambaCache:
         """The state after the batch before this one, emptied where a row's text begins."""
-        model = self.accelerator.unwrap_model(self.model)
         if self._cache is None:
-            self._cache = MambaCache(model.config, begins_b.shape[0], model.dtype, begins_b.device)
+            self._cache = self._empty_state(begins_b.shape[0])
         self._cache.conv_states[:, begins_b] = 0
         self._cache.ssm_states[:, begins_b] = 0
         return self._cache
+
+    def _empty_state(self, rows: int) -> MambaCache:
+        return MambaCache(self.mamba.config, rows, self.mamba.dtype, self.args.device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch.
@@ -211,7 +231,7 @@ class MambaTrainer(Trainer):
         row = self.validation if eval_dataset is None else eval_dataset
         if row is None or len(row) < 2:
             return {}
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model = self.mamba
         training = model.training
         model.eval()
         loss = loss_of_windows(
@@ -234,7 +254,7 @@ class MambaTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Tell all who listen; without the epoch, which our endless row of rows has not."""
-        self.state.epoch = None
+        self.state.epoch = None  # type: ignore[assignment]
         super().log(logs, start_time)
 
     # Checkpoints.
@@ -268,6 +288,7 @@ class MambaTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 publish(partial / name, self.checkpoints / name)
+                partial.rmdir()
                 keep_last(self.checkpoints, self.settings.keep_checkpoints)
         except CANNOT_WRITE as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -291,9 +312,7 @@ class MambaTrainer(Trainer):
             )
         if self.settings.order == "carried" and (folder / self._state_file).is_file():
             blocks = load_file(folder / self._state_file)
-            cache = MambaCache(
-                self.model.config, self.settings.batch, self.model.dtype, self.args.device
-            )
+            cache = self._empty_state(self.settings.batch)
             cache.conv_states.copy_(blocks["conv"])
             cache.ssm_states.copy_(blocks["ssm"])
             self._cache = cache
