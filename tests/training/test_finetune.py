@@ -20,8 +20,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anymamba.training.finetune import FinetuneSettings, finetune
-
-from ..cli.conftest import write_model
+from tests.cli.conftest import write_model
 
 
 @pytest.fixture(scope="module")
