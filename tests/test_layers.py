@@ -36,6 +36,8 @@ LIGHT = (
     "dropin/dispatch.py",
     "dropin/finder.py",
     "dropin/metadata.py",
+    "training/__init__.py",
+    "training/settings.py",
 )
 
 

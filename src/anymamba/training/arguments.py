@@ -70,6 +70,8 @@ def training_arguments(settings: Settings, checkpoints: Path) -> TrainingArgumen
         use_cpu=chosen_device(settings) == "cpu",
         activation_checkpointing=settings.gradient_checkpointing,
         torch_compile=settings.compile,
+        # It ends up in the stored config, and whoever generates with the model wants a state.
+        use_cache=True,
         seed=settings.seed,
         # Our rows come in an order of their own, and are cheap to make.
         train_sampling_strategy="sequential",

@@ -163,7 +163,10 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> MambaFo
         eos_token_id=end,
         pad_token_id=end,
     )
-    return MambaForCausalLM(config)
+    model = MambaForCausalLM(config)
+    # Transformers' class draws out_proj anew when it loads a model whose config asks for this.
+    model.config.rescale_prenorm_residual = False
+    return model
 
 
 def add_callbacks(
