@@ -4,6 +4,7 @@
 # make sanitize   runs the core's C++ tests under sanitizers, as make test does too
 # make bench   measures; prints tables, writes JSON, draws the chart
 # make bench-peers   installs what it compares with; llama.cpp compiles for about ten minutes
+# make reproduce   trains on the paper's synthetic tasks anew (long), and writes their report
 # make lint, make format
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: setup demo test sanitize bench bench-peers lint format
+.PHONY: setup demo test sanitize bench bench-peers reproduce lint format
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -59,10 +60,20 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for name in prefill decode train scan ssd memory runtime context start dropin; do \
+	for name in prefill decode train scan ssd memory runtime context start dropin distributed; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/chart.py || echo "The tables and JSON files are complete without it."
 
 bench-peers: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,peers]"
+
+# Two trainings that leave something out stand beside the full run, for comparison.
+reproduce: setup
+	$(BIN)/python examples/selective_copying/train.py
+	$(BIN)/python examples/induction_heads/train.py
+	for run in "steps-cost-nothing --step-cost 0" "one-trigger --lengths 256 --most-triggers 1"; do \
+		set -- $$run; name=$$1; shift; \
+		$(BIN)/python examples/induction_heads/train.py "$$@" --longest 8192 \
+			--output examples/induction_heads/results/$$name.json || exit 1; done
+	$(BIN)/python examples/synthetic_report.py

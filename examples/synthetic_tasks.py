@@ -70,6 +70,8 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if chosen.output is None and not chosen.quick:
         chosen.output = chosen.results
     torch.set_num_threads(chosen.threads)
+    # Tiny step sizes make products below 1e-38, with which processors are many times slower.
+    torch.set_flush_denormal(True)
     random.seed(chosen.seed)
     torch.manual_seed(chosen.seed)
     return chosen
@@ -81,7 +83,11 @@ def small_model() -> MambaForCausalLM:
 
 
 def train(
-    model: MambaForCausalLM, draw: Callable[[float], Batch], recipe: Recipe, report_every: int
+    model: MambaForCausalLM,
+    draw: Callable[[float], Batch],
+    recipe: Recipe,
+    report_every: int,
+    cost: Callable[[], Tensor | float] = lambda: 0.0,
 ) -> list[dict[str, float]]:
     """Train on new sequences at each step.
 
@@ -89,6 +95,7 @@ def train(
         model: changed in place, and in evaluation mode afterwards.
         draw: makes one batch, told which share of training is done.
         recipe: how.
+        cost: asked after each pass through the model, and added to the loss.
         report_every: so many steps lie between two lines of the history.
 
     Returns:
@@ -106,7 +113,7 @@ def train(
         logits = logits_where_asked(model, batch)
         loss = F.cross_entropy(logits, batch.answers)
         optimizer.zero_grad()
-        loss.backward()
+        (loss + cost()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.gradient_norm)
         optimizer.step()
         schedule.step()

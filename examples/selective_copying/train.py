@@ -52,8 +52,8 @@ class Task:
 def main() -> None:
     """Train both models in the same way, test them, write the results."""
     chosen = begin(command_line(__doc__ or "", Path(__file__).with_name("results.json")))
-    task, rows = Task(remembered=16, scattered_over=256), 1000
-    recipe = Recipe(steps=1500, tokens_a_step=4096, learning_rate=4e-3)
+    task, rows = Task(remembered=4, scattered_over=60), 1000
+    recipe = Recipe(steps=600, tokens_a_step=1024, learning_rate=4e-3)
     if chosen.quick:
         task, rows = Task(remembered=2, scattered_over=14), 500
         recipe = Recipe(steps=150, tokens_a_step=1024, learning_rate=8e-3)
