@@ -24,6 +24,7 @@ BENCHMARKS = (
     "context",
     "start",
     "dropin",
+    "distributed",
 )
 
 

@@ -27,6 +27,7 @@ SCRIPTS = (
     "context",
     "start",
     "dropin",
+    "distributed",
 )
 TOOLS = ("chart", "report", "gguf_export")
 NUMBERS = ("ms", "bytes", "reading")

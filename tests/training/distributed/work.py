@@ -148,6 +148,7 @@ def load_and_train(kind: str, folder: Path) -> list[float]:
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
+    optimizer.param_groups[0]["lr"] = 0.5
     progress = load_sharded(folder, model, optimizer)
     return train(model, optimizer, first=progress["step"])
 

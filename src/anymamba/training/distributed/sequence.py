@@ -1,12 +1,7 @@
 """Sequence parallelism: one long sequence, of which every process holds a stretch.
 
 Projections, norms and the head see single positions and need nothing from elsewhere. The
-convolution needs the last inputs of the stretch before, and the scan its state. Each process scans
-its stretch twice: from zeros, to tell the others what it leaves, and from the state that follows
-from what they told. The second scan could wait for the process before instead and spare the
-first; but then only one process would work at a time. Source of the rule: "Mamba: Linear-Time
-Sequence Modeling with Selective State Spaces" (arXiv 2312.00752), section 3.3.2 (the scan is
-associative), here with processes for steps.
+convolution needs the last inputs of the stretch before, and the scan its state.
 """
 
 from __future__ import annotations
@@ -20,14 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anymamba import ops
 from anymamba.errors import InputError
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.model import MambaMixer
 from anymamba.modeling.packing import PackedBatch, next_tokens
+from anymamba.training.distributed.scan import parallel_scan
 from anymamba.training.distributed.states import (
     check_started,
-    state_before,
     sum_of_losses,
     window_before,
 )
@@ -180,36 +174,18 @@ class _SequenceParallelMixer(MambaMixer):
         cache: MambaCache | None,
         packed: PackedBatch | None,
     ) -> Tensor:
-        A_en = -torch.exp(self.A_log.float())
-        fallback = "mambapy" if self.config.use_mambapy else "reference"
-        inputs = (x_ble, delta_ble, A_en, B_bln, C_bln)
-        _, last_ben = ops.selective_scan(
-            *inputs,
-            delta_bias_e=delta_bias_e,
-            delta_softplus=True,
-            return_last_state=True,
-            fallback=fallback,
-        )
-        decay_ben = torch.exp(_time(delta_ble, delta_bias_e)[..., None] * A_en)
-        y_ble = ops.selective_scan(
-            *inputs,
+        return parallel_scan(
+            x_ble,
+            delta_ble,
+            -torch.exp(self.A_log.float()),
+            B_bln,
+            C_bln,
             self.D,
             z_ble,
             delta_bias_e,
-            delta_softplus=True,
-            initial_state=state_before(decay_ben, last_ben, self.group),
-            fallback=fallback,
+            group=self.group,
+            fallback="mambapy" if self.config.use_mambapy else "reference",
         )
-        assert isinstance(y_ble, Tensor)
-        return y_ble
-
-
-def _time(delta_ble: Tensor, delta_bias_e: Tensor | None) -> Tensor:
-    """(b, e), the sum of a stretch's steps, in float32."""
-    step_ble = delta_ble.float()
-    if delta_bias_e is not None:
-        step_ble = step_ble + delta_bias_e.float()
-    return F.softplus(step_ble).sum(1)
 
 
 def _check_long_enough(length: int, conv_kernel: int) -> None:

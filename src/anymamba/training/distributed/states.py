@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from anymamba.errors import InputError
 
-__all__ = ["check_started", "state_before", "sum_of_losses", "window_before"]
+__all__ = ["check_started", "gradient_after", "state_before", "sum_of_losses", "window_before"]
 
 
 def check_started(who: str) -> None:
@@ -36,8 +36,8 @@ def check_started(who: str) -> None:
         )
 
 
-def state_before(decay_ben: Tensor, last_ben: Tensor, group: Any = None) -> Tensor:
-    """The state in which this process's stretch of the sequence begins. Differentiable.
+def state_before(decay_ben: Tensor, last_ben: Tensor, group: Any = None) -> tuple[Tensor, Tensor]:
+    """The state in which this process's stretch of the sequence begins. Has no gradient.
 
     Args:
         decay_ben: (b, e, n), what remains after this stretch of a state before it, in float32.
@@ -45,10 +45,32 @@ def state_before(decay_ben: Tensor, last_ben: Tensor, group: Any = None) -> Tens
         group: the processes, in the order of their stretches; all of them if None.
 
     Returns:
-        (b, e, n), zeros on the first process.
+        (b, e, n), zeros on the first process; and (p, b, e, n), the decays of all processes, which
+        `gradient_after` needs.
     """
-    before: Tensor = _StateBefore.apply(decay_ben, last_ben, group)
-    return before
+    both_p2ben = _gathered(torch.stack([decay_ben, last_ben]), group)
+    before_ben = torch.zeros_like(last_ben)
+    for decay, last in both_p2ben[: dist.get_rank(group)]:
+        before_ben = decay * before_ben + last
+    return before_ben, torch.stack([decay for decay, _ in both_p2ben])
+
+
+def gradient_after(decay_pben: Tensor, dbefore_ben: Tensor, group: Any = None) -> Tensor:
+    """The gradient of the state after this process's stretch, from all that comes later.
+
+    Args:
+        decay_pben: the decays of all processes, from `state_before`.
+        dbefore_ben: (b, e, n), the gradient of the state before this stretch, from this stretch.
+        group: the processes, in the order of their stretches; all of them if None.
+
+    Returns:
+        (b, e, n), zeros on the last process.
+    """
+    dbefore_p = _gathered(dbefore_ben, group)
+    dafter_ben = torch.zeros_like(dbefore_ben)
+    for rank in range(len(dbefore_p) - 1, dist.get_rank(group), -1):
+        dafter_ben = dbefore_p[rank] + decay_pben[rank] * dafter_ben
+    return dafter_ben
 
 
 def window_before(tail_bwe: Tensor, group: Any = None) -> Tensor:
@@ -74,30 +96,6 @@ def sum_of_losses(loss: Tensor, group: Any = None) -> Tensor:
     """
     total: Tensor = _Sum.apply(loss, group)
     return total
-
-
-class _StateBefore(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, decay_ben: Tensor, last_ben: Tensor, group: Any) -> Tensor:
-        rank = dist.get_rank(group)
-        both_p2ben = _gathered(torch.stack([decay_ben, last_ben]), group)
-        before = torch.zeros_like(last_ben)
-        for decay, last in both_p2ben[:rank]:
-            before = decay * before + last
-        ctx.save_for_backward(torch.stack([decay for decay, _ in both_p2ben]), before)
-        ctx.group = group
-        return before
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dbefore: Tensor) -> tuple[Tensor, Tensor, None]:
-        decay_pben, before = ctx.saved_tensors
-        later = range(dist.get_rank(ctx.group) + 1, decay_pben.shape[0])
-        dbefore_p = _gathered(dbefore, ctx.group)
-        dafter = torch.zeros_like(dbefore)
-        for rank in reversed(later):
-            dafter = dbefore_p[rank] + decay_pben[rank] * dafter
-        return dafter * before, dafter, None
 
 
 class _WindowBefore(torch.autograd.Function):
