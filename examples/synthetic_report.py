@@ -76,7 +76,7 @@ def induction_scores() -> str:
     """Accuracy at each length."""
     result = read(INDUCTION / "full.json")
     return table(
-        ["length", "times the training length", "right", "accuracy, %", "seconds"],
+        ["length", "times the training length", "right", "accuracy, %", "seconds so far"],
         (
             (
                 f"{score['length']:,}",
