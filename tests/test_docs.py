@@ -88,7 +88,8 @@ def test_every_fence_says_how_it_is_checked(page: Path) -> None:
 @pytest.mark.parametrize("name", names_of_pages_with("python"))
 def test_python_snippets_run(name: str, tmp_path: Path) -> None:
     pieces = [snippet for snippet in snippets(ROOT / name) if snippet.kind == "python"]
-    program = tmp_path / Path(name).with_suffix(".py").name
+    # Not by the page's name alone: a program named inspect.py would hide a module of Python's.
+    program = tmp_path / f"page_{Path(name).stem}.py"
     program.write_text(at_their_lines(pieces), encoding="utf-8")
     run([sys.executable, str(program)], tmp_path)
 

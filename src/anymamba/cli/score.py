@@ -7,6 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+from anymamba.cli.by_position import add_position_arguments, refuse_alone, run_by_position
 from anymamba.cli.model_options import (
     add_adapter_argument,
     add_model_arguments,
@@ -32,6 +33,7 @@ examples:
   anymamba score book.txt
   anymamba score book.txt --weights int4 --json
   tail -c 100000 book.txt | anymamba score - --model ./my-model
+  anymamba score book.txt --by-position --window 2048 --stride 256 --plot losses.png
 """
 
 
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("file", metavar="FILE", help="UTF-8 text; - is standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_position_arguments(parser)
     add_model_arguments(parser)
     add_adapter_argument(parser)
     add_weights_arguments(parser)
@@ -50,7 +53,12 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.cli.table import table
     from anymamba.cli.text_files import read_text
 
+    if not arguments.by_position:
+        refuse_alone(arguments)
     text = read_text(arguments.file)
+    if arguments.by_position:
+        run_by_position(arguments, text)
+        return
     with quiet():
         engine = open_engine(arguments)
         figures = score_text(engine, text)

@@ -175,7 +175,7 @@ def _inspect_layer(
     length = len(delta_le)
     left_al = np.zeros((len(ages), length))
     final_l = np.zeros(length)
-    for channels in _channel_blocks(*layer.A_en.shape, length):
+    for channels in _channel_blocks(layer.A_en.shape, length):
         A_en = layer.A_en[channels]
         # When each token came, in the model's own time: decay between two depends on that alone.
         time_le = delta_le[:, channels].cumsum(axis=0)
@@ -191,7 +191,8 @@ def _inspect_layer(
     return delta_le.mean(axis=1), left_al, final_l
 
 
-def _channel_blocks(e: int, n: int, length: int) -> Iterator[slice]:
+def _channel_blocks(shape_en: Sequence[int], length: int) -> Iterator[slice]:
+    e, n = shape_en
     width = max(1, _BLOCK // (length * n))
     return (slice(start, start + width) for start in range(0, e, width))
 
@@ -200,4 +201,6 @@ def _left(
     written_len: NDArray[np.float64], passed_le: NDArray[np.float64], A_en: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """What is left of what was written, after so much of the model's time has passed."""
-    return np.einsum("len,len->l", written_len, np.exp(passed_le[:, :, None] * A_en))
+    decay_len = np.exp(passed_le[:, :, None] * A_en)
+    left_l: NDArray[np.float64] = np.einsum("len,len->l", written_len, decay_len)
+    return left_l

@@ -1,0 +1,144 @@
+"""`anymamba score --by-position`: the loss by how much was read before, and whether more helps."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from anymamba.cli.opening import beginning_tokens, model_name, open_engine
+from anymamba.cli.quiet import quiet
+from anymamba.cli.values import integer
+from anymamba.errors import InputError
+
+if TYPE_CHECKING:
+    from anymamba.runtime.positions import Stretch
+
+__all__ = ["add_position_arguments", "refuse_alone", "run_by_position"]
+
+DEFAULT_WINDOW = 1024
+
+
+def add_position_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare `--by-position` and what belongs to it."""
+    group = parser.add_argument_group("loss by position")
+    group.add_argument(
+        "--by-position",
+        action="store_true",
+        help="tell the loss by how many tokens were read before, in windows that each begin anew",
+    )
+    group.add_argument(
+        "--window", type=integer(2), metavar="N", help=f"their length; default {DEFAULT_WINDOW}"
+    )
+    group.add_argument(
+        "--stride",
+        type=integer(1),
+        metavar="N",
+        help="begin a window every N tokens (default: where the last one ended): each token is "
+        "then predicted from several lengths of context, so that small gains show; takes longer",
+    )
+    group.add_argument(
+        "--plot", metavar="FILE", help="draw it, as .png or .svg; needs: pip install matplotlib"
+    )
+
+
+def refuse_alone(arguments: argparse.Namespace) -> None:
+    """Refuse what has no meaning without `--by-position`."""
+    for name in ("window", "stride", "plot"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} belongs to --by-position: give both")
+
+
+def run_by_position(arguments: argparse.Namespace, text: str) -> None:
+    """Score the windows, draw, and print."""
+    from anymamba.cli.pictures import check_picture, write_file
+    from anymamba.cli.progress import Steps
+    from anymamba.runtime.positions import helpful_context, loss_by_position
+
+    plot = None
+    if arguments.plot is not None:
+        plot = check_picture(arguments.plot, drawn=[".png", ".svg"])
+    window = arguments.window or DEFAULT_WINDOW
+    with quiet():
+        engine = open_engine(arguments)
+        ids = engine.tokenize(text, special=False)
+        with Steps("windows", visible=not arguments.json) as steps:
+            stretches = loss_by_position(
+                engine, ids, window, arguments.stride, beginning_tokens(engine), steps.show
+            )
+        helpful = helpful_context(stretches)
+        if plot is not None:
+            write_file(plot, figure_of(stretches, helpful, plot.suffix[1:]))
+    if arguments.json:
+        facts = {"model": model_name(arguments), "weights": engine.weights_kind, "window": window}
+        facts |= {"stride": arguments.stride or window, "helpful_context": helpful}
+        print(json.dumps(facts | {"stretches": [asdict(part) for part in stretches]}))
+        return
+    print(as_text(stretches, helpful))
+
+
+def as_text(stretches: Sequence[Stretch], helpful: int) -> str:
+    """A table, and what it says."""
+    from anymamba.cli.table import columns
+
+    rows = [["tokens before", "nats per token", "", "gain", "", "predictions"]]
+    for part in stretches:
+        gain = "" if part.gain is None else f"{part.gain:.4f}"
+        rows.append(
+            [
+                f"{part.first} to {part.last}" if part.last > part.first else str(part.first),
+                f"{part.nats_per_token:.4f}",
+                margin(part.error),
+                gain,
+                margin(part.gain_error),
+                f"{part.tokens:,}",
+            ]
+        )
+    return f"{columns(rows)}\n\n{in_words(stretches, helpful)}"
+
+
+def in_words(stretches: Sequence[Stretch], helpful: int) -> str:
+    """How far context helps, said plainly."""
+    last = stretches[-1].last
+    if helpful == 0:
+        return "no gain from context is larger than two standard errors: take a longer text"
+    if helpful == last:
+        return f"more context helps all the way to {last:,} tokens: a longer --window may show more"
+    return f"context helps up to {helpful:,} tokens; from there to {last:,} no gain is sure"
+
+
+def margin(error: float | None) -> str:
+    """A standard error."""
+    return "" if error is None else f"± {error:.4f}"
+
+
+def figure_of(stretches: Sequence[Stretch], helpful: int, kind: str) -> bytes:
+    """Draw the loss over the tokens before, with its standard errors."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    middles = [(part.first + part.last) / 2 for part in stretches]
+    losses = [part.nats_per_token for part in stretches]
+    errors = [part.error or 0.0 for part in stretches]
+    axes.errorbar(middles, losses, yerr=errors, marker="o", markersize=4, capsize=3)
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    ticks = [part.first for part in stretches]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
+    axes.minorticks_off()
+    if helpful:
+        axes.axvline(helpful, color="grey", linestyle=":", label=f"helps up to {helpful:,}")
+        axes.legend()
+    axes.set_xlabel("tokens read before")
+    axes.set_ylabel("nats per token")
+    axes.set_title("loss by position, with standard errors", loc="left", fontsize=10)
+    axes.grid(alpha=0.3)
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind)
+    return stream.getvalue()
