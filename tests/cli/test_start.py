@@ -57,6 +57,7 @@ def commands(text, passages, folder):
         "ingest": (text, "--save-state", folder / "a.state"),
         "info": (text.parent / "model",),
         "score": (text,),
+        "inspect": ("ROMEO:", "--picture", folder / "a.html"),
         "lambada": (passages,),
         "bench": (
             *("--weights", "f32", "--threads", 1, "--repeats", 1),
@@ -66,7 +67,11 @@ def commands(text, passages, folder):
     }
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - {"quantize", "convert"}))
+# These write models, train, or run other programs.
+LONG = {"quantize", "convert", "merge", "run", "train", "finetune", "evaluate"}
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - LONG))
 def test_a_command_imports_nothing_slow(command, text, passages, tiny, tmp_path):
     (tmp_path / "model").symlink_to(tiny)
     arguments = commands(text, passages, tmp_path)[command]
