@@ -297,3 +297,26 @@ def test_the_example_in_the_docstring() -> None:
     failed, tried = doctest.testmod(importlib.import_module("anymamba.ops.ssd"))
     assert tried
     assert not failed
+
+
+def test_autocast_changes_nothing():
+    """The operator chooses its types itself: also where backward runs inside of autocast."""
+    generator = torch.Generator().manual_seed(3)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    x, dt = leaf(2, 9, 4, 8), leaf(2, 9, 4)
+    B, C = leaf(2, 9, 2, 5), leaf(2, 9, 2, 5)
+    A = -torch.rand(4, generator=generator)
+
+    def run():
+        y = ssd(x, dt, A, B, C, dt_softplus=True)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, dt, B, C))]
+
+    expected = run()
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            found = run()
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)

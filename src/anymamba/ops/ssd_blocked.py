@@ -69,9 +69,9 @@ def ssd_blocked(
     stretches = list(_rows_together(b, l, rows))
     if segments is not None:
         stretches, n_states = list(_one_by_one(segments)), segments.n_states
-    y_blhp, last = _Ssd.apply(
-        x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_hp, initial_states, stretches, n_states, chunk_steps
-    )
+    tensors = (x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_hp, initial_states)
+    with torch.autocast(x_blhp.device.type, enabled=False):  # the types are chosen here
+        y_blhp, last = _Ssd.apply(*tensors, stretches, n_states, chunk_steps)
     return y_blhp, last
 
 
@@ -210,6 +210,12 @@ class _Ssd(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(dy.device.type, enabled=False):
+            return _Ssd.go_back(ctx, dy, dlast)
+
+    @staticmethod
+    def go_back(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of what `forward` took."""
         x, dt, A, B, C, D, initial = ctx.saved_tensors
         found = _Gradients(x, dt, A, B, C, D, initial)
         above = _minus_infinity_above(ctx.steps, x.device)
