@@ -86,9 +86,17 @@ class _ParallelScan(torch.autograd.Function):
 
 def _scan(inputs: Any, before_ben: Tensor | None, fallback: str) -> tuple[Tensor, Tensor]:
     """y and the last state."""
+    x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e = inputs
     both = ops.selective_scan(
-        *inputs,
-        True,  # softplus
+        x_ble,
+        delta_ble,
+        A_en,
+        B_bln,
+        C_bln,
+        D_e,
+        z_ble,
+        delta_bias_e,
+        delta_softplus=True,
         initial_state=before_ben,
         return_last_state=True,
         fallback=fallback,
