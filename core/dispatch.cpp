@@ -36,20 +36,26 @@ bool gains_from_pairs() {
 #endif
 }
 
-const Kernels& choose() {
-  if (const char* wanted = std::getenv("ANYMAMBA_ISA"); wanted != nullptr && *wanted != '\0') {
-    if (const Kernels* found = kernels_of(wanted)) return *found;
-    throw std::runtime_error(std::string("ANYMAMBA_ISA is '") + wanted +
-                             "', which this machine does not have; it has" +
-                             (has("avx512_bf16") ? " avx512_bf16" : "") +
-                             (has("avx512") ? " avx512" : "") + (has("avx2") ? " avx2" : "") +
-                             " portable");
+struct Names {
+  const char* all[5] = {};  // null behind the last
+
+  Names() {
+    const char** next = all;
+    const bool pairs = gains_from_pairs();
+    for (const char* isa : {pairs ? "avx512_bf16" : "avx512", pairs ? "avx512" : "avx512_bf16", "avx2",
+                            "portable"})
+      if (has(isa)) *next++ = isa;
   }
-  if (const Kernels* found = kernels_of("avx512_bf16"); found != nullptr && gains_from_pairs())
-    return *found;
-  for (const char* isa : {"avx512", "avx2"})
-    if (const Kernels* found = kernels_of(isa)) return *found;
-  return portable::table;
+};
+
+const Kernels& choose() {
+  const char* wanted = std::getenv("ANYMAMBA_ISA");
+  if (wanted == nullptr || *wanted == '\0') return *kernels_of(isas()[0]);
+  if (const Kernels* found = kernels_of(wanted)) return *found;
+  std::string message = std::string("ANYMAMBA_ISA is '") + wanted +
+                        "', which this machine does not have; it has";
+  for (const char* const* isa = isas(); *isa != nullptr; ++isa) message += std::string(" ") + *isa;
+  throw std::runtime_error(message);
 }
 
 }  // namespace
@@ -62,6 +68,11 @@ const Kernels* kernels_of(const char* isa) {
   if (std::strcmp(isa, "avx2") == 0) return &avx2::table;
 #endif
   return &portable::table;
+}
+
+const char* const* isas() {
+  static const Names names;
+  return names.all;
 }
 
 const Kernels& kernels() {

@@ -50,6 +50,9 @@ const Kernels& kernels();
 // Makes kernels() return those of another instruction set from now on; false where it is missing.
 bool use_isa(const char* isa);
 
+// The names of the instruction sets that this machine has, the best first; null behind the last.
+const char* const* isas();
+
 // By name; null where this machine or this build does not have it.
 const Kernels* kernels_of(const char* isa);
 

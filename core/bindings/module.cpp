@@ -11,10 +11,9 @@
 namespace anymamba::bindings {
 namespace {
 
-std::vector<std::string> isas() {
+std::vector<std::string> isa_names() {
   std::vector<std::string> found;
-  for (const char* isa : {"avx512_bf16", "avx512", "avx2", "portable"})
-    if (kernels_of(isa) != nullptr) found.emplace_back(isa);
+  for (const char* const* isa = isas(); *isa != nullptr; ++isa) found.emplace_back(*isa);
   return found;
 }
 
@@ -25,7 +24,7 @@ NB_MODULE(_core, m) {
   using namespace anymamba;
   m.doc() = "AnyMamba's native core. Arrays are checked, then the kernels run without the GIL.";
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
-  m.def("isas", bindings::isas, "The instruction sets that this machine has, the best first.");
+  m.def("isas", bindings::isa_names, "The instruction sets that this machine has, the best first.");
   m.def("use_isa", [](const std::string& isa) {
     if (!use_isa(isa.c_str())) bindings::refuse("this machine does not have the instruction set " + isa);
   });

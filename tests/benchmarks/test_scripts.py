@@ -30,7 +30,7 @@ SCRIPTS = (
     "distributed",
 )
 TOOLS = ("chart", "report", "gguf_export")
-NUMBERS = ("ms", "bytes", "reading")
+NUMBERS = ("ms", "bytes", "reading", "peak_megabytes")
 
 Run = Callable[..., tuple[int, str, str]]
 
