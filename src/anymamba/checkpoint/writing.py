@@ -12,7 +12,7 @@ from pathlib import Path
 from anymamba.checkpoint.paths import user_path
 from anymamba.errors import CheckpointError
 
-__all__ = ["cannot_write", "write_atomically"]
+__all__ = ["cannot_write", "flush_to_disk", "write_atomically"]
 
 _ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -60,12 +60,11 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
             write(unfinished)
             if target.exists():
                 shutil.copymode(target, unfinished)
-            _flush(unfinished)
+            flush_to_disk(unfinished)
             unfinished.replace(target)
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
-        if os.name == "posix":  # Windows cannot open a folder to flush it
-            _flush(target.parent)
+        flush_to_disk(target.parent)
     except OSError as error:
         raise cannot_write(target, error) from error
 
@@ -87,8 +86,20 @@ def cannot_write(target: Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"cannot write {str(target)!r}: {error.strerror or error}; {advice}")
 
 
-def _flush(path: Path) -> None:
-    """Ask the system to bring a file, or a folder's list of names, to the disk itself."""
+def flush_to_disk(path: Path) -> None:
+    """Ask the system to bring a file, or a folder's list of names, to the disk itself.
+
+    Args:
+        path: what was written.
+
+    Raises:
+        OSError: the disk did not take it.
+
+    Example:
+        >>> flush_to_disk(Path(tempfile.mkdtemp()))
+    """
+    if path.is_dir() and os.name != "posix":  # Windows cannot open a folder to flush it
+        return
     # Windows flushes only what is open for writing; a folder opens only for reading.
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

@@ -12,7 +12,7 @@ from anymamba.checkpoint.files import SAFETENSORS_NAMES
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.paths import user_path
 from anymamba.checkpoint.wording import listed, shown
-from anymamba.checkpoint.writing import cannot_write
+from anymamba.checkpoint.writing import cannot_write, flush_to_disk
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["check_apart", "check_destination", "write_folder"]
@@ -129,9 +129,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         unfinished.mkdir()
         write(unfinished)
         for entry in (*unfinished.iterdir(), unfinished):
-            _flush(entry)
+            flush_to_disk(entry)
         _put_in_place(unfinished, target, workplace / "replaced by another")
-        _flush(target.parent)
+        flush_to_disk(target.parent)
     except OSError as error:
         raise cannot_write(target, error) from error
     finally:
@@ -148,13 +148,3 @@ def _put_in_place(finished: Path, target: Path, aside: Path) -> None:
     except OSError:
         aside.rename(target)
         raise
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":  # Windows cannot open a folder to flush it
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -13,6 +12,7 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
+from anymamba.checkpoint.writing import flush_to_disk
 from anymamba.errors import TrainingError
 
 __all__ = [
@@ -104,21 +104,10 @@ def publish(partial: Path, target: Path) -> None:
         target: its name; a folder that has it is replaced.
     """
     for entry in (*partial.rglob("*"), partial):
-        flush(entry)
+        flush_to_disk(entry)
     remove(target)
     partial.rename(target)
-    flush(target.parent)
-
-
-def flush(path: Path) -> None:
-    """Ask the system to bring a file, or a folder's list of names, to the disk itself."""
-    if path.is_dir() and os.name != "posix":  # Windows cannot open a folder to flush it
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(target.parent)
 
 
 def not_written(what: str, error: BaseException, folder: Path) -> TrainingError:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.writing import flush_to_disk
 from anymamba.errors import CheckpointError
 from anymamba.modeling.causal_lm import MambaForCausalLM
 from anymamba.modeling.config import MambaConfig
@@ -171,8 +172,7 @@ def _finish(model: nn.Module, progress: dict[str, Any], unfinished: Path, target
     _bare(model).config.save_pretrained(unfinished)
     (unfinished / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
     for file in unfinished.iterdir():
-        with file.open("rb+") as stream:
-            os.fsync(stream.fileno())
+        flush_to_disk(file)
     unfinished.rename(target)
 
 
