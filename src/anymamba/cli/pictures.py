@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.writing import write_atomically
 from anymamba.errors import InputError, MissingDependencyError
 
 __all__ = ["check_picture", "write_file"]
@@ -47,9 +48,10 @@ def write_file(file: Path, data: bytes) -> None:
     """Write a picture, replacing what is there.
 
     Raises:
-        InputError: it cannot be written.
+        CheckpointError: it cannot be written.
     """
-    try:
-        file.write_bytes(data)
-    except OSError as error:
-        raise InputError(f"cannot write {str(file)!r}: {error.strerror}") from None
+
+    def write(unfinished: Path) -> None:
+        unfinished.write_bytes(data)
+
+    write_atomically(file, write)
