@@ -9,23 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-
-def byte_symbols() -> list[str]:
-    """The printable character by which the byte-level format writes each of the 256 bytes."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    stand_ins = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
-
-
-def byte_tokenizer() -> Tokenizer:
-    """A byte-pair tokenizer without pairs: each byte is one token."""
-    vocabulary = {symbol: byte for byte, symbol in enumerate(byte_symbols())}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+from anymamba.training.tokenizers import byte_tokenizer
 
 
 def save_byte_tokenizer(folder: Path) -> None:
