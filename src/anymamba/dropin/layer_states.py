@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 
 __all__ = [
+    "CachedStates",
     "all_plain",
     "at_least_float32",
-    "cached_states",
     "convolve",
     "convolve_step",
     "last_inputs",
@@ -151,39 +151,47 @@ def last_inputs(x_ble: Tensor, k: int, seq_idx: Tensor | None = None) -> Tensor:
     return F.pad(x_ble.transpose(1, 2), (k - x_ble.shape[1], 0))
 
 
-def cached_states(
-    params: InferenceParams,
-    layer_idx: int | None,
-    batch: int,
-    allocate: Callable[[], States],
-    initialize: bool = False,
-) -> States:
-    """A layer's states in an inference cache, which makes room for them at the first call.
+class CachedStates:
+    """What a recurrent layer has, to keep its states in an inference cache.
 
-    Args:
-        params: the cache of one generation.
-        layer_idx: the layer's key in it.
-        batch: the number of rows, or of packed sequences.
-        allocate: makes new states, all zero.
-        initialize: whether states that are there already are set to zero.
-
-    Returns:
-        The states of the convolution and of the recurrence, to be changed in place.
-
-    Raises:
-        InputError: the layer has no index, or the cache is for another number of rows.
+    Attributes:
+        layer_idx: the layer's key in the cache.
+        allocate_inference_cache: makes new states for a batch, all zero.
     """
-    if layer_idx is None:
-        raise InputError("a layer used with inference_params needs a layer_idx; pass layer_idx=0")
-    if layer_idx not in params.key_value_memory_dict:
-        params.key_value_memory_dict[layer_idx] = allocate()
-    states: States = params.key_value_memory_dict[layer_idx]
-    if states[0].shape[0] != batch:
-        raise InputError(
-            f"the cache of layer {layer_idx} holds {states[0].shape[0]} rows, the input has "
-            f"{batch}; use new InferenceParams for another batch"
-        )
-    if initialize:
-        for state in states:
-            state.zero_()
-    return states
+
+    layer_idx: int | None
+    allocate_inference_cache: Callable[..., States]
+
+    def _get_states_from_cache(
+        self, inference_params: InferenceParams, batch_size: int, initialize_states: bool = False
+    ) -> States:
+        """The layer's states in a cache, which makes room for them at the first call.
+
+        Args:
+            inference_params: the cache of one generation.
+            batch_size: the number of rows, or of packed sequences.
+            initialize_states: whether states that are there already are set to zero.
+
+        Returns:
+            The states of the convolution and of the recurrence, to be changed in place.
+
+        Raises:
+            InputError: the layer has no index, or the cache is for another number of rows.
+        """
+        layer, cached = self.layer_idx, inference_params.key_value_memory_dict
+        if layer is None:
+            raise InputError(
+                "a layer used with inference_params needs a layer_idx; pass layer_idx=0"
+            )
+        if layer not in cached:
+            cached[layer] = self.allocate_inference_cache(batch_size, inference_params.max_seqlen)
+        states: States = cached[layer]
+        if states[0].shape[0] != batch_size:
+            raise InputError(
+                f"the cache of layer {layer} holds {states[0].shape[0]} rows, the input has "
+                f"{batch_size}; use new InferenceParams for another batch"
+            )
+        if initialize_states:
+            for state in states:
+                state.zero_()
+        return states

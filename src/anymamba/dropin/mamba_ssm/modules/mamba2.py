@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
 from anymamba.dropin.layer_states import (
+    CachedStates,
     States,
     all_plain,
     at_least_float32,
-    cached_states,
     convolve,
     convolve_step,
     last_inputs,
@@ -42,7 +42,7 @@ __all__ = ["Mamba2"]
 NO_LIMIT = (0.0, float("inf"))
 
 
-class Mamba2(nn.Module, PyTorchModelHubMixin):
+class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
     """The state space layer whose heads each decay at one rate, computed by matrix products.
 
     Args:
@@ -340,17 +340,6 @@ class Mamba2(nn.Module, PyTorchModelHubMixin):
         state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         sizes = (batch_size, self.nheads, self.headdim, self.d_state)
         return conv_state.transpose(1, 2), weight.new_zeros(sizes, dtype=state_dtype)
-
-    def _get_states_from_cache(
-        self, inference_params: InferenceParams, batch_size: int, initialize_states: bool = False
-    ) -> States:
-        return cached_states(
-            inference_params,
-            self.layer_idx,
-            batch_size,
-            lambda: self.allocate_inference_cache(batch_size, inference_params.max_seqlen),
-            initialize_states,
-        )
 
 
 def check_heads(width: int, headdim: int, ngroups: int) -> None:

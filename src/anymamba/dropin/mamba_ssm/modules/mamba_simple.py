@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.dropin.layer_states import (
+    CachedStates,
     States,
     all_plain,
     at_least_float32,
-    cached_states,
     convolve,
     convolve_step,
     last_inputs,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Mamba"]
 
 
-class Mamba(nn.Module):
+class Mamba(CachedStates, nn.Module):
     """The selective state space layer with its projections, convolution and gate.
 
     Args:
@@ -244,17 +244,6 @@ class Mamba(nn.Module):
         state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         return conv_state, weight.new_zeros(
             batch_size, self.d_inner, self.d_state, dtype=state_dtype
-        )
-
-    def _get_states_from_cache(
-        self, inference_params: InferenceParams, batch_size: int, initialize_states: bool = False
-    ) -> States:
-        return cached_states(
-            inference_params,
-            self.layer_idx,
-            batch_size,
-            lambda: self.allocate_inference_cache(batch_size, inference_params.max_seqlen),
-            initialize_states,
         )
 
 
