@@ -85,30 +85,48 @@ def read_texts(names: Sequence[str], text_field: str = "text") -> Iterator[str]:
 
 def documents_of(file: Path, text_field: str) -> Iterator[str]:
     """The documents of one file; empty ones are left out."""
+    found: Iterable[str]
+    if file.suffix.lower() in LINE_ENDINGS:
+        found = (text_of(value, text_field, where) for value, where in values_of_lines(file))
+    else:
+        found = [text_in(file)]
+    yield from filter(None, found)
+
+
+def text_in(file: Path) -> str:
+    """What a file holds.
+
+    Raises:
+        InputError: it cannot be read, or is no text.
+    """
     try:
-        text = file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8")
     except OSError as error:
         raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{str(file)!r} is not UTF-8 text: see its byte {error.start}") from None
-    if file.suffix.lower() not in LINE_ENDINGS:
-        if text:
-            yield text
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            found = text_of_line(line, text_field, f"{str(file)!r}, line {number}")
-            if found:
-                yield found
 
 
-def text_of_line(line: str, text_field: str, where: str) -> str:
-    """The text in a line of JSON."""
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error.msg}") from None
-    found = content.get(text_field) if isinstance(content, dict) else None
+def values_of_lines(file: Path) -> Iterator[tuple[object, str]]:
+    """The value in each line of JSON, and what messages call the line.
+
+    Raises:
+        InputError: the file cannot be read, or a line is not JSON.
+    """
+    for number, line in enumerate(text_in(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{str(file)!r}, line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not JSON: {error}") from None
+        yield value, where
+
+
+def text_of(value: object, text_field: str, where: str) -> str:
+    """The text in a line's value."""
+    found = value.get(text_field) if isinstance(value, dict) else None
     if not isinstance(found, str):
         raise InputError(f"{where} has no text in {text_field!r}; --text-field names the field")
     return found

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from anymamba.checkpoint.paths import user_path
 from anymamba.errors import InputError
-from anymamba.training.data import LINE_ENDINGS, read_texts
+from anymamba.training.data import LINE_ENDINGS, read_texts, values_of_lines
 
 __all__ = ["DEFAULT_TEMPLATE", "Example", "is_conversation", "read_examples"]
 
@@ -46,7 +44,8 @@ def read_examples(names: Sequence[str]) -> list[Example]:
         InputError: a file cannot be read, a line is none of these, or there are several kinds.
 
     Example:
-        >>> import tempfile
+        >>> import json, tempfile
+        >>> from pathlib import Path
         >>> file = Path(tempfile.mkdtemp()) / "talk.jsonl"
         >>> said = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
         >>> _ = file.write_text(json.dumps({"messages": said}))
@@ -57,7 +56,8 @@ def read_examples(names: Sequence[str]) -> list[Example]:
     for name in names:
         path = user_path(name, InputError)
         if path.suffix.lower() in LINE_ENDINGS:
-            examples += read_lines(path)
+            for value, where in values_of_lines(path):
+                examples += examples_of(value, where)
         else:
             examples += [{"text": text} for text in read_texts([name])]
     if not examples:
@@ -80,25 +80,6 @@ def kind_of(example: Example) -> str:
     if "text" in example:
         return "texts"
     return "conversations" if is_conversation(example) else "prompts"
-
-
-def read_lines(path: Path) -> Iterator[Example]:
-    """The examples of a file of JSON lines."""
-    try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{str(path)!r} is not UTF-8 text: see its byte {error.start}") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{str(path)!r}, line {number}"
-        try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from None
-        yield from examples_of(fields, where)
 
 
 def examples_of(fields: object, where: str) -> Iterator[Example]:
