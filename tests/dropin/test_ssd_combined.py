@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 from typing import Any
 
@@ -17,8 +16,6 @@ from anymamba.dropin.mamba_ssm.modules import ssd_minimal
 from anymamba.dropin.mamba_ssm.ops.triton import ssd_combined
 from anymamba.errors import InputError
 from tests.ops.tolerance import assert_contract
-
-EXAMPLES = [ssd_combined, ssd_minimal]
 
 
 def normal(*shape: int) -> Tensor:
@@ -395,10 +392,3 @@ def test_sums_over_stretches() -> None:
             for j in range(5):
                 expected = x[:, j + 1 : i + 1].sum(-1) if j <= i else torch.full((2,), -math.inf)
                 assert torch.allclose(sums[:, i, j], expected.double())
-
-
-@pytest.mark.parametrize("module", EXAMPLES, ids=lambda module: module.__name__)
-def test_the_examples_in_the_docstrings(module: Any) -> None:
-    failed, tried = doctest.testmod(module)
-    assert tried
-    assert not failed
