@@ -25,7 +25,7 @@ from anymamba.checkpoint import model_shape
 from anymamba.checkpoint.names import EMBEDDINGS
 from anymamba.errors import InputError
 from anymamba.runtime.kinds import convert
-from anymamba.runtime.layerwise import Layer
+from anymamba.runtime.layerwise import Layer, Selected
 from anymamba.runtime.native import core
 
 if TYPE_CHECKING:
@@ -134,8 +134,9 @@ def inspect(
     found = []
     for index in range(count):
         layer = Layer.read(index, get, engine.config)
-        found.append(_inspect_layer(layer, hidden_bld, looked))
-        hidden_bld = layer.run(hidden_bld)
+        selected = layer.selected(layer.normed(hidden_bld))
+        found.append(_inspect_layer(layer, selected, looked))
+        hidden_bld = layer.added(hidden_bld, layer.scanned(selected))
         if progress is not None:
             progress(index + 1, count)
     step_sizes, left, final = (np.stack(parts) for parts in zip(*found, strict=True))
@@ -166,10 +167,9 @@ def _getter(weights: Weights) -> Callable[[str], Any]:
 
 
 def _inspect_layer(
-    layer: Layer, hidden_bld: NDArray[np.float32], ages: tuple[int, ...]
+    layer: Layer, selected: Selected, ages: tuple[int, ...]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """A layer's step sizes (l,), what is left at each age (a, l), and at the end (l,)."""
-    selected = layer.selected(layer.normed(hidden_bld))
     dt_le = selected.dt_ble[0].astype(np.float64) + layer.dt_bias_e
     delta_le = np.logaddexp(0.0, dt_le)  # softplus
     length = len(delta_le)

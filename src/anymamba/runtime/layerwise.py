@@ -139,7 +139,10 @@ class Layer:
 
     def mixed(self, normed_bld: NDArray[np.float32]) -> NDArray[np.float32]:
         """What `out_proj` reads, (b, l, e): convolved, scanned and gated, each text by itself."""
-        found = self.selected(normed_bld)
+        return self.scanned(self.selected(normed_bld))
+
+    def scanned(self, found: Selected) -> NDArray[np.float32]:
+        """The same of what was selected before."""
         B_blgn, C_blgn = found.B_bln[..., None, :], found.C_bln[..., None, :]
         y_ble = np.empty(found.x_ble.shape, np.float32)
         core().scan(
