@@ -9,6 +9,7 @@ from typing import Any
 
 from anymamba.cli.model_options import add_offline_argument
 from anymamba.cli.quiet import quiet
+from anymamba.cli.waiting_threads import let_waiting_threads_sleep
 from anymamba.errors import MissingDependencyError
 
 __all__ = ["add_arguments", "run"]
@@ -90,6 +91,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Train, and tell how it went."""
     from anymamba.cli.progress import Steps
 
+    let_waiting_threads_sleep()
     with quiet():
         finetune = import_finetune()
     with quiet(), Steps("steps", visible=not arguments.json) as steps:

@@ -9,6 +9,7 @@ from typing import Any
 
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import finite
+from anymamba.cli.waiting_threads import let_waiting_threads_sleep
 
 __all__ = ["add_arguments", "run"]
 
@@ -67,6 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.errors import MissingDependencyError
 
     settings = settings_of(arguments)
+    let_waiting_threads_sleep()
     with quiet():
         try:
             from anymamba.training.run import train
