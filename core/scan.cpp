@@ -16,6 +16,7 @@
 #include "integers.h"
 #include "scratch.h"
 #include "simd.h"
+#include "subnormals.h"
 #include "threads.h"
 #include "tile.h"
 
@@ -56,6 +57,7 @@ void parallel_with_memory(std::int64_t items, std::int64_t floats, const Body& b
   const Scratch<float> memory(workers * stride);
   std::int64_t next = 0;
   auto work = [&](int worker) {
+    const SubnormalsAreZeros fast;
     for (std::int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;)
       body(i, Pieces(memory + worker * stride));
   };
@@ -709,6 +711,7 @@ void scan_step(const ScanStep& step, std::int64_t first, std::int64_t last) {
   const std::int64_t width = step.e / step.groups, padded = ceil_div(step.n, W) * W;
   Scratch<float> projections(2 * padded);
   float *B = projections, *C = B + padded;
+  const SubnormalsAreZeros fast;
   fill_zeros(B, 2 * padded);
   for (std::int64_t row = 0; row < step.b; ++row) {
     for (std::int64_t c = first; c < last;) {

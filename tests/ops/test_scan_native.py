@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -297,6 +298,29 @@ def bits_with(threads: int, inputs: dict[str, Any], **options: Any) -> list[Tens
         found = gradients(outputs, cotangents, ours)
     assert _core.threads() == threads
     return [*outputs, *found.values()]
+
+
+def test_states_that_fade_end_as_zeros() -> None:
+    """e^-95 would be a subnormal number, with which processors compute many times more slowly."""
+    steps = 96
+    inputs = {
+        "x_ble": torch.eye(steps)[0].view(1, steps, 1).requires_grad_(),
+        "delta_ble": torch.ones(1, steps, 1),
+        "A_en": -torch.ones(1, 1),
+        "B_bln": torch.ones(1, steps, 1),
+        "C_bln": torch.ones(1, steps, 1),
+    }
+    y, last = scan(inputs)
+    state, step = torch.full((1, 1, 1), math.exp(-80)), {"x_ble": torch.zeros(1, 1, 1)}
+    one_step = {name: value[:, :1] if name in IN_TIME else value for name, value in inputs.items()}
+    for _ in range(15):
+        update(state, one_step | step)
+    (gradient_bl1,) = torch.autograd.grad(y[0, -1, 0], inputs["x_ble"])
+    assert exactly(inputs)[1].item() > 0
+    for faded in (last, y[0, -1], state, gradient_bl1[0, 0]):
+        assert float(faded) == 0
+    # 80 steps fade as they should, 1e-5 being what 80 roundings and as many powers may add up to.
+    assert float(gradient_bl1[0, -81]) == pytest.approx(math.exp(-80), rel=1e-5)
 
 
 @pytest.mark.parametrize(
