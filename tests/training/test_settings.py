@@ -49,6 +49,10 @@ def test_presets_are_settings(preset: str) -> None:
         ({"steps": 1, "minutes": 1}, "steps and minutes exclude each other"),
         ({"order": "carried", "gradient_checkpointing": True}, "switch one of them off"),
         ({"learning_rate": 1e-6}, "must not exceed"),
+        ({"seed": 2**32}, "seed must be a whole number of at least 0 and at most 4294967295"),
+        ({"threads": 100_000}, "threads must be a whole number of at least 1 and at most 1024"),
+        ({"data": [""]}, "data must be a name or a list of names"),
+        ({"data": ["a", 3]}, "data must be a name or a list of names"),
     ],
 )
 def test_wrong_values_are_named(wrong: dict[str, object], words: str) -> None:
@@ -62,6 +66,7 @@ def test_wrong_values_are_named(wrong: dict[str, object], words: str) -> None:
         ("layrs: 3", "no setting 'layrs'; did you mean 'layers'"),
         ("- 3", "must name settings"),
         ("a: [", "is not YAML"),
+        ("a: " + "[" * 3000, "nested too deep"),
     ],
 )
 def test_wrong_files_are_named(text: str, words: str, tmp_path: Path) -> None:
@@ -69,6 +74,14 @@ def test_wrong_files_are_named(text: str, words: str, tmp_path: Path) -> None:
     file.write_text(text)
     with pytest.raises(ConfigError, match=words):
         read_yaml(file)
+
+
+@pytest.mark.parametrize("named", ["[tiny]", "3", "''", "nope"])
+def test_wrong_presets_are_named(named: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(f"preset: {named}\n")
+    with pytest.raises(ConfigError, match=r"there is no preset .*; there are tiny"):
+        settings_from(file)
 
 
 def test_the_rate_rises_then_falls_to_the_last() -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.wording import shown
 from anymamba.errors import ConfigError
+from anymamba.runtime.native import MOST_THREADS
 
 __all__ = ["PRESETS", "Settings", "read_yaml", "settings_from"]
 
@@ -50,6 +52,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 """Sizes with settings that suit them. The last two have the sizes and rates of the paper."""
+
+HIGHEST_SEED = 2**32 - 1
+"""What NumPy's random numbers can begin from."""
 
 
 def setting(default: Any, text: str, **facts: Any) -> Any:
@@ -144,7 +149,7 @@ class Settings:
     weight_decay: float = setting(0.1, "on matrices; never on A_log, D, biases, norms", low=0.0)
     decay_embeddings: bool = setting(True, "decay the embeddings as matrices")
     gradient_clip: float = setting(1.0, "largest norm of the gradients; 0 is any", low=0.0)
-    seed: int = setting(1, "of the weights, the order and the dropout", low=0)
+    seed: int = setting(1, "of the weights, the order and the dropout", low=0, high=HIGHEST_SEED)
 
     # How it is computed.
     dtype: str = setting(
@@ -155,7 +160,7 @@ class Settings:
     device: str = setting(
         "auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda", "mps")
     )
-    threads: int | None = setting(None, "threads for torch", low=1)
+    threads: int | None = setting(None, "threads for torch", low=1, high=MOST_THREADS)
     gradient_checkpointing: bool = setting(False, "compute activations twice to save memory")
     compile: bool = setting(False, "compile the model with torch.compile")
 
@@ -227,7 +232,10 @@ def checked(name: str, value: Any) -> Any:
         return None
     if "list" in kind:
         values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list | tuple) or not all(isinstance(v, str) for v in values):
+        # An empty name would be the folder that one happens to be in.
+        if not isinstance(values, list | tuple) or not all(
+            isinstance(v, str) and v for v in values
+        ):
             raise refuse(name, "a name or a list of names", value)
         return list(values)
     if kind.startswith("bool"):
@@ -248,10 +256,15 @@ def checked_number(name: str, whole: bool, value: Any, facts: Mapping[str, Any])
     low, high = facts.get("low", -math.inf), facts.get("high", math.inf)
     fits = number is not None and math.isfinite(number) and low <= number <= high
     if number is None or not fits or (whole and number != int(number)):
-        least = f" of at least {low:g}" if math.isfinite(low) else ""
-        most = f" and at most {high:g}" if math.isfinite(high) else ""
+        least = f" of at least {bound(low)}" if math.isfinite(low) else ""
+        most = f" and at most {bound(high)}" if math.isfinite(high) else ""
         raise refuse(name, f"a {'whole ' if whole else ''}number{least}{most}", value)
     return int(number) if whole else float(number)
+
+
+def bound(value: float) -> str:
+    """A bound in a message; a whole number has all its digits."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def as_number(value: Any) -> float | None:
@@ -268,7 +281,7 @@ def as_number(value: Any) -> float | None:
 
 def refuse(name: str, expected: str, value: Any) -> ConfigError:
     """The error for a wrong value."""
-    return ConfigError(f"{name} must be {expected}, got {value!r}")
+    return ConfigError(f"{name} must be {expected}, got {shown(value)}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -286,6 +299,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {str(path)!r}: {reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{str(path)!r} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{str(path)!r} is not YAML of settings: it is nested too deep") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{str(path)!r} must name settings, one a line, as in 'steps: 100'")
     for name in content:
@@ -321,12 +336,13 @@ def settings_from(
     """
     content = {} if config is None else read_yaml(config)
     named = content.pop("preset", None)
-    preset = preset or named
-    if preset is not None and preset not in PRESETS:
-        raise ConfigError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    preset = named if preset is None else preset
+    # A list of the file's is no key, so that the names are looked through.
+    if preset is not None and preset not in list(PRESETS):
+        raise ConfigError(f"there is no preset {shown(preset)}; there are {', '.join(PRESETS)}")
     given = {name: value for name, value in flags.items() if value is not None}
     # A budget of the one kind replaces one of the other.
     for one, other in (("steps", "minutes"), ("minutes", "steps")):
         if one in given and other not in given:
             content.pop(other, None)
-    return Settings(**{**(PRESETS[preset] if preset else {}), **content, **given})
+    return Settings(**{**(PRESETS[preset] if preset is not None else {}), **content, **given})
