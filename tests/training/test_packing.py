@@ -10,10 +10,11 @@ import torch
 
 from anymamba import MambaConfig, MambaForCausalLM
 from anymamba.errors import InputError
-from anymamba.training.data import TokenRow, held_out, read_dataset, read_texts, tokenize
+from anymamba.training.data import TokenRow, held_out, read_dataset, read_texts, texts_of, tokenize
 from anymamba.training.packing import Rows, collate, windows_side_by_side
 from anymamba.training.tokenizers import END_OF_TEXT, open_tokenizer
 from anymamba.training.validation import loss_of_stream, loss_of_windows
+from tests.training.small import small
 
 
 def row_of(*lengths: int) -> TokenRow:
@@ -109,6 +110,26 @@ def test_texts_come_from_files_lines_and_folders(tmp_path: Path) -> None:
         list(read_texts([str(tmp_path / "wrong.txt")]))
     with pytest.raises(InputError, match="cannot read"):
         list(read_texts([str(tmp_path / "none.txt")]))
+
+
+def test_a_mark_of_utf_8_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "two"}\n')
+    assert list(read_texts([str(tmp_path)])) == ["one", "two"]
+
+
+def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\uD83D"}\n')
+    with pytest.raises(InputError, match="line 2 holds half of a surrogate pair"):
+        list(read_texts([str(file)]))
+
+
+def test_an_empty_text_to_validate_on_is_refused(tmp_path: Path) -> None:
+    settings = small(tmp_path, validation_data=[str(tmp_path / "empty.txt")])
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(InputError, match=r"nothing to validate on: .*empty.txt"):
+        texts_of(settings)
 
 
 def test_texts_come_from_a_dataset(tmp_path: Path) -> None:

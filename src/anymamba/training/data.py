@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.wording import listed
 from anymamba.errors import InputError
 from anymamba.training.settings import Settings
 
@@ -60,7 +61,13 @@ def texts_of(settings: Settings) -> tuple[list[str], list[str]]:
     else:
         raise InputError("there is nothing to train on: give --data FILE or --dataset NAME")
     if settings.validation_data:
-        return documents, list(read_texts(settings.validation_data, settings.text_field))
+        validation = list(read_texts(settings.validation_data, settings.text_field))
+        if not validation:
+            raise InputError(
+                f"there is nothing to validate on: {listed(map(repr, settings.validation_data))} "
+                "hold no text"
+            )
+        return documents, validation
     return held_out(documents, settings.validation_share)
 
 
@@ -94,13 +101,13 @@ def documents_of(file: Path, text_field: str) -> Iterator[str]:
 
 
 def text_in(file: Path) -> str:
-    """What a file holds.
+    """What a file holds, without the mark of UTF-8 that some editors put at its beginning.
 
     Raises:
         InputError: it cannot be read, or is no text.
     """
     try:
-        return file.read_bytes().decode("utf-8")
+        return file.read_bytes().decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except OSError as error:
         raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -111,7 +118,7 @@ def values_of_lines(file: Path) -> Iterator[tuple[object, str]]:
     """The value in each line of JSON, and what messages call the line.
 
     Raises:
-        InputError: the file cannot be read, or a line is not JSON.
+        InputError: the file cannot be read, or a line is not JSON, or holds what is no text.
     """
     for number, line in enumerate(text_in(file).split("\n"), start=1):
         if not line.strip():
@@ -119,6 +126,13 @@ def values_of_lines(file: Path) -> Iterator[tuple[object, str]]:
         where = f"{str(file)!r}, line {number}"
         try:
             value = json.loads(line)
+            # JSON can spell what no text can hold, and no tokenizer would take.
+            if "\\ud" in line.lower():
+                json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(
+                f"{where} holds half of a surrogate pair, which is no text: write the line anew"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from None
         yield value, where
