@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from anymamba import MambaForCausalLM
-from anymamba.errors import TrainingError
+from anymamba.errors import AnyMambaError, InputError, TrainingError
 from anymamba.training.report import read_metrics
 from anymamba.training.run import train
 from anymamba.training.safety import checkpoints_in
 from anymamba.training.settings import Settings
+from anymamba.training.trainer import MambaTrainer
 from tests.training.small import small
 
 STEPS = 60
@@ -129,9 +132,122 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert losses(Path(settings.output)) == losses(Path(whole.output))
 
 
-def test_another_text_is_refused(tmp_path: Path) -> None:
-    settings = small(tmp_path)
-    train(settings)
-    (tmp_path / "text.txt").write_text("Another text. " * 400)
-    with pytest.raises(TrainingError, match="was trained on another text"):
+def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = settings_in(tmp_path / "whole", "random")
+    train(whole)
+    settings = settings_in(tmp_path / "broken", "random")
+    step = MambaTrainer.compute_loss
+    before: dict[str, bytes] = {}
+
+    def broken(self: MambaTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step < 17:
+            return step(self, *args, **kwargs)
+        before.update(content(self.checkpoints))
+        return step(self, *args, **kwargs) * float("nan")
+
+    monkeypatch.setattr(MambaTrainer, "compute_loss", broken)
+    with pytest.raises(TrainingError, match="the loss became nan in step 18"):
+        train(settings)
+    run = Path(settings.output)
+    left = checkpoints_in(run / "checkpoints")
+    assert [entry.name for entry in left] == ["checkpoint-7", "checkpoint-14"]
+    assert content(run / "checkpoints") == before
+    assert not (run / "config.json").exists()
+    monkeypatch.undo()
+    train(settings, resume=True)
+    assert losses(run) == losses(Path(whole.output))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended, beside its text."""
+    folder = tmp_path_factory.mktemp("done")
+    train(small(folder, order="carried"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": 32}, "of a model of other sizes"),
+        ({"layers": 3}, "of a model of other sizes"),
+        ({"tie_embeddings": False}, "of a model of other sizes"),
+        ({"batch": 2}, "carries the states of 4 rows, and batch is 2"),
+        ({"tokenizer": "bpe"}, "trained on another text or with another tokenizer"),
+        ({"data": ["another.txt"]}, "trained on another text or with another tokenizer"),
+        ({"data": ["nowhere.txt"]}, "cannot read 'nowhere.txt'"),
+        ({"window": 10**5}, "tokens to train on"),
+    ],
+)
+def test_another_run_is_refused_and_nothing_is_changed(
+    changes: dict[str, Any], words: str, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(done)
+    Path("another.txt").write_text("Another text. " * 400)
+    settings = small(done, **{"order": "carried", "steps": 20, **changes})
+    before = content(done / "run")
+    with pytest.raises((TrainingError, InputError), match=words):
         train(settings, resume=True)
+    assert content(done / "run") == before
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "garbage"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "optimizer.pt",
+        "progress.json",
+        "scheduler.pt",
+        "trainer_state.json",
+    ],
+)
+def test_a_damaged_checkpoint_is_named(name: str, damage: str, done: Path, tmp_path: Path) -> None:
+    settings = small(tmp_path, order="carried", steps=20)
+    shutil.copytree(done / "run", tmp_path / "run")
+    file = tmp_path / "run/checkpoints/checkpoint-12" / name
+    kept = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(kept[: len(kept) // 2] if damage == "cut" else b"garbage")
+    with pytest.raises(TrainingError, match=rf"checkpoint-12'.*{name}.*before it") as caught:
+        train(settings, resume=True)
+    assert "\n" not in str(caught.value)
+    shutil.rmtree(file.parent)
+    assert train(settings, resume=True).figures["steps"] == 20
+
+
+def test_what_is_no_metrics_is_dropped(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "run", tmp_path / "run")
+    metrics = tmp_path / "run/metrics.jsonl"
+    for broken in (b"3\n", b"{}\n", b"\xff\xfe\n", b'{"step": 4'):
+        first = metrics.read_bytes().splitlines(keepends=True)[0]
+        metrics.write_bytes(first + broken)
+        assert [line["step"] for line in read_metrics(metrics)] == [1]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_mistake_leaves_the_output_as_it_was(overwrite: bool, done: Path, tmp_path: Path) -> None:
+    """Nothing is there that would make the next try ask for --overwrite; nothing is gone."""
+    if overwrite:
+        shutil.copytree(done / "run", tmp_path / "run")
+    before = content(tmp_path / "run")
+    for mistake in ({"data": ["nowhere.txt"]}, {"window": 10**5}, {"model": str(tmp_path)}):
+        with pytest.raises(AnyMambaError):
+            train(small(tmp_path, **mistake), overwrite=overwrite)
+    assert content(tmp_path / "run") == before
+    assert overwrite or not (tmp_path / "run").exists()
+
+
+def test_an_output_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in ("file", "file/sub"):
+        with pytest.raises(InputError, match=r"cannot write into .*file' is not a folder"):
+            train(small(tmp_path, output=str(tmp_path / place)))

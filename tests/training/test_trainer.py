@@ -157,7 +157,7 @@ def test_the_clock_ends_it(tmp_path: Path) -> None:
     assert rates[-1] == pytest.approx(3e-5, rel=0.2)
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_stops(tmp_path: Path) -> None:
     settings = small(tmp_path, steps=10)
     trainer = trainer_of(settings)
     step = trainer.compute_loss

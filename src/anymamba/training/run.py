@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def train(
         raise ConfigError("there is no budget: give steps or minutes")
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    folder = opened_folder(settings, resume, overwrite)
+    folder = user_path(settings.output, InputError)
+    check_folder(folder, settings.output, resume or overwrite)
     checkpoints = folder / "checkpoints"
     train_texts, validation_texts = texts_of(settings)
     tokenizer = open_tokenizer(settings.tokenizer, train_texts, settings.vocab_size)
@@ -98,8 +100,14 @@ def train(
     validation = rows[1] if len(rows[1]) > 1 else None
     set_seed(settings.seed)
     model = new_model(settings, tokenizer)
-    trainer = MambaTrainer(model, settings, rows[0], validation, tokenizer, folder)
-    begun = last_checkpoint(checkpoints) if resume else None
+    # All that could be refused was read by now: only then is anything written or removed.
+    with writing_into(settings.output):
+        trainer = MambaTrainer(model, settings, rows[0], validation, tokenizer, folder)
+        begun = last_checkpoint(checkpoints) if resume else None
+        if begun is not None:
+            trainer.check_checkpoint(begun)
+        if trainer.is_world_process_zero():
+            prepare_folder(folder, settings, resume)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
         add_callbacks(trainer, stop, stack, begun, visible)
@@ -111,29 +119,55 @@ def train(
     return finish(trainer, tokenizer, validation, folder)
 
 
-def opened_folder(settings: Settings, resume: bool, overwrite: bool) -> Path:
-    """The output folder with the settings in it, empty unless a run is to go on."""
-    folder = user_path(settings.output, InputError)
-    if int(os.environ.get("RANK", "0")):
-        return folder  # the first process of a launcher's prepares it
-    used = [folder / name for name in ("checkpoints", "config.json", METRICS_FILE)]
-    if not resume and any(path.exists() for path in used):
-        if not overwrite:
-            raise InputError(
-                f"the folder {settings.output!r} has a run in it: go on with --resume, replace it "
-                "with --overwrite, or name another with --output"
-            )
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+def check_folder(folder: Path, named: str, may_exist: bool) -> None:
+    """Refuse an output folder before the work that would go into it, and change nothing.
+
+    Args:
+        folder: where everything goes.
+        named: what the user calls it.
+        may_exist: whether a run may be in it.
+
+    Raises:
+        InputError: a run is in it, or it cannot be written into.
+    """
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise InputError(f"cannot write into {named!r}: {str(existing)!r} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"cannot write into {named!r}: you may not write to {str(existing)!r}")
+    if may_exist or int(os.environ.get("RANK", "0")):
+        return  # the first process of a launcher's decides for all
+    if any((folder / name).exists() for name in ("checkpoints", "config.json", METRICS_FILE)):
+        raise InputError(
+            f"the folder {named!r} has a run in it: go on with --resume, replace it with "
+            "--overwrite, or name another with --output"
+        )
+
+
+@contextmanager
+def writing_into(named: str) -> Iterator[None]:
+    """Say which folder could not be written into.
+
+    Raises:
+        InputError: a file or folder could not be made.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write into {named!r}: {error.strerror or error}") from None
+
+
+def prepare_folder(folder: Path, settings: Settings, resume: bool) -> None:
+    """Write the settings into the output folder, empty unless a run is to go on."""
+    checkpoints = folder / "checkpoints"
+    if not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
         (folder / METRICS_FILE).unlink(missing_ok=True)
     # What a killed process was writing.
-    for unfinished in (folder / "checkpoints").glob(f"{PARTIAL}*"):
+    for unfinished in checkpoints.glob(f"{PARTIAL}*"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write into {settings.output!r}: {error.strerror}") from None
-    return folder
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(settings.to_yaml(), encoding="utf-8")
 
 
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> MambaForCausalLM:

@@ -27,6 +27,7 @@ from anymamba.training.arguments import rate_at, training_arguments
 from anymamba.training.data import TokenRow
 from anymamba.training.packing import Rows, collate
 from anymamba.training.progress import Progress
+from anymamba.training.resuming import check_resumable
 from anymamba.training.safety import CANNOT_WRITE, PARTIAL, keep_last, not_written, publish
 from anymamba.training.settings import Settings
 from anymamba.training.validation import loss_of_windows, summed_loss
@@ -300,16 +301,20 @@ class MambaTrainer(Trainer):
     def _state_file(self) -> str:
         return f"carried-{self.args.process_index}.safetensors"
 
+    def check_checkpoint(self, folder: Path) -> None:
+        """Refuse to go on from a checkpoint that is damaged or of another run; change nothing.
+
+        Raises:
+            TrainingError: it is.
+        """
+        rows = self.settings.batch if self.settings.order == "carried" else None
+        check_resumable(folder, self.mamba, self.progress.text, rows)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
-        text = self.progress.text
+        self.check_checkpoint(folder)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.progress = Progress.load(folder)
-        if self.progress.text != text:
-            raise TrainingError(
-                f"{resume_from_checkpoint!r} was trained on another text or with another "
-                "tokenizer: give the same data, or begin anew with --overwrite"
-            )
         if self.settings.order == "carried" and (folder / self._state_file).is_file():
             blocks = load_file(folder / self._state_file)
             cache = self._empty_state(self.settings.batch)

@@ -1,0 +1,90 @@
+"""Whether a run can go on from a checkpoint: looked at before anything is written."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from torch import nn
+
+from anymamba.checkpoint.json_object import read_json_object
+from anymamba.checkpoint.safetensors_header import read_header
+from anymamba.checkpoint.wording import listed
+from anymamba.errors import CheckpointError, TrainingError
+from anymamba.training.progress import FILE_NAME, Progress
+
+__all__ = ["check_resumable"]
+
+WEIGHTS = "model.safetensors"
+OBJECTS = ("config.json", "trainer_state.json", FILE_NAME)
+PICKLES = ("optimizer.pt", "scheduler.pt")
+
+
+def check_resumable(checkpoint: Path, model: nn.Module, text: int, rows: int | None) -> None:
+    """Refuse a checkpoint that is damaged, or of another run.
+
+    Only the beginnings of large files are read.
+
+    Args:
+        checkpoint: its folder.
+        model: what is to be trained.
+        text: the number that tells the tokens, as in `Progress`.
+        rows: how many rows' states were carried; None where none are.
+
+    Raises:
+        TrainingError: a file is missing or broken, or the text, the model's sizes, or the number
+            of rows whose states are carried differ.
+    """
+    try:
+        for name in OBJECTS:
+            read_json_object(checkpoint / name)
+        stored = shapes_in(checkpoint / WEIGHTS)
+        states = [shapes_in(file)["ssm"][1] for file in checkpoint.glob("carried-*.safetensors")]
+        found = Progress.load(checkpoint).text
+        for file in (*(checkpoint / name for name in PICKLES), *checkpoint.glob("rng_state*.pth")):
+            if not zipfile.is_zipfile(file):  # as torch.save writes
+                raise CheckpointError(f"{str(file)!r} is missing or broken")
+    except (CheckpointError, KeyError, IndexError, TypeError) as error:
+        raise TrainingError(
+            f"cannot go on from {str(checkpoint)!r}: {error}. Remove that folder to go on from the "
+            "checkpoint before it, or begin anew with --overwrite"
+        ) from None
+    if found != text:
+        raise TrainingError(
+            f"{str(checkpoint)!r} was trained on another text or with another tokenizer: give the "
+            "same data, or begin anew with --overwrite"
+        )
+    check_same_model(checkpoint, stored, model)
+    if rows is not None and any(count != rows for count in states):
+        raise TrainingError(
+            f"{str(checkpoint)!r} carries the states of {states[0]} rows, and batch is {rows}: "
+            "give the same batch, or begin anew with --overwrite"
+        )
+
+
+def check_same_model(
+    checkpoint: Path, stored: dict[str, tuple[int, ...]], model: nn.Module
+) -> None:
+    """Refuse a model of other sizes.
+
+    Args:
+        checkpoint: its folder.
+        stored: the shapes of its weights.
+        model: what is to be trained.
+
+    Raises:
+        TrainingError: a weight has another shape, or only one of the two has it.
+    """
+    # A head that is the embeddings is a parameter once, and stored once.
+    wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    wrong = [name for name in {**wanted, **stored} if wanted.get(name) != stored.get(name)]
+    if wrong:
+        raise TrainingError(
+            f"{str(checkpoint)!r} is of a model of other sizes ({listed(sorted(wrong)[:2])}, ...): "
+            "give the settings that it was begun with, or begin anew with --overwrite"
+        )
+
+
+def shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a file."""
+    return {name: record.shape for name, record in read_header(file).tensors.items()}
