@@ -107,10 +107,14 @@ def settings_of(arguments: argparse.Namespace) -> Any:
 
 
 def report(arguments: argparse.Namespace, outcome: Any) -> None:
-    """Print the figures; end as the signal that stopped the run would."""
+    """Print the figures, once for all processes; end as the signal that stopped the run would."""
     from anymamba.cli.output import tell
     from anymamba.cli.table import table
 
+    if not outcome.first:
+        if outcome.stopped_by is not None:
+            raise SystemExit(128 + outcome.stopped_by)
+        return
     figures = {
         name: finite(value) if isinstance(value, float) else value
         for name, value in outcome.figures.items()

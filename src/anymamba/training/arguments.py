@@ -70,6 +70,8 @@ def training_arguments(settings: Settings, checkpoints: Path) -> TrainingArgumen
         use_cpu=chosen_device(settings) == "cpu",
         activation_checkpointing=settings.gradient_checkpointing,
         torch_compile=settings.compile,
+        # Each step uses all weights. To look for others costs time, and DDP warns that it does.
+        ddp_find_unused_parameters=False,
         # It ends up in the stored config, and whoever generates with the model wants a state.
         use_cache=True,
         seed=settings.seed,

@@ -57,11 +57,13 @@ class Outcome:
         folder: where everything is.
         figures: what is known of it, as `training.json` has it.
         stopped_by: the signal that ended it before its time, or None.
+        first: whether this is the first of a launcher's processes, or the only one.
     """
 
     folder: Path
     figures: dict[str, Any]
     stopped_by: signal.Signals | None = None
+    first: bool = True
 
 
 def train(
@@ -115,7 +117,8 @@ def train(
         trainer.train(resume_from_checkpoint=None if begun is None else str(begun))
     if trainer.stopped and trainer.share_spent < 1:
         figures = {"steps": trainer.progress.step}
-        return Outcome(folder, figures, stop.received or signal.SIGTERM)
+        received = stop.received or signal.SIGTERM
+        return Outcome(folder, figures, received, trainer.is_world_process_zero())
     return finish(trainer, tokenizer, validation, folder)
 
 
@@ -359,7 +362,7 @@ def finish(
         "torch": torch.__version__,
     }
     if not trainer.is_world_process_zero():
-        return Outcome(folder, figures)
+        return Outcome(folder, figures, first=False)
     best = trainer.checkpoints / BEST
     model = trainer.mamba
     if settings.keep == "best" and best.is_dir() and progress.best_step:

@@ -40,6 +40,8 @@ def losses(launcher: list[str], batch: int, folder: Path) -> list[float]:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("validation_loss_windows") == done.stdout.count("written") == 1
+    assert "find_unused_parameters" not in done.stderr
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     return [step[key] for step in steps for key in ("loss", "eval_loss") if key in step]
