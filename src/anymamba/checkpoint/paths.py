@@ -22,8 +22,8 @@ def user_path(path: str | os.PathLike[str], error: type[AnyMambaError] = Checkpo
         error: what to raise.
 
     Raises:
-        AnyMambaError: it is no path, holds a null character or too long a name, or leads through
-            a folder that is closed to us.
+        AnyMambaError: it is no path, is empty, holds a null character or too long a name, or leads
+            through a folder that is closed to us.
 
     Example:
         >>> user_path("~/home.state") == Path.home() / "home.state"
@@ -37,6 +37,8 @@ def user_path(path: str | os.PathLike[str], error: type[AnyMambaError] = Checkpo
         place = Path(path)
     except TypeError:
         raise error(f"expected a path, got {shown(path)}") from None
+    if path == "":  # Path takes it for the folder that one happens to be in
+        raise error("expected a path, got '': name a file or a folder")
     with suppress(RuntimeError):  # shells, too, leave ~ where they know no such user
         place = place.expanduser()
     try:
