@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import anymamba
-from anymamba.errors import ConfigError
+from anymamba.errors import CheckpointError, ConfigError, InputError
 
 pytest.importorskip("trl")
 
@@ -127,8 +127,38 @@ def test_the_end_of_a_turn_ends_answers(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"method": "lore"}, {"rank": 0}, {"targets": ["conv1d"]}, {"targets": []}, {"max_steps": 0}],
+    [
+        {"method": "lore"},
+        {"rank": 0},
+        {"targets": ["conv1d"]},
+        {"targets": []},
+        {"max_steps": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("nan")},
+        {"alpha": float("inf")},
+        {"epochs": float("nan")},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"adapter_dropout": 1.0},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         FinetuneSettings(**wrong)
+
+
+def test_answers_that_are_all_cut_off_are_refused(tiny: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", {"prompt": "long", "completion": "b"})
+    with pytest.raises(InputError, match=r"within its first 4 tokens: .*--max-length"):
+        finetune(data, tmp_path / "new", tiny, FinetuneSettings(max_length=4))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_bytes((tiny / name).read_bytes())
+    data = write_lines(tmp_path / "a.jsonl", {"text": "abc"})
+    with pytest.raises(CheckpointError, match=r"no tokenizer can be read from .*model'"):
+        finetune(data, tmp_path / "new", model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from anymamba import MambaConfig, MambaForCausalLM
-from anymamba.errors import InputError
+from anymamba.errors import ConfigError, InputError
 from anymamba.training.data import TokenRow, held_out, read_dataset, read_texts, texts_of, tokenize
 from anymamba.training.packing import Rows, collate, windows_side_by_side
 from anymamba.training.tokenizers import END_OF_TEXT, open_tokenizer
@@ -160,3 +160,10 @@ def test_tokenizers_spell_every_text(name: str, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     reused = open_tokenizer(str(tmp_path), [], 0)
     assert tokenize(texts, reused).tokens.tolist() == row.tokens.tolist()
+
+
+def test_a_tokenizer_without_words_is_none(tmp_path: Path) -> None:
+    """Transformers makes one up for the folder of a model that comes without any."""
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match=r"there is no tokenizer .*: it has no tokenizer.json"):
+        open_tokenizer(str(tmp_path), [], 300)

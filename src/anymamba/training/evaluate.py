@@ -107,21 +107,13 @@ def harness_model(
     _harness()
     from lm_eval.models.huggingface import HFLM
 
-    from anymamba.checkpoint.wording import shown
-    from anymamba.errors import CheckpointError
     from anymamba.modeling import MambaForCausalLM
+    from anymamba.training.tokenizers import stored_tokenizer
 
+    words = stored_tokenizer(tokenizer or model)
     place = _device(device)
     dtype = dtype or ("float32" if place.type == "cpu" else "auto")
     loaded = MambaForCausalLM.from_pretrained(model, dtype=dtype).to(place)
-    from transformers import AutoTokenizer
-
-    try:
-        words = AutoTokenizer.from_pretrained(tokenizer or model)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no tokenizer can be read from {shown(str(tokenizer or model))}: {error}"
-        ) from None
     prefix = _prefix_token(words)
     _complete(words)
     return HFLM(

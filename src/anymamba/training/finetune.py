@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import resolve
@@ -29,6 +29,8 @@ from anymamba.modeling.adapters import patch_peft
 from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
 from anymamba.training.instructions import DEFAULT_TEMPLATE, Example, is_conversation, read_examples
 from anymamba.training.safety import StopSignals
+from anymamba.training.settings import HIGHEST_SEED
+from anymamba.training.tokenizers import stored_tokenizer
 
 __all__ = ["METHODS", "TARGETS", "FinetuneSettings", "finetune"]
 
@@ -94,13 +96,26 @@ class FinetuneSettings:
         wrong = [target for target in self.targets if target not in TARGETS]
         if wrong or not self.targets:
             raise ConfigError(f"targets must be of {', '.join(TARGETS)}, got {wrong or 'none'}")
-        for name in ("rank", "batch_size", "accumulate", "max_length", "epochs"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)!r}")
+        for name in (
+            "rank",
+            "batch_size",
+            "accumulate",
+            "max_length",
+            "epochs",
+            "alpha",
+            "learning_rate",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ConfigError(f"{name} must be a number above 0, got {value!r}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"max_steps must be at least 1, got {self.max_steps!r}")
         if not 0 <= self.adapter_dropout < 1:
-            raise ConfigError(f"adapter_dropout must be 0 to 1, got {self.adapter_dropout!r}")
+            raise ConfigError(
+                f"adapter_dropout must be at least 0 and less than 1, got {self.adapter_dropout!r}"
+            )
+        if not 0 <= self.seed <= HIGHEST_SEED:
+            raise ConfigError(f"seed must be 0 to {HIGHEST_SEED}, got {self.seed!r}")
 
 
 def finetune(
@@ -154,7 +169,7 @@ def finetune(
     examples = read_examples(data)
     held_out = read_examples(validation) if validation else None
     folder = resolve(named, offline=offline)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = stored_tokenizer(folder)
     base = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     # What an adapter says it belongs to: the hub's name and not the place of a download.
     local = user_path(named)
@@ -266,6 +281,12 @@ def _trainer(
             callbacks=[watch],
         )
     trainer.remove_callback(PrinterCallback)
+    for rows in (trainer.train_dataset, trainer.eval_dataset):
+        if rows is not None and len(rows) == 0:
+            raise InputError(
+                "no example has anything to learn within its first "
+                f"{settings.max_length} tokens: raise max_length (on the command line --max-length)"
+            )
     return trainer
 
 

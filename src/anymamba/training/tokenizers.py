@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from anymamba.errors import ConfigError
+from anymamba.checkpoint.wording import shown
+from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["END_OF_TEXT", "byte_tokenizer", "open_tokenizer", "train_bpe"]
+__all__ = ["END_OF_TEXT", "byte_tokenizer", "open_tokenizer", "stored_tokenizer", "train_bpe"]
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -31,13 +33,43 @@ def open_tokenizer(name: str, texts: Iterable[str], vocab_size: int) -> PreTrain
     if name == "bpe":
         return wrapped(train_bpe(texts, vocab_size), eos_token=END_OF_TEXT)
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+        return read_by_transformers(name)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"there is no tokenizer {name!r} (byte, bpe, a folder): {reason}"
         ) from None
+
+
+def read_by_transformers(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or on the hub.
+
+    Raises:
+        OSError, ValueError, ImportError: there is none, or it cannot be read.
+    """
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    # Where a model has no tokenizer, Transformers makes one up, which has no words.
+    if not found("a", add_special_tokens=False)["input_ids"]:
+        raise ValueError("it has no tokenizer.json: put the tokenizer's files there")
     return found
+
+
+def stored_tokenizer(place: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Args:
+        place: a folder.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
+    try:
+        return read_by_transformers(place)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"no tokenizer can be read from {shown(str(place))}: {reason}"
+        ) from None
 
 
 def wrapped(tokenizer: Tokenizer, **special: Any) -> PreTrainedTokenizerFast:
