@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from anymamba.cli.model_options import add_model_arguments
+from anymamba.cli.model_options import add_adapter_argument, add_model_arguments
 from anymamba.cli.opening import model_name
 from anymamba.cli.values import finite, integer
 from anymamba.errors import InputError
@@ -26,6 +28,7 @@ examples:
   anymamba evaluate lambada_openai arc_easy --model state-spaces/mamba-130m-hf
   anymamba evaluate lambada_openai --model ./my-model --limit 500 --json
   anymamba evaluate my-task.yaml --model ./my-model --offline
+  anymamba evaluate arc_easy --adapter ./my-adapter
 """
 
 
@@ -60,16 +63,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_arguments(parser)
+    add_adapter_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Test, and print."""
-    from anymamba.assets import bundled_model
-    from anymamba.checkpoint import resolve
     from anymamba.checkpoint.paths import user_path
 
-    with network_allowed(not arguments.offline):
-        model = resolve(arguments.model or bundled_model(), offline=arguments.offline)
+    with network_allowed(not arguments.offline), model_folder(arguments) as model:
         from anymamba.training.evaluate import evaluate
 
         tokenizer = None if arguments.tokenizer is None else user_path(arguments.tokenizer)
@@ -109,6 +110,25 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
             for metric, value in figures.items()
         ]
         print(table(rows))
+
+
+@contextmanager
+def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """The model's folder; with an adapter, one for the time being that holds the sum of both."""
+    from anymamba.assets import bundled_model
+    from anymamba.checkpoint import resolve
+    from anymamba.runtime.merge import merge
+
+    if arguments.adapter is None:
+        yield resolve(arguments.model or bundled_model(), offline=arguments.offline)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        yield merge(
+            arguments.adapter,
+            Path(scratch) / "model",
+            arguments.model,
+            offline=arguments.offline,
+        )
 
 
 @contextmanager
