@@ -7,11 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from anymamba.assets import bundled_model
 
-from .conftest import Command, write_model
+from .conftest import VOCABULARY, WIDTH, Command, write_model
 
 pytest.importorskip("lm_eval")
 
@@ -111,6 +113,28 @@ def test_score_agrees(tmp_path: Path, anymamba: Command) -> None:
     assert theirs["word_perplexity"] == pytest.approx(math.exp(ours["nats"] / words), rel=CLOSE)
 
 
+def test_an_adapter_counts(tmp_path: Path, anymamba: Command) -> None:
+    model, adapter = tmp_path / "model", tmp_path / "adapter"
+    for folder in (model, adapter):
+        folder.mkdir()
+    write_model(model)
+    fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": str(model)}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    name = "base_model.model.backbone.embeddings.lora_embedding_"
+    sides = {f"{name}A": np.ones((1, VOCABULARY), np.float32)}
+    sides[f"{name}B"] = np.linspace(-1, 1, WIDTH, dtype=np.float32)[:, None]
+    save_file(sides, adapter / "adapter_model.safetensors")
+    task = write_task(tmp_path, "whole", WHOLE_TEXTS, TEXTS[1:2])
+    (tmp_path / "a.txt").write_text("\n" + TEXTS[1])
+    found = []
+    for options in (("--adapter", adapter), ("--model", model)):
+        theirs = anymamba("evaluate", task, "--offline", "--json", *options).json["tasks"]["whole"]
+        ours = anymamba("score", tmp_path / "a.txt", "--json", *options).json
+        assert theirs["bits_per_byte"] == pytest.approx(ours["bits_per_byte"], rel=CLOSE)
+        found.append(theirs["bits_per_byte"])
+    assert found[0] != pytest.approx(found[1], rel=1e-2)
+
+
 def test_several_at_once_are_as_one_by_one(tmp_path: Path, anymamba: Command) -> None:
     """Questions of different lengths share a batch, padded."""
     task = write_task(tmp_path, "last_words", LAST_WORDS)
@@ -149,6 +173,12 @@ def test_a_table_for_people(tmp_path: Path, anymamba: Command) -> None:
         (("a.yaml", "--include", "nowhere"), "no folder"),
         (("nameless.yaml",), "no name"),
         (("last_words.yaml", "--device", "abacus"), "abacus"),
+        (("last_words.yaml", "--adapter", "nowhere"), "no adapter"),
+        (("last_words.yaml", "--tokenizer", "nowhere"), "no tokenizer"),
+        (("broken/no_split.yaml",), "cannot load 'no_split': KeyError"),
+        (("broken/no_field.yaml",), "cannot load 'no_field': UndefinedError"),
+        (("broken/no_setting.yaml",), "cannot load 'no_setting': TypeError"),
+        (("broken/no_text.yaml",), "not UTF-8"),
     ],
 )
 def test_mistakes(
@@ -161,7 +191,42 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     write_task(tmp_path, "last_words", LAST_WORDS)
     Path("nameless.yaml").write_text("dataset_path: json\n")
-    assert reason in anymamba("evaluate", *words).complaint
+    Path("broken").mkdir()
+    for name, old, new in (
+        ("no_split", "test_split: test", "test_split: nope"),
+        ("no_field", "{{text", "{{words"),
+        ("no_setting", "test_split", "nope: 1\ntest_split"),
+    ):
+        task = write_task(Path("broken"), name, LAST_WORDS)
+        task.write_text(task.read_text().replace(old, new))
+    Path("broken/no_text.yaml").write_bytes(b"\xff")
+    assert reason in anymamba("evaluate", *words, "--offline").complaint
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "reason"),
+    [
+        (LAST_WORDS, ("--max-length", 2), "with max_length=2 an answer may be longer"),
+        (LAST_WORDS.replace("perplexity", "wit").replace("acc", "charm"), (), "gives no figures"),
+    ],
+)
+def test_mistakes_that_show_late(
+    lines: str, options: tuple[object, ...], reason: str, tmp_path: Path, anymamba: Command
+) -> None:
+    """After the harness has begun to tell how far it is."""
+    task = write_task(tmp_path, "last_words", lines)
+    done = anymamba("evaluate", task, "--offline", *options)
+    assert (done.status, done.out) == (2, "")
+    assert reason in done.err
+    assert "Traceback" not in done.err
+
+
+def test_git_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anymamba: Command
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    task = write_task(tmp_path, "last_words", LAST_WORDS)
+    assert "git" not in anymamba("evaluate", task, "--offline").err
 
 
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch, anymamba: Command) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.checkpoint.paths import user_path
 from anymamba.errors import BackendError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -57,13 +58,14 @@ def evaluate(
 
     Raises:
         MissingDependencyError: the harness is not installed.
-        InputError: there is no such task.
+        InputError: there is no such task, it cannot be loaded, or it gives no figures.
         CheckpointError: the model or its tokenizer is missing or broken.
         BackendError: there is no such device.
     """
     names, folders, defaults = _named(tasks)
     with _without_remarks():
         harness = _harness()
+        import datasets
         from lm_eval.tasks import TaskManager
 
         paths = [str(folder) for folder in [*folders, *([include] if include else [])]]
@@ -74,15 +76,71 @@ def evaluate(
                 f"there is no task {', '.join(map(repr, unknown))}: give a name that "
                 "`lm-eval ls tasks` lists, or a YAML file (with --include, a name in that folder)"
             )
-        results = harness.simple_evaluate(
-            harness_model(model, tokenizer, batch_size, max_length, device, dtype),
-            tasks=names,
-            num_fewshot=few_shots,
-            limit=limit,
-            task_manager=manager,
-            log_samples=False,
+        datasets.disable_progress_bars()  # the harness shows its own
+        manager.load = _naming(manager.load)
+        opened = harness_model(model, tokenizer, batch_size, max_length, device, dtype)
+        with _answers_fit(max_length), _git_unasked():
+            results = harness.simple_evaluate(
+                opened,
+                tasks=names,
+                num_fewshot=few_shots,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+            )
+    found = {name: _figures(results, name) for name in results["results"]}
+    empty = [name for name in names if not found.get(name, {}).keys() - {"questions"}]
+    if empty:
+        raise InputError(
+            f"the task {empty[0]!r} gives no figures: its metric_list must name metrics that the "
+            "harness has, and its data must hold questions"
         )
-    return {name: _figures(results, name) for name in results["results"]}
+    return found
+
+
+def _naming(load: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A loader of tasks whose errors say that a task is wrong."""
+
+    def named(tasks: Any) -> Any:
+        try:
+            return load(tasks)
+        # A task holds templates, names of data and functions: anything may go wrong.
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"the harness cannot load {', '.join(map(repr, tasks))}: {type(error).__name__}: "
+                f"{reason}; correct the task's file or its data, or without --offline let it be "
+                "downloaded"
+            ) from error
+
+    return named
+
+
+@contextmanager
+def _answers_fit(max_length: int | None) -> Iterator[None]:
+    """Say what the harness means where an answer has more tokens than are read at once."""
+    try:
+        yield
+    except AssertionError as error:
+        if max_length is None:
+            raise
+        raise InputError(
+            f"the harness refuses a question: with max_length={max_length} an answer may be longer "
+            "than what is read at once; raise it (on the command line --max-length)"
+        ) from error
+
+
+@contextmanager
+def _git_unasked() -> Iterator[None]:
+    """The harness asks git about the folder that one happens to be in, and git complains."""
+    from lm_eval import evaluator
+
+    ask = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = ask
 
 
 def harness_model(
@@ -106,9 +164,12 @@ def harness_model(
     """
     _harness()
     from lm_eval.models.huggingface import HFLM
+    from transformers.utils.logging import disable_progress_bar
 
     from anymamba.modeling import MambaForCausalLM
     from anymamba.training.tokenizers import stored_tokenizer
+
+    disable_progress_bar()  # of loading weights
 
     words = stored_tokenizer(tokenizer or model)
     place = _device(device)
@@ -163,7 +224,7 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[Path], bool]:
     """Names of all tasks, the folders of those in files, and whether others are among them."""
     names, folders, others = [], [], False
     for task in tasks:
-        file = Path(task)
+        file = user_path(task, InputError)
         if file.suffix not in _YAML:
             names.append(task)
             others = True
@@ -171,12 +232,21 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[Path], bool]:
         if not file.is_file():
             raise InputError(f"there is no file {task!r} with a task")
         # Only the harness can read all of it: it may name functions.
-        found = re.search(r"^task: *[\"']?([^\s\"'#]+)", file.read_text("utf-8"), re.MULTILINE)
+        found = re.search(r"^task: *[\"']?([^\s\"'#]+)", _text_in(file), re.MULTILINE)
         if found is None:
             raise InputError(f"{task!r} gives its task no name: a line `task: NAME` is missing")
         names.append(found[1])
         folders.append(file.parent.absolute())
     return names, folders, others
+
+
+def _text_in(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{str(file)!r} is not UTF-8 text: see its byte {error.start}") from None
 
 
 def _figures(results: Any, name: str) -> dict[str, Any]:
