@@ -140,6 +140,23 @@ def test_texts_come_from_a_dataset(tmp_path: Path) -> None:
         list(read_dataset(str(tmp_path / "made"), None, "train", "text"))
 
 
+def test_datasets_that_cannot_be_read_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.Dataset.from_dict({"text": ["a"], "number": [3]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "dict")
+    assert list(read_dataset(str(tmp_path / "dict"), None, "train", "text")) == ["a"]
+    with pytest.raises(InputError, match=r"row 0 of .*dict' has no text in 'number', but int"):
+        list(read_dataset(str(tmp_path / "dict"), None, "train", "number"))
+    with pytest.raises(InputError, match=r"there is no dataset .*split 'test'"):
+        list(read_dataset(str(tmp_path / "dict"), None, "test", "text"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "a.jsonl").write_text('{"text": ')
+    with pytest.raises(InputError, match=r"there is no dataset .*broken"):
+        list(read_dataset(str(tmp_path / "broken"), None, "train", "text"))
+
+
 def test_the_split_is_the_convention() -> None:
     text = "x" * 1_115_394  # as long as tinyshakespeare
     train, validation = held_out([text], 0.1)

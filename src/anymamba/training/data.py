@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,15 @@ from anymamba.checkpoint.wording import listed
 from anymamba.errors import InputError
 from anymamba.training.settings import Settings
 
-__all__ = ["TokenRow", "held_out", "read_dataset", "read_texts", "texts_of", "tokenize"]
+__all__ = [
+    "TokenRow",
+    "held_out",
+    "open_dataset",
+    "read_dataset",
+    "read_texts",
+    "texts_of",
+    "tokenize",
+]
 
 TEXT_ENDINGS = (".txt", ".md", ".text")
 LINE_ENDINGS = (".jsonl", ".ndjson")
@@ -150,22 +159,47 @@ def read_dataset(name: str, config: str | None, split: str, text_field: str) -> 
     """The texts of a Hugging Face dataset: a name on the hub, or a folder that `datasets` loads.
 
     Raises:
-        InputError: there is no such dataset, or it has no such field.
+        InputError: there is no such dataset, or it has no such field, or no texts in it.
     """
-    import datasets
-
-    try:
-        if Path(name).is_dir() and (Path(name) / "state.json").is_file():
-            found = datasets.load_from_disk(name)
-        else:
-            found = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"there is no dataset {name!r} (split {split!r}): {reason}") from None
+    found = open_dataset(name, config, split)
     if text_field not in found.column_names:
         columns = ", ".join(found.column_names)
         raise InputError(f"the dataset {name!r} has no field {text_field!r}, it has {columns}")
-    yield from (text for text in found[text_field] if text)
+    for number, text in enumerate(found[text_field]):
+        if text is not None and not isinstance(text, str):
+            raise InputError(
+                f"row {number} of the dataset {name!r} has no text in {text_field!r}, but "
+                f"{type(text).__name__}; --text-field names the field"
+            )
+        if text:
+            yield text
+
+
+def open_dataset(name: str, config: str | None, split: str) -> Any:
+    """A split of a Hugging Face dataset, as `datasets` has it.
+
+    Args:
+        name: a name on the hub, or a folder: of data files, or as `save_to_disk` wrote it.
+        config: which of its configurations.
+        split: which of its splits.
+
+    Raises:
+        InputError: there is no such dataset, or it cannot be read.
+    """
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    folder = user_path(name, InputError)
+    try:
+        if (folder / "state.json").is_file():
+            return datasets.load_from_disk(folder)
+        if (folder / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(folder)[split]
+        return datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=split)
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        # What could not be read is said by the error below the one that nothing could be made.
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise InputError(f"there is no dataset {name!r} (split {split!r}): {reason}") from None
 
 
 def held_out(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
