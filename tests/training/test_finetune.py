@@ -162,3 +162,24 @@ def test_a_model_without_a_tokenizer_is_refused(tiny: Path, tmp_path: Path) -> N
     data = write_lines(tmp_path / "a.jsonl", {"text": "abc"})
     with pytest.raises(CheckpointError, match=r"no tokenizer can be read from .*model'"):
         finetune(data, tmp_path / "new", model)
+
+
+def test_a_dataset_counts_as_files_do(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    pairs = [{"prompt": f"{n}=", "completion": str(n)} for n in range(4)]
+    data = write_lines(tmp_path / "set" / "a.jsonl", *pairs)
+    settings = FinetuneSettings(rank=1, max_steps=3)
+    files = finetune(data, tmp_path / "one", tiny, settings)
+    folder = str(tmp_path / "set")
+    dataset = finetune((), tmp_path / "two", tiny, settings, dataset=folder)
+    assert dataset["loss_last"] == files["loss_last"]
+    with pytest.raises(InputError, match="either files of examples"):
+        finetune(data, tmp_path / "new", tiny, settings, dataset=folder)
+    with pytest.raises(InputError, match="there is no dataset"):
+        finetune((), tmp_path / "new", tiny, settings, dataset=folder, dataset_split="test")
+    write_lines(tmp_path / "set" / "a.jsonl", {"question": "a"})
+    with pytest.raises(InputError, match=r"row 0 of the dataset .* has none of messages"):
+        finetune((), tmp_path / "new", tiny, settings, dataset=folder)

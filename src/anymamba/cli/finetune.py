@@ -34,7 +34,16 @@ TARGETS = ("x_proj", "embeddings", "in_proj", "out_proj")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba finetune`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("data", nargs="+", metavar="DATA", help="JSON lines, texts, or folders")
+    parser.add_argument("data", nargs="*", metavar="DATA", help="JSON lines, texts, or folders")
+    parser.add_argument(
+        "--dataset", metavar="NAME", help="a Hugging Face dataset in place of DATA; same fields"
+    )
+    parser.add_argument(
+        "--dataset-config", metavar="NAME", help="which of the dataset's configurations"
+    )
+    parser.add_argument(
+        "--dataset-split", default="train", metavar="NAME", help="which split; default train"
+    )
     parser.add_argument("--output", required=True, metavar="DST", help="the folder to write")
     parser.add_argument(
         "--model", metavar="FOLDER", help="a folder or a name on the hub (default: the bundled one)"
@@ -100,6 +109,9 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.output,
             arguments.model,
             settings_of(arguments),
+            dataset=arguments.dataset,
+            dataset_config=arguments.dataset_config,
+            dataset_split=arguments.dataset_split,
             validation=arguments.validation,
             overwrite=arguments.overwrite,
             offline=arguments.offline,

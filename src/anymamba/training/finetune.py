@@ -27,7 +27,13 @@ from anymamba.errors import ConfigError, InputError, TrainingError
 from anymamba.modeling import MambaForCausalLM
 from anymamba.modeling.adapters import patch_peft
 from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
-from anymamba.training.instructions import DEFAULT_TEMPLATE, Example, is_conversation, read_examples
+from anymamba.training.instructions import (
+    DEFAULT_TEMPLATE,
+    Example,
+    dataset_examples,
+    is_conversation,
+    read_examples,
+)
 from anymamba.training.safety import StopSignals
 from anymamba.training.settings import HIGHEST_SEED
 from anymamba.training.tokenizers import stored_tokenizer
@@ -124,6 +130,9 @@ def finetune(
     model: str | os.PathLike[str] | None = None,
     settings: FinetuneSettings | None = None,
     *,
+    dataset: str | None = None,
+    dataset_config: str | None = None,
+    dataset_split: str = "train",
     validation: Sequence[str] = (),
     overwrite: bool = False,
     offline: bool = False,
@@ -135,11 +144,13 @@ def finetune(
     is written.
 
     Args:
-        data: files of examples; `read_examples` says which.
+        data: files of examples; `read_examples` says which. None where a dataset is given.
         destination: the folder to write: an adapter in PEFT's format, or for the method "full" a
             model; with the tokenizer, its chat template, and the tokens that end an answer.
         model: a folder or a hub id; None for the bundled model.
         settings: how to train.
+        dataset, dataset_config, dataset_split: a Hugging Face dataset in place of files, as for
+            `dataset_examples`.
         validation: files of examples to tell the loss on, before and after.
         overwrite: replace what is there.
         offline: use what was downloaded of a hub id before, and no network.
@@ -151,7 +162,8 @@ def finetune(
         also `validation_before` and `validation_after`, in nats a token of the answers.
 
     Raises:
-        InputError: the data make no examples, or the chat template refuses them.
+        InputError: there are both files and a dataset, or neither; the data make no examples, or
+            the chat template refuses them.
         CheckpointError: the model cannot be read, or the destination not be written.
         TrainingError: the loss became NaN or infinite; nothing is written.
 
@@ -163,10 +175,15 @@ def finetune(
         1
     """
     settings = settings or FinetuneSettings()
+    if bool(data) == (dataset is not None):
+        raise InputError("give either files of examples (DATA), or a dataset (--dataset NAME)")
     named = bundled_model() if model is None else model
     check_apart(named, destination)
     target = check_destination(destination, overwrite)
-    examples = read_examples(data)
+    if dataset is None:
+        examples = read_examples(data)
+    else:
+        examples = dataset_examples(dataset, dataset_config, dataset_split)
     held_out = read_examples(validation) if validation else None
     folder = resolve(named, offline=offline)
     tokenizer = stored_tokenizer(folder)

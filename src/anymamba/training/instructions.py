@@ -7,9 +7,9 @@ from typing import Any
 
 from anymamba.checkpoint.paths import user_path
 from anymamba.errors import InputError
-from anymamba.training.data import LINE_ENDINGS, read_texts, values_of_lines
+from anymamba.training.data import LINE_ENDINGS, open_dataset, read_texts, values_of_lines
 
-__all__ = ["DEFAULT_TEMPLATE", "Example", "is_conversation", "read_examples"]
+__all__ = ["DEFAULT_TEMPLATE", "Example", "dataset_examples", "is_conversation", "read_examples"]
 
 Example = dict[str, Any]
 """Either a `text`, or a `prompt` and its `completion`: texts, or lists of messages."""
@@ -60,8 +60,37 @@ def read_examples(names: Sequence[str]) -> list[Example]:
                 examples += examples_of(value, where)
         else:
             examples += [{"text": text} for text in read_texts([name])]
+    return of_one_kind(examples)
+
+
+def dataset_examples(name: str, config: str | None = None, split: str = "train") -> list[Example]:
+    """Read a Hugging Face dataset, whose rows have the fields that lines of JSON have.
+
+    Args:
+        name: a name on the hub, or a folder that `datasets` loads.
+        config: which of its configurations.
+        split: which of its splits.
+
+    Returns:
+        Examples of one kind.
+
+    Raises:
+        InputError: there is no such dataset, a row is none of these, or there are several kinds.
+    """
+    examples: list[Example] = []
+    for number, row in enumerate(open_dataset(name, config, split)):
+        examples += examples_of(row, f"row {number} of the dataset {name!r}")
+    return of_one_kind(examples)
+
+
+def of_one_kind(examples: list[Example]) -> list[Example]:
+    """The examples, which TRL can only train on where they have the same fields.
+
+    Raises:
+        InputError: there are none, or they are of several kinds.
+    """
     if not examples:
-        raise InputError("there is nothing to train on: the files hold no examples")
+        raise InputError("there is nothing to train on: the data hold no examples")
     kinds = {kind_of(example) for example in examples}
     if len(kinds) > 1:
         raise InputError(
