@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import anymamba
-from anymamba.errors import CheckpointError, ConfigError, InputError
+from anymamba.errors import CheckpointError, ConfigError, InputError, TrainingError
 
 pytest.importorskip("trl")
 
@@ -183,3 +184,87 @@ def test_a_dataset_counts_as_files_do(
     write_lines(tmp_path / "set" / "a.jsonl", {"question": "a"})
     with pytest.raises(InputError, match=r"row 0 of the dataset .* has none of messages"):
         finetune((), tmp_path / "new", tiny, settings, dataset=folder)
+
+
+TEXTS = [{"text": f"{number} and {number}"} for number in range(12)]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_it_goes_on_from_a_checkpoint_to_the_same_weights(
+    method: str, tiny: Path, tmp_path: Path
+) -> None:
+    data = write_lines(tmp_path / "a.jsonl", *TEXTS)
+    settings = FinetuneSettings(
+        method=method, rank=2, max_steps=9, batch_size=2, adapter_dropout=0.2, learning_rate=1e-2
+    )
+    whole = finetune(data, tmp_path / "whole", tiny, settings)
+
+    def killed(step: int, _: int) -> None:
+        if step == 7:
+            raise RuntimeError("killed")
+
+    new, checkpoints = tmp_path / "new", tmp_path / "new.checkpoints"
+    with pytest.raises(RuntimeError, match="killed"):
+        finetune(data, new, tiny, settings, save_every=2, progress=killed)
+    assert sorted(place.name for place in checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-6"]
+    assert not new.exists()
+    with pytest.raises(InputError, match="holds the checkpoints of a run"):
+        finetune(data, new, tiny, settings)
+    other = FinetuneSettings(method=method, rank=2, max_steps=9, batch_size=3)
+    with pytest.raises(TrainingError, match=r"checkpoint-6' is of a run with other .*batch_size"):
+        finetune(data, new, tiny, other, resume=True)
+    steps: list[int] = []
+    resumed = finetune(
+        data,
+        new,
+        tiny,
+        settings,
+        save_every=2,
+        resume=True,
+        progress=lambda *at: steps.append(at[0]),
+    )
+    assert steps == [7, 8, 9]
+    for figure in ("loss_first", "loss_last", "steps"):
+        assert resumed[figure] == whole[figure]
+    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    ours, theirs = (load_file(place / name) for place in (new, tmp_path / "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
+    assert not checkpoints.exists()
+    with pytest.raises(InputError, match="nothing to go on with"):
+        finetune(data, new, tiny, settings, resume=True, overwrite=True)
+
+
+def test_a_signal_leaves_a_checkpoint_too(tiny: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", *TEXTS)
+    settings = FinetuneSettings(rank=1, max_steps=6, batch_size=2)
+
+    def stop(step: int, _: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    figures = finetune(data, tmp_path / "new", tiny, settings, save_every=100, progress=stop)
+    assert figures["stopped_by"] == "SIGTERM"
+    (saved,) = (tmp_path / "new.checkpoints").iterdir()
+    assert saved.name == f"checkpoint-{figures['steps']}"
+    more = finetune(data, tmp_path / "new", tiny, settings, resume=True, overwrite=True)
+    assert more["steps"] == 6
+
+
+@pytest.mark.parametrize(
+    "name", ["finetune.json", "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"]
+)
+def test_a_broken_checkpoint_is_named(name: str, tiny: Path, tmp_path: Path) -> None:
+    data = write_lines(tmp_path / "a.jsonl", *TEXTS)
+    settings = FinetuneSettings(rank=1, max_steps=4)
+
+    def killed(step: int, _: int) -> None:
+        if step == 2:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        finetune(data, tmp_path / "new", tiny, settings, save_every=1, progress=killed)
+    file = tmp_path / "new.checkpoints" / "checkpoint-1" / name
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(TrainingError, match=rf"cannot go on from .*checkpoint-1'.*{name}"):
+        finetune(data, tmp_path / "new", tiny, settings, resume=True)

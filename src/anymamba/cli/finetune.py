@@ -7,8 +7,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from anymamba.cli.evaluate import network_allowed
 from anymamba.cli.model_options import add_offline_argument
 from anymamba.cli.quiet import quiet
+from anymamba.cli.values import integer
 from anymamba.cli.waiting_threads import let_waiting_threads_sleep
 from anymamba.errors import MissingDependencyError
 
@@ -51,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--validation", nargs="+", default=[], metavar="FILE", help="examples to tell the loss on"
     )
+    parser.add_argument(
+        "--save-every",
+        type=integer(1),
+        metavar="N",
+        help="keep checkpoints every N steps in DST.checkpoints, until all is done",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     add_offline_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -101,8 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.cli.progress import Steps
 
     let_waiting_threads_sleep()
-    with quiet():
-        finetune = import_finetune()
+    with quiet(), network_allowed(not arguments.offline):
+        finetune = import_finetune()  # which reads whether the network may be asked
     with quiet(), Steps("steps", visible=not arguments.json) as steps:
         figures = finetune(
             arguments.data,
@@ -113,6 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
             dataset_config=arguments.dataset_config,
             dataset_split=arguments.dataset_split,
             validation=arguments.validation,
+            save_every=arguments.save_every,
+            resume=arguments.resume,
             overwrite=arguments.overwrite,
             offline=arguments.offline,
             progress=steps.show,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from anymamba.errors import ConfigError, InputError, TrainingError
 from anymamba.modeling import MambaForCausalLM
 from anymamba.modeling.adapters import patch_peft
 from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
+from anymamba.training.finetune_checkpoints import facts_of, place_beside, resumable
 from anymamba.training.instructions import (
     DEFAULT_TEMPLATE,
     Example,
@@ -34,7 +36,7 @@ from anymamba.training.instructions import (
     is_conversation,
     read_examples,
 )
-from anymamba.training.safety import StopSignals
+from anymamba.training.safety import StopSignals, last_checkpoint
 from anymamba.training.settings import HIGHEST_SEED
 from anymamba.training.tokenizers import stored_tokenizer
 
@@ -134,6 +136,8 @@ def finetune(
     dataset_config: str | None = None,
     dataset_split: str = "train",
     validation: Sequence[str] = (),
+    save_every: int | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     offline: bool = False,
     progress: Callable[[int, int], object] | None = None,
@@ -152,6 +156,9 @@ def finetune(
         dataset, dataset_config, dataset_split: a Hugging Face dataset in place of files, as for
             `dataset_examples`.
         validation: files of examples to tell the loss on, before and after.
+        save_every: steps between checkpoints, which lie beside the destination, in a folder of its
+            name and `.checkpoints`, until all is done; None for no checkpoints.
+        resume: go on from the last of them.
         overwrite: replace what is there.
         offline: use what was downloaded of a hub id before, and no network.
         progress: told how many steps are done, and of how many.
@@ -163,9 +170,11 @@ def finetune(
 
     Raises:
         InputError: there are both files and a dataset, or neither; the data make no examples, or
-            the chat template refuses them.
+            the chat template refuses them; there is no checkpoint to go on from, or one of
+            another run.
         CheckpointError: the model cannot be read, or the destination not be written.
-        TrainingError: the loss became NaN or infinite; nothing is written.
+        TrainingError: the loss became NaN or infinite, and no result is written; or a checkpoint
+            is of another run, or cannot be written.
 
     Example:
         >>> file = Path(tempfile.mkdtemp()) / "sums.jsonl"
@@ -180,6 +189,7 @@ def finetune(
     named = bundled_model() if model is None else model
     check_apart(named, destination)
     target = check_destination(destination, overwrite)
+    checkpoints = place_beside(target, resume, overwrite)
     if dataset is None:
         examples = read_examples(data)
     else:
@@ -192,16 +202,25 @@ def finetune(
     local = user_path(named)
     base.name_or_path = str(local.resolve()) if local.is_dir() else str(named)
     ends = _prepare(tokenizer, base, settings.chat_template, is_conversation(examples[0]))
+    facts = facts_of(settings, base.name_or_path, examples)
+    begun = resumable(checkpoints, facts) if resume else None
     undo = patch_peft()
     try:
         with tempfile.TemporaryDirectory() as scratch, StopSignals() as signals:
-            watch = _Watch(signals, progress)
-            trainer = _trainer(base, tokenizer, settings, scratch, examples, held_out, watch)
-            figures = _train(trainer, watch, held_out is not None)
+            watch = _Watch(signals, progress, checkpoints if save_every else None)
+            trainer = _trainer(
+                base, tokenizer, settings, scratch, examples, held_out, watch,
+                save_every, checkpoints=checkpoints, facts=facts,
+            )  # fmt: skip
+            if begun is None:
+                shutil.rmtree(checkpoints, ignore_errors=True)
+            figures = _train(trainer, watch, held_out is not None, begun)
         base.generation_config.eos_token_id = ends  # the trainer leaves the tokenizer's alone
         write_folder(target, lambda place: _save(trainer.model, base, tokenizer, place))
     finally:
         undo()
+    if figures["stopped_by"] == "end":
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return {"destination": str(target), "examples": len(examples), **figures}
 
 
@@ -257,9 +276,13 @@ def _trainer(
     examples: list[Example],
     held_out: list[Example] | None,
     watch: TrainerCallback,
+    save_every: int | None,
+    **checkpointing: Any,
 ) -> Any:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+
+    from anymamba.training.finetune_trainer import CheckpointingTrainer
 
     on_gpu = torch.cuda.is_available()
     arguments = SFTConfig(
@@ -279,7 +302,8 @@ def _trainer(
         use_cpu=not on_gpu,
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         seed=settings.seed,
-        save_strategy="no",
+        save_strategy="no" if save_every is None else "steps",
+        save_steps=save_every or 1,
         eval_strategy="no",
         report_to="none",
         logging_steps=1,
@@ -288,7 +312,7 @@ def _trainer(
         dataloader_pin_memory=on_gpu,
     )
     with _template_errors():
-        trainer = SFTTrainer(
+        trainer = CheckpointingTrainer(
             model=model,
             args=arguments,
             processing_class=tokenizer,
@@ -296,6 +320,7 @@ def _trainer(
             eval_dataset=None if held_out is None else Dataset.from_list(held_out),
             peft_config=_adapter_config(settings),
             callbacks=[watch],
+            **checkpointing,
         )
     trainer.remove_callback(PrinterCallback)
     for rows in (trainer.train_dataset, trainer.eval_dataset):
@@ -324,46 +349,52 @@ def _adapter_config(settings: FinetuneSettings) -> Any:
 
 
 class _Watch(TrainerCallback):
-    """Reports progress, notes losses, and ends training on a signal or a loss that is no number."""
+    """Reports progress, and ends training on a signal or a loss that is no number."""
 
-    def __init__(self, signals: StopSignals, progress: Callable[[int, int], object] | None) -> None:
-        self.signals, self._progress = signals, progress
-        self.losses: list[float] = []
+    def __init__(
+        self,
+        signals: StopSignals,
+        progress: Callable[[int, int], object] | None,
+        checkpoints: Path | None,
+    ) -> None:
+        self.signals, self._progress, self._checkpoints = signals, progress, checkpoints
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress is not None:
             self._progress(state.global_step, state.max_steps)
         if self.signals.received is not None:
             control.should_training_stop = True
+            control.should_save = self._checkpoints is not None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" not in (logs or {}):
-            return
-        loss = float(logs["loss"])
+        loss = float((logs or {}).get("loss", 0.0))
         if not math.isfinite(loss):
+            last = last_checkpoint(self._checkpoints) if self._checkpoints else None
             raise TrainingError(
                 f"the loss became {loss} at step {state.global_step}, and nothing was written; "
                 "lower the learning rate"
+                + (f"; the checkpoints up to {str(last)!r} are as they were" if last else "")
             )
-        self.losses.append(loss)
 
 
-def _train(trainer: Any, watch: _Watch, validates: bool) -> dict[str, Any]:
+def _train(trainer: Any, watch: _Watch, validates: bool, begun: Path | None) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if validates:
         figures["validation_before"] = float(trainer.evaluate()["eval_loss"])
     start = time.perf_counter()
-    steps = trainer.train().global_step
+    steps = trainer.train(resume_from_checkpoint=None if begun is None else str(begun)).global_step
     figures |= {"steps": steps, "seconds": round(time.perf_counter() - start, 1)}
     if validates:
         figures["validation_after"] = float(trainer.evaluate()["eval_loss"])
     parameters = list(trainer.model.parameters())
+    # Of all steps, those before a checkpoint too.
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     received = watch.signals.received
     return figures | {
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "loss_first": watch.losses[0] if watch.losses else None,
-        "loss_last": watch.losses[-1] if watch.losses else None,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
         "stopped_by": "end" if received is None else received.name,
     }
 

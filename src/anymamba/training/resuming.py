@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import nn
@@ -13,7 +14,7 @@ from anymamba.checkpoint.wording import listed
 from anymamba.errors import CheckpointError, TrainingError
 from anymamba.training.progress import FILE_NAME, Progress
 
-__all__ = ["check_resumable"]
+__all__ = ["check_resumable", "check_whole"]
 
 WEIGHTS = "model.safetensors"
 OBJECTS = ("config.json", "trainer_state.json", FILE_NAME)
@@ -35,31 +36,53 @@ def check_resumable(checkpoint: Path, model: nn.Module, text: int, rows: int | N
         TrainingError: a file is missing or broken, or the text, the model's sizes, or the number
             of rows whose states are carried differ.
     """
+    check_whole(checkpoint, WEIGHTS, OBJECTS)
     try:
-        for name in OBJECTS:
-            read_json_object(checkpoint / name)
-        stored = shapes_in(checkpoint / WEIGHTS)
         states = [shapes_in(file)["ssm"][1] for file in checkpoint.glob("carried-*.safetensors")]
         found = Progress.load(checkpoint).text
-        for file in (*(checkpoint / name for name in PICKLES), *checkpoint.glob("rng_state*.pth")):
-            if not zipfile.is_zipfile(file):  # as torch.save writes
-                raise CheckpointError(f"{str(file)!r} is missing or broken")
     except (CheckpointError, KeyError, IndexError, TypeError) as error:
-        raise TrainingError(
-            f"cannot go on from {str(checkpoint)!r}: {error}. Remove that folder to go on from the "
-            "checkpoint before it, or begin anew with --overwrite"
-        ) from None
+        raise damaged(checkpoint, error) from None
     if found != text:
         raise TrainingError(
             f"{str(checkpoint)!r} was trained on another text or with another tokenizer: give the "
             "same data, or begin anew with --overwrite"
         )
-    check_same_model(checkpoint, stored, model)
+    check_same_model(checkpoint, shapes_in(checkpoint / WEIGHTS), model)
     if rows is not None and any(count != rows for count in states):
         raise TrainingError(
             f"{str(checkpoint)!r} carries the states of {states[0]} rows, and batch is {rows}: "
             "give the same batch, or begin anew with --overwrite"
         )
+
+
+def check_whole(checkpoint: Path, weights: str, objects: Iterable[str]) -> None:
+    """Refuse a checkpoint in which a file is missing or cut off.
+
+    Args:
+        checkpoint: its folder.
+        weights: the file of the weights.
+        objects: the files that hold a JSON object.
+
+    Raises:
+        TrainingError: there is such a file.
+    """
+    try:
+        for name in objects:
+            read_json_object(checkpoint / name)
+        read_header(checkpoint / weights)
+        for file in (*(checkpoint / name for name in PICKLES), *checkpoint.glob("rng_state*.pth")):
+            if not zipfile.is_zipfile(file):  # as torch.save writes
+                raise CheckpointError(f"{str(file)!r} is missing or broken")
+    except CheckpointError as error:
+        raise damaged(checkpoint, error) from None
+
+
+def damaged(checkpoint: Path, error: Exception) -> TrainingError:
+    """The error for a checkpoint that cannot be read, and what to do."""
+    return TrainingError(
+        f"cannot go on from {str(checkpoint)!r}: {error}. Remove that folder to go on from the "
+        "checkpoint before it, or begin anew with --overwrite"
+    )
 
 
 def check_same_model(
