@@ -17,7 +17,7 @@ from common.machine import describe
 from common.options import Options, options_from, parser
 from common.peak import peak_above
 from common.results import finish
-from common.shapes import MAMBA_130M, QUICK
+from common.shapes import DEEP_5M, MAMBA_130M, QUICK, Shape
 from common.tables import NAME, NOTE, Column, Row, Table, not_measured
 from contenders.anymamba_model import AnyMamba, random_model
 from contenders.interface import TorchContender
@@ -26,6 +26,7 @@ from contenders.registry import MAMBAPY, PEERS, Peers
 MEGABYTES = Column("megabytes", "MB", "{:.1f}")
 TIMES = Column("times", "x the first", "{:.2f}")
 FORWARD, GENERATE = "forward, logits_to_keep=1", "generate, max_new_tokens=1"
+STEP, CHECKPOINTED = "training step", "training step, gradient checkpointing"
 
 
 def main() -> int:
@@ -46,6 +47,15 @@ def main() -> int:
     ]
     training = [(name, name, trained) for name in ("AnyMamba", MAMBAPY)]
     tables.append(table("Training step (forward and backward), batch 1", training, options))
+    lengths = (64, 2048) if options.quick else (8192, 65536)
+    tables += [
+        table(
+            f"A {what}, 5 million weights of width 256, batch 1",
+            [("AnyMamba", what, length) for length in lengths],
+            options,
+        )
+        for what in (STEP, CHECKPOINTED)
+    ]
     finish("memory", options, machine, tables)
     return 0
 
@@ -82,22 +92,31 @@ def in_a_process(what: str, length: int, options: Options) -> int:
 def measure(what: str, length: int, options: Options) -> int:
     """Peak bytes of one run in this process."""
     run_at = running(what, options)
-    vocabulary = (QUICK if options.quick else MAMBA_130M).vocab_size
-    ids_bl = torch.randint(vocabulary, (1, length))
+    ids_bl = torch.randint(shape_of(what, options).vocab_size, (1, length))
     # Short, so that what the allocator keeps from it is small.
     return peak_above(partial(run_at, ids_bl[:, :4]), partial(run_at, ids_bl))
 
 
+def shape_of(what: str, options: Options) -> Shape:
+    """The model that something is measured on."""
+    if options.quick:
+        return QUICK
+    return DEEP_5M if what in (STEP, CHECKPOINTED) else MAMBA_130M
+
+
 def running(what: str, options: Options) -> Callable[[torch.Tensor], object]:
     """What is measured, as a function of the tokens."""
-    shape = QUICK if options.quick else MAMBA_130M
+    shape = shape_of(what, options)
     source = random_model(shape)
     ours = AnyMamba(source)
     if what == FORWARD:
         return ours.prefill
     if what == GENERATE:
         return lambda ids_bl: ours.generate(ids_bl, 1)
-    contender = ours if what == "AnyMamba" else Peers(shape, source, True).build(what)
+    if what == CHECKPOINTED:
+        source.gradient_checkpointing_enable()
+    is_ours = what in ("AnyMamba", STEP, CHECKPOINTED)
+    contender = ours if is_ours else Peers(shape, source, True).build(what)
     assert isinstance(contender, TorchContender)
     contender.model.train()
     return partial(trained, contender)

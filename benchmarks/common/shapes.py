@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["MAMBA_130M", "QUICK", "SMALL", "Shape"]
+__all__ = ["DEEP_5M", "MAMBA_130M", "QUICK", "SMALL", "WIDE_5M", "Shape"]
 
 
 @dataclass(frozen=True)
@@ -37,5 +37,8 @@ class Shape:
 
 
 MAMBA_130M = Shape(vocab_size=50280, hidden_size=768, num_hidden_layers=24)
+# About five million weights each, nearly all of them in layers.
+DEEP_5M = Shape(vocab_size=256, hidden_size=256, num_hidden_layers=12)
+WIDE_5M = Shape(vocab_size=256, hidden_size=512, num_hidden_layers=3)
 SMALL = Shape(vocab_size=256, hidden_size=64, num_hidden_layers=2)
 QUICK = Shape(vocab_size=64, hidden_size=32, num_hidden_layers=2)

@@ -12,7 +12,7 @@ from anymamba import MambaCache, MambaConfig, MambaForCausalLM
 from common.shapes import Shape
 from contenders.interface import TorchContender
 
-__all__ = ["AnyMamba", "random_model"]
+__all__ = ["AnyMamba", "AutocastAnyMamba", "random_model"]
 
 
 def random_model(shape: Shape) -> MambaForCausalLM:
@@ -70,3 +70,12 @@ class AnyMamba(TorchContender):
         """The model's own, from `labels`."""
         loss: Tensor = self.model(ids_bl, labels=ids_bl, use_cache=False).loss
         return loss
+
+
+class AutocastAnyMamba(AnyMamba):
+    """AnyMamba with float32 weights whose products are of bfloat16 numbers."""
+
+    def loss(self, ids_bl: Tensor) -> Tensor:
+        """As `anymamba train` computes it where the processor multiplies bfloat16."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().loss(ids_bl)
