@@ -1,0 +1,45 @@
+"""Idle threads of PyTorch's sleep while the native core trains, unless the user says otherwise."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """\
+import os, sys
+from importlib.abc import MetaPathFinder
+
+class Watch(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            sys.meta_path.remove(self)
+
+sys.meta_path.insert(0, Watch())
+from anymamba.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("before", [None, "ACTIVE"])
+@pytest.mark.parametrize("command", ["train --steps 1 --data", "finetune --output model"])
+def test_openmp_is_told_before_pytorch_is_imported(
+    command: str, before: str | None, tmp_path: Path
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if before is not None:
+        environment["OMP_WAIT_POLICY"] = before
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *command.split(), "no-such-file"],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "no-such-file" in done.stderr
+    assert done.stdout.split() == [before or "PASSIVE"]
