@@ -23,13 +23,12 @@ from anymamba.training.distributed.states import gradient_after, state_before, w
 from common.machine import describe
 from common.options import options_from, parser
 from common.results import finish
-from common.shapes import QUICK, Shape
+from common.shapes import DEEP_5M, QUICK, Shape
 from common.tables import MILLISECONDS, NAME, NOTE, SPEED, SPREAD, Column, Table, timed
 from common.timing import Timing
 from contenders.anymamba_model import random_model
 
 PROCESSES = 2
-FIVE_MILLION = Shape(vocab_size=256, hidden_size=256, num_hidden_layers=12)
 TIMES = Column("times_one", "x one process", "{:.2f}")
 COLUMNS = (NAME, MILLISECONDS, SPREAD, SPEED, TIMES, NOTE)
 
@@ -105,7 +104,7 @@ def clocked(work: Callable[[], object], idle: bool) -> float:
 
 def sizes(quick: bool) -> tuple[Shape, tuple[int, int], int]:
     """The model, each process's batch, and the length of the sequence that they share."""
-    return (QUICK, (2, 16), 32) if quick else (FIVE_MILLION, (4, 256), 4096)
+    return (QUICK, (2, 16), 32) if quick else (DEEP_5M, (4, 256), 4096)
 
 
 def cases_of(shape: Shape, batch: tuple[int, int], length: int) -> dict[str, Callable[[], object]]:
