@@ -20,8 +20,12 @@ pytest.importorskip("trl")
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from anymamba.assets import bundled_model
+from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
 from anymamba.training.finetune import FinetuneSettings, finetune
+from anymamba.training.run import train
 from tests.cli.conftest import write_model
+from tests.training.small import small
 
 
 @pytest.fixture(scope="module")
@@ -268,3 +272,13 @@ def test_a_broken_checkpoint_is_named(name: str, tiny: Path, tmp_path: Path) -> 
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(TrainingError, match=rf"cannot go on from .*checkpoint-1'.*{name}"):
         finetune(data, tmp_path / "new", tiny, settings, resume=True)
+
+
+def test_weights_of_8_bits_are_not_trained(tmp_path: Path) -> None:
+    quantize_checkpoint(bundled_model(), tmp_path / "model", "int8")
+    data = write_lines(tmp_path / "a.jsonl", {"text": "abc"})
+    with pytest.raises(ConfigError, match=r"model' keeps its weights in 8 bits"):
+        finetune(data, tmp_path / "new", tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"model' keeps its weights in 8 bits"):
+        train(small(tmp_path, model=str(tmp_path / "model")))
+    assert not (tmp_path / "run").exists()

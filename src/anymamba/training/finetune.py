@@ -36,6 +36,7 @@ from anymamba.training.instructions import (
     is_conversation,
     read_examples,
 )
+from anymamba.training.opening import open_trainable
 from anymamba.training.safety import StopSignals, last_checkpoint
 from anymamba.training.settings import HIGHEST_SEED
 from anymamba.training.tokenizers import stored_tokenizer
@@ -173,6 +174,7 @@ def finetune(
             the chat template refuses them; there is no checkpoint to go on from, or one of
             another run.
         CheckpointError: the model cannot be read, or the destination not be written.
+        ConfigError: the model's weights are kept in 8 or 4 bits.
         TrainingError: the loss became NaN or infinite, and no result is written; or a checkpoint
             is of another run, or cannot be written.
 
@@ -197,7 +199,7 @@ def finetune(
     held_out = read_examples(validation) if validation else None
     folder = resolve(named, offline=offline)
     tokenizer = stored_tokenizer(folder)
-    base = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = open_trainable(folder)
     # What an adapter says it belongs to: the hub's name and not the place of a download.
     local = user_path(named)
     base.name_or_path = str(local.resolve()) if local.is_dir() else str(named)

@@ -21,6 +21,7 @@ from anymamba.errors import ConfigError, InputError
 from anymamba.modeling import MambaConfig, MambaForCausalLM
 from anymamba.training.data import TokenRow, texts_of, tokenize
 from anymamba.training.dropout import residual_dropout
+from anymamba.training.opening import open_trainable
 from anymamba.training.report import (
     ConsoleReport,
     MetricsFile,
@@ -176,9 +177,7 @@ def prepare_folder(folder: Path, settings: Settings, resume: bool) -> None:
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> MambaForCausalLM:
     """A model with random weights, or the one to go on from, in float32."""
     if settings.model is not None:
-        found: MambaForCausalLM = MambaForCausalLM.from_pretrained(
-            settings.model, dtype=torch.float32
-        )
+        found = open_trainable(settings.model)
         if found.config.vocab_size < len(tokenizer):
             raise ConfigError(
                 f"the model {settings.model!r} knows {found.config.vocab_size} tokens, and the "
