@@ -141,7 +141,7 @@ def test_texts_come_from_a_dataset(tmp_path: Path) -> None:
 
 
 def test_datasets_that_cannot_be_read_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     rows = datasets.Dataset.from_dict({"text": ["a"], "number": [3]})
@@ -155,6 +155,7 @@ def test_datasets_that_cannot_be_read_are_named(
     (tmp_path / "broken" / "a.jsonl").write_text('{"text": ')
     with pytest.raises(InputError, match=r"there is no dataset .*broken"):
         list(read_dataset(str(tmp_path / "broken"), None, "train", "text"))
+    assert not caplog.records
 
 
 def test_the_split_is_the_convention() -> None:

@@ -190,6 +190,8 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
     from datasets.exceptions import DatasetsError
 
     folder = user_path(name, InputError)
+    told = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it all
     try:
         if (folder / "state.json").is_file():
             return datasets.load_from_disk(folder)
@@ -200,6 +202,8 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
         # What could not be read is said by the error below the one that nothing could be made.
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise InputError(f"there is no dataset {name!r} (split {split!r}): {reason}") from None
+    finally:
+        datasets.logging.set_verbosity(told)
 
 
 def held_out(documents: Sequence[str], share: float) -> tuple[list[str], list[str]]:
