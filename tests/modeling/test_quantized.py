@@ -43,7 +43,12 @@ def parts_of(weight: Tensor, bits: int, group: int, symmetric: bool) -> dict[str
 
 
 def write_folder(
-    folder: Path, bits: int = 8, group: int = 32, symmetric: bool = True, **fields: Any
+    folder: Path,
+    bits: int = 8,
+    group: int = 32,
+    symmetric: bool = True,
+    quantized: tuple[str, ...] = QUANTIZED,
+    **fields: Any,
 ) -> tuple[MambaForCausalLM, MambaForCausalLM]:
     """A quantized folder; the model it was made of, and one with the same weights widened."""
     model = small_model(0, **({"hidden_size": 64} | fields))
@@ -54,7 +59,7 @@ def write_folder(
     for name, weight in model.state_dict().items():
         if tied and name.startswith("lm_head"):
             continue
-        if any(part in name for part in QUANTIZED) and name.endswith(".weight"):
+        if any(part in name for part in quantized) and name.endswith(".weight"):
             parts = parts_of(weight, bits, group, symmetric)
             weights |= {name.removesuffix("weight") + key: part for key, part in parts.items()}
             made = quantize(weight.numpy(), bits, group, symmetric)
@@ -256,3 +261,13 @@ def test_tiny_activations(size: float) -> None:
         y = ops.quantized_linear(x, parts["weight_q"], parts["weight_scales"], backend=backend)
         assert y.isfinite().all()
         assert y.abs().max() <= 64 * 5 * size
+
+
+def test_a_table_that_is_not_quantized_is_the_head_too(tmp_path: Path) -> None:
+    """As where a model's width is no multiple of the group."""
+    projections = ("in_proj", "out_proj")
+    _, expected = write_folder(tmp_path, quantized=projections, tie_word_embeddings=True)
+    model = MambaForCausalLM.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.backbone.embeddings.weight
+    ids = words(1, 9)
+    assert_near(model.to("cpu")(ids).logits, expected(ids).logits, ONE_ROUNDING)

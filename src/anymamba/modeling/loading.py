@@ -117,10 +117,10 @@ def _load_quantized(cls: Any, found: files.Checkpoint, kwargs: dict[str, Any]) -
         stored = load_file(path)
         weights |= {new: stored[old] for new, old in canonical_names(stored, path).items()}
     put_quantized_layers(model, weights)
+    model.load_state_dict(weights, strict=False, assign=True)
     tied = cls.can_generate() and config.tie_word_embeddings
     if tied and "lm_head.weight" not in weights:
-        _tie(model)
-    model.load_state_dict(weights, strict=False, assign=True)
+        _tie(model)  # now, because loading puts another table in the place of the empty one
     model.config.quantization_config = dict(found.config["quantization_config"])
     return model.eval()
 
