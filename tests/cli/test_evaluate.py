@@ -12,6 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from anymamba.assets import bundled_model
+from anymamba.runtime.convert import convert
+from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
 
 from .conftest import VOCABULARY, WIDTH, Command, write_model
 
@@ -133,6 +135,23 @@ def test_an_adapter_counts(tmp_path: Path, anymamba: Command) -> None:
         assert theirs["bits_per_byte"] == pytest.approx(ours["bits_per_byte"], rel=CLOSE)
         found.append(theirs["bits_per_byte"])
     assert found[0] != pytest.approx(found[1], rel=1e-2)
+
+
+@pytest.mark.parametrize("form", ["int8", "gguf"])
+def test_models_in_other_forms(form: str, tmp_path: Path, anymamba: Command) -> None:
+    task = write_task(tmp_path, "whole", WHOLE_TEXTS, TEXTS[1:2])
+    (tmp_path / "a.txt").write_text("\n" + TEXTS[1])
+    if form == "int8":
+        model = quantize_checkpoint(bundled_model(), tmp_path / "model", "int8")
+    else:
+        pytest.importorskip("gguf")
+        model = convert(bundled_model(), tmp_path / "model.gguf", "gguf")
+    theirs = anymamba("evaluate", task, "--offline", "--json", "--model", model)
+    ours = anymamba("score", tmp_path / "a.txt", "--json", "--model", model).json
+    # A last bit may carry an activation over a border of its rounding to 8 bits.
+    close = 1e-2 if form == "int8" else CLOSE
+    found = theirs.json["tasks"]["whole"]["bits_per_byte"]
+    assert found == pytest.approx(ours["bits_per_byte"], rel=close)
 
 
 def test_several_at_once_are_as_one_by_one(tmp_path: Path, anymamba: Command) -> None:

@@ -114,21 +114,22 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
 
 @contextmanager
 def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
-    """The model's folder; with an adapter, one for the time being that holds the sum of both."""
+    """The model's folder: for the time being, of a GGUF file and of a model with its adapter."""
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
+    from anymamba.runtime.convert import convert
+    from anymamba.runtime.gguf_names import is_gguf
     from anymamba.runtime.merge import merge
 
-    if arguments.adapter is None:
-        yield resolve(arguments.model or bundled_model(), offline=arguments.offline)
-        return
+    model, adapter, offline = arguments.model, arguments.adapter, arguments.offline
     with tempfile.TemporaryDirectory() as scratch:
-        yield merge(
-            arguments.adapter,
-            Path(scratch) / "model",
-            arguments.model,
-            offline=arguments.offline,
-        )
+        place = Path(scratch) / "model"
+        if adapter is not None:
+            yield merge(adapter, place, model, offline=offline)
+        elif model is not None and is_gguf(model):
+            yield convert(model, place, offline=offline)
+        else:
+            yield resolve(model or bundled_model(), offline=offline)
 
 
 @contextmanager

@@ -163,6 +163,7 @@ def harness_model(
         MissingDependencyError, CheckpointError, BackendError: as `evaluate`.
     """
     _harness()
+    import torch
     from lm_eval.models.huggingface import HFLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -174,7 +175,10 @@ def harness_model(
     words = stored_tokenizer(tokenizer or model)
     place = _device(device)
     dtype = dtype or ("float32" if place.type == "cpu" else "auto")
-    loaded = MambaForCausalLM.from_pretrained(model, dtype=dtype).to(place)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    loaded = MambaForCausalLM.from_pretrained(model, dtype=wanted).to(place)
+    # The harness looks for one of Transformers' formats here; the layers are in place already.
+    vars(loaded.config).pop("quantization_config", None)
     prefix = _prefix_token(words)
     _complete(words)
     return HFLM(
