@@ -132,5 +132,7 @@ def _tie(model: Any) -> None:
         shared = {name: getattr(table, name) for name in table._buffers}
         model.lm_head = QuantizedLinear(table.n, table.k, shared)
         model.lm_head._non_persistent_buffers_set.update(shared)
+        # What Transformers ties by name are parameters, which neither layer has.
+        model._tied_weights_keys = model.all_tied_weights_keys = {}
     else:
         model.lm_head.weight = table.weight
