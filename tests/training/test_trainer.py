@@ -200,3 +200,17 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     assert train(small(tmp_path, steps=2, plot=True)).figures["picture"]
     assert (tmp_path / "run" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_tensorboard_gets_the_metrics_of_the_file(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(small(tmp_path, tensorboard=True))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    written = {event.step: event.value for event in events.Scalars("train/loss")}
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    expected = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert len(expected) == 12
+    assert written == pytest.approx(expected)
+    assert [event.step for event in events.Scalars("eval/loss")] == [6, 12]
