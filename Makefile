@@ -68,12 +68,16 @@ bench: setup
 bench-peers: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev,peers]"
 
-# Two trainings that leave something out stand beside the full run, for comparison.
+# Beside the full run: other seeds, and trainings that leave something out.
 reproduce: setup
 	$(BIN)/python examples/selective_copying/train.py
 	$(BIN)/python examples/induction_heads/train.py
-	for run in "steps-cost-nothing --step-cost 0" "one-trigger --lengths 256 --most-triggers 1"; do \
+	for run in "seed-1 --seed 1" "seed-2 --seed 2" \
+			"one-length --lengths 256 --longest 8192" \
+			"one-trigger --most-triggers 1 --steps 3000 --longest 8192" \
+			"one-length-and-trigger --lengths 256 --most-triggers 1 --steps 3000 --longest 8192" \
+			"steps-cost-nothing --step-cost 0 --longest 8192"; do \
 		set -- $$run; name=$$1; shift; \
-		$(BIN)/python examples/induction_heads/train.py "$$@" --longest 8192 \
+		$(BIN)/python examples/induction_heads/train.py "$$@" \
 			--output examples/induction_heads/results/$$name.json || exit 1; done
 	$(BIN)/python examples/synthetic_report.py

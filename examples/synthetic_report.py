@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "synthetic-tasks.md"
 INDUCTION = ROOT / "examples" / "induction_heads" / "results"
-COPYING = ROOT / "examples" / "selective_copying" / "results.json"
+COPYING = ROOT / "examples" / "selective_copying" / "results" / "full.json"
 # Readable on white and on black.
 OURS, OTHER, INK = "#d9730d", "#8a94a6", "#7a828e"
 
@@ -67,9 +67,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def percent(share: float) -> str:
+def percent(share: float, digits: int = 1) -> str:
     """As in the paper: 99.8 for 0.998."""
-    return f"{100 * share:.1f}"
+    return f"{100 * share:.{digits}f}"
 
 
 def induction_scores() -> str:
@@ -92,13 +92,16 @@ def induction_scores() -> str:
 
 def induction_trials() -> str:
     """The full run beside those that train otherwise."""
-    paths = sorted(INDUCTION.glob("*.json"), key=lambda path: (path.stem != "full", path.stem))
+    # The full run first, then the same with other seeds.
+    first = ("full", "seed-1", "seed-2")
+    paths = sorted(INDUCTION.glob("*.json"), key=lambda path: (path.stem not in first, path.stem))
     return table(
         [
             "run",
             "lengths in training",
             "triggers in a row",
             "cost of steps",
+            "seed",
             "steps",
             "accuracy at 256, %",
             "every answer right up to length",
@@ -117,7 +120,8 @@ def trial_row(name: str, result: Result) -> list[object]:
         lengths,
         f"1 to {most}" if most > 1 else "1",
         f"{result['step_cost']:g}",
-        result["recipe"]["steps"],
+        result["seed"],
+        f"{result['recipe']['steps']:,}",
         percent(at_256),
         longest_perfect(result["scores"]),
     ]
@@ -141,7 +145,7 @@ def copying_scores() -> str:
         (
             (
                 name,
-                percent(model["score"]["accuracy"]),
+                percent(model["score"]["accuracy"], 2),
                 percent(model["score"]["whole_rows"]),
                 f"{model['history'][-1]['seconds']:.0f}",
             )

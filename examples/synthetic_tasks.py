@@ -70,8 +70,6 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if chosen.output is None and not chosen.quick:
         chosen.output = chosen.results
     torch.set_num_threads(chosen.threads)
-    # Tiny step sizes make products below 1e-38, with which processors are many times slower.
-    torch.set_flush_denormal(True)
     random.seed(chosen.seed)
     torch.manual_seed(chosen.seed)
     return chosen

@@ -58,7 +58,7 @@ def main() -> None:
         "--step-cost", type=float, default=0.01, help="what step sizes cost in training"
     )
     parser.add_argument("--longest", type=int, default=1 << 20, help="sequence of the test")
-    parser.add_argument("--rows", type=int, default=8, help="in tests beyond 8,192 tokens")
+    parser.add_argument("--rows", type=int, default=16, help="in tests beyond 8,192 tokens")
     chosen = begin(parser)
     recipe = Recipe(steps=300, tokens_a_step=2048, learning_rate=5e-3)
     if chosen.quick:

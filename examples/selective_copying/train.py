@@ -51,9 +51,12 @@ class Task:
 
 def main() -> None:
     """Train both models in the same way, test them, write the results."""
-    chosen = begin(command_line(__doc__ or "", Path(__file__).with_name("results.json")))
-    task, rows = Task(remembered=4, scattered_over=60), 1000
-    recipe = Recipe(steps=600, tokens_a_step=1024, learning_rate=4e-3)
+    parser = command_line(__doc__ or "", Path(__file__).parent / "results" / "full.json")
+    parser.add_argument("--remembered", type=int, default=8, help="tokens, in the test")
+    parser.add_argument("--scattered-over", type=int, default=248, help="positions, in the test")
+    chosen = begin(parser)
+    task, rows = Task(chosen.remembered, chosen.scattered_over), 1000
+    recipe = Recipe(steps=5000, tokens_a_step=8192, learning_rate=2e-3)
     if chosen.quick:
         task, rows = Task(remembered=2, scattered_over=14), 500
         recipe = Recipe(steps=150, tokens_a_step=1024, learning_rate=8e-3)
