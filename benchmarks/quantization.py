@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ class Trial:
     def says(self, changes: Mapping[str, Any]) -> NDArray[np.float32]:
         """The log-probabilities of every next token, (windows, 256, v)."""
         tensors = {**self.weights.tensors, **changes}
-        network = Network(Weights(self.weights.config, tensors, "f32", self.weights.digest))
+        network = Network(replace(self.weights, tensors=tensors))
         empty = Blocks.empty(state_identity(self.weights.config), 1)
         logits = np.stack([network.read_all(empty.take([0]), ids[:-1]) for ids in self.windows])
         highest = logits.max(axis=-1, keepdims=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import anymamba
 from anymamba import assets
 from anymamba.assets import bundled_model
 from anymamba.errors import CheckpointError
+from anymamba.training.settings import settings_from
 
 # Written for this test in the manner of the training text, of which it is no part.
 VERSE = """\
@@ -41,6 +44,7 @@ def test_it_is_complete_and_small():
         "README.md",
         "config.json",
         "generation_config.json",
+        "loss.png",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -72,12 +76,22 @@ def test_the_card_has_the_figures_of_the_training():
     result = training["result"]
     for name in ("validation_loss_windows", "validation_loss_stream"):
         assert f"{result[name]:.4f}" in card
-        assert 1.0 < result[name] < 2.0
-    assert f"seed | {training['recipe']['seed']} " in card
-    assert result["sample"].strip() in card
+    # nanoGPT's best on this text and split, with three times the weights: what was to be reached.
+    assert result["validation_loss_windows"] < 1.4697
+    assert f"seed | {training['settings']['seed']} " in card
     assert "nats per byte" in card
-    losses = [point["validation_loss"] for point in training["record"]["curve"]]
-    assert min(losses) == pytest.approx(training["record"]["best_loss"], abs=1e-4)
+    best = min(point["validation_loss"] for point in training["curve"])
+    assert f"step {result['best_step']:,} of {result['steps']:,}" in card
+    # The best was found on every fourth window, of weights not yet rounded to bfloat16.
+    assert best == pytest.approx(result["validation_loss_windows"], abs=0.03)
+
+
+def test_it_was_trained_by_the_recipe():
+    """Whoever runs the recipe trains this model, but for the number of threads."""
+    recipe = Path(__file__).parents[2] / "examples" / "shakespeare" / "recipe.yaml"
+    told = asdict(settings_from(recipe, data=["tinyshakespeare.txt"]))
+    training = json.loads((bundled_model() / "training.json").read_text(encoding="utf-8"))
+    assert training["settings"] == told
 
 
 def test_the_parameters_are_as_many_as_the_card_says(model):

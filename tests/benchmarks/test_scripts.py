@@ -28,6 +28,7 @@ SCRIPTS = (
     "start",
     "dropin",
     "distributed",
+    "quantization",
 )
 TOOLS = ("chart", "report", "gguf_export")
 NUMBERS = ("ms", "bytes", "reading", "peak_megabytes")

@@ -1,8 +1,8 @@
 """The model that comes with the package, so that everything can be tried without a download.
 
 It is a byte-level Mamba of about three million parameters that imitates Shakespeare. Its model
-card (`README.md` in its folder) says how it was trained and how good it is; the script that
-trained it is `examples/shakespeare/train.py`.
+card (`README.md` in its folder) says how it was trained and how good it is; the recipe is
+`examples/shakespeare/recipe.yaml`.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Engine:
         >>> engine.weights_kind, engine.weight_bytes, engine.n_parameters
         ('bf16', 6091776, 3045888)
         >>> engine.generate("ROMEO:", max_new_tokens=5).ids
-        [10, 73, 32, 119, 105]
+        [10, 73, 32, 119, 111]
     """
 
     def __init__(
@@ -320,7 +320,7 @@ class Engine:
             >>> import anymamba
             >>> engine = anymamba.load()
             >>> "".join(piece.text for piece in engine.stream("ROMEO:", max_new_tokens=5))
-            '\\nI wi'
+            '\\nI wo'
         """
         chosen = self._sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
@@ -357,7 +357,7 @@ class Engine:
             >>> engine = anymamba.load()
             >>> batch = engine.generate_batch(["ROMEO:", "JULIET:\\n"], max_new_tokens=5)
             >>> [generation.text for generation in batch]
-            ['\\nI wi', 'What ']
+            ['\\nI wo', 'What ']
         """
         if isinstance(prompts, str):
             raise InputError("prompts is one text, expected several: give a list")
