@@ -15,12 +15,11 @@ from common.limits import ModelProducts
 from common.machine import describe
 from common.options import Options, options_from, parser
 from common.results import finish
-from common.shapes import DEEP_5M, MAMBA_130M, QUICK, SMALL, WIDE_5M, Shape
+from common.shapes import MAMBA_130M, QUICK, SMALL, Shape
 from common.tables import (
     MILLISECONDS,
     NAME,
     NOTE,
-    SHARE,
     SPEED,
     SPREAD,
     Column,
@@ -29,19 +28,18 @@ from common.tables import (
     timed,
 )
 from common.timing import Case, interleave
-from contenders.anymamba_model import AnyMamba, AutocastAnyMamba, random_model
+from contenders.anymamba_model import AnyMamba, random_model
 from contenders.interface import TorchContender
 from contenders.registry import LLAMA_TYPES, MINIMAL, PEERS, TRANSFORMERS, Peers
 
 OURS = "AnyMamba"
-OURS_IN_BFLOAT16 = "AnyMamba, autocast to bfloat16"
 LIMIT = "limit: 3 x the forward products"
 TRAINABLE = tuple(name for name in PEERS if name not in LLAMA_TYPES)
 TIMES = Column("times_transformers", "x Transformers", "{:.1f}")
 
 
 def main() -> None:
-    """Measure five shapes, then print and write."""
+    """Measure three shapes, then print and write."""
     options = options_from(parser("train", __doc__ or "").parse_args())
     machine = describe(options.quick)
     big, small = (QUICK, QUICK) if options.quick else (MAMBA_130M, SMALL)
@@ -49,10 +47,6 @@ def main() -> None:
     tables = [
         beside_limit(big, few, options.rounds or 5, options.peers),
         beside_limit(big, many, options.rounds or 3, None),
-        *(
-            beside_limit_and_transformers(shape, (2, 16) if options.quick else (8, 512), options)
-            for shape in ((QUICK,) if options.quick else (DEEP_5M, WIDE_5M))
-        ),
         beside_transformers(small, (2, 16) if options.quick else (8, 256), options),
     ]
     tables[1].rows += [
@@ -88,42 +82,6 @@ def beside_limit(
     timings[LIMIT] = timings[LIMIT].times(3)
     table = Table(title("Training step", shape, ids_bl))
     table.rows = [timed(name, t, rows, timings[LIMIT]) for name, t in timings.items()] + missing
-    return table
-
-
-def beside_limit_and_transformers(
-    shape: Shape, batch_and_length: tuple[int, int], options: Options
-) -> Table:
-    """A model as `anymamba train` makes them on a CPU, in both types that it may compute in."""
-    source = random_model(shape)
-    ids_bl = torch.randint(shape.vocab_size, batch_and_length)
-    rows = ids_bl.numel()
-    peers = Peers(shape, source, options.peers)
-    cases = [
-        Case(LIMIT, ModelProducts(source, rows=rows, head_rows=rows)),
-        step_case(OURS, AnyMamba(source), ids_bl),
-        step_case(OURS_IN_BFLOAT16, AutocastAnyMamba(source), ids_bl),
-    ]
-    missing = []
-    for name in TRAINABLE:
-        if row := peers.missing(name):
-            missing.append(row)
-        elif name == MINIMAL:
-            missing.append(not_measured(name, "as slow as Transformers: measured below only"))
-        else:
-            cases.append(step_case(name, built(peers, name), ids_bl, turns=2))
-    timings = interleave(cases, options.rounds or 7)
-    timings[LIMIT] = timings[LIMIT].times(3)
-    table = Table(
-        title("Training step of 5 million weights", shape, ids_bl),
-        columns=(NAME, MILLISECONDS, SPREAD, SPEED, SHARE, TIMES, NOTE),
-    )
-    for name, timing in timings.items():
-        row = timed(name, timing, rows, timings[LIMIT])
-        if TRANSFORMERS in timings:
-            row["times_transformers"] = timing.speed_beside(timings[TRANSFORMERS])
-        table.rows.append(row)
-    table.rows += missing
     return table
 
 
