@@ -71,9 +71,12 @@ class TestLocal:
         (tmp_path / "model").mkdir()
         assert resolve("~/model") == tmp_path / "model"
 
-    @pytest.mark.parametrize("name", ["./nothing", "/no/thing", "a/b/c", "../x", "..\\x", ""])
+    @pytest.mark.parametrize("name", ["./nothing", "/no/thing", "a/b/c", "../x", "..\\x"])
     def test_what_looks_like_a_path_is_one(self, name):
         assert "does not exist" in refusal(name, CheckpointError)
+
+    def test_an_empty_name_is_not_the_current_folder(self):
+        assert "name a file or a folder" in refusal("", CheckpointError)
 
     def test_a_missing_path_object(self):
         assert "does not exist" in refusal(Path("nothing"), CheckpointError)

@@ -25,7 +25,7 @@ TEXTS = (
     "ROMEO:\nO, wherefore art thou not to the",
     "What say you to the duke of the",
     "Good night, good night! parting is such sweet",
-    "I will not be the",
+    "What say you to my suit, my gracious lord",  # the one that the bundled model completes
 )
 # The same float32 weights and logits in two implementations: their log-probabilities differ by
 # some 1e-5, and lm-eval rounds nothing.
