@@ -63,7 +63,7 @@ def scans(folder: Any, ids: list[int]) -> list[tuple[Any, ...]]:
 
 def left_of(token: int, read: tuple[Any, ...]) -> list[float]:
     """The size of what a token leaves, step by step: a recurrence that nothing else writes to."""
-    x_ble, delta_ble, A_en, B_bln, _ = read
+    x_ble, delta_ble, A_en, B_bln, *_ = read
     state_en = (delta_ble[0, token, :, None] * B_bln[0, token] * x_ble[0, token, :, None]).abs()
     sizes = [float(state_en.sum())]
     for later in range(token + 1, x_ble.shape[1]):
