@@ -12,7 +12,7 @@ import pytest
 
 from anymamba import __version__
 from anymamba.cli import main as main_module
-from anymamba.cli.main import COMMANDS, main
+from anymamba.cli.main import COMMANDS, build_parser, main
 from anymamba.errors import InputError
 
 from .conftest import buffered
@@ -66,10 +66,40 @@ def test_each_command_has_a_help_text_with_examples(command, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [([], "COMMAND"), (["fly"], "'fly'"), (["info", "--fly"], "--fly"), (["generate", "-x"], "-x")],
+    [
+        (["fly"], "there is no command 'fly' (see anymamba --help)"),
+        (["generat"], "there is no command 'generat'; did you mean generate?"),
+        (["--fly"], "there is no option --fly (see anymamba --help)"),
+        (["info", "--fly"], "there is no option --fly (see anymamba info --help)"),
+        (["generate", "-x"], "there is no option -x"),
+        (
+            ["generate", "a", "--temprature=0.5"],
+            "there is no option --temprature; did you mean --temperature? "
+            "(see anymamba generate --help)",
+        ),
+        (["train", "--learning-rat", "1", "--bacth", "2"], "did you mean --batch?"),
+        (["info", "a", "b"], "'b' is one argument too many (see anymamba info --help)"),
+        (["--version=3"], "see anymamba --help"),
+    ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, named, anymamba):
     assert named in anymamba(*arguments).complaint
+
+
+def test_without_arguments_the_help_is_shown(anymamba):
+    done = anymamba()
+    assert (done.status, done.err) == (0, "")
+    assert done.out == build_parser([]).format_help()
+
+
+@pytest.mark.parametrize(
+    ("short", "option", "value"),
+    [("-m", "model", "nowhere"), ("-n", "max_new_tokens", "7"), ("-t", "threads", "1")],
+)
+def test_short_names_of_the_commonest_options(short, option, value):
+    for command in ("generate", "chat"):
+        arguments = build_parser([command]).parse_args([command, short, value])
+        assert str(getattr(arguments, option)) == value
 
 
 def test_an_error_of_many_lines_is_printed_in_one(monkeypatch, anymamba):

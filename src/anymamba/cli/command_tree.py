@@ -9,7 +9,7 @@ from anymamba.cli.main import COMMANDS, build_parser
 
 __all__ = ["Command", "Option", "command_tree"]
 
-_FILES = ("FILE", "FOLDER", "MODEL", "SRC", "DST")
+_FILES = ("FILE", "FOLDER", "MODEL", "DATA", "DST", "SRC DST")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from anymamba.cli.model_options import add_offline_argument
+from anymamba.cli.model_options import add_offline_argument, add_places, places_of
 from anymamba.cli.quiet import quiet
 
 __all__ = ["add_arguments", "run"]
@@ -28,8 +28,12 @@ LAYOUTS = ("transformers", "original", "minimal", "gguf")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba convert`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("source", metavar="SRC", help="a folder, a GGUF file, or a name on the hub")
-    parser.add_argument("destination", metavar="DST", help="a folder, or the file for GGUF")
+    add_places(
+        parser,
+        "model",
+        "SRC is a folder, a GGUF file, or a name on the hub",
+        "DST is a new folder, or the file for GGUF",
+    )
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
@@ -50,12 +54,13 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.cli.sizes import bytes_in, size
     from anymamba.runtime.convert import convert
 
-    is_gguf = arguments.destination.lower().endswith(".gguf")
+    source, destination = places_of(arguments)
+    is_gguf = destination.lower().endswith(".gguf")
     layout = arguments.layout or ("gguf" if is_gguf else "transformers")
     with quiet():
         written = convert(
-            arguments.source,
-            arguments.destination,
+            source,
+            destination,
             layout,
             arguments.weights,
             overwrite=arguments.overwrite,

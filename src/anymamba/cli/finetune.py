@@ -10,6 +10,7 @@ from typing import Any
 from anymamba.cli.evaluate import network_allowed
 from anymamba.cli.model_options import add_offline_argument
 from anymamba.cli.quiet import quiet
+from anymamba.cli.training_names import names_of
 from anymamba.cli.values import integer
 from anymamba.cli.waiting_threads import let_waiting_threads_sleep
 from anymamba.errors import MissingDependencyError
@@ -38,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("data", nargs="*", metavar="DATA", help="JSON lines, texts, or folders")
     parser.add_argument(
+        "--data", dest="more_data", nargs="+", default=[], metavar="FILE", help="DATA by name"
+    )
+    parser.add_argument(
         "--dataset", metavar="NAME", help="a Hugging Face dataset in place of DATA; same fields"
     )
     parser.add_argument(
@@ -46,12 +50,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset-split", default="train", metavar="NAME", help="which split; default train"
     )
-    parser.add_argument("--output", required=True, metavar="DST", help="the folder to write")
     parser.add_argument(
-        "--model", metavar="FOLDER", help="a folder or a name on the hub (default: the bundled one)"
+        *names_of("output"), required=True, metavar="DST", help="the folder to write"
     )
     parser.add_argument(
-        "--validation", nargs="+", default=[], metavar="FILE", help="examples to tell the loss on"
+        *names_of("model"),
+        metavar="FOLDER",
+        help="a folder or a name on the hub (default: the bundled one)",
+    )
+    parser.add_argument(
+        *names_of("validation_data"),
+        dest="validation",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="examples to tell the loss on",
     )
     parser.add_argument(
         "--save-every",
@@ -88,13 +101,14 @@ def add_training_settings(parser: argparse.ArgumentParser) -> None:
     """Declare how it is trained."""
     group = parser.add_argument_group("how")
     group.add_argument("--epochs", type=float, default=3.0, metavar="X", help="default 3")
-    group.add_argument("--max-steps", type=int, metavar="N", help="end after so many steps")
-    group.add_argument("--batch-size", type=int, default=4, metavar="N", help="default 4")
-    group.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches a step")
+    option = group.add_argument
+    option(*names_of("steps"), type=int, metavar="N", help="end after so many steps")
+    option(*names_of("batch"), type=int, default=4, metavar="N", help="default 4")
+    option(*names_of("accumulation"), type=int, default=1, metavar="N", help="batches a step")
     group.add_argument(
         "--learning-rate", type=float, metavar="X", help="default 5e-4, with --method full 5e-5"
     )
-    group.add_argument("--max-length", type=int, default=1024, metavar="N", help="default 1024")
+    option(*names_of("window"), type=int, default=1024, metavar="N", help="tokens; default 1024")
     group.add_argument("--packing", action="store_true", help="several examples in a row")
     group.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
@@ -114,7 +128,7 @@ def run(arguments: argparse.Namespace) -> None:
         finetune = import_finetune()  # which reads whether the network may be asked
     with quiet(), Steps("steps", visible=not arguments.json) as steps:
         figures = finetune(
-            arguments.data,
+            [*arguments.data, *arguments.more_data],
             arguments.output,
             arguments.model,
             settings_of(arguments),
@@ -168,11 +182,11 @@ def settings_of(arguments: argparse.Namespace) -> Any:
         rslora=arguments.rslora,
         adapter_dropout=arguments.adapter_dropout,
         epochs=arguments.epochs,
-        max_steps=arguments.max_steps,
-        batch_size=arguments.batch_size,
-        accumulate=arguments.accumulate,
+        max_steps=arguments.steps,
+        batch_size=arguments.batch,
+        accumulate=arguments.accumulation,
         learning_rate=arguments.learning_rate,
-        max_length=arguments.max_length,
+        max_length=arguments.window,
         packing=arguments.packing,
         gradient_checkpointing=arguments.gradient_checkpointing,
         chat_template=None if template is None else read_text(template),

@@ -11,9 +11,9 @@ import argparse
 import errno
 import io
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from anymamba import __version__
 from anymamba.cli.output import forget, open_missing, tell
@@ -66,6 +66,33 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see {self.prog} --help)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is left over here, where the command's own options are known."""
+        arguments, unknown = super().parse_known_args(args, namespace)
+        lists = [a.dest for a in self._actions if a.nargs == "*" and not a.option_strings]
+        if lists and not any(word.startswith("-") for word in unknown):
+            # argparse gives such a list only what stands before the first option.
+            setattr(arguments, lists[0], [*getattr(arguments, lists[0]), *unknown])
+            unknown = []
+        if unknown:
+            self.error(self._why_unknown(unknown))
+        return arguments, unknown
+
+    def _why_unknown(self, unknown: Sequence[str]) -> str:
+        option = next((word for word in unknown if word.startswith("-")), None)
+        if option is None:
+            return f"{unknown[0]!r} is one argument too many"
+        name = option.partition("=")[0]
+        return f"there is no option {name}" + did_you_mean(name, self._option_string_actions)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The nearest of the known words as the end of a complaint, or nothing."""
+    from difflib import get_close_matches
+
+    nearest = get_close_matches(word, list(known), n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status, one of those that `--help` lists."""
@@ -97,14 +124,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(argv: Sequence[str]) -> None:
-    """Parse the arguments and call the command that they name."""
+    """Parse the arguments and call the command that they name; without any, show the help."""
     # The command is the first argument that is no option: before it stand none with a value.
     asked = next((argument for argument in argv if not argument.startswith("-")), None)
-    arguments = build_parser([asked] if asked in COMMANDS else []).parse_args(argv)
+    parser = build_parser([asked] if asked in COMMANDS else [])
+    if not argv:
+        parser.print_help()
+        return
+    if asked is not None and asked not in COMMANDS:
+        parser.error(f"there is no command {asked!r}" + did_you_mean(asked, COMMANDS))
+    arguments = parser.parse_args(argv)
+    if asked is None:
+        parser.error("a command is missing")
     import_module(f"anymamba.cli.{arguments.command}").run(arguments)
 
 
-def build_parser(complete: Collection[str]) -> argparse.ArgumentParser:
+def build_parser(complete: Collection[str]) -> Parser:
     """The parser of the command line, in which only the commands named have their options.
 
     Loading the module of a command that nobody asked for would only cost time.
@@ -116,7 +151,7 @@ def build_parser(complete: Collection[str]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"anymamba {__version__}")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         parser = commands.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from anymamba.cli.model_options import add_offline_argument
+from anymamba.cli.model_options import add_offline_argument, add_places, places_of
 from anymamba.cli.quiet import quiet
 
 __all__ = ["add_arguments", "run"]
@@ -25,10 +25,10 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba merge`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("adapter", metavar="FOLDER", help="the adapter, as PEFT writes it")
-    parser.add_argument("destination", metavar="DST", help="the folder to write")
+    add_places(parser, "adapter", "SRC is the adapter, as PEFT writes it", "DST is a new folder")
     parser.add_argument(
         "--model",
+        "-m",
         metavar="FOLDER",
         help="the model: a folder, a GGUF file, or a name on the hub (default: the adapter's own)",
     )
@@ -45,10 +45,11 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.cli.sizes import bytes_in, size
     from anymamba.runtime.merge import merge
 
+    adapter, destination = places_of(arguments)
     with quiet():
         written = merge(
-            arguments.adapter,
-            arguments.destination,
+            adapter,
+            destination,
             arguments.model,
             arguments.weights,
             overwrite=arguments.overwrite,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from anymamba.cli.values import integer
+from anymamba.errors import InputError
 from anymamba.runtime.native import MOST_THREADS
 
 __all__ = [
@@ -12,18 +13,21 @@ __all__ = [
     "add_adapter_argument",
     "add_model_arguments",
     "add_offline_argument",
+    "add_places",
     "add_threads_argument",
     "add_weights_arguments",
+    "places_of",
 ]
 
 WEIGHTS = ("auto", "f32", "bf16", "int8", "int4")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `--model`, `--tokenizer` and `--offline`."""
+    """Declare `--model` (`-m`), `--tokenizer` and `--offline`."""
     group = parser.add_argument_group("the model")
     group.add_argument(
         "--model",
+        "-m",
         metavar="FOLDER",
         help="a folder, a GGUF file, or a name on the hub (default: the bundled one)",
     )
@@ -53,8 +57,47 @@ def add_offline_argument(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_places(parser: argparse.ArgumentParser, source: str, what: str, where: str) -> None:
+    """Declare what a command reads and what it writes, by place or by name.
+
+    Args:
+        parser: the command's.
+        source: the source's name, such as `model` for `--model`.
+        what: the source in a line.
+        where: the destination in a line.
+    """
+    parser.set_defaults(source_name=source)
+    parser.add_argument("places", nargs="*", metavar="SRC DST", help=f"{what}; {where}")
+    parser.add_argument(
+        f"--{source}", f"-{source[0]}", dest="source", metavar="FOLDER", help="SRC by name"
+    )
+    parser.add_argument("--output", "-o", dest="destination", metavar="FOLDER", help="DST by name")
+
+
+def places_of(arguments: argparse.Namespace) -> tuple[str, str]:
+    """The source and the destination that the options of `add_places` name.
+
+    Raises:
+        InputError: one of them is missing, or there is one too many.
+    """
+    places = list(arguments.places)
+
+    def place(named: str | None, name: str, option: str) -> str:
+        if named is not None:
+            return named
+        if not places:
+            raise InputError(f"{name} is missing: give it, or --{option} {name}")
+        return str(places.pop(0))
+
+    source = place(arguments.source, "SRC", arguments.source_name)
+    destination = place(arguments.destination, "DST", "output")
+    if places:
+        raise InputError(f"{places[0]!r} is one argument too many: give SRC and DST once each")
+    return source, destination
+
+
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `--weights` and `--threads`."""
+    """Declare `--weights` and `--threads` (`-t`)."""
     group = parser.add_argument_group("computing")
     group.add_argument(
         "--weights",
@@ -66,9 +109,10 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_threads_argument(group: argparse._ActionsContainer) -> None:
-    """Declare `--threads`."""
+    """Declare `--threads` (`-t`)."""
     group.add_argument(
         "--threads",
+        "-t",
         type=integer(1, MOST_THREADS),
         metavar="N",
         help="how many threads compute (default: ANYMAMBA_NUM_THREADS, else one a core)",

@@ -8,7 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from anymamba.cli.model_options import add_offline_argument, add_threads_argument
+from anymamba.cli.model_options import (
+    add_offline_argument,
+    add_places,
+    add_threads_argument,
+    places_of,
+)
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import finite
 
@@ -31,8 +36,9 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba quantize`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("source", metavar="SRC", help="a folder, a GGUF file, or a name on the hub")
-    parser.add_argument("destination", metavar="DST", help="the folder to write")
+    add_places(
+        parser, "model", "SRC is a folder, a GGUF file, or a name on the hub", "DST is a new folder"
+    )
     parser.add_argument("--weights", choices=("int8", "int4"), default="int4", help="default int4")
     parser.add_argument(
         "--group",
@@ -66,6 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.runtime.folder_writing import check_apart, check_destination
     from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
 
+    arguments.source, arguments.destination = places_of(arguments)
     read_once([arguments.score, arguments.calibrate])
     score = None if arguments.score is None else read_text(arguments.score)
     calibrate = None if arguments.calibrate is None else read_text(arguments.calibrate)

@@ -21,7 +21,7 @@ def add_length_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare when the text ends."""
     group = parser.add_argument_group("the end of the text")
     group.add_argument(
-        "--max-new-tokens", type=integer(1), default=200, metavar="N", help="default 200"
+        "--max-new-tokens", "-n", type=integer(1), default=200, metavar="N", help="default 200"
     )
     group.add_argument(
         "--stop",

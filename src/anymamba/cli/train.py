@@ -8,6 +8,7 @@ from dataclasses import Field, fields
 from typing import Any
 
 from anymamba.cli.quiet import quiet
+from anymamba.cli.training_names import names_of
 from anymamba.cli.values import finite
 from anymamba.cli.waiting_threads import let_waiting_threads_sleep
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from anymamba.training.settings import PRESETS, Settings
 
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("texts", nargs="*", metavar="DATA", help="the same as --data")
     parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
     parser.add_argument("--preset", choices=tuple(PRESETS), help="sizes to start from")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -49,18 +51,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_setting(parser: argparse.ArgumentParser, entry: Field[Any]) -> None:
     """One setting as an option. Its value is checked with all others, so that words are as in
     a file."""
-    option = "--" + entry.name.replace("_", "-")
+    option = names_of(entry.name)
     text = str(entry.metadata["help"]).replace("%", "%%")
     if entry.metadata.get("many"):
-        parser.add_argument(option, nargs="+", metavar="FILE", help=text)
+        parser.add_argument(*option, nargs="+", metavar="FILE", help=text)
     elif str(entry.type) == "bool":
-        parser.add_argument(option, action=argparse.BooleanOptionalAction, help=text)
+        parser.add_argument(*option, action=argparse.BooleanOptionalAction, help=text)
     elif "choices" in entry.metadata:
-        parser.add_argument(option, choices=entry.metadata["choices"], help=text)
+        parser.add_argument(*option, choices=entry.metadata["choices"], help=text)
     else:
         metavar = "FOLDER" if entry.name in ("output", "model") else "VALUE"
         default = "" if entry.default is None else f"; default {entry.default}"
-        parser.add_argument(option, metavar=metavar, help=text + default)
+        parser.add_argument(*option, metavar=metavar, help=text + default)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -92,6 +94,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
     from anymamba.training.settings import Settings, settings_from
 
     flags = {entry.name: getattr(arguments, entry.name) for entry in fields(Settings)}
+    flags["data"] = [*arguments.texts, *(arguments.data or [])] or None
     config = arguments.config
     if arguments.resume and config is None:
         kept = user_path(arguments.output or Settings.output, InputError) / CONFIG_FILE
