@@ -37,6 +37,8 @@ def arguments(command: str, model: object, folder: Path) -> list[str]:
         "generate": ("a", *few, "--model", model),
         "chat": (*few, "--model", model),
         "ingest": (text, "--save-state", folder / "a.state", "--model", model),
+        "models": (),
+        "download": (model,),
         "info": (model,),
         "score": (text, "--model", model),
         "lambada": (folder / "passages.jsonl", "--model", model),
@@ -76,7 +78,7 @@ def test_json_is_one_object_without_pytorch(command: str, tiny: Path, tmp_path: 
     assert isinstance(json.loads(done.stdout), dict)
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - WITH_PYTORCH - {"completion"}))
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - WITH_PYTORCH - {"completion", "models"}))
 def test_offline_a_model_that_is_not_here_is_refused_without_network(
     command: str,
     tmp_path: Path,

@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": "continue a text with a model",
     "chat": "talk with a model, line by line",
     "ingest": "read texts of any length into a state file",
+    "models": "list models on the hub to begin with",
+    "download": "fetch a model from the hub",
     "info": "describe a model, a state, or this machine",
     "score": "tell how well a model predicts a text",
     "inspect": "show what selection does with a text",

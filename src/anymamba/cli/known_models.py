@@ -1,0 +1,117 @@
+"""Checkpoints on the hub whose architecture AnyMamba has, with facts from their public cards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = ["KNOWN_MODELS", "KnownModel"]
+
+_GROUP = 128
+_SCALE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A checkpoint on the Hugging Face hub.
+
+    Args:
+        name: its id there.
+        use: "base" for one that continues texts, "chat" for one tuned on conversations.
+        licence: as its card or, of a copy in another layout, the original's card names it.
+        width: d.
+        layers: how many.
+        tied: whether the head is the embedding table.
+        vocabulary: v, with padding.
+        pickled: whether its weights are a pickle, which `anymamba convert` reads once.
+        note: what else to know, in a line.
+    """
+
+    name: str
+    use: str
+    licence: str
+    width: int
+    layers: int
+    tied: bool = True
+    vocabulary: int = 50280
+    pickled: bool = False
+    note: str = ""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers were trained."""
+        return sum(math.prod(shape) for _, shape in self._tensors())
+
+    def weight_bytes(self, weights: str) -> int:
+        """The memory that the weights take.
+
+        Args:
+            weights: "f32", "bf16", "int8" or "int4".
+
+        Returns:
+            Bytes.
+
+        Example:
+            >>> KNOWN_MODELS[0].weight_bytes("f32") == 4 * KNOWN_MODELS[0].parameters
+            True
+        """
+        return sum(_bytes_of(role, shape, weights) for role, shape in self._tensors())
+
+    def command(self) -> str:
+        """What to type to try it."""
+        use = 'generate "Mamba is"' if self.use == "base" else "chat"
+        if not self.pickled:
+            return f"anymamba {use} -m {self.name} --weights int8"
+        folder = "./" + self.name.rpartition("/")[2]
+        return f"anymamba convert {self.name} {folder} && anymamba {use} -m {folder} --weights int8"
+
+    def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each tensor's role (large matrix, small matrix, the rest) and shape."""
+        d, e, n, k = self.width, 2 * self.width, 16, 4
+        r = math.ceil(d / 16)
+        for _ in range(1 if self.tied else 2):
+            yield "large", (self.vocabulary, d)
+        yield "rest", (d,)
+        for _ in range(self.layers):
+            yield from (("large", (2 * e, d)), ("large", (d, e)))
+            yield from (("small", (r + 2 * n, e)), ("small", (e, r)))
+            yield from (("rest", shape) for shape in ((d,), (e, k), (e,), (e,), (e, n), (e,)))
+
+
+def _bytes_of(role: str, shape: tuple[int, ...], weights: str) -> int:
+    """As docs/quantization.md has it: large matrices quantized, small ones bfloat16, others not."""
+    count = math.prod(shape)
+    if weights == "f32" or role == "rest":
+        return 4 * count
+    if weights == "bf16" or role == "small":
+        return 2 * count
+    bits = {"int8": 8, "int4": 4}[weights]
+    return count * bits // 8 + count // _GROUP * _SCALE_BYTES
+
+
+# Sizes: table 12 of the paper (arXiv 2312.00752) for state-spaces', the cards for the others.
+KNOWN_MODELS = (
+    KnownModel("state-spaces/mamba-130m-hf", "base", "apache-2.0", 768, 24),
+    KnownModel("state-spaces/mamba-370m-hf", "base", "apache-2.0", 1024, 48),
+    KnownModel("state-spaces/mamba-790m-hf", "base", "apache-2.0", 1536, 48),
+    KnownModel("state-spaces/mamba-1.4b-hf", "base", "apache-2.0", 2048, 48),
+    KnownModel("state-spaces/mamba-2.8b-hf", "base", "apache-2.0", 2560, 64),
+    KnownModel(
+        *("TRI-ML/mamba-7b-rw", "base", "apache-2.0", 4096, 64),
+        tied=False,
+        vocabulary=50432,
+        note="trained on RefinedWeb, in English",
+    ),
+    KnownModel(
+        *("havenhq/mamba-chat", "chat", "apache-2.0", 2560, 64),
+        pickled=True,
+        note="mamba-2.8b tuned on 16,000 conversations of UltraChat; Zephyr's prompt format",
+    ),
+    KnownModel(
+        *("xiuyul/mamba-2.8b-zephyr", "chat", "apache-2.0", 2560, 64),
+        pickled=True,
+        note="mamba-2.8b-slimpj tuned on UltraChat, then by DPO on UltraFeedback",
+    ),
+)
+"""The smallest first, chat-tuned ones last."""
