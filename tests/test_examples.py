@@ -51,6 +51,7 @@ WITH_EXAMPLES = {
     "runtime.scoring",
     "runtime.state",
     "runtime.streaming",
+    "runtime.suggested_sampling",
     "runtime.tokenizer",
     "runtime.weights",
     "training.arguments",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.loading import load
+    from anymamba.runtime.sampling import Sampling
     from anymamba.runtime.state import State
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _HOME_OF = {
     "MambaModel": "anymamba.modeling",
     "MambaOutput": "anymamba.modeling",
     "MambaPreTrainedModel": "anymamba.modeling",
+    "Sampling": "anymamba.runtime.sampling",
     "State": "anymamba.runtime.state",
     "load": "anymamba.runtime.loading",
     "register": "anymamba.modeling",
@@ -51,6 +53,7 @@ __all__ = [
     "MambaModel",
     "MambaOutput",
     "MambaPreTrainedModel",
+    "Sampling",
     "State",
     "__version__",
     "load",

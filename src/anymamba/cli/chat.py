@@ -95,7 +95,8 @@ def run(arguments: argparse.Namespace) -> None:
         engine = open_engine(arguments)
         state = beginning_state(engine, arguments.state)
         template = None if arguments.no_template else find_template(tokenizer_place(arguments))
-        conversation = Conversation(engine, state, sampling_settings(arguments), template)
+        settings = sampling_settings(arguments, engine.suggested_sampling)
+        conversation = Conversation(engine, state, settings, template)
         if sys.stdin.isatty():
             how = "its chat template" if template else "plain continuation"
             tell(f"{model_name(arguments)}, {how}; /help lists commands")

@@ -7,7 +7,7 @@ import json
 import time
 from contextlib import closing
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from anymamba.cli.continuation import Continuation
 from anymamba.cli.figures import figures_line, figures_of
@@ -26,6 +26,7 @@ from anymamba.cli.sampling_options import (
     add_sampling_arguments,
     sampling_settings,
 )
+from anymamba.cli.values import integer
 from anymamba.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ examples:
   echo "Mamba is" | anymamba generate --model state-spaces/mamba-130m-hf --temperature 0
   anymamba generate "ROMEO:" --stop "JULIET:" --json
   anymamba generate "In short:" --state book.state --weights int8
+  anymamba generate --prompts prompts.jsonl --temperature 0 > answers.jsonl
 """
 # --dtype has PyTorch's names of types; these the runtime has too.
 WEIGHTS_OF_DTYPE = {"auto": "auto", "float32": "f32", "bfloat16": "bf16"}
@@ -57,6 +59,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba generate`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="continue many prompts: JSON lines, each a text or an object with a prompt; one JSON "
+        "line comes out for each; - is standard input",
+    )
+    parser.add_argument(
+        "--batch",
+        type=integer(1, 4096),
+        metavar="N",
+        help="how many of --prompts are continued side by side; default 16",
+    )
     parser.add_argument(
         "--echo", action="store_true", help="print the prompt before what continues it"
     )
@@ -81,9 +95,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Load the model, continue the prompt, and print."""
     check_writable(arguments.save_state)
+    if arguments.prompts is not None:
+        from anymamba.cli.prompt_lines import continue_prompts
+
+        arguments.weights = weights_of(arguments)
+        with quiet():
+            continue_prompts(arguments)
+        return
+    if arguments.batch is not None:
+        raise InputError("--batch says how many of --prompts are continued side by side: give both")
     # A state can be continued without another word.
     prompt = prompt_from(arguments.prompt, needed=arguments.state is None)
-    settings = sampling_settings(arguments)
     beginning = prompt if arguments.echo else ""
     with quiet(), Output(beginning, visible=not arguments.json) as output:
         if through_torch(arguments):
@@ -91,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
 
             continuation = continue_with_torch(arguments, prompt, output)
         else:
-            continuation = continue_text(arguments, prompt, settings, output)
+            continuation = continue_text(arguments, prompt, output)
     report(arguments, prompt, continuation)
 
 
@@ -115,12 +137,11 @@ def through_torch(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def continue_text(
-    arguments: argparse.Namespace, prompt: str, settings: dict[str, Any], output: Output
-) -> Continuation:
+def continue_text(arguments: argparse.Namespace, prompt: str, output: Output) -> Continuation:
     """Let the runtime continue the prompt."""
     arguments.weights = weights_of(arguments)
     engine = open_engine(arguments)
+    settings = sampling_settings(arguments, engine.suggested_sampling)
     state = beginning_state(engine, arguments.state)
     prompt_ids = engine.tokenize(prompt, special=state.token_count == 0)
     start = time.perf_counter()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Mapping
 from typing import Any
 
+from anymamba.cli.output import tell
 from anymamba.cli.values import integer, number
 
 # Of these, options and settings have the same names.
@@ -13,6 +15,16 @@ SETTINGS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
+
+# What is used where neither the command line nor the model's generation_config.json says more.
+DEFAULTS: dict[str, float] = {
+    "temperature": 0.8,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+}
 
 __all__ = ["add_length_arguments", "add_sampling_arguments", "sampling_settings"]
 
@@ -43,35 +55,34 @@ def add_length_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare how the next token is chosen."""
-    group = parser.add_argument_group("choosing the next token")
+    group = parser.add_argument_group(
+        "choosing the next token",
+        "What is not given here is taken from the model's generation_config.json, if it sets it.",
+    )
     option = group.add_argument
     probability = number(0, 1, above_low=True)
     option(
         "--temperature",
         type=number(0),
-        default=0.8,
         metavar="T",
         help="0 always takes the likeliest token; default 0.8",
     )
-    option("--top-k", type=integer(0), default=0, metavar="K", help="among the K likeliest; 0: all")
+    option("--top-k", type=integer(0), metavar="K", help="among the K likeliest; 0: all")
     option(
         "--top-p",
         type=probability,
-        default=1.0,
         metavar="P",
         help="among the likeliest that together have probability P",
     )
     option(
         "--min-p",
         type=number(0, 1),
-        default=0.0,
         metavar="P",
         help="among those at least P times as likely as the likeliest",
     )
     option(
         "--typical-p",
         type=probability,
-        default=1.0,
         metavar="P",
         help="among the most typical that together have probability P",
     )
@@ -84,7 +95,6 @@ def add_penalty_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--repetition-penalty",
         type=number(0, above_low=True),
-        default=1.0,
         metavar="X",
         help="above 1 makes tokens that were there before less likely",
     )
@@ -127,10 +137,26 @@ def logit_bias(text: str) -> tuple[int, float]:
     return integer(0, 2**31 - 1)(token), number(-1e6, 1e6)(bias)
 
 
-def sampling_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options as the runtime names them. Where no seed was given one is drawn, and told."""
+def sampling_settings(
+    arguments: argparse.Namespace, suggested: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options as the runtime names them, with what was not given filled in, and told.
+
+    Args:
+        arguments: the options; changed, so that they hold what is used. Where no seed was given
+            one is drawn.
+        suggested: what the model's generation_config.json sets.
+    """
     if arguments.seed is None:
         arguments.seed = random.getrandbits(32)
+    given = {name: getattr(arguments, name) for name in DEFAULTS}
+    used = {name: value for name, value in suggested.items() if given.get(name) is None}
+    if used:
+        words = ", ".join(f"{name} {value:g}" for name, value in used.items())
+        tell(f"anymamba: as the model's generation_config.json says: {words}")
+    for name, value in given.items():
+        chosen = used.get(name, DEFAULTS[name]) if value is None else value
+        setattr(arguments, name, chosen)
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     settings["logit_bias"] = dict(arguments.logit_bias)
     settings["stop"] = tuple(arguments.stop)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from anymamba.cli.continuation import Continuation
+from anymamba.cli.sampling_options import sampling_settings
 from anymamba.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -43,11 +44,14 @@ def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Outp
     """
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
+    from anymamba.runtime.loading import generation_config
     from anymamba.runtime.streaming import TextStream
+    from anymamba.runtime.suggested_sampling import suggested_sampling
     from anymamba.runtime.tokenizer import read_tokenizer
 
     refuse_others(arguments)
     folder = resolve(arguments.model or bundled_model(), offline=arguments.offline)
+    sampling_settings(arguments, suggested_sampling(generation_config([folder]) or {}))
     tokenizer = read_tokenizer(arguments.tokenizer or folder)
     prompt_ids = tokenizer.encode(prompt).ids
     dtype = arguments.dtype or DTYPES[arguments.weights]

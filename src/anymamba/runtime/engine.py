@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -47,6 +47,7 @@ class Engine:
             model has none. It then reads tokens and writes tokens, whose text is empty.
         end_ids: the tokens that end a text.
         threads: how many threads compute; None takes `ANYMAMBA_NUM_THREADS`, else all processors.
+        suggested_sampling: as for the attribute.
 
     Attributes:
         weights: the model's tensors and config, as they were given.
@@ -56,6 +57,8 @@ class Engine:
         n_parameters: how many numbers were trained.
         threads: how many threads compute.
         end_ids: the tokens that end a text.
+        suggested_sampling: the fields of `Sampling` that the model's generation_config.json sets.
+            Nothing uses them unless asked to: `engine.generate(text, **engine.suggested_sampling)`.
 
     Raises:
         MissingDependencyError: the native core is not installed.
@@ -76,6 +79,7 @@ class Engine:
         open_tokenizer: Callable[[], Tokenizer] | None,
         end_ids: Collection[int] = (),
         threads: int | None = None,
+        suggested_sampling: Mapping[str, Any] | None = None,
     ) -> None:
         self._network = Network(weights, threads)
         self._identity = Identity(weights.config, self._network.vocabulary, weights.digest)
@@ -87,6 +91,7 @@ class Engine:
         self.n_parameters = weights.n_parameters
         self.threads = self._network.threads
         self.end_ids = tuple(end_ids)
+        self.suggested_sampling = dict(suggested_sampling or {})
 
     def __repr__(self) -> str:
         return (

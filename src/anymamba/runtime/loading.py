@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from anymamba.runtime.engine import Engine
 from anymamba.runtime.gguf_names import is_gguf
 from anymamba.runtime.kinds import check_kind
 from anymamba.runtime.native import wanted_threads
+from anymamba.runtime.suggested_sampling import suggested_sampling
 from anymamba.runtime.tokenizer import read_tokenizer, tokenizer_from_json
 from anymamba.runtime.weights import load_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["load", "model_of"]
+__all__ = ["generation_config", "load", "model_of"]
 
 _GENERATION = "generation_config.json"
 
@@ -91,12 +92,15 @@ def load(
         subfolder=subfolder,
     )
     checkpoint = open_checkpoint(folder)
+    settings = generation_config([folder] if change is None else [change.folder, folder])
+    suggested = suggested_sampling(settings or {})
     stored = load_weights(checkpoint, weights if change is None else "auto")
     return Engine(
         stored if change is None else merge_adapter(stored, change, weights),
         _tokenizer_in(folder, tokenizer),
-        _end_ids(folder, checkpoint.config, change),
+        _end_ids(settings, checkpoint.config),
         threads,
+        suggested,
     )
 
 
@@ -150,11 +154,9 @@ def _load_gguf(
     elif model.tokenizer_json is not None:
         where = f"the tokenizer in {str(path)!r}"
         open_tokenizer = partial(tokenizer_from_json, model.tokenizer_json, where)
-    end = model.config.get("eos_token_id")
-    ends = [] if end is None else [end]
-    if adapter is not None and (settings := adapter.folder / _GENERATION).is_file():
-        ends = _ids_in(read_json_object(settings).get("eos_token_id"))
-    return Engine(loaded, open_tokenizer, ends, threads)
+    settings = None if adapter is None else generation_config([adapter.folder])
+    ends = _end_ids(settings, {"eos_token_id": model.config.get("eos_token_id")})
+    return Engine(loaded, open_tokenizer, ends, threads, suggested_sampling(settings or {}))
 
 
 def _tokenizer_in(
@@ -167,12 +169,17 @@ def _tokenizer_in(
     return partial(read_tokenizer, path) if path.is_file() else None
 
 
-def _end_ids(folder: Path, config: Mapping[str, Any], adapter: Adapter | None = None) -> list[int]:
-    """The tokens that end a text, as Transformers finds them; an adapter may have its own."""
-    places = [folder] if adapter is None else [adapter.folder, folder]
-    settings = next((p / _GENERATION for p in places if (p / _GENERATION).is_file()), None)
+def generation_config(places: Sequence[Path]) -> dict[str, Any] | None:
+    """The first of the folders' generation_config.json; None where there is none."""
+    files = (place / _GENERATION for place in places)
+    found = next((file for file in files if file.is_file()), None)
+    return None if found is None else read_json_object(found)
+
+
+def _end_ids(settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -> list[int]:
+    """The tokens that end a text, as Transformers finds them."""
     if settings is not None:
-        return _ids_in(read_json_object(settings).get("eos_token_id"))
+        return _ids_in(settings.get("eos_token_id"))
     # Transformers' default for a Mamba that says nothing is token 0.
     return _ids_in(config.get("eos_token_id", 0))
 
