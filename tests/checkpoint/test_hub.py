@@ -144,7 +144,8 @@ class TestHub:
 
     def test_not_there(self, hub):
         message = refusal("someone/else")
-        assert "neither a local folder nor a model" in message
+        assert message.startswith("there is no file or folder")
+        assert "no such model on" in message
         assert "path of a local folder" in message
 
     def test_no_such_revision(self, model):

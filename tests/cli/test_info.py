@@ -188,3 +188,9 @@ def test_another_program_s_quantization_is_named(tiny, tmp_path, anymamba):
     config["quantization_config"] = {"quant_method": "gptq"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "gptq" in anymamba("info", tmp_path).complaint
+
+
+@pytest.mark.parametrize("name", ["nofile", "no/file", "./nofile", "nofile.gguf", "no file"])
+def test_what_is_not_here_is_said_first(name, anymamba):
+    complaint = anymamba("info", name, "--offline").complaint
+    assert "does not exist" in complaint or f"there is no file or folder {name!r}" in complaint

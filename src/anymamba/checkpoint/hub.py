@@ -155,6 +155,7 @@ def _why_not(request: _Request, error: Exception) -> str:
     from huggingface_hub import errors
 
     model, hub = repr(request.model), request.endpoint or "the hub"
+    nowhere = f"there is no file or folder {model} here"
     # A gated repository is a kind of one not found, so it comes first.
     if isinstance(error, errors.GatedRepoError):
         return f"{model} is gated on {hub}: accept its terms there and pass a token, {_LOCAL_HELP}"
@@ -162,18 +163,18 @@ def _why_not(request: _Request, error: Exception) -> str:
         return f"{model} has no revision {request.revision!r} on {hub}: choose one its page lists"
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            f"{model} is neither a local folder nor a model on {hub}: check its name, "
+            f"{nowhere}, and no such model on {hub}: check the name, "
             f"pass a token if it is private, {_LOCAL_HELP}"
         )
     if isinstance(error, errors.HFValidationError):
-        return f"{model} is neither a local folder nor a hub id like 'owner/name': check its name"
+        return f"{nowhere}, nor a model on {hub}, whose ids are like 'owner/name': check the name"
     if isinstance(error, errors.LocalEntryNotFoundError) and request.offline:
         return (
-            f"{model} is not, or not wholly, in the cache, and AnyMamba was told to work offline "
-            f"(offline, HF_HUB_OFFLINE): go online once, {_LOCAL_HELP}"
+            f"{nowhere}, and no such model (or not all of it) in the cache, and AnyMamba was told "
+            f"to work offline (offline, HF_HUB_OFFLINE): go online once, {_LOCAL_HELP}"
         )
     cause = str(error).strip().splitlines() or [type(error).__name__]
     return (
-        f"{model} could not be downloaded from {hub} ({cause[0][:200]}): check the network, "
-        f"{_LOCAL_HELP}"
+        f"{nowhere}, and it could not be downloaded from {hub} ({cause[0][:200]}): check the "
+        f"network, {_LOCAL_HELP}"
     )
