@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,7 +19,8 @@ from xml.etree import ElementTree
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README, IN_CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+PAGES = [README, IN_CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 KINDS = {"python", "bash", "text"}
 # A snippet trains for a few steps at most; ten times what the slowest takes on two cores.
@@ -52,7 +54,8 @@ def names_of_pages_with(kind: str) -> list[str]:
     return [
         name
         for name, page in zip(NAMES, PAGES, strict=True)
-        if any(snippet.kind == kind for snippet in snippets(page))
+        # A test holds the translation's snippets to be the README's.
+        if page != IN_CHINESE and any(snippet.kind == kind for snippet in snippets(page))
     ]
 
 
@@ -128,7 +131,7 @@ def test_make_has_the_targets_that_are_named(page: Path) -> None:
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
-    readme = PAGES[0].read_text(encoding="utf-8")
+    readme = README.read_text(encoding="utf-8")
     assert [name for name in NAMES[1:] if f"({name})" not in readme] == []
 
 
@@ -137,3 +140,38 @@ def test_pictures_are_well_formed_and_say_what_they_show(picture: Path) -> None:
     root = ElementTree.parse(picture).getroot()
     assert root.get("viewBox")
     assert root.findtext("{http://www.w3.org/2000/svg}desc")
+
+
+def commands(page: Path) -> list[tuple[str, str]]:
+    """Each snippet's kind and text, without the explanations beside the lines of a `text`."""
+    return [
+        (piece.kind, re.sub(r"  .*", "", piece.text) if piece.kind == "text" else piece.text)
+        for piece in snippets(page)
+    ]
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+
+
+def test_the_chinese_readme_has_the_same_commands() -> None:
+    assert commands(IN_CHINESE) == commands(README)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(r"\d+(?:[.,]\d+)*", id="figures"),
+        pytest.param(r"`[^`]+`", id="names in code"),
+        pytest.param(r"^#+ ", id="headings"),
+        pytest.param(r"\]\(([^)#\s]+)\)", id="links"),
+    ],
+)
+def test_the_chinese_readme_has_the_same(pattern: str) -> None:
+    english, chinese = (
+        Counter(re.findall(pattern, prose(page), flags=re.M)) for page in (README, IN_CHINESE)
+    )
+    for other in (IN_CHINESE.name, README.name):  # each links to the other
+        english.pop(other, None)
+        chinese.pop(other, None)
+    assert chinese == english
