@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 
-from anymamba import MambaCache
+from anymamba import MambaCache, MambaForCausalLM
 from anymamba.errors import InputError
 from tests.modeling.small import assert_same, small_model, words
 
@@ -97,6 +97,7 @@ def test_no_needless_step_is_run_on_a_caller_s_state(
         return False
 
     monkeypatch.setattr(DeferredStopCheck, "is_supported", answer)
+    monkeypatch.setattr(MambaForCausalLM, "_sample", GenerationMixin._sample)
     cache = MambaCache(MODEL.config, 1, dtype=torch.float32) if given else None
     MODEL.generate(words(1, 4), cache=cache, max_new_tokens=2, **GREEDY)
     assert answers == [not given]

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.utils import logging
 
 from anymamba.errors import InputError
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.generation import (
+    NativeLoop,
+    records_methods,
+    why_not_direct,
+    why_not_loop,
+)
 from anymamba.modeling.model import (
     MambaModel,
     MambaPreTrainedModel,
@@ -29,6 +39,7 @@ __all__ = ["MambaForCausalLM"]
 logger = logging.get_logger(__name__)
 
 
+@records_methods
 class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
     """Mamba with a language model's head, whose weight is the embeddings' where they are tied.
 
@@ -271,6 +282,70 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             model_kwargs["cache"] = MambaCache(
                 self.config, batch_size * copies, self.dtype, self.device
             )
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        """Read the prompt of `generate` in one call, which cuts long ones itself.
+
+        Transformers would cut at `prefill_chunk_size`, where a row may have masked positions alone.
+        """
+        if generation_config.prefill_chunk_size is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        parent: Any = super()
+        return parent._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+
+    def _sample(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateNonBeamOutput | Tensor:
+        """The loop of greedy and sampled `generate`: ours, or Transformers' where needed."""
+        reason = why_not_loop(self, generation_config, synced_gpus, model_kwargs)
+        if input_ids.device.type != "cpu":
+            reason = f"input_ids is on {input_ids.device}"
+        if reason is None:
+            loop = NativeLoop(
+                self,
+                self._step,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                streamer,
+            )
+            return loop.run(input_ids, model_kwargs)
+        logger.info(f"generate runs Transformers' loop: {reason}")
+        parent: Any = super()
+        written: GenerateNonBeamOutput | Tensor = parent._sample(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus,
+            streamer,
+            **model_kwargs,
+        )
+        return written
+
+    def _step(self, tokens_b1: Tensor, cache: MambaCache) -> Tensor:
+        """(b, v) logits of a token a row; the state advances."""
+        output = None
+        if why_not_direct(self) is None:
+            output = self._fused(1, tokens_b1, None, None, cache, None, True)
+        if output is None:  # something has changed since generation began
+            output = self(tokens_b1, cache=cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
     def _expand_inputs_for_generation(  # type: ignore[override]
         self,

@@ -49,13 +49,19 @@ def table_of(model: MambaForCausalLM, input_ids: Tensor) -> Table | None:
     ids_fit = input_ids.device.type == "cpu" and input_ids.dtype in (torch.int32, torch.int64)
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or not ids_fit:
         return None
+    return None if why_not_table(model) is not None else _TABLES[model]
+
+
+def why_not_table(model: MambaForCausalLM) -> str | None:
+    """As `why_not_fused`, and a current table of the model is kept where there is no reason."""
     table = _TABLES.get(model)
-    if table is None or not table.is_current():
-        _TABLES.pop(model, None)
-        if why_not_fused(model) is not None:
-            return None
-        table = _TABLES[model] = Table(model)
-    return table
+    if table is not None and table.is_current():
+        return None
+    _TABLES.pop(model, None)
+    reason = why_not_fused(model)
+    if reason is None:
+        _TABLES[model] = Table(model)
+    return reason
 
 
 def fits(cache: MambaCache) -> bool:
