@@ -19,6 +19,7 @@ from tests.benchmarks.conftest import FOLDER, load
 SCRIPTS = (
     "prefill",
     "decode",
+    "generate",
     "train",
     "train_5m",
     "scan",
