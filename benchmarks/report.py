@@ -16,6 +16,7 @@ BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
 BENCHMARKS = (
     "prefill",
     "decode",
+    "generate",
     "train",
     "scan",
     "ssd",
