@@ -92,4 +92,4 @@ def _winner(probabilities_v: NDArray[Any], uniform_v: NDArray[Any]) -> int:
     candidates = np.flatnonzero(~(bound_v < least))
     if len(candidates) == 1:
         return int(candidates[0])
-    return int(candidates[np.argmax([quotient(index) for index in candidates])])
+    return int(candidates[np.argmax([quotient(int(index)) for index in candidates])])
