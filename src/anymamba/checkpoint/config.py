@@ -17,7 +17,7 @@ from anymamba.checkpoint.shapes import model_shape
 from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["LAYER_FIELDS", "MODEL_FIELDS", "Layout", "read_config"]
+__all__ = ["LAYER_FIELDS", "MODEL_FIELDS", "Layout", "read_config", "translate_config"]
 
 Layout = Literal["transformers", "original", "minimal"]
 
@@ -73,11 +73,33 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any]]
     path = Path(folder) / "config.json"
     fields = read_json_object(path)
     try:
-        layout = _layout(fields)
-        config = fields if layout == "transformers" else _translate(fields, layout)
-        model_shape(config)  # refuses a shape that makes no sense
+        return translate_config(fields)
     except ConfigError as error:
         raise CheckpointError(f"{str(path)!r}: {error}") from error
+
+
+def translate_config(fields: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]:
+    """Bring the fields of a config.json of any layout into Transformers' names.
+
+    Args:
+        fields: as the file has them.
+
+    Returns:
+        As `read_config`.
+
+    Raises:
+        ConfigError: they describe another kind of model, or a shape that makes no sense.
+
+    Example:
+        >>> layout, config = translate_config({"d_model": 32, "n_layer": 2, "vocab_size": 50})
+        >>> layout, config["hidden_size"]
+        ('minimal', 32)
+    """
+    layout = _layout(fields)
+    config = dict(fields) if layout == "transformers" else _translate(fields, layout)
+    if config.get("hidden_act") == "swish":
+        config["hidden_act"] = "silu"  # two names of one function, of which all below know one
+    model_shape(config)  # refuses a shape that makes no sense
     return layout, config
 
 

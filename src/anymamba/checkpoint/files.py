@@ -15,7 +15,6 @@ __all__ = ["SAFETENSORS_NAMES", "WeightFiles", "find_weight_files"]
 # Whole or in shards; safetensors first, since reading a pickle needs torch and care.
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-_INDEX_ENDING = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,20 @@ class WeightFiles:
     index: dict[str, str] | None = None
 
 
-def find_weight_files(folder: str | os.PathLike[str]) -> WeightFiles:
+def find_weight_files(
+    folder: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+) -> WeightFiles:
     """Find a model's weight files.
 
     Args:
         folder: the model's folder.
+        variant: which of several sets of weights, by the word that Transformers writes into the
+            names of its files: `model.fp16.safetensors` has the variant `fp16`.
+        use_safetensors: True for safetensors only, False for pickles only, None for whichever
+            is there, safetensors first.
 
     Returns:
         The first that exists of `model.safetensors`, its shards, `pytorch_model.bin`, its
@@ -55,16 +63,31 @@ def find_weight_files(folder: str | os.PathLike[str]) -> WeightFiles:
         ['model.safetensors']
     """
     folder = Path(folder)
-    for name in (*SAFETENSORS_NAMES, *_PICKLE_NAMES):
-        path = folder / name
+    wanted = [] if use_safetensors is False else list(SAFETENSORS_NAMES)
+    wanted += [] if use_safetensors else list(_PICKLE_NAMES)
+    for name in wanted:
+        path = folder / _of_variant(name, variant)
         if not path.is_file():
             continue
         pickled = name in _PICKLE_NAMES
-        if not name.endswith(_INDEX_ENDING):
+        if not name.endswith(".json"):
             return WeightFiles((path,), pickled)
         index = _read_index(path, ".bin" if pickled else ".safetensors")
         return WeightFiles(_shards(folder, index, path), pickled, index)
-    raise CheckpointError(_nothing_found(folder))
+    raise CheckpointError(_nothing_found(folder, [_of_variant(name, variant) for name in wanted]))
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """The name of a file of a variant: the word stands before the last ending."""
+    if variant is None:
+        return name
+    if not isinstance(variant, str) or not variant or any(sign in variant for sign in "/\\:\0"):
+        raise CheckpointError(
+            f"variant must be a word that is part of a file's name, such as 'fp16', got "
+            f"{shown(variant)}"
+        )
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}"
 
 
 def _read_index(path: Path, ending: str) -> dict[str, str]:
@@ -94,13 +117,12 @@ def _shards(folder: Path, index: dict[str, str], path: Path) -> tuple[Path, ...]
     return shards
 
 
-def _nothing_found(folder: Path) -> str:
-    wanted = ", ".join((*SAFETENSORS_NAMES, *_PICKLE_NAMES))
+def _nothing_found(folder: Path, wanted: list[str]) -> str:
     try:
         there = sorted(shown(entry.name) for entry in folder.iterdir())
     except OSError as error:
         return f"cannot read the folder {str(folder)!r}: {error.strerror}"
     return (
-        f"{str(folder)!r} holds no weights: looked for {wanted}; "
+        f"{str(folder)!r} holds no weights: looked for {', '.join(wanted)}; "
         f"found {listed(there) or 'nothing at all'}"
     )

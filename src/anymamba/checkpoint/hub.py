@@ -24,8 +24,10 @@ SMALL_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_SAFETENSORS = ("model*.safetensors", "model.safetensors.index.json")
-_PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+_SAFETENSORS = ("model*.safetensors", "model.safetensors.index*.json")
+_PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index*.json")
+# A folder may hold an adapter of PEFT's, alone or beside a model.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _LOCAL_HELP = "or give the path of a local folder that holds config.json and the weights"
 
 
@@ -39,6 +41,8 @@ def resolve(
     subfolder: str | None = None,
     force_download: bool = False,
     weights: bool = True,
+    use_safetensors: bool | None = None,
+    also: tuple[str, ...] = (),
 ) -> Path:
     """Find a model's folder, downloading it if it is not local.
 
@@ -55,6 +59,8 @@ def resolve(
         subfolder: the folder inside of the model's folder or repository that is meant.
         force_download: download again what was downloaded before.
         weights: whether the weights are wanted; without them only the small files are fetched.
+        use_safetensors: True to fetch no pickles, False to fetch no safetensors.
+        also: names of other files to fetch, in which `*` stands for anything.
 
     Returns:
         A folder that exists.
@@ -90,6 +96,8 @@ def resolve(
                 offline=offline or _is_on("HF_HUB_OFFLINE"),
                 force=force_download,
                 weights=weights,
+                use_safetensors=use_safetensors,
+                also=also,
             )
         )
     folder = folder / (subfolder or "")
@@ -119,14 +127,21 @@ class _Request:
     offline: bool
     force: bool
     weights: bool
+    use_safetensors: bool | None
+    also: tuple[str, ...]
 
 
 def _download(request: _Request) -> Path:
     """Download a model without its pickles, and if that brought no weights, with them."""
     if not request.weights:
         return _snapshot(request, ())
-    snapshot = _snapshot(request, _SAFETENSORS)
-    if not any((snapshot / request.inside).glob(_SAFETENSORS[0])):
+    if request.use_safetensors is False:
+        return _snapshot(request, (*_ADAPTER, *_PICKLES))
+    snapshot = _snapshot(request, (*_ADAPTER, *_SAFETENSORS))
+    found = [_SAFETENSORS[0], _ADAPTER[1]]
+    if request.use_safetensors is None and not any(
+        any((snapshot / request.inside).glob(pattern)) for pattern in found
+    ):
         snapshot = _snapshot(request, _PICKLES)
     return snapshot
 
@@ -134,6 +149,7 @@ def _download(request: _Request) -> Path:
 def _snapshot(request: _Request, weights: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = (*SMALL_FILES, *weights, *request.also)
     try:
         folder = snapshot_download(
             request.model,
@@ -143,7 +159,7 @@ def _snapshot(request: _Request, weights: tuple[str, ...]) -> Path:
             endpoint=request.endpoint,
             local_files_only=request.offline,
             force_download=request.force,
-            allow_patterns=[request.inside + name for name in (*SMALL_FILES, *weights)],
+            allow_patterns=[request.inside + name for name in wanted],
             ignore_patterns=[request.inside + "*/*"],  # the hub's * crosses folders
         )
     except Exception as error:  # the hub's client, its HTTP library and the disk: many kinds

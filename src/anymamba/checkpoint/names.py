@@ -1,7 +1,8 @@
 """The names of a model's tensors: every layout's translated to Transformers'.
 
 Three namings exist, and each may come without its `backbone.` prefix. They differ in one place,
-the embedding table, so one rule reads them all:
+the embedding table, so one rule reads them all. Programs that wrap a model before they save it put
+a prefix of their own in front of every name (`model.`, `module.`, `_orig_mod.`), which is removed:
 
 | Transformers | original and minimal | |
 | --- | --- | --- |
@@ -20,6 +21,9 @@ EMBEDDINGS = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
 
 _BACKBONE_PARTS = ("embeddings.", "layers.", "norm_f.")
+# Left by PEFT, Lightning and Trainers; by DataParallel; by torch.compile, also amid a name.
+_WRAPPERS = ("base_model.", "model.", "module.")
+_COMPILED = "_orig_mod."
 
 
 def to_transformers_name(name: str) -> str:
@@ -39,8 +43,15 @@ def to_transformers_name(name: str) -> str:
         'backbone.layers.3.mixer.A_log'
         >>> to_transformers_name("lm_head.weight")
         'lm_head.weight'
+        >>> to_transformers_name("model.backbone.norm_f.weight")  # from inside a Trainer's module
+        'backbone.norm_f.weight'
     """
-    part = name.removeprefix("backbone.")
+    part = name.replace(_COMPILED, "")
+    while part.startswith(_WRAPPERS):
+        part = part.partition(".")[2]
+    if part.startswith("lm_head."):
+        return part
+    part = part.removeprefix("backbone.")
     if part.startswith("embedding."):
         part = part.replace("embedding.", "embeddings.", 1)
     return f"backbone.{part}" if part.startswith(_BACKBONE_PARTS) else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class Checkpoint:
         files: the files that hold the weights.
         tensors: where each tensor is, by Transformers' name. Empty when pickled: a pickle
             does not tell before it is loaded.
+        key_mapping: what the caller has the stored names changed by, see `open_checkpoint`.
     """
 
     folder: Path
@@ -37,6 +39,7 @@ class Checkpoint:
     config: dict[str, Any]
     files: WeightFiles
     tensors: Mapping[str, TensorRecord] = field(default_factory=dict)
+    key_mapping: Mapping[str, str] | None = None
 
     @property
     def pickled(self) -> bool:
@@ -44,11 +47,20 @@ class Checkpoint:
         return self.files.pickled
 
 
-def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(
+    folder: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    use_safetensors: bool | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+) -> Checkpoint:
     """Open a model's folder, whichever layout it has. Needs no torch and reads no weights.
 
     Args:
         folder: a local folder; `resolve` turns a hub id into one.
+        variant, use_safetensors: which of the folder's weights, as in `find_weight_files`.
+        key_mapping: regular expressions and what each is replaced by in the stored names, for
+            names that no layout knows; the result may be in any layout.
 
     Returns:
         What is there. Whether its tensors fit its config is for `check_tensors` to say.
@@ -71,18 +83,19 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     if not folder.is_dir():
         raise CheckpointError(f"{str(folder)!r} is no folder; give the folder of a model")
     layout, config = read_config(folder)
-    files = find_weight_files(folder)
-    tensors = {} if files.pickled else _locate(files)
-    return Checkpoint(folder, layout, config, files, tensors)
+    files = find_weight_files(folder, variant=variant, use_safetensors=use_safetensors)
+    tensors = {} if files.pickled else _locate(files, key_mapping)
+    return Checkpoint(folder, layout, config, files, tensors, key_mapping)
 
 
-def _locate(files: WeightFiles) -> dict[str, TensorRecord]:
+def _locate(files: WeightFiles, key_mapping: Mapping[str, str] | None) -> dict[str, TensorRecord]:
     stored: dict[str, TensorRecord] = {}
     for path in files.paths:
         tensors = read_header(path).tensors
         check_shard(files, path, tensors)
         stored |= tensors
-    return {new: stored[old] for new, old in canonical_names(stored, files.paths[0]).items()}
+    names = canonical_names(stored, files.paths[0], key_mapping)
+    return {new: stored[old] for new, old in names.items()}
 
 
 def check_shard(files: WeightFiles, path: Path, names: Iterable[str]) -> None:
@@ -113,18 +126,21 @@ def check_shard(files: WeightFiles, path: Path, names: Iterable[str]) -> None:
         )
 
 
-def canonical_names(stored: Iterable[str], where: Path) -> dict[str, str]:
+def canonical_names(
+    stored: Iterable[str], where: object, key_mapping: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Translate the names in a file.
 
     Args:
         stored: the names as stored.
         where: the file, for the message.
+        key_mapping: as in `open_checkpoint`.
 
     Returns:
         The stored name by Transformers' name.
 
     Raises:
-        CheckpointError: two stored names mean the same tensor.
+        CheckpointError: two stored names mean the same tensor, or a regular expression is none.
 
     Example:
         >>> canonical_names(["norm_f.weight"], Path("model.safetensors"))
@@ -132,10 +148,22 @@ def canonical_names(stored: Iterable[str], where: Path) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for name in stored:
-        other = names.setdefault(to_transformers_name(name), name)
+        other = names.setdefault(to_transformers_name(_mapped(name, key_mapping)), name)
         if other != name:
             raise CheckpointError(
                 f"{str(where)!r} holds one tensor under two names, {shown(other)} and "
                 f"{shown(name)}; remove one"
             )
     return names
+
+
+def _mapped(name: str, key_mapping: Mapping[str, str] | None) -> str:
+    for pattern, replacement in (key_mapping or {}).items():
+        try:
+            name = re.sub(pattern, replacement, name)
+        except (re.error, TypeError, IndexError) as error:
+            raise CheckpointError(
+                f"key_mapping has {shown(pattern)} for {shown(replacement)}, expected a regular "
+                f"expression and its replacement: {error}"
+            ) from error
+    return name

@@ -18,7 +18,13 @@ from anymamba.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_stored_tensors", "load_torch_state_dict"]
+__all__ = [
+    "check_floating_point",
+    "check_repeated_head",
+    "load_named_tensors",
+    "load_stored_tensors",
+    "load_torch_state_dict",
+]
 
 _ZIP_SIGNATURE = b"PK\x03\x04"
 
@@ -58,28 +64,81 @@ def load_torch_state_dict(
     """
     if expected is None:
         expected = expected_shapes(checkpoint.config)
-    tensors = _translated_pickles(checkpoint) if checkpoint.pickled else _located(checkpoint)
+    tensors = load_named_tensors(checkpoint)
     where = repr(str(checkpoint.folder))
     check_tensors({name: tuple(t.shape) for name, t in tensors.items()}, expected, where)
+    check_floating_point(tensors, where)
+    if HEAD not in expected and HEAD in tensors:
+        if model_shape(checkpoint.config).tied:
+            check_repeated_head(tensors, where)
+        del tensors[HEAD]
+    return tensors
+
+
+def load_named_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Load all weights by Transformers' names, whichever and of whatever shape they are.
+
+    Args:
+        checkpoint: what `open_checkpoint` returned.
+
+    Returns:
+        The tensors, on the CPU, in the types they are stored in; names that no layout knows are
+        as the file has them.
+
+    Raises:
+        CheckpointError: a file is broken or would run code.
+
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> from anymamba.checkpoint import open_checkpoint
+        >>> len(load_named_tensors(open_checkpoint(bundled_model())))
+        72
+    """
+    return _translated_pickles(checkpoint) if checkpoint.pickled else _located(checkpoint)
+
+
+def check_floating_point(tensors: Mapping[str, torch.Tensor], where: object) -> None:
+    """Refuse weights that are stored as whole numbers.
+
+    Args:
+        tensors: weights by name.
+        where: what was read, for the message.
+
+    Raises:
+        CheckpointError: the message names the first.
+
+    Example:
+        >>> import torch
+        >>> check_floating_point({"D": torch.ones(2)}, "here")
+    """
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(
                 f"{name} in {where} is stored as {tensor.dtype}, expected floating-point numbers"
             )
-    if HEAD not in expected and HEAD in tensors:
-        _check_repeated_head(checkpoint, tensors)
-        del tensors[HEAD]
-    return tensors
 
 
-def _check_repeated_head(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:
-    """A tied model's head may be stored, if it is the embedding table; another would be lost."""
+def check_repeated_head(tensors: Mapping[str, torch.Tensor], where: object) -> None:
+    """Refuse a tied model's stored head that is not the embedding table: one would be lost.
+
+    Args:
+        tensors: the head and the table by Transformers' names.
+        where: what was read, for the message.
+
+    Raises:
+        CheckpointError: the two differ.
+
+    Example:
+        >>> import torch
+        >>> table = torch.ones(3, 2)
+        >>> check_repeated_head({HEAD: table, EMBEDDINGS: table.clone()}, "here")
+    """
     import torch
 
-    tied = model_shape(checkpoint.config).tied
-    if tied and not torch.equal(tensors[HEAD], tensors[EMBEDDINGS]):
+    head, table = tensors[HEAD], tensors[EMBEDDINGS]
+    if head.shape != table.shape or not torch.equal(head, table):
         raise CheckpointError(
-            f"the config in {str(checkpoint.folder)!r} ties {HEAD} to {EMBEDDINGS}, but the two "
+            f"the config in {where} ties {HEAD} to {EMBEDDINGS}, but the two "
             "differ there; set tie_word_embeddings to false to use both"
         )
 
@@ -124,7 +183,7 @@ def load_stored_tensors(files: WeightFiles) -> dict[str, torch.Tensor]:
 
 def _translated_pickles(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     stored = load_stored_tensors(checkpoint.files)
-    names = canonical_names(stored, checkpoint.files.paths[0])
+    names = canonical_names(stored, checkpoint.files.paths[0], checkpoint.key_mapping)
     return {new: stored[old] for new, old in names.items()}
 
 

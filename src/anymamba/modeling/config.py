@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,15 +18,24 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from anymamba.checkpoint.config import translate_config
+from anymamba.checkpoint.paths import user_path
 from anymamba.errors import ConfigError
+from anymamba.torch_gguf import gguf_config, is_mamba_gguf
 
-__all__ = ["INIT_SCHEMES", "MambaConfig"]
+__all__ = ["INIT_SCHEMES", "MambaConfig", "read_config_dict"]
 
 INIT_SCHEMES = ("random", "uniform", "constant")
 """How `dt_proj.weight` starts; "random" and "uniform" are two names of one scheme."""
 
 # Transformers renamed its layer types once; files of either age are about the same layer.
 _LAYER_TYPES = ("linear_attention", "mamba")
+
+# Arguments that say where a config is read from.
+_PLACE = {
+    *("gguf_file", "cache_dir", "force_download", "proxies", "token", "local_files_only"),
+    *("revision", "subfolder", "trust_remote_code", "_from_pipeline", "_from_auto"),
+}
 
 
 class MambaConfig(PreTrainedConfig):
@@ -170,6 +180,29 @@ class MambaConfig(PreTrainedConfig):
         return output
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the settings in a model's folder, whichever layout it has, or in a GGUF file.
+
+        Args:
+            pretrained_model_name_or_path: a folder, a config file, a GGUF file, or a hub id.
+            **kwargs: what Transformers' own takes, `gguf_file` included.
+
+        Returns:
+            The settings in Transformers' names, and the arguments that are left.
+
+        Raises:
+            CheckpointError: a GGUF file is broken.
+
+        Example:
+            >>> from anymamba.assets import bundled_model
+            >>> MambaConfig.get_config_dict(bundled_model())[0]["num_hidden_layers"]
+            7
+        """
+        return read_config_dict(super().get_config_dict, pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build a config from a dictionary, with keyword arguments taking precedence.
 
@@ -198,6 +231,38 @@ class MambaConfig(PreTrainedConfig):
         if "num_hidden_layers" in overrides:
             settings.pop("layer_types", None)
         return super().from_dict(settings, **unused)
+
+
+def read_config_dict(
+    read: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
+    name: str | os.PathLike[str],
+    **kwargs: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a model's settings; what another layout or a GGUF file says, in Transformers' names.
+
+    Args:
+        read: Transformers' own `get_config_dict`, for all that is no GGUF file of a Mamba.
+        name: as `MambaConfig.get_config_dict` takes it.
+        **kwargs: as `MambaConfig.get_config_dict` takes them.
+
+    Returns:
+        The settings, and the arguments that are left.
+
+    Example:
+        >>> read_config_dict(lambda name: ({"d_model": 8, "n_layer": 1, "vocab_size": 9}, {}), "x")[
+        ...     0
+        ... ]["hidden_size"]
+        8
+    """
+    inside = kwargs.get("gguf_file")
+    path = user_path(name) / inside if inside else user_path(name)
+    if is_mamba_gguf(path):
+        left = {key: value for key, value in kwargs.items() if key not in _PLACE}
+        return gguf_config(path), left
+    fields, left = read(name, **kwargs)
+    if "model_type" not in fields and {"d_model", "n_layer"} <= fields.keys():
+        return translate_config(fields)[1] | {"architectures": ["MambaForCausalLM"]}, left
+    return fields, left
 
 
 def _show(value: object) -> str:

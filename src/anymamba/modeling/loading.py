@@ -1,28 +1,50 @@
-"""`from_pretrained` for every layout: Transformers', the original's and minimal's."""
+"""`from_pretrained` for every layout: Transformers', the original's and minimal's, and GGUF.
+
+Where a folder's tensors have Transformers' names, its own `from_pretrained` reads them. From all
+other files the tensors are read here, and it gets them under the names it knows. Either way what
+a Mamba needs must be there: only a head or a buffer of a user's own class starts anew, with
+Transformers' warning.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
-from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
 
 from anymamba import checkpoint as files
-from anymamba.checkpoint.quantized import quantized_bits, quantized_shapes
-from anymamba.checkpoint.reading import canonical_names
-from anymamba.errors import InputError
-from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear, put_quantized_layers
+from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.torch_weights import (
+    check_floating_point,
+    check_repeated_head,
+    load_named_tensors,
+)
+from anymamba.errors import CheckpointError, InputError
+from anymamba.modeling.finding import Found, find_model, load_adapter
+from anymamba.modeling.loading_arguments import (
+    PASSED_ON,
+    make_config,
+    own_config,
+    refuse_arguments,
+)
+from anymamba.modeling.loading_quantized import is_ours, load_quantized
+from anymamba.modeling.tensor_names import foreign, own_names, rename_state_dict, ties_head
+from anymamba.torch_gguf import gguf_config, gguf_state_dict
 
 __all__ = ["FromAnyLayout"]
-
-_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "subfolder", "force_download")
 
 
 class FromAnyLayout:
     """Mixed in before `PreTrainedModel`: finds out what a checkpoint is, checks it, loads it."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self.register_load_state_dict_pre_hook(rename_state_dict)  # type: ignore[attr-defined]
 
     @classmethod
     def from_pretrained(
@@ -31,108 +53,224 @@ class FromAnyLayout:
         *model_args: Any,
         **kwargs: Any,
     ) -> Self:
-        """Load a model from a folder or the hub, whatever layout it is in.
+        """Load a model from a folder, a GGUF file or the hub, whatever layout it is in.
 
         Args:
-            pretrained_model_name_or_path: a local folder or a hub id. Three layouts are told
-                apart by their `config.json`: Transformers', the original's (`d_model`,
-                `ssm_cfg`, ...) and `anymamba.minimal`'s. None takes `config` and `state_dict`
+            pretrained_model_name_or_path: a local folder, a GGUF file or a hub id. Three layouts
+                of a folder are told apart by their `config.json`: Transformers', the original's
+                (`d_model`, `ssm_cfg`, ...) and `anymamba.minimal`'s. A folder with an adapter of
+                PEFT's gives its base model with the adapter. None takes `config` and `state_dict`
                 from the arguments, as Transformers does.
             *model_args: passed on to the model's constructor.
             **kwargs: what Transformers' `from_pretrained` takes: `dtype`, `device_map`,
-                `quantization_config`, `revision`, `cache_dir`, `token`, `local_files_only`, ...
+                `quantization_config`, `gguf_file`, `variant`, `revision`, ...;
+                docs/transformers.md has a table of all.
 
         Returns:
-            The model, in evaluation mode.
+            The model, in evaluation mode; with `output_loading_info=True`, (model, information).
 
         Raises:
             HubError: the model is neither here nor to be had from the hub.
             CheckpointError: files are missing or broken, or tensors are missing, unexpected or
                 misshapen; one message names them all.
+            InputError: an argument has no meaning for this model.
+            MissingDependencyError: a GGUF file or an adapter needs a package that is missing.
         """
-        load = super().from_pretrained  # type: ignore[misc]
-        if pretrained_model_name_or_path is None or "state_dict" in kwargs:
-            return load(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[no-any-return]
-        hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if kwargs.get(name) is not None}
-        folder = files.resolve(
-            pretrained_model_name_or_path,
-            offline=bool(kwargs.get("local_files_only", False)),
-            **hub,
-        )
-        for name in (*_HUB_ARGUMENTS, "local_files_only"):
-            kwargs.pop(name, None)
-        model: Self = _load_folder(cls, load, folder, model_args, kwargs)
-        return model
+        load = _Loading(cls, super().from_pretrained, model_args, dict(kwargs))  # type: ignore[misc]
+        refuse_arguments(kwargs)
+        wants_info = load.keywords.pop("output_loading_info", False)
+        if pretrained_model_name_or_path is None:
+            model, info = load.from_arguments()
+        elif load.keywords.pop("state_dict", None) is not None:
+            raise InputError("state_dict: give it with config, and None in the place of a model")
+        else:
+            found = find_model(pretrained_model_name_or_path, load.keywords)
+            model, info = load.from_gguf(found) if found.is_gguf else load.from_folder(found)
+            _name(model, pretrained_model_name_or_path if found.name is None else found.name)
+            info = load_adapter(model, found) or info
+        return (model, info) if wants_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """What the Auto classes' `from_config` calls; Transformers' config becomes ours."""
+        return super()._from_config(own_config(config), **kwargs)  # type: ignore[misc]
 
 
-def _load_folder(
-    cls: Any, load: Any, folder: Path, model_args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    found = files.open_checkpoint(folder)
-    if "quantization_config" in found.config:
-        if _is_ours(found.config["quantization_config"]):
-            return _load_quantized(cls, found, kwargs)
-        # Its tensors have other names and types; the quantizer knows them.
-        return load(folder, *model_args, **kwargs)
-    config = kwargs.pop("config", None)
-    if config is None:
-        config, kwargs = MambaConfig.from_dict(found.config, return_unused_kwargs=True, **kwargs)
-    expected = files.expected_shapes(config.to_dict())
-    if not cls.can_generate():
-        expected.pop("lm_head.weight", None)
-    if found.layout == "transformers" and not found.pickled:
-        if not kwargs.get("ignore_mismatched_sizes", False):
-            shapes = {name: record.shape for name, record in found.tensors.items()}
-            files.check_tensors(shapes, expected, folder)
-        return load(folder, *model_args, config=config, **kwargs)
-    weights = files.load_torch_state_dict(found, expected)
-    return load(None, *model_args, config=config, state_dict=weights, **kwargs)
+_Loaded = tuple[Any, Mapping[str, Any]]
 
 
-def _is_ours(quantization: Any) -> bool:
-    return isinstance(quantization, dict) and "quant_method" not in quantization
+@dataclass
+class _Loading:
+    """One call of `from_pretrained`.
 
+    Args:
+        cls: the model's class.
+        load: Transformers' `from_pretrained` of that class.
+        arguments: for the model's constructor.
+        keywords: the keyword arguments that are not dealt with yet.
+    """
 
-def _load_quantized(cls: Any, found: files.Checkpoint, kwargs: dict[str, Any]) -> Any:
-    """A model on our own 8 or 4 bits; of the arguments only those count that such a model has."""
-    for name in ("torch_dtype", "dtype"):
-        if kwargs.pop(name, None) not in (None, "auto", torch.float32):
+    cls: Any
+    load: Any
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the class is AnyMamba's, whose tensors are known before there is a model."""
+        return bool(self.cls.__module__.startswith("anymamba."))
+
+    def from_arguments(self) -> _Loaded:
+        """A model of `config` and `state_dict`."""
+        weights = self.keywords.pop("state_dict", None)
+        if weights is None or self.keywords.get("config") is None:
             raise InputError(
-                f"{name}: a quantized model computes in float32; leave the argument out"
+                "None in the place of a model needs config= and state_dict=; give both, or the "
+                "name of a model"
             )
-    if kwargs.pop("quantization_config", None) is not None:
-        raise InputError("quantization_config: the folder is quantized already; leave it out")
-    quantized_bits(found.config)
-    shapes = {name: record.shape for name, record in found.tensors.items()}
-    expected = quantized_shapes(found.config, shapes)
-    if not cls.can_generate():
-        expected = {name: shape for name, shape in expected.items() if "lm_head" not in name}
-    files.check_tensors(shapes, expected, found.folder)
-    fields = {key: value for key, value in found.config.items() if key != "quantization_config"}
-    config = kwargs.pop("config", None) or MambaConfig.from_dict(fields)
-    with torch.device("meta"):
-        model = cls(config)
-    weights: dict[str, torch.Tensor] = {}
-    for path in found.files.paths:
-        stored = load_file(path)
-        weights |= {new: stored[old] for new, old in canonical_names(stored, path).items()}
-    put_quantized_layers(model, weights)
-    model.load_state_dict(weights, strict=False, assign=True)
-    tied = cls.can_generate() and config.tie_word_embeddings
-    if tied and "lm_head.weight" not in weights:
-        _tie(model)  # now, because loading puts another table in the place of the empty one
-    model.config.quantization_config = dict(found.config["quantization_config"])
-    return model.eval()
+        config = make_config(self.cls, {}, self.keywords)
+        names = files.canonical_names(weights, "state_dict", self.keywords.pop("key_mapping", None))
+        return self._of_tensors(
+            config, {new: weights[old] for new, old in names.items()}, "the state_dict"
+        )
+
+    def from_gguf(self, found: Found) -> _Loaded:
+        """A model of a GGUF file."""
+        for name in ("variant", "use_safetensors", "key_mapping"):
+            self.keywords.pop(name, None)  # about names that this file does not have
+        config = make_config(self.cls, gguf_config(found.path), self.keywords)
+        return self._of_tensors(config, gguf_state_dict(found.path), repr(str(found.path)))
+
+    def from_folder(self, found: Found) -> _Loaded:
+        """A model of a folder."""
+        which = {name: self.keywords.pop(name, None) for name in ("variant", "use_safetensors")}
+        stored = files.open_checkpoint(
+            found.path, **which, key_mapping=self.keywords.pop("key_mapping", None)
+        )
+        if self.keywords.pop("weights_only", True) is False and stored.pickled:
+            raise InputError(
+                "weights_only=False would let the file run code, which AnyMamba never does; leave "
+                "it out"
+            )
+        if "quantization_config" in stored.config:
+            if is_ours(stored.config["quantization_config"]):
+                return load_quantized(self.cls, stored, self.arguments, self.keywords)
+            # Its tensors have other names and types; the quantizer knows them.
+            return self._call(found.path, **which)
+        config = make_config(self.cls, stored.config, self.keywords)
+        if self._is_read_by_transformers(stored, config) and found.adapter is None:
+            self._check_located(stored, config)
+            model, info = self._call(found.path, config=config, **which)
+            _refuse_missing(model, info, found.path)
+            return model, info
+        model, info = self._of_tensors(config, load_named_tensors(stored), repr(str(found.path)))
+        settings = found.path / "generation_config.json"
+        given = self.keywords.get("generation_config") is not None
+        if self.cls.can_generate() and settings.is_file() and not given:
+            model.generation_config = GenerationConfig.from_pretrained(found.path)
+        return model, info
+
+    def _is_read_by_transformers(self, stored: files.Checkpoint, config: Any) -> bool:
+        """Whether Transformers knows the file's names: its own, with or without the prefix."""
+        if stored.pickled or stored.layout != "transformers" or stored.key_mapping:
+            return False
+        own = {} if self.is_own else self._own_names(config)
+        for new, record in stored.tensors.items():
+            plain = (new, new.removeprefix("backbone."))
+            target = own.get(new, new)
+            if record.name != target and not (record.name in plain and target in plain):
+                return False
+        return True
+
+    def _check_located(self, stored: files.Checkpoint, config: Any) -> None:
+        """Check the tensors of safetensors files before any is read."""
+        shapes = {name: record.shape for name, record in stored.tensors.items()}
+        self._check_shapes(shapes, config, stored.folder)
+        if ties_head(self.cls) and config.tie_word_embeddings and HEAD in shapes:
+            both = {name: stored.tensors[name] for name in (HEAD, EMBEDDINGS) if name in shapes}
+            self._check_head(load_named_tensors(replace(stored, tensors=both)), config, stored)
+        for name, record in stored.tensors.items():
+            if name.startswith("backbone.") and not record.dtype.startswith(("F", "BF")):
+                raise CheckpointError(
+                    f"{name} in {str(stored.folder)!r} is stored as {record.dtype}, expected "
+                    "floating-point numbers"
+                )
+
+    def _check_shapes(self, shapes: Mapping[str, Any], config: Any, where: object) -> None:
+        """Compare the tensors that are there with those of our own classes.
+
+        Of a user's class they are known only when it is there; and a head of another task is
+        none of ours, and for Transformers to report.
+        """
+        if not self.is_own:
+            return
+        expected = files.expected_shapes(config.to_dict())
+        if not ties_head(self.cls):
+            expected.pop(HEAD, None)
+        found = dict(shapes)
+        if expected.keys() <= found.keys():
+            for name in foreign(found):
+                del found[name]
+        if self.keywords.get("ignore_mismatched_sizes"):
+            found = {name: expected.get(name, shape) for name, shape in found.items()}
+        files.check_tensors(found, expected, where)
+
+    def _check_head(self, tensors: Mapping[str, Tensor], config: Any, where: object) -> None:
+        if (
+            ties_head(self.cls)
+            and config.tie_word_embeddings
+            and {HEAD, EMBEDDINGS} <= set(tensors)
+        ):
+            place = where.folder if isinstance(where, files.Checkpoint) else where
+            check_repeated_head(tensors, place)
+
+    def _of_tensors(self, config: Any, weights: dict[str, Tensor], where: str) -> _Loaded:
+        """A model of tensors by Transformers' names."""
+        self._check_shapes({name: tuple(t.shape) for name, t in weights.items()}, config, where)
+        ours = {n: t for n, t in weights.items() if n.startswith("backbone.") or n == HEAD}
+        check_floating_point(ours, where)
+        self._check_head(weights, config, where)
+        if not self.is_own:
+            own = self._own_names(config)
+            weights = {own.get(name, name): tensor for name, tensor in weights.items()}
+        model, info = self._call(None, config=config, state_dict=weights)
+        _refuse_missing(model, info, where)
+        return model, info
+
+    def _own_names(self, config: Any) -> dict[str, str]:
+        known = {*PASSED_ON, "generation_config", "ignore_mismatched_sizes", "weights_only"}
+        constructor = {name: v for name, v in self.keywords.items() if name not in known}
+        names: dict[str, str] = own_names(self.cls, config, self.arguments, constructor)
+        return names
+
+    def _call(self, place: Path | None, **keywords: Any) -> _Loaded:
+        model, info = self.load(
+            place, *self.arguments, output_loading_info=True, **keywords, **self.keywords
+        )
+        return model, info
 
 
-def _tie(model: Any) -> None:
-    """The head is the embeddings' table, and is not saved a second time."""
-    table = model.backbone.embeddings
-    if isinstance(table, QuantizedEmbedding):
-        shared = {name: getattr(table, name) for name in table._buffers}
-        model.lm_head = QuantizedLinear(table.n, table.k, shared)
-        model.lm_head._non_persistent_buffers_set.update(shared)
-        # What Transformers ties by name are parameters, which neither layer has.
-        model._tied_weights_keys = model.all_tied_weights_keys = {}
-    else:
-        model.lm_head.weight = table.weight
+def _refuse_missing(model: Any, info: Mapping[str, Any], where: object) -> None:
+    """Refuse what Transformers filled with initial values, unless it is no part of a Mamba.
+
+    Raises:
+        CheckpointError: the message names the tensors.
+    """
+    from anymamba.modeling.model import MambaModel
+
+    missing = set(info["missing_keys"])
+    needed = [HEAD] if ties_head(type(model)) else []
+    for path, module in model.named_modules():
+        if isinstance(module, MambaModel):
+            prefix = f"{path}." if path else ""
+            names = files.expected_shapes(module.config.to_dict())
+            needed += [prefix + name.removeprefix("backbone.") for name in names if name != HEAD]
+    if missing & set(needed):
+        expected = dict.fromkeys(needed, ())
+        found = {name: () for name in needed if name not in missing}
+        files.check_tensors(found, expected, where)
+
+
+def _name(model: Any, name: str | os.PathLike[str]) -> None:
+    """Let a model say where it comes from in the caller's words, which adapters write down."""
+    model.name_or_path = model.config.name_or_path = str(name)

@@ -1,0 +1,140 @@
+"""Loading a folder whose weights AnyMamba rounded to 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+from anymamba.checkpoint import Checkpoint, canonical_names, check_tensors
+from anymamba.checkpoint.quantized import quantized_bits, quantized_shapes
+from anymamba.errors import InputError
+from anymamba.modeling.loading_arguments import make_config
+from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear, put_quantized_layers
+from anymamba.modeling.tensor_names import ties_head
+
+__all__ = ["is_ours", "load_quantized"]
+
+# What an argument must be, if it is given, and why.
+_ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "dtype": (("auto", torch.float32, "float32"), "a quantized model computes in float32"),
+    "torch_dtype": (("auto", torch.float32, "float32"), "a quantized model computes in float32"),
+    "quantization_config": ((), "the folder is quantized already"),
+    "device_map": (("auto", "cpu", torch.device("cpu")), "a quantized model runs on the CPU"),
+    "ignore_mismatched_sizes": ((False,), "a quantized tensor has one size"),
+    "attn_implementation": (("eager",), "a Mamba has no attention"),
+    "experts_implementation": (("eager",), "a Mamba has no experts"),
+    "use_kernels": ((False,), "a quantized model has kernels of its own"),
+    "kernel_config": ((), "a quantized model has kernels of its own"),
+}
+# What changes nothing here: there are no devices to divide it among, and no code to run.
+_WITHOUT_EFFECT = {
+    *("max_memory", "offload_folder", "offload_buffers", "disable_mmap", "trust_remote_code"),
+    *("tqdm_class", "_from_auto", "_from_pipeline", "_commit_hash", "low_cpu_mem_usage"),
+    *("offload_state_dict", "mirror", "_fast_init", "allow_all_kernels"),
+}
+
+
+def is_ours(quantization: Any) -> bool:
+    """Whether a config's `quantization_config` is of AnyMamba's own format.
+
+    Example:
+        >>> is_ours({"quant_method": "gptq"}), is_ours({"format": "anymamba"})
+        (False, True)
+    """
+    return isinstance(quantization, dict) and "quant_method" not in quantization
+
+
+def load_quantized(
+    cls: Any, found: Checkpoint, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """A model on our own 8 or 4 bits.
+
+    Args:
+        cls: the model's class.
+        found: the folder.
+        arguments: for the model's constructor.
+        keywords: of the call of `from_pretrained`.
+
+    Returns:
+        The model, and what Transformers tells of loading one.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or of a wrong shape.
+        InputError: an argument has no meaning for a quantized model.
+    """
+    fields = {key: value for key, value in found.config.items() if key != "quantization_config"}
+    quantized_bits(found.config)
+    given = {name: keywords.pop(name) for name in (*_ONLY, "generation_config") if name in keywords}
+    _refuse_others(given)
+    config = make_config(cls, fields, keywords)
+    shapes = {name: record.shape for name, record in found.tensors.items()}
+    expected = quantized_shapes(found.config, shapes)
+    if not ties_head(cls):
+        expected = {name: shape for name, shape in expected.items() if "lm_head" not in name}
+    check_tensors(shapes, expected, found.folder)
+    constructor = {n: value for n, value in keywords.items() if n not in _WITHOUT_EFFECT}
+    with torch.device("meta"):
+        model = cls(config, *arguments, **constructor)
+    _put_weights(model, found)
+    model.config.quantization_config = dict(found.config["quantization_config"])
+    _set_generation(model, found, given.get("generation_config"))
+    left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if left:
+        raise InputError(
+            f"{cls.__name__} has tensors that a quantized folder cannot hold ({left[0]}); load the "
+            "model as it was before it was quantized"
+        )
+    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+    return model.eval(), {**info, "error_msgs": []}
+
+
+def _refuse_others(given: Mapping[str, Any]) -> None:
+    for name, (allowed, reason) in _ONLY.items():
+        value = given.get(name)
+        if isinstance(value, dict):  # a device map
+            wrong = any(str(device) != "cpu" for device in value.values())
+        else:
+            wrong = value is not None and value not in allowed
+        if wrong:
+            raise InputError(f"{name}: {reason}; leave the argument out")
+
+
+def _put_weights(model: Any, found: Checkpoint) -> None:
+    weights: dict[str, torch.Tensor] = {}
+    for path in found.files.paths:
+        stored = load_file(path)
+        names = canonical_names(stored, path, found.key_mapping)
+        weights |= {new: stored[old] for new, old in names.items()}
+    if not ties_head(type(model)):
+        weights = {n.removeprefix("backbone."): w for n, w in weights.items() if "lm_head" not in n}
+    put_quantized_layers(model, weights)
+    model.load_state_dict(weights, strict=False, assign=True)
+    tied = ties_head(type(model)) and model.config.tie_word_embeddings
+    if tied and "lm_head.weight" not in weights:
+        _tie(model)  # now, because loading puts another table in the place of the empty one
+
+
+def _set_generation(model: Any, found: Checkpoint, given: Any) -> None:
+    if not model.can_generate():
+        return
+    if given is not None:
+        model.generation_config = given
+    elif (found.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(found.folder)
+
+
+def _tie(model: Any) -> None:
+    """The head is the embeddings' table, and is not saved a second time."""
+    table = model.backbone.embeddings
+    if isinstance(table, QuantizedEmbedding):
+        shared = {name: getattr(table, name) for name in table._buffers}
+        model.lm_head = QuantizedLinear(table.n, table.k, shared)
+        model.lm_head._non_persistent_buffers_set.update(shared)
+        # What Transformers ties by name are parameters, which neither layer has.
+        model._tied_weights_keys = model.all_tied_weights_keys = {}
+    else:
+        model.lm_head.weight = table.weight

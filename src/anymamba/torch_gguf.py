@@ -1,0 +1,116 @@
+"""A GGUF file as PyTorch's models take it: fields of a config, and torch tensors.
+
+The reader is the runtime's, which `modeling` does not know. This file knows both.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anymamba.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = ["gguf_config", "gguf_state_dict", "hub_pattern", "is_mamba_gguf"]
+
+
+def is_mamba_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file that is there and says nothing of another model.
+
+    Args:
+        path: any path.
+
+    Example:
+        >>> is_mamba_gguf(Path("state-spaces/mamba-130m-hf"))
+        False
+    """
+    from anymamba.runtime.gguf_header import read_gguf_header
+    from anymamba.runtime.gguf_names import is_gguf
+
+    if not is_gguf(path) or not path.is_file():
+        return False
+    try:
+        return read_gguf_header(path).metadata.get("general.architecture", "mamba") == "mamba"
+    except CheckpointError:
+        return True  # who reads it says what is wrong
+
+
+def hub_pattern(gguf_file: str) -> str:
+    """The pattern of the files to download for a GGUF file: all parts, where it is in parts.
+
+    Args:
+        gguf_file: the file's name.
+
+    Example:
+        >>> hub_pattern("mamba-00001-of-00003.gguf")
+        'mamba-*-of-00003.gguf'
+    """
+    return re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-*\1", gguf_file)
+
+
+def gguf_config(path: Path) -> dict[str, Any]:
+    """The config of the Mamba in a GGUF file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The fields in Transformers' names, `model_type` and `architectures` among them.
+
+    Raises:
+        CheckpointError: the file is broken, or holds no Mamba.
+
+    Example:
+        >>> import tempfile
+        >>> from anymamba.assets import bundled_model
+        >>> from anymamba.runtime.convert import convert
+        >>> file = convert(bundled_model(), tempfile.mkdtemp() + "/model.gguf", "gguf")
+        >>> gguf_config(Path(file))["num_hidden_layers"]
+        7
+    """
+    from anymamba.runtime.gguf_reading import read_gguf
+
+    config = read_gguf(path, tokenizer=False).config
+    return {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **config}
+
+
+def gguf_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the Mamba in a GGUF file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The tensors by Transformers' names, copied out of the file. F32, F16 and BF16 keep their
+        types; what is quantized becomes float32.
+
+    Raises:
+        CheckpointError: the file is broken, or holds no Mamba.
+        MissingDependencyError: quantized tensors need the `gguf` package.
+
+    Example:
+        >>> import tempfile
+        >>> from anymamba.assets import bundled_model
+        >>> from anymamba.runtime.convert import convert
+        >>> file = convert(bundled_model(), tempfile.mkdtemp() + "/model.gguf", "gguf")
+        >>> gguf_state_dict(Path(file))["backbone.norm_f.weight"].shape
+        torch.Size([256])
+    """
+    from anymamba.runtime.gguf_reading import read_gguf
+
+    tensors = read_gguf(path, tokenizer=False).tensors
+    return {name: _to_torch(tensors[name]) for name in tensors}
+
+
+def _to_torch(array: NDArray[Any]) -> torch.Tensor:
+    import torch
+
+    # A copy: the file's memory cannot be written, and the model's tensors are.
+    tensor = torch.from_numpy(np.array(array.view(np.int16) if array.dtype == np.uint16 else array))
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
