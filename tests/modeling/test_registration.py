@@ -1,6 +1,8 @@
 """`register` and `unregister`: what they change, for whom, and that nothing of it remains."""
 
 import copy
+import importlib
+import json
 import subprocess
 import sys
 import warnings
@@ -14,11 +16,23 @@ import transformers
 from peft.tuners import tuners_utils
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForPreTraining
+from transformers import MambaForCausalLM as TheirMamba
+from transformers.models.mamba.configuration_mamba import MambaConfig as TheirConfig
 
 import anymamba
-from anymamba.modeling import MambaConfig, MambaForCausalLM, MambaModel, register, unregister
+from anymamba.modeling import (
+    MambaConfig,
+    MambaForCausalLM,
+    MambaModel,
+    register,
+    registration,
+    unregister,
+)
 from anymamba.modeling.adapters import untie_head
 from anymamba.modeling.registration import CONFIG_MAPPING
+from anymamba.runtime.convert import convert
+from tests.modeling.small import small_model
+from tests.modeling.test_loading import write_minimal, write_original
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 IDS = torch.tensor([[1, 5, 7, 2, 9], [3, 3, 8, 19, 0]])
@@ -76,14 +90,27 @@ def test_the_auto_classes_build_ours(tmp_path: Path, registered: None) -> None:
     assert type(AutoModel.from_pretrained(tmp_path)) is MambaModel
 
 
-def test_other_models_and_transformers_own_config_are_not_touched(registered: None) -> None:
-    theirs = transformers.models.mamba.MambaConfig(**SIZES)
-    assert type(AutoModelForCausalLM.from_config(theirs)) is transformers.MambaForCausalLM
+def test_transformers_own_config_builds_ours(registered: None) -> None:
+    """A program may have made the config before."""
+    theirs = TheirConfig(**SIZES, use_bias=True)
+    for built in (AutoModelForCausalLM.from_config(theirs), AutoModel.from_config(theirs)):
+        assert type(built).__module__.startswith("anymamba.")
+        assert type(built.config) is MambaConfig
+        assert built.config.use_bias is True
+
+
+def test_other_models_and_classes_imported_before_are_not_touched(registered: None) -> None:
+    theirs = TheirMamba(TheirConfig(**SIZES))
+    assert {type(module).__module__.split(".")[0] for module in theirs.modules()} == {
+        "torch",
+        "transformers",
+    }
     gpt2 = AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1, vocab_size=8)
     assert type(AutoModel.from_config(gpt2)) is transformers.GPT2Model
 
 
 SUBPROCESS = """
+import sys
 import torch, transformers
 import transformers.models.auto.configuration_auto as configs
 import transformers.models.auto.modeling_auto as models
@@ -107,7 +134,18 @@ def everything():
         transformers.AutoModel._model_mapping[transformers.MambaConfig],
         transformers.AutoTokenizer.__dict__.keys(),
     ]
-    return mappings, patched, built
+    import peft.auto
+    names = ("MambaConfig", "MambaModel", "MambaForCausalLM", "MambaPreTrainedModel")
+    modules = ("transformers", "transformers.models.mamba",
+               "transformers.models.mamba.modeling_mamba",
+               "transformers.models.mamba.configuration_mamba")
+    found = [
+        (type(sys.modules[module]), getattr(sys.modules[module], name, None))
+        for module in modules for name in names
+    ]
+    readers = [transformers.PreTrainedConfig.__dict__["get_config_dict"],
+               peft.auto.get_default_import_allowlist]
+    return mappings, patched, built, found, readers
 
 before = everything()
 assert before[2][0] is transformers.MambaConfig
@@ -171,6 +209,81 @@ def test_the_package_offers_both() -> None:
     assert anymamba.unregister is unregister
 
 
+# Classes that are found by their names.
+
+
+@pytest.mark.parametrize("name", sorted(registration._NAMED_IN))
+def test_a_class_is_found_by_its_name(name: str) -> None:
+    module = importlib.import_module(name)
+    before = {cls: getattr(module, cls) for cls in registration._NAMED_IN[name]}
+    register()
+    try:
+        for cls, theirs in before.items():
+            found = getattr(module, cls)
+            assert found is getattr(anymamba, cls)
+            assert found is not theirs
+    finally:
+        unregister()
+    assert {cls: getattr(module, cls) for cls in before} == before
+    assert type(module).__name__ in ("module", "ModuleType", "_LazyModule")
+
+
+def test_whoever_puts_a_class_over_ours_keeps_it() -> None:
+    theirs = transformers.MambaModel
+    try:
+        register()
+        transformers.MambaModel = TheirMamba
+        assert transformers.MambaModel is TheirMamba
+        unregister()
+        assert transformers.MambaModel is TheirMamba
+    finally:
+        unregister()
+        transformers.MambaModel = theirs
+
+
+@pytest.mark.parametrize("saved_by", ["ours", "theirs"])
+def test_auto_peft_model_builds_ours(tmp_path: Path, saved_by: str) -> None:
+    """Without a task type, PEFT imports the class that the adapter names."""
+    register()
+    try:
+        base = MambaForCausalLM(MambaConfig(**SIZES))
+        base.save_pretrained(tmp_path / "base")
+        tuned = peft.get_peft_model(base, peft.LoraConfig(target_modules=["x_proj"]))
+        tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        tuned.save_pretrained(tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_config.json"
+        if saved_by == "theirs":
+            settings = json.loads(file.read_text())
+            settings["auto_mapping"]["parent_library"] = TheirMamba.__module__
+            file.write_text(json.dumps(settings))
+        loaded = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+        assert type(loaded.get_base_model()) is MambaForCausalLM
+        file.write_text(file.read_text().replace('"task_type": null', '"task_type": "CAUSAL_LM"'))
+        loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        assert type(loaded.get_base_model()) is MambaForCausalLM
+        direct = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        assert type(direct) is MambaForCausalLM
+        assert list(direct.peft_config) == ["default"]
+    finally:
+        unregister()
+
+
+@pytest.mark.parametrize("write", [write_original, write_minimal])
+def test_the_auto_classes_read_other_layouts(
+    tmp_path: Path, registered: None, write: object
+) -> None:
+    model = small_model()
+    write(tmp_path, model)  # type: ignore[operator]
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.hidden_size, config.architectures) == (24, ["MambaForCausalLM"])
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert type(AutoModel.from_pretrained(tmp_path)) is MambaModel
+    convert(tmp_path, tmp_path / "model.gguf", "gguf", "f32")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
 # PEFT's guard.
 
 
@@ -181,7 +294,7 @@ def test_peft_s_guard_is_lifted_for_ours_alone(
     # PEFT asks of an adapter of a depthwise convolution that its rank divides by the groups.
     rank = {"r": 32} if target == "conv1d" else {}
     config = peft.LoraConfig(target_modules=[target], **rank)
-    theirs = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES))
+    theirs = TheirMamba(TheirConfig(**SIZES))
     with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
         peft.get_peft_model(theirs, config)
     peft.get_peft_model(copy.deepcopy(model), config)
@@ -242,7 +355,7 @@ def test_merging_an_adapter_of_tied_weights_changes_no_logit(
     merged.save_pretrained(tmp_path)
     for loaded in (
         MambaForCausalLM.from_pretrained(tmp_path),
-        transformers.MambaForCausalLM.from_pretrained(tmp_path),
+        TheirMamba.from_pretrained(tmp_path),
     ):
         assert loaded.config.tie_word_embeddings is False
         assert loaded.lm_head.weight is not loaded.backbone.embeddings.weight
@@ -289,6 +402,20 @@ def test_embeddings_trained_in_full_merge_too(
     merged.save_pretrained(tmp_path)
     loaded = MambaForCausalLM.from_pretrained(tmp_path)
     assert same(logits(loaded), unmerged)
+
+
+def test_tokens_trained_in_both_keep_the_head_tied(
+    registered: None, model: MambaForCausalLM
+) -> None:
+    tuned = adapted(model, "in_proj", trainable_token_indices=[1, 5])
+    table = tuned.get_base_model().backbone.embeddings
+    with torch.no_grad():
+        table.token_adapter.trainable_tokens_delta["default"].add_(0.1)
+    unmerged = logits(tuned)
+    merged = tuned.merge_and_unload()
+    assert same(logits(merged), unmerged)
+    assert merged.config.tie_word_embeddings is True
+    assert merged.lm_head.weight is merged.backbone.embeddings.weight
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])

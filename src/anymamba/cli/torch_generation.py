@@ -110,8 +110,9 @@ def find_device(name: str) -> torch.device:
     import torch
 
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
+        # A number alone is a GPU's, as Transformers' pipelines have it.
+        device = torch.device(int(name) if name.isdecimal() else name)
+    except (RuntimeError, ValueError, OverflowError) as error:
         raise InputError(f"--device {name}: {error}") from None
     try:
         torch.zeros(1, device=device).tolist()

@@ -21,6 +21,7 @@ from anymamba.modeling.model import MambaPreTrainedModel
 __all__ = ["patch_peft", "untie_head"]
 
 _GUARD = "_check_lora_target_modules_mamba"
+_ALLOWED = "get_default_import_allowlist"
 _MERGES = ("merge_and_unload", "merge_adapter")
 
 
@@ -63,10 +64,12 @@ def patch_peft() -> Callable[[], None]:
         >>> undo()
     """
     try:
+        from peft import auto
         from peft.tuners import tuners_utils
     except ImportError:
         return lambda: None
     undos = [_replace(tuners_utils, _GUARD, _guard_others_only)]
+    undos += [_replace(auto, _ALLOWED, _with_ours)]
     undos += [_replace(tuners_utils.BaseTuner, name, _untie_before) for name in _MERGES]
 
     def undo() -> None:
@@ -102,6 +105,11 @@ def _guard_others_only(guard: Callable[..., None]) -> Callable[..., None]:
     return check
 
 
+def _with_ours(allowed: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    """AutoPeftModel imports the class that an adapter names, of these packages only."""
+    return lambda: [*allowed(), "anymamba"]
+
+
 def _untie_before(merge: Callable[..., Any]) -> Callable[..., Any]:
     def untie_and_merge(tuner: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(tuner.model, MambaForCausalLM) and _adapts_tied_weight(tuner.model):
@@ -114,7 +122,17 @@ def _untie_before(merge: Callable[..., Any]) -> Callable[..., Any]:
 def _adapts_tied_weight(model: MambaForCausalLM) -> bool:
     embeddings, head = model.get_input_embeddings(), model.lm_head
     tied = _beneath(embeddings).weight is _beneath(head).weight
+    if _trains_same_tokens(embeddings, head):
+        return False
     return tied and not (isinstance(embeddings, nn.Embedding) and isinstance(head, nn.Linear))
+
+
+def _trains_same_tokens(embeddings: Any, head: Any) -> bool:
+    """Whether PEFT trains tokens of the table and the head as one: merged, they are equal."""
+    of_head = getattr(head, "token_adapter", None)
+    return of_head is not None and of_head.tied_adapter is getattr(
+        embeddings, "token_adapter", None
+    )
 
 
 def _beneath(module: nn.Module) -> Any:

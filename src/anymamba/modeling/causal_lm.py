@@ -47,7 +47,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         config: what to build.
 
     Raises:
-        MissingDependencyError: the config asks for mambapy, which is not installed.
+        MissingDependencyError: the config asks for mambapy, and neither it nor a kernel is there.
 
     Example:
         >>> import torch

@@ -219,9 +219,20 @@ def _setting(settings: Mapping[str, Any], module: str, name: str, pattern: str) 
         if module == plain.removeprefix("^") or module.endswith("." + plain):
             value = number
             break
-    if type(value) not in (int, float) or not math.isfinite(value):
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # JSON has whole numbers of any size
+        number = math.inf
+    if not math.isfinite(number):
         raise CheckpointError(f"{name} of {module} must be a number, got {shown(value)}")
-    return float(value)
+    return number
+
+
+def _switch(settings: Mapping[str, Any], name: str) -> bool:
+    value = settings.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{name} must be true or false, got {shown(value)}")
+    return bool(value)
 
 
 # The weights.
@@ -277,7 +288,7 @@ def _module_and_part(name: str, path: Path) -> tuple[str, str]:
 def _change(
     module: str, parts: Mapping[str, NDArray[np.float32]], settings: Mapping[str, Any], where: str
 ) -> Change:
-    _check_parts(module, parts, bool(settings.get("use_dora")), where)
+    _check_parts(module, parts, _switch(settings, "use_dora"), where)
     rank, transposed = parts["A"].shape[0], module.endswith(_TABLES)
     if rank != _setting(settings, module, "r", "rank_pattern"):
         raise CheckpointError(
@@ -285,7 +296,7 @@ def _change(
             f"{CONFIG_FILE} says"
         )
     alpha = _setting(settings, module, "lora_alpha", "alpha_pattern")
-    scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    scaling = alpha / (math.sqrt(rank) if _switch(settings, "use_rslora") else rank)
     return Change(parts["A"], parts["B"], scaling, parts.get("magnitude"), transposed)
 
 
