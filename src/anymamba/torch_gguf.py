@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from anymamba.runtime.quantization import QuantizedArray
+
 __all__ = ["gguf_config", "gguf_state_dict", "hub_pattern", "is_mamba_gguf"]
 
 
@@ -36,9 +38,10 @@ def is_mamba_gguf(path: Path) -> bool:
     if not is_gguf(path) or not path.is_file():
         return False
     try:
-        return read_gguf_header(path).metadata.get("general.architecture", "mamba") == "mamba"
+        architecture = read_gguf_header(path).metadata.get("general.architecture", "mamba")
     except CheckpointError:
         return True  # who reads it says what is wrong
+    return bool(architecture == "mamba")
 
 
 def hub_pattern(gguf_file: str) -> str:
@@ -108,8 +111,10 @@ def gguf_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return {name: _to_torch(tensors[name]) for name in tensors}
 
 
-def _to_torch(array: NDArray[Any]) -> torch.Tensor:
+def _to_torch(array: NDArray[Any] | QuantizedArray) -> torch.Tensor:
     import torch
+
+    assert isinstance(array, np.ndarray)  # blocks are kept only where they are asked for
 
     # A copy: the file's memory cannot be written, and the model's tensors are.
     tensor = torch.from_numpy(np.array(array.view(np.int16) if array.dtype == np.uint16 else array))

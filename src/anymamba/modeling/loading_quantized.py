@@ -88,8 +88,8 @@ def load_quantized(
             f"{cls.__name__} has tensors that a quantized folder cannot hold ({left[0]}); load the "
             "model as it was before it was quantized"
         )
-    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-    return model.eval(), {**info, "error_msgs": []}
+    lists = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return model.eval(), {name: set() for name in lists}
 
 
 def _refuse_others(given: Mapping[str, Any]) -> None:

@@ -26,8 +26,10 @@ _BUILT_BY = {
     AutoModelForCausalLM: MambaForCausalLM,
     AutoModelForPreTraining: MambaForCausalLM,
 }
-_MODELS = {cls.__name__: cls for cls in (MambaModel, MambaForCausalLM, MambaPreTrainedModel)}
-_CONFIGS = {MambaConfig.__name__: MambaConfig}
+_MODELS: dict[str, type] = {
+    cls.__name__: cls for cls in (MambaModel, MambaForCausalLM, MambaPreTrainedModel)
+}
+_CONFIGS: dict[str, type] = {MambaConfig.__name__: MambaConfig}
 # Where other programs look up a class by its name: TRL in the first, PEFT in the third.
 _NAMED_IN: Mapping[str, Mapping[str, type]] = {
     "transformers": _MODELS | _CONFIGS,
@@ -133,7 +135,7 @@ def _read_all_layouts() -> Callable[[], None]:
     """Let Transformers' configs read the original layout and GGUF files; return what undoes it."""
     before = PreTrainedConfig.__dict__["get_config_dict"]
 
-    def get_config_dict(cls: Any, name: Any, **kwargs: Any) -> Any:
+    def get_config_dict(cls: Any, name: Any, /, **kwargs: Any) -> Any:
         return read_config_dict(before.__get__(None, cls), name, **kwargs)
 
     ours = classmethod(get_config_dict)
@@ -141,6 +143,6 @@ def _read_all_layouts() -> Callable[[], None]:
 
     def undo() -> None:
         if PreTrainedConfig.__dict__["get_config_dict"] is ours:
-            PreTrainedConfig.get_config_dict = before
+            PreTrainedConfig.get_config_dict = before  # type: ignore[method-assign]
 
     return undo
