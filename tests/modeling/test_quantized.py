@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -215,6 +216,35 @@ def test_arguments_that_mean_nothing_here(tmp_path: Path) -> None:
     write_folder(tmp_path)
     with pytest.raises(InputError, match="dtype"):
         MambaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("torch_dtype", torch.float16),
+        ("device_map", "cuda"),
+        ("device_map", {"": "disk"}),
+        ("quantization_config", {"quant_method": "torchao"}),
+        ("use_kernels", True),
+        ("attn_implementation", "sdpa"),
+        ("ignore_mismatched_sizes", True),
+    ],
+)
+def test_arguments_that_a_quantized_model_cannot_meet(
+    tmp_path: Path, name: str, value: object
+) -> None:
+    write_folder(tmp_path)
+    with pytest.raises(InputError, match=f"^{name}: "):
+        MambaForCausalLM.from_pretrained(tmp_path, **{name: value})
+
+
+def test_what_a_quantized_folder_says_of_generating_counts(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    transformers.GenerationConfig(max_new_tokens=3).save_pretrained(tmp_path)
+    options = {"device_map": "cpu", "dtype": "auto", "output_loading_info": True}
+    model, info = MambaForCausalLM.from_pretrained(tmp_path, **options)
+    assert model.generation_config.max_new_tokens == 3
+    assert not info["missing_keys"]
 
 
 def test_the_step_sees_a_replaced_weight(tmp_path: Path) -> None:

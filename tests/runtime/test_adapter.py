@@ -248,6 +248,19 @@ def test_what_is_not_merged_is_refused_by_name(name: str, adapter: Path, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_rslora", "x"), ("use_rslora", 1), ("use_dora", "no"), ("lora_alpha", 10**400)],
+)
+def test_a_setting_of_another_type_is_refused(
+    name: str, value: object, adapter: Path, tmp_path: Path
+) -> None:
+    other = edited(adapter, tmp_path / "other", **{name: value})
+    with pytest.raises(CheckpointError, match=f"{name}.* must be") as caught:
+        load(adapter=other)
+    assert "\n" not in str(caught.value)
+
+
 def broken_tensors(kind: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     first = "base_model.model.backbone.layers.0.mixer.in_proj.lora_"
     A, B = f"{first}A.weight", f"{first}B.weight"
