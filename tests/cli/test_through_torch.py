@@ -106,7 +106,7 @@ def test_what_only_the_runtime_does_is_refused(option, tiny, without_core, anyma
     assert "native core" in complaint
 
 
-@pytest.mark.parametrize("device", ["abacus", "meta"])
+@pytest.mark.parametrize("device", ["abacus", "meta", "9", "1" * 30])
 def test_a_device_that_does_not_exist_is_refused(device, tiny, anymamba):
     assert device in anymamba("generate", "a", "--model", tiny, "--device", device).complaint
 
