@@ -7,6 +7,7 @@ code written for other libraries catches it without knowing this one.
 
 __all__ = [
     "AnyMambaError",
+    "ArgumentError",
     "BackendError",
     "CheckpointError",
     "ConfigError",
@@ -30,6 +31,10 @@ class ConfigError(AnyMambaError, ValueError):
 
 class InputError(AnyMambaError, ValueError):
     """An argument of a call has the wrong shape, type or value."""
+
+
+class ArgumentError(AnyMambaError, TypeError):
+    """A call has an argument that the function does not take, or lacks one."""
 
 
 class BackendError(AnyMambaError, RuntimeError):

@@ -1,7 +1,9 @@
 """The packages `mamba_ssm` and `causal_conv1d` themselves, whoever answers under their names.
 
-The drop-in answers under the names of these two. Where the originals are installed too, their
-modules are then kept apart: out of `sys.modules`, but within reach of this file.
+The drop-in answers under the names of these two and of their compiled extensions, which programs
+import as modules of their own. Where the originals are installed too, their modules are then kept
+apart: out of `sys.modules`, but within reach of this file. A package that a program brings itself,
+a fork, can be left alone.
 """
 
 from __future__ import annotations
@@ -9,26 +11,38 @@ from __future__ import annotations
 import importlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-__all__ = ["PACKAGES", "import_original", "is_loading", "is_original_installed", "keep_apart"]
+__all__ = [
+    "EXTENSIONS",
+    "NAMES",
+    "PACKAGES",
+    "import_original",
+    "is_left_alone",
+    "is_loading",
+    "is_original_installed",
+    "keep_apart",
+]
 
 PACKAGES = ("mamba_ssm", "causal_conv1d")
+EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda")
+NAMES = PACKAGES + EXTENSIONS
 
 _apart: dict[str, ModuleType] | None = None
+_left_alone: frozenset[str] = frozenset()
 _lock = threading.RLock()
 _loading = threading.local()
 
 
-def is_original_installed(package: str) -> bool:
-    """Whether an original package can be imported, which is found out without importing it."""
-    if package in (sys.modules if _apart is None else _apart):
+def is_original_installed(name: str) -> bool:
+    """Whether an original can be imported, which is found out without importing it."""
+    if name in (sys.modules if _apart is None else _apart):
         return True
     # `importlib.util.find_spec` would ask the drop-in first.
     return any(
-        finder.find_spec(package, None) is not None
+        finder.find_spec(name, None) is not None
         for finder in sys.meta_path
         if not getattr(finder, "is_drop_in", False)
     )
@@ -56,20 +70,30 @@ def is_loading() -> bool:
     return getattr(_loading, "depth", 0) > 0
 
 
-def keep_apart(apart: bool) -> None:
+def is_left_alone(name: str) -> bool:
+    """Whether a package is the program's own, which the drop-in does not answer for."""
+    return name in _left_alone
+
+
+def keep_apart(apart: bool, leave: Collection[str] = ()) -> None:
     """Take the originals' modules out of `sys.modules`, or bring them back.
 
     What else is there under their names is removed. Modules that were loaded apart are brought
     back too: to import them a second time would register their operators twice.
+
+    Args:
+        apart: which of the two.
+        leave: packages whose modules stay where they are.
     """
-    global _apart
+    global _apart, _left_alone
     with _lock:
         if apart and _apart is None:
+            _left_alone = frozenset(leave)
             _apart = _take()
         elif not apart and _apart is not None:
             _take()
             sys.modules.update(_apart)
-            _apart = None
+            _apart, _left_alone = None, frozenset()
 
 
 @contextmanager
@@ -88,6 +112,7 @@ def _under_their_names(apart: dict[str, ModuleType]) -> Iterator[None]:
 
 
 def _take() -> dict[str, ModuleType]:
-    """Remove from `sys.modules` what stands under the packages' names, and return it."""
-    names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
+    """Remove from `sys.modules` what stands under the answered names, and return it."""
+    answered = set(NAMES) - _left_alone
+    names = [name for name in sys.modules if name.partition(".")[0] in answered]
     return {name: sys.modules.pop(name) for name in names}

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from anymamba import dropin
-from anymamba.originals import PACKAGES
+from anymamba.originals import NAMES
 
 PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
 ROW = re.compile(r"^\| `([^`]+)` \| (.*) \|$", flags=re.MULTILINE)
@@ -30,7 +30,7 @@ def modules() -> dict[str, ModuleType]:
     found = {}
     for entry in pkgutil.walk_packages(dropin.__path__, prefix):
         name = entry.name.removeprefix(prefix)
-        if name.partition(".")[0] in PACKAGES:
+        if name.partition(".")[0] in NAMES:
             module = import_module(entry.name)
             if getattr(module, "__all__", None):
                 found[name] = module

@@ -16,8 +16,8 @@ import pytest
 
 from anymamba import dropin
 from anymamba.dropin import dispatch
-from anymamba.errors import AnyMambaError, MissingModuleError
-from anymamba.originals import PACKAGES, import_original, is_original_installed
+from anymamba.errors import AnyMambaError, InputError, MissingModuleError
+from anymamba.originals import NAMES, PACKAGES, import_original, is_original_installed
 
 # Other tests may have imported such models; one test looks for this warning, in a fresh process.
 pytestmark = pytest.mark.filterwarnings("ignore:Transformers imported its:RuntimeWarning")
@@ -26,7 +26,7 @@ SCAN = "mamba_ssm.ops.selective_scan_interface"
 
 
 def public_modules() -> dict[str, ModuleType]:
-    return {name: sys.modules[name] for name in sys.modules if name.split(".")[0] in PACKAGES}
+    return {name: sys.modules[name] for name in sys.modules if name.split(".")[0] in NAMES}
 
 
 @pytest.fixture(autouse=True)
@@ -114,18 +114,16 @@ def test_uninstalling_restores_everything() -> None:
         "import mamba_ssm.modules.mamba3",
         "from mamba_ssm.modules.mamba3 import Mamba3",
         "from mamba_ssm import Mamba3",
-        "import mamba_ssm.distributed.tensor_parallel",
         "from mamba_ssm.ops.cute import mamba3",
         "import mamba_ssm.ops.tilelang.mamba3",
         "from mamba_ssm.ops.triton import ssd_bmm",
-        "import causal_conv1d.cpp_functions",
     ],
 )
 def test_what_is_left_out_is_named(statement: str) -> None:
     dropin.install()
     with pytest.raises(ImportError, match=r"docs/drop-in\.md lists what is") as caught:
         exec(statement)
-    words = statement.replace("tensor_parallel", "").split()
+    words = statement.split()
     left_out = f"{words[1]}.{words[3]}" if words[0] == "from" else words[1]
     assert isinstance(caught.value, MissingModuleError)
     assert isinstance(caught.value, AnyMambaError)
@@ -195,6 +193,27 @@ def test_an_original_imported_before_is_put_back(original: Path) -> None:
     assert import_original(SCAN) is before[SCAN]
     dropin.uninstall()
     assert public_modules() == before
+
+
+def test_a_package_of_the_programs_own_is_left_alone(original: Path) -> None:
+    """Its extensions are answered, and the other package."""
+    (original / "fork.py").write_text("import selective_scan_cuda, causal_conv1d")
+    dropin.install(own=["mamba_ssm"])
+    fork = importlib.import_module("mamba_ssm.fork")
+    assert Path(fork.__file__ or "").parent == original
+    assert importlib.import_module(SCAN).selective_scan_fn(None) == "the original"
+    assert fork.selective_scan_cuda.__name__ == "anymamba.dropin.selective_scan_cuda"
+    assert fork.causal_conv1d.__name__ == "anymamba.dropin.causal_conv1d"
+    assert not dispatch.answering
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("mamba-ssm")
+    assert importlib.metadata.version("causal-conv1d") == VERSIONS["causal-conv1d"]
+    dropin.install()
+    assert importlib.import_module("mamba_ssm").__name__ == "anymamba.dropin.mamba_ssm"
+    dropin.uninstall()
+    assert importlib.import_module(SCAN).selective_scan_fn(None) == "the original"
+    with pytest.raises(InputError, match="own names 'torch'"):
+        dropin.install(own=["torch"])
 
 
 def test_modules_that_only_the_original_has_come_from_it(original: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -125,6 +126,30 @@ def test_steps_of_every_variant(variant: dict[str, Any]) -> None:
     with torch.no_grad():
         steps = [mamba.step(u[:, t : t + 1], *states)[0] for t in range(9)]
         assert_close(torch.cat(steps, dim=1), loops.mamba2(mamba, u, d_ssm=mamba.d_ssm))
+
+
+@pytest.mark.parametrize("mark", [-1, 3])
+@pytest.mark.parametrize("empty", [True, False])
+def test_padding_behind_the_last_packed_sequence(mark: int, empty: bool) -> None:
+    """As upstream tests it: offsets end before the row does, perhaps with an empty sequence."""
+    mamba, lengths, padding = layer(ngroups=2), [7, 4, 5], 6
+    u = inputs(1, sum(lengths) + padding)
+    numbers = [i for i, l in enumerate(lengths) for _ in range(l)] + [mark] * padding
+    ends = torch.tensor([0, 7, 11, 16, *([16] if empty else [])], dtype=torch.int32)
+    params = InferenceParams(max_seqlen=64, max_batch_size=len(ends) - 1)
+    with torch.no_grad():
+        seq_idx = torch.tensor([numbers], dtype=torch.int32)
+        y = mamba(u, seq_idx=seq_idx, cu_seqlens=ends, inference_params=params)
+        alone = mamba(u, cu_seqlens=ends)
+        params.seqlen_offset = 1
+        step = inputs(1, 1).expand(len(ends) - 1, -1, -1)
+        after = mamba(step, inference_params=params)
+        for i, (start, stop) in enumerate(pairwise(ends)):
+            row = torch.cat([u[:, start:stop], inputs(1, 1)], dim=1)
+            expected = loops.mamba2(mamba, row)
+            assert_close(y[:, start:stop], expected[:, :-1])
+            assert_close(alone[:, start:stop], expected[:, :-1])
+            assert_close(after[i : i + 1], expected[:, -1:])
 
 
 def test_packed_prompts_and_steps_of_each() -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Collection
 
 from anymamba.dropin.dispatch import answering
 from anymamba.dropin.finder import Finder
 from anymamba.dropin.metadata import DistributionsFinder
-from anymamba.originals import PACKAGES, is_original_installed, keep_apart
+from anymamba.errors import InputError
+from anymamba.originals import NAMES, PACKAGES, is_left_alone, is_original_installed, keep_apart
 
 __all__ = ["install", "is_installed", "uninstall"]
 
@@ -21,15 +23,23 @@ _finders = (Finder(), DistributionsFinder())
 _LOOKED_UP = ("causal_conv1d_fn", "selective_scan_fn", "mamba_chunk_scan_combined")
 
 
-def install(force: bool = False) -> None:
+def install(force: bool = False, *, own: Collection[str] = ()) -> None:
     """Answer imports of `mamba_ssm` and `causal_conv1d` with AnyMamba, in this process.
 
     Where an original package is installed, calls whose tensors are on CUDA go on to it, and so do
     imports of what AnyMamba lacks. Programs that hold the originals' functions from before keep
-    them. A second call changes `force` alone.
+    them. A second call changes what the arguments say.
+
+    The names of the compiled extensions, `selective_scan_cuda` and `causal_conv1d_cuda`, are
+    answered as well.
 
     Args:
         force: whether to take calls with CUDA tensors as well.
+        own: packages that the program brings itself, such as a fork of `mamba_ssm`: they are left
+            alone, and their extensions answered.
+
+    Raises:
+        InputError: `own` names neither of the two packages.
 
     Warns:
         RuntimeWarning: a Transformers model that uses these packages was imported before; it
@@ -41,13 +51,16 @@ def install(force: bool = False) -> None:
         >>> from mamba_ssm import Mamba
         >>> anymamba.dropin.uninstall()
     """
+    own = _packages(own)
+    if is_installed() and own != {name for name in PACKAGES if is_left_alone(name)}:
+        uninstall()
     if not is_installed():
         _warn_of_models_imported_before()
-        keep_apart(True)
+        keep_apart(True, leave=own)
         sys.meta_path[:0] = _finders
-    installed = [] if force else [name for name in PACKAGES if is_original_installed(name)]
+    answered = [] if force else [name for name in NAMES if name not in own]
     answering.clear()
-    answering.update(installed)
+    answering.update(name for name in answered if is_original_installed(name))
 
 
 def uninstall() -> None:
@@ -75,6 +88,13 @@ def is_installed() -> bool:
         False
     """
     return _finders[0] in sys.meta_path
+
+
+def _packages(own: Collection[str]) -> set[str]:
+    for name in own:
+        if name not in PACKAGES:
+            raise InputError(f"own names {name!r}, expected some of {', '.join(PACKAGES)}")
+    return set(own)
 
 
 def _warn_of_models_imported_before() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import ParamSpec, TypeVar
 
+from anymamba.dropin.forks import explained
 from anymamba.originals import import_original
 
 __all__ = ["answering", "by_device"]
@@ -17,10 +18,10 @@ R = TypeVar("R")
 OURS = "anymamba.dropin."
 
 answering: set[str] = set()
-"""The original packages that take calls with CUDA tensors; `install` fills it."""
+"""The original packages and extensions that take calls with CUDA tensors; `install` fills it."""
 
 
-def by_device(ours: Callable[P, R]) -> Callable[P, R]:
+def by_device(ours: Callable[P, R], module: str | None = None) -> Callable[P, R]:
     """Send calls with CUDA tensors to the original's function, and all others to this one.
 
     The original's function is the one of the same name in the module of the same path. It is
@@ -28,6 +29,7 @@ def by_device(ours: Callable[P, R]) -> Callable[P, R]:
 
     Args:
         ours: a function in a module under `anymamba.dropin`.
+        module: the original's module, where that is not the one of the same path.
 
     Returns:
         A function with the same name, signature and docstring.
@@ -40,9 +42,10 @@ def by_device(ours: Callable[P, R]) -> Callable[P, R]:
         >>> double(21)
         42
     """
-    module = ours.__module__.removeprefix(OURS)
+    module = module or ours.__module__.removeprefix(OURS)
     package = module.partition(".")[0]
     in_module = attrgetter(ours.__qualname__)
+    ours_explained = explained(ours)
 
     @functools.wraps(ours)
     def dispatched(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -50,7 +53,7 @@ def by_device(ours: Callable[P, R]) -> Callable[P, R]:
         if package in answering and any_on_cuda((*args, *kwargs.values())):
             theirs: Callable[P, R] = in_module(import_original(module))
             return theirs(*args, **kwargs)
-        return ours(*args, **kwargs)
+        return ours_explained(*args, **kwargs)
 
     return dispatched
 

@@ -1,4 +1,4 @@
-"""Answers `import mamba_ssm` and `import causal_conv1d` with the modules of this folder."""
+"""Answers `import mamba_ssm`, `import causal_conv1d` and their extensions with this folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 from anymamba.dropin.dispatch import OURS, answering
+from anymamba.dropin.forks import OWN_PACKAGE, fork_of
 from anymamba.errors import MissingModuleError
-from anymamba.originals import PACKAGES, import_original, is_loading
+from anymamba.originals import NAMES, import_original, is_left_alone, is_loading
 
 __all__ = ["Finder"]
 
@@ -20,7 +21,8 @@ __all__ = ["Finder"]
 class Finder(MetaPathFinder):
     """Finds `mamba_ssm.X` as `anymamba.dropin.mamba_ssm.X`: one module under two names.
 
-    A module that is not there comes from the original package where that answers, too.
+    A module that is not there comes from the original package where that answers, too. Names that
+    a module of ours lacks are refused as modules that a package lacks.
     """
 
     is_drop_in = True
@@ -28,14 +30,16 @@ class Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """How to load a module of the two packages; None for all others.
+        """How to load a module of the packages and extensions; None for all others.
 
         Raises:
             MissingModuleError: neither the drop-in nor an original that answers has the module.
         """
         name = fullname.removeprefix(OURS)
         package = name.partition(".")[0]
-        if package not in PACKAGES or is_loading():
+        if package not in NAMES or is_loading():
+            return None
+        if is_left_alone(package) and fullname == name:
             return None
         ours = find_ours(name)
         if fullname != name:
@@ -58,9 +62,11 @@ def find_ours(name: str) -> ModuleSpec | None:
 
 def refuse(name: str) -> ModuleSpec:
     """Say that the drop-in lacks a module."""
+    fork = fork_of(name.rpartition(".")[2])
+    origin = "" if fork is None else f" It is {fork}'s: {OWN_PACKAGE}."
     raise MissingModuleError(
         f"{name} is not in AnyMamba's drop-in, which stands for its package here: "
-        "docs/drop-in.md lists what is",
+        f"docs/drop-in.md lists what is.{origin}",
         name=name,
     )
 
@@ -70,7 +76,10 @@ class Alias(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         """Put our module in the place of the empty one that was made."""
-        sys.modules[module.__name__] = importlib.import_module(OURS + module.__name__)
+        ours = importlib.import_module(OURS + module.__name__)
+        # With a path, though an empty one, Python asks the finder for the names that it lacks.
+        vars(ours).setdefault("__path__", [])
+        sys.modules[module.__name__] = ours
 
 
 class Original(Loader):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 
-from anymamba.originals import PACKAGES, is_loading
+from anymamba.originals import PACKAGES, is_left_alone, is_loading
 
 __all__ = ["DistributionsFinder", "version_of"]
 
@@ -30,7 +30,8 @@ class DistributionsFinder(DistributionFinder):
         if is_loading():
             return []
         asked = None if context.name is None else normalized(context.name)
-        return [Standing(name) for name in PACKAGES if asked in (None, name)]
+        answered = [name for name in PACKAGES if not is_left_alone(name)]
+        return [Standing(name) for name in answered if asked in (None, name)]
 
 
 class Standing(Distribution):

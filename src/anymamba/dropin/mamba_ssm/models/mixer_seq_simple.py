@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from anymamba.checkpoint import write_atomically
 from anymamba.checkpoint.wording import listed, shown
+from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.models.config_mamba import MambaConfig
 from anymamba.dropin.mamba_ssm.modules.block import Block, add_norm
 from anymamba.dropin.mamba_ssm.modules.mamba2 import Mamba2
@@ -27,6 +28,8 @@ from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.dropin.mamba_ssm.modules.mha import MHA
 from anymamba.dropin.mamba_ssm.modules.mlp import GatedMLP
 from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm
+from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import layer_norm_fn as layer_norm_fn
+from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import rms_norm_fn as rms_norm_fn
 from anymamba.dropin.mamba_ssm.utils.generation import GenerationMixin
 from anymamba.dropin.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 from anymamba.errors import CheckpointError, ConfigError
@@ -38,6 +41,7 @@ CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 MIXERS: dict[str, type[nn.Module]] = {"Mamba1": Mamba, "Mamba2": Mamba2}
 
 
+@explained
 def create_block(
     d_model: int,
     d_intermediate: int,
@@ -140,6 +144,7 @@ class MixerModel(nn.Module):
         torch.Size([1, 3, 16])
     """
 
+    @explained
     def __init__(
         self,
         d_model: int,
@@ -232,6 +237,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         torch.Size([1, 5])
     """
 
+    @explained
     def __init__(
         self,
         config: MambaConfig,

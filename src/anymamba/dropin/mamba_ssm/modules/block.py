@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn
 from anymamba.errors import ConfigError
 
@@ -39,6 +40,7 @@ class Block(nn.Module):
         (torch.Size([2, 5, 16]), torch.Size([2, 5, 16]))
     """
 
+    @explained
     def __init__(
         self,
         dim: int,

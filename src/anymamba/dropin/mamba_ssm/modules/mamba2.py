@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
+from anymamba.dropin.forks import explained
 from anymamba.dropin.layer_states import (
     CachedStates,
     States,
@@ -80,6 +81,7 @@ class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
         torch.Size([2, 5, 16])
     """
 
+    @explained
     def __init__(
         self,
         d_model: int,

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from anymamba.dropin.forks import explained
 from anymamba.dropin.layer_states import (
     all_plain,
     at_least_float32,
@@ -55,6 +56,7 @@ class Mamba2Simple(nn.Module):
         torch.Size([2, 5, 16])
     """
 
+    @explained
     def __init__(
         self,
         d_model: int,

@@ -7,11 +7,21 @@ sections 3.4 to 3.6.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from anymamba.dropin.borrowed import rearrange as rearrange
+from anymamba.dropin.borrowed import repeat as repeat
+from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
+    causal_conv1d_fn as causal_conv1d_fn,
+)
+from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
+    causal_conv1d_update as causal_conv1d_update,
+)
+from anymamba.dropin.forks import explained
 from anymamba.dropin.layer_states import (
     CachedStates,
     States,
@@ -23,11 +33,14 @@ from anymamba.dropin.layer_states import (
     one_token,
     step_bias,
 )
-from anymamba.dropin.mamba_ssm.modules.block import Block as Block  # older programs look here
+from anymamba.dropin.mamba_ssm.modules.block import Block as BlockWithMLP
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
     mamba_inner_fn,
     selective_scan_fn,
 )
+from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm as RMSNorm
+from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import layer_norm_fn as layer_norm_fn
+from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import rms_norm_fn as rms_norm_fn
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from anymamba.errors import ConfigError
 from anymamba.ops.plain import project
@@ -35,7 +48,7 @@ from anymamba.ops.plain import project
 if TYPE_CHECKING:
     from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 
-__all__ = ["Mamba"]
+__all__ = ["Block", "Mamba"]
 
 
 class Mamba(CachedStates, nn.Module):
@@ -65,6 +78,7 @@ class Mamba(CachedStates, nn.Module):
         torch.Size([2, 5, 16])
     """
 
+    @explained
     def __init__(
         self,
         d_model: int,
@@ -245,6 +259,34 @@ class Mamba(CachedStates, nn.Module):
         return conv_state, weight.new_zeros(
             batch_size, self.d_inner, self.d_state, dtype=state_dtype
         )
+
+
+class Block(BlockWithMLP):
+    """The block of version 1, which stood in this module: a mixer with its norm, and no MLP.
+
+    Args:
+        dim, mixer_cls, norm_cls, fused_add_norm, residual_in_fp32: as in the block of version 2,
+            `mamba_ssm.modules.block.Block`.
+
+    Raises:
+        ConfigError: another norm than LayerNorm or RMSNorm was to be fused.
+
+    Example:
+        >>> output, residual = Block(16, Mamba)(torch.randn(2, 5, 16))
+        >>> output.shape, residual.shape
+        (torch.Size([2, 5, 16]), torch.Size([2, 5, 16]))
+    """
+
+    @explained
+    def __init__(
+        self,
+        dim: int,
+        mixer_cls: Callable[[int], nn.Module],
+        norm_cls: Callable[[int], nn.Module] = nn.LayerNorm,
+        fused_add_norm: bool = False,
+        residual_in_fp32: bool = False,
+    ) -> None:
+        super().__init__(dim, mixer_cls, nn.Identity, norm_cls, fused_add_norm, residual_in_fp32)
 
 
 def _initialize_step(weight: Tensor, how: str, size: float) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anymamba.dropin.forks import explained
 from anymamba.dropin.layer_states import (
     convolve,
     convolve_step,
@@ -58,6 +59,7 @@ class MHA(nn.Module):
         torch.Size([2, 5, 16])
     """
 
+    @explained
     def __init__(
         self,
         embed_dim: int,

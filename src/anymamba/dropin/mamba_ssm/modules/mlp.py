@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anymamba.dropin.forks import explained
 from anymamba.ops.plain import project
 
 __all__ = ["GatedMLP"]
@@ -35,6 +36,7 @@ class GatedMLP(nn.Module):
         (128, torch.Size([2, 3, 16]))
     """
 
+    @explained
     def __init__(
         self,
         in_features: int,

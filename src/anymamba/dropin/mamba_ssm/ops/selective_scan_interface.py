@@ -6,13 +6,16 @@ letters in comments: b batch, e channels ("dim"), l length, n states ("dstate"),
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba import ops
+from anymamba.dropin.borrowed import rearrange as rearrange
+from anymamba.dropin.borrowed import repeat as repeat
 from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_fn,
     causal_conv1d_ref,
@@ -83,8 +86,9 @@ def selective_scan_fn(
         >>> selective_scan_fn(u, delta, A, B, C)[0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    return _scan(*inputs, backend=None)
+    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    out, last_state = _scan(*inputs, backend=None)
+    return (out, last_state) if return_last_state else out
 
 
 def selective_scan_ref(
@@ -100,8 +104,9 @@ def selective_scan_ref(
     return_last_state: bool = False,
 ) -> Output:
     """`selective_scan_fn` in plain PyTorch."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
-    return _scan(*inputs, backend="reference")
+    inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    out, last_state = _scan(*inputs, backend="reference")
+    return (out, last_state) if return_last_state else out
 
 
 class SelectiveScanFn:
@@ -215,6 +220,23 @@ class MambaInnerFn:
     apply = staticmethod(mamba_inner_fn)
 
 
+def scan_from(
+    state: Tensor | None, *inputs: Any, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`selective_scan_fn` from an earlier state on.
+
+    Args:
+        state: (batch, dim, dstate); zeros when None.
+        inputs: those of `selective_scan_fn` up to delta_softplus.
+        backend: a choice for this call alone.
+
+    Returns:
+        The output and the last state.
+    """
+    scan: Callable[..., tuple[Tensor, Tensor]] = _scan
+    return scan(*inputs, backend=backend, initial_state=state)
+
+
 def _scan(
     u: Tensor,
     delta: Tensor,
@@ -225,9 +247,9 @@ def _scan(
     z: Tensor | None,
     delta_bias: Tensor | None,
     delta_softplus: bool,
-    return_last_state: bool,
     backend: str | None,
-) -> Output:
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     if u.ndim != 3 or A.ndim != 2:
         raise InputError(
             "selective_scan_fn: expected u of shape (batch, dim, seqlen) and A of shape "
@@ -245,10 +267,11 @@ def _scan(
         None if z is None else z.mT,
         delta_bias,
         delta_softplus,
+        initial_state=initial_state,
         return_last_state=True,
         backend=backend,
     )
-    return (out.mT, last_state) if return_last_state else out.mT
+    return out.mT, last_state
 
 
 def _channel_last(name: str, B: Tensor, u: Tensor, A: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from anymamba import ops
 from anymamba.dropin.dispatch import by_device
+from anymamba.dropin.gradients import filled, gradients
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
 
@@ -245,3 +246,59 @@ def _check(
     if group_size is not None and (group_size < 1 or d % group_size):
         raise InputError(f"layernorm_fn: groups of {group_size} channels do not divide all {d}")
     return d
+
+
+@by_device
+@torch.no_grad()
+def _layer_norm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    z: Tensor | None = None,
+    out: Tensor | None = None,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The forward pass: x and z are (rows, d); mean and 1 / deviation of each group follow, with
+    all rows of the first group before those of the second. Some programs import this name."""
+    normed = layernorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = x.to(wide)
+    if z is not None and not norm_before_gate:
+        rows = rows * F.silu(z.to(wide))
+    groups = _in_groups(rows, group_size or x.shape[-1])
+    mean = None if is_rms_norm else groups.mean(-1)
+    centred = groups if mean is None else groups - mean[..., None]
+    rstd = torch.rsqrt(centred.square().mean(-1) + eps)
+    place = normed if out is None else out.copy_(normed)
+    return place, None if mean is None else mean.mT.flatten(), rstd.mT.flatten()
+
+
+@by_device
+def _layer_norm_bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    mean: Tensor | None,
+    rstd: Tensor,
+    z: Tensor | None = None,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+    recompute_output: bool = False,
+    dz: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """The backward pass: gradients of x, weight, bias and z, with recompute_output the output."""
+    options = (eps, group_size, norm_before_gate, is_rms_norm)
+    (y,), (dx, dw, db, of_z) = gradients(
+        lambda x, weight, bias, z: layernorm_fn(x, weight, bias, z, *options),
+        (x, weight, bias, z),
+        [dy],
+    )
+    returned = (dx, dw, db, filled(dz, of_z))
+    return (*returned, filled(out, y)) if recompute_output else returned

@@ -16,6 +16,12 @@ from torch import Tensor
 
 from anymamba import ops
 from anymamba.dropin.causal_conv1d.causal_conv1d_interface import causal_conv1d_fn
+from anymamba.dropin.chunk_scan_passes import (
+    _mamba_chunk_scan_combined_bwd as _mamba_chunk_scan_combined_bwd,
+)
+from anymamba.dropin.chunk_scan_passes import (
+    _mamba_chunk_scan_combined_fwd as _mamba_chunk_scan_combined_fwd,
+)
 from anymamba.dropin.dispatch import by_device
 from anymamba.dropin.mamba_ssm.ops.triton.k_activations import swiglu
 from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
@@ -71,7 +77,8 @@ def mamba_chunk_scan_combined(
         initial_states: (batch, nheads, headdim, dstate).
         seq_idx: (batch, seqlen) integers: the state restarts from zero where they change.
         cu_seqlens: the offsets of the sequences packed in the only row, (sequences + 1,). Used only
-            with return_varlen_states, and does not restart anything: seq_idx does.
+            with return_varlen_states, and does not restart anything: seq_idx does. What stands
+            behind the last offset is padding.
         dt_softplus: whether dt goes through softplus.
         dt_limit: the smallest and the largest step size.
         return_final_states: whether to return each row's last state too.
@@ -113,11 +120,19 @@ def mamba_chunk_scan_combined(
         return (out, final_states) if return_final_states else out
     if cu_seqlens is None:
         raise InputError("mamba_chunk_scan_combined: return_varlen_states needs cu_seqlens")
-    out, varlen_states = scan(cu_seqlens=cu_seqlens)
-    final_states = varlen_states[-1:]
-    if initial_states is not None or not _mark_the_same(seq_idx, cu_seqlens):
+    offsets = _with_padding(cu_seqlens, x.shape[1])
+    out, states = scan(cu_seqlens=offsets)
+    final_states, varlen_states = states[-1:], states[: len(cu_seqlens) - 1]
+    if initial_states is not None or not _mark_the_same(seq_idx, offsets):
         out, final_states = scan(seq_idx, initial_states=initial_states)
     return (out, final_states, varlen_states) if return_final_states else (out, varlen_states)
+
+
+def _with_padding(cu_seqlens: Tensor, seqlen: int) -> Tensor:
+    """The offsets, with those of the padding behind the last sequence if there is some."""
+    if int(cu_seqlens[-1]) >= seqlen:
+        return cu_seqlens
+    return F.pad(cu_seqlens, (0, 1), value=seqlen)
 
 
 def _mark_the_same(seq_idx: Tensor | None, cu_seqlens: Tensor) -> bool:

@@ -1,0 +1,1 @@
+"""Layers split over several processes: names to import, none to use."""
