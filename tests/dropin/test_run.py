@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 PYTHON = [sys.executable]
 RUN = [sys.executable, "-m", "anymamba", "run"]
@@ -130,6 +131,70 @@ def test_the_drop_in_is_active(folder: Path) -> None:
     assert [line.split(maxsplit=2)[2] for line in rest if line.startswith("drop in")] == [
         "active: mamba_ssm and causal_conv1d are AnyMamba's"
     ]
+
+
+FORK = "import selective_scan_cuda\nNAME = 'of the fork'\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "told"),
+    [
+        ("program.py", "of the fork", "is the program's own, from"),
+        ("-m program", "of the fork", "is the program's own, from"),
+        ("--force program.py", "None", "is passed over: --force"),
+    ],
+)
+def test_a_package_beside_the_program_goes_first(
+    words: str, said: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(FORK)
+    (tmp_path / "causal_conv1d").mkdir()  # a clone without modules, which Python passes over
+    (tmp_path / "program.py").write_text(
+        "import causal_conv1d, mamba_ssm, selective_scan_cuda\n"
+        "print(getattr(mamba_ssm, 'NAME', None), selective_scan_cuda.__name__)\n"
+        "print(causal_conv1d.__name__)\n"
+    )
+    status, printed, shown = outcome(RUN + words.split(), tmp_path)
+    assert (status, printed.splitlines()) == (
+        0,
+        [f"{said} anymamba.dropin.selective_scan_cuda", "anymamba.dropin.causal_conv1d"],
+    )
+    assert told in shown
+    assert shown.startswith("anymamba: ")
+    assert shown.count("\n") == 1
+
+
+def test_an_installed_fork_is_left_alone_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "site" / "mamba_ssm").mkdir(parents=True)
+    (tmp_path / "site" / "mamba_ssm" / "__init__.py").write_text(FORK)
+    (tmp_path / "program.py").write_text("import mamba_ssm\nprint(mamba_ssm.__name__)\n")
+    path = ["env", f"PYTHONPATH={tmp_path / 'site'}"]
+    asked = outcome([*path, *RUN, "--own", "mamba_ssm", "program.py"], tmp_path)
+    assert asked == (0, "mamba_ssm\n", "")
+    assert outcome([*path, *RUN, "program.py"], tmp_path)[1] == "anymamba.dropin.mamba_ssm\n"
+
+
+CUDA_FROM_THE_START = """
+import os, sys
+assert "torch" not in sys.modules
+os.environ["SET_BEFORE_TORCH"] = "1"
+import torch
+x = torch.zeros(2, device="cuda")
+import threading
+thread = threading.Thread(target=lambda: print(x.cuda().device, torch.ones(1).to(0).device))
+thread.start()
+thread.join()
+import torch._dynamo  # which looks through PyTorch's functions, those that are stood in for too
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_is_the_cpu_before_the_first_import_of_the_packages(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(CUDA_FROM_THE_START)
+    status, printed, shown = outcome([*RUN, "program.py"], tmp_path)
+    assert (status, printed) == (0, "cpu cpu\n"), shown
+    assert shown == "anymamba: no CUDA here: what this program puts there is on the CPU\n"
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import runpy
 import sys
 import zipfile
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
-from importlib.machinery import SourceFileLoader
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -23,13 +24,15 @@ __all__ = ["add_arguments", "run"]
 
 DESCRIPTION = """\
 Run a Python program as `python` would, with imports of mamba_ssm and causal_conv1d answered by
-AnyMamba. Where these packages are installed, calls with CUDA tensors still go to them. Without
-CUDA, a program that imports them and names the device "cuda" gets the CPU, and is told so once.
+AnyMamba. Where these packages are installed, calls with CUDA tensors still go to them. A package of
+that name in the program's own folder is left alone, and AnyMamba answers its compiled extensions.
+Without CUDA, a program that names the device "cuda" gets the CPU, and is told so once.
 """
 EXAMPLES = """\
 examples:
   anymamba run train.py --epochs 3
   anymamba run -m package.module --help
+  anymamba run --own mamba_ssm vision.py    a fork is installed: leave it alone
   anymamba run --force compare.py
 """
 
@@ -37,9 +40,23 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba run`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.usage = "anymamba run [-h] [--force] (SCRIPT | -m MODULE) [ARGUMENTS ...]"
+    parser.usage = (
+        "anymamba run [-h] [--force] [--own PACKAGE] (SCRIPT | -m MODULE) [ARGUMENTS ...]"
+    )
     parser.add_argument(
-        "--force", action="store_true", help="take calls with CUDA tensors from the packages, too"
+        "--force",
+        action="store_true",
+        help="stand for every package of these names: take calls with CUDA tensors, too, and pass "
+        "over packages in the program's folder",
+    )
+    parser.add_argument(
+        "--own",
+        action="append",
+        default=[],
+        choices=PACKAGES,
+        metavar="PACKAGE",
+        help="leave an installed mamba_ssm or causal_conv1d alone, a fork for example, and answer "
+        "its compiled extensions only",
     )
     parser.add_argument(
         "-m",
@@ -70,8 +87,11 @@ def run(arguments: argparse.Namespace) -> None:
     program, folder = module(words[0]) if arguments.module else script(words[0])
     from anymamba import dropin
 
-    dropin.install(force=arguments.force)
-    sys.meta_path.insert(0, CudaOnCpuFromFirstImport())
+    dropin.install(force=arguments.force, own=packages_of_its_own(arguments, folder))
+    if "torch" in sys.modules:
+        put_cuda_on_the_cpu()
+    else:
+        sys.meta_path.insert(0, CudaOnCpuFromTorchOn())
     sys.argv[:] = words
     # The first place is the folder of the `anymamba` command, unless Python was told to have none.
     if not sys.flags.safe_path:
@@ -81,8 +101,29 @@ def run(arguments: argparse.Namespace) -> None:
     undisturbed(program)
 
 
-class CudaOnCpuFromFirstImport(MetaPathFinder):
-    """Finds nothing. It waits for the first import of one of the two packages.
+def packages_of_its_own(arguments: argparse.Namespace, folder: str) -> set[str]:
+    """The packages to leave alone: those asked for, and those beside the program, told in a line.
+
+    Args:
+        arguments: of the command.
+        folder: the first place where the program finds modules.
+    """
+    specs = {name: PathFinder.find_spec(name, [folder]) for name in PACKAGES}
+    # A folder without modules, a clone for example, is passed over by Python, too.
+    beside = [name for name, spec in specs.items() if spec is not None and spec.has_location]
+    for name in beside:
+        if arguments.force:
+            tell(f"anymamba: the program's own {name}, a fork perhaps, is passed over: --force")
+        else:
+            tell(
+                f"anymamba: {name} is the program's own, from {folder}; AnyMamba answers its "
+                "compiled extensions (--force takes AnyMamba's)"
+            )
+    return {*arguments.own, *([] if arguments.force else beside)}
+
+
+class CudaOnCpuFromTorchOn(MetaPathFinder):
+    """Finds torch, and puts "cuda" on the CPU as soon as it is imported.
 
     Not earlier, because programs set variables of the environment that PyTorch reads when it is
     imported.
@@ -90,17 +131,45 @@ class CudaOnCpuFromFirstImport(MetaPathFinder):
 
     waiting = True
 
-    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
-        """Put "cuda" on the CPU when a program asks for one of the packages."""
-        if fullname not in PACKAGES or not self.waiting:
-            return
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        """How to load torch, at its first import; None for all else."""
+        if fullname != "torch" or not self.waiting:
+            return None
         self.waiting = False
-        import torch
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = ThenCudaOnCpu(spec.loader)
+        return spec
 
-        if not torch.cuda.is_available():
-            from anymamba.dropin.cuda_on_cpu import CudaOnCpu
 
-            CudaOnCpu(lambda line: tell(f"anymamba: {line}")).__enter__()
+class ThenCudaOnCpu(Loader):
+    """Loads torch as another loader does, and then lets the CPU stand for CUDA where none is."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """The module, still empty."""
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Import torch."""
+        spec = module.__spec__
+        assert spec is not None
+        # What looks at the module's loader sees its own, resource readers for example.
+        module.__loader__ = spec.loader = self.loader
+        self.loader.exec_module(module)
+        put_cuda_on_the_cpu()
+
+
+def put_cuda_on_the_cpu() -> None:
+    """Let the CPU stand for CUDA from now on, where PyTorch has none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        from anymamba.dropin.cuda_on_cpu import CudaOnCpu
+
+        CudaOnCpu(lambda line: tell(f"anymamba: {line}")).__enter__()
 
 
 Program = Callable[[], object]
