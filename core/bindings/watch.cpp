@@ -9,7 +9,7 @@
 namespace anymamba::bindings {
 namespace {
 
-// Facts about dicts and classes. It keeps what it looks at alive, and compares by identity.
+// Facts about dicts, attributes and classes. It keeps what it looks at alive, and compares by identity.
 class Watch {
  public:
   // `own` then holds exactly what it holds now.
@@ -25,6 +25,11 @@ class Watch {
     entries_.push_back({own, key, nb::borrow(value)});
   }
 
+  // `object` has this very attribute; for functions of a class, whatever its bases are given later.
+  void attribute(const nb::object& object, const nb::str& name) {
+    attributes_.push_back({object, name, nb::steal(attribute_of(object, name))});
+  }
+
   void type_of(const nb::object& object) { types_.emplace_back(object, object.type().ptr()); }
 
   bool holds() const {
@@ -37,6 +42,8 @@ class Watch {
     }
     for (const auto& [object, type] : types_)
       if (object.type().ptr() != type) return false;
+    for (const Attribute& attribute : attributes_)
+      if (nb::steal(attribute_of(attribute.object, attribute.name)).ptr() != attribute.value.ptr()) return false;
     return true;
   }
 
@@ -46,18 +53,36 @@ class Watch {
     nb::object key, value;  // no value: absent
   };
 
+  struct Attribute {
+    nb::object object;
+    nb::str name;
+    nb::object value;
+  };
+
+  // A new reference; nothing where there is no such attribute.
+  static PyObject* attribute_of(const nb::object& object, const nb::str& name) {
+    PyObject* const value = PyObject_GetAttr(object.ptr(), name.ptr());
+    if (value == nullptr) {
+      if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw nb::python_error();
+      PyErr_Clear();
+    }
+    return value;
+  }
+
   std::vector<std::pair<nb::dict, Py_ssize_t>> sizes_;
   std::vector<Entry> entries_;
   std::vector<std::pair<nb::object, PyObject*>> types_;
+  std::vector<Attribute> attributes_;
 };
 
 }  // namespace
 
 void add_watch(nb::module_& m) {
-  nb::class_<Watch>(m, "Watch", "Whether dicts and classes of objects are still what they were.")
+  nb::class_<Watch>(m, "Watch", "Whether dicts, attributes and classes of objects are still what they were.")
       .def(nb::init<>())
       .def("contents", &Watch::contents, nb::arg("own"))
       .def("entry", &Watch::entry, nb::arg("own"), nb::arg("key"))
+      .def("attribute", &Watch::attribute, nb::arg("object"), nb::arg("name"))
       .def("type_of", &Watch::type_of, nb::arg("object"))
       .def("holds", &Watch::holds);
 }

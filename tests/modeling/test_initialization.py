@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anymamba.modeling import MambaConfig, MambaForCausalLM
+from anymamba.modeling.model import MambaBlock, MambaMixer, MambaRMSNorm
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 EVERYTHING = {
@@ -148,3 +149,36 @@ def test_layers_start_apart_and_a_seed_repeats() -> None:
     assert all(torch.equal(named[name], again[name]) for name in named)
     first, second = each(named, "in_proj.weight")[:2]
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", [MambaMixer, MambaBlock, MambaRMSNorm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_by_itself_starts_as_in_a_model(kind: type[nn.Module], dtype: torch.dtype) -> None:
+    """Memory that was never written is NaN here; every weight has its place's bounds in a model."""
+    config = MambaConfig(**EVERYTHING)
+    in_a_model = weights()
+    usual, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(0)
+        module = kind(D) if kind is MambaRMSNorm else kind(config, 0)
+    finally:
+        torch.set_default_dtype(usual)
+        torch.use_deterministic_algorithms(deterministic)
+    beginning = {MambaMixer: "layers.0.mixer.", MambaBlock: "layers.0.", MambaRMSNorm: "norm_f."}
+    for name, weight in module.named_parameters():
+        expected = in_a_model[beginning[kind] + name]
+        actual = weight.detach().float()
+        assert actual.isfinite().all()
+        # Drawn anew: within a tenth of the same range; what is not drawn is equal up to bfloat16.
+        spread = float(expected.max() - expected.min())
+        assert float(actual.min()) == pytest.approx(float(expected.min()), abs=0.1 * spread + 0.01)
+        assert float(actual.max()) == pytest.approx(float(expected.max()), abs=0.1 * spread + 0.01)
+        assert float(actual.std()) == pytest.approx(float(expected.std()), rel=0.25, abs=1e-3)
+
+
+def test_a_module_on_the_meta_device() -> None:
+    config = MambaConfig(**EVERYTHING)
+    with torch.device("meta"):
+        assert MambaBlock(config, 0).mixer.A_log.is_meta

@@ -72,16 +72,16 @@ def each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
 def mixers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers whose mixer was called; none where a step was one native call.
 
-    On the class, where no path looks for changes of an instance.
+    Through a private method, for a replaced forward would keep the native calls away.
     """
     called: list[int] = []
-    forward = MambaMixer.forward
+    convolve = MambaMixer._convolve
 
     def counted(self: MambaMixer, *args: Any, **kwargs: Any) -> Tensor:
         called.append(self.layer_idx)
-        return forward(self, *args, **kwargs)
+        return convolve(self, *args, **kwargs)
 
-    monkeypatch.setattr(MambaMixer, "forward", counted)
+    monkeypatch.setattr(MambaMixer, "_convolve", counted)
     return called
 
 
@@ -451,7 +451,7 @@ def parts(model: MambaForCausalLM) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if name and not isinstance(module, nn.ModuleList) and not name.endswith(".act")
+        if name and not isinstance(module, nn.ModuleList)
     }
 
 

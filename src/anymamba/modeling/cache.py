@@ -28,12 +28,13 @@ from anymamba.checkpoint import (
     write_atomically,
 )
 from anymamba.errors import InputError, StateError
+from anymamba.modeling.layer_state import LayerState
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.state import State
 
-__all__ = ["MambaCache", "model_identity"]
+__all__ = ["MambaCache", "config_of", "model_identity"]
 
 _BLOCKS = ("conv_states", "ssm_states")
 
@@ -102,6 +103,40 @@ class MambaCache(Cache):
         )
         self.token_counts = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
 
+    @classmethod
+    def for_model(
+        cls: type[_Self],
+        model: PreTrainedModel,
+        max_batch_size: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> _Self:
+        """Make the state of a model that has read nothing.
+
+        It has as many layers as the model has now, also where some were cut or repeated after the
+        config was written.
+
+        Args:
+            model: the model that will use it.
+            max_batch_size: b, the number of rows.
+            dtype: storage of `conv_states`; the model's own type if None.
+            device: where the blocks live; the model's if None.
+
+        Example:
+            >>> from anymamba import MambaConfig, MambaForCausalLM
+            >>> config = MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=4)
+            >>> model = MambaForCausalLM(config)
+            >>> model.backbone.layers = model.backbone.layers[:3]
+            >>> MambaCache.for_model(model)
+            MambaCache(layers=3, batch=1, tokens=[0], dtype=torch.float32, device=cpu)
+        """
+        return cls(
+            config_of(model),
+            max_batch_size,
+            model.dtype if dtype is None else dtype,
+            model.device if device is None else device,
+        )
+
     def __repr__(self) -> str:
         return (
             f"MambaCache(layers={len(self)}, batch={self.batch_size}, "
@@ -132,6 +167,24 @@ class MambaCache(Cache):
         return self.conv_states.device
 
     # Reading and writing one layer.
+
+    def layer(self, layer_idx: int) -> LayerState:
+        """Return one layer's part: views, so that writing into them writes into this cache.
+
+        Args:
+            layer_idx: the layer's place in the model's list of layers.
+
+        Raises:
+            InputError: there is no such layer.
+
+        Example:
+            >>> from anymamba.modeling.config import MambaConfig
+            >>> cache = MambaCache(MambaConfig(hidden_size=8, num_hidden_layers=2), 3)
+            >>> cache.layer(1).window_bek.shape
+            torch.Size([3, 16, 4])
+        """
+        window_bek = self._layer(self.conv_states, layer_idx, "layer")
+        return LayerState(window_bek, self.ssm_states[layer_idx])
 
     @torch.no_grad()
     def update_conv_state(  # type: ignore[override]
@@ -253,15 +306,20 @@ class MambaCache(Cache):
         self: _Self,
         device: torch.device | str | torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        non_blocking: bool | None = None,
     ) -> _Self:
         """Move the state, or change the storage type of `conv_states`, as `Tensor.to` does.
 
         Args:
             device: where to; a dtype in its place is taken as the dtype.
             dtype: new type of `conv_states`; `ssm_states` stay float32.
+            non_blocking: where it is given, this cache itself is moved, for that is how
+                accelerate's hooks move what a model is called with: the model must then go on
+                from the caller's state, and not from a copy that nobody sees again.
 
         Returns:
-            This cache if nothing changes, else a new one.
+            This cache if nothing changes or `non_blocking` is given, else a new one.
 
         Example:
             >>> from anymamba.modeling.config import MambaConfig
@@ -271,10 +329,14 @@ class MambaCache(Cache):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
+        waits_not = bool(non_blocking)
         moved = self._map(
-            lambda window: window.to(device=device, dtype=dtype),
-            lambda rest: rest.to(device=device),
+            lambda window: window.to(device=device, dtype=dtype, non_blocking=waits_not),
+            lambda rest: rest.to(device=device, non_blocking=waits_not),
         )
+        if non_blocking is not None:
+            vars(self).update(vars(moved))
+            return self
         return self if moved.conv_states is self.conv_states else moved
 
     def _map(
@@ -337,7 +399,7 @@ class MambaCache(Cache):
         identity = model_identity(self.config)
         digest = None
         if model is not None:
-            check_identity(identity, model_identity(model.config), "this cache")
+            check_identity(identity, model_identity(config_of(model)), "this cache")
             digest = state_dict_digest(model.state_dict())
         metadata = state_metadata(identity, self.token_counts.tolist(), digest)
         blocks = {name: getattr(self, name).contiguous() for name in _BLOCKS}
@@ -367,7 +429,7 @@ class MambaCache(Cache):
             StateError: if the file is broken, or was written for another model.
             InputError: if not exactly one of `config` and `model` is given.
         """
-        target_config = config if model is None else model.config
+        target_config = config if model is None else config_of(model)
         if target_config is None or (config is not None and model is not None):
             raise InputError("MambaCache.load: give either the config or the model it is for")
         file = read_state_file(path, model_identity(target_config))
@@ -553,6 +615,24 @@ class MambaCache(Cache):
 
     def prefetch(self, layer_idx: int, only_non_sliding: bool = True) -> None:
         """Do nothing: nothing was offloaded."""
+
+
+def config_of(model: PreTrainedModel) -> PreTrainedConfig:
+    """Return a model's config, with as many layers as the model has now.
+
+    Args:
+        model: a Mamba whose list of layers may have been cut, or given more layers.
+
+    Returns:
+        The model's own config where it says the truth, else a copy that does.
+    """
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None or len(layers) == model.config.num_hidden_layers:
+        return model.config
+    config = copy.copy(model.config)
+    # Not through the setter, which refuses a model without layers.
+    vars(config)["num_hidden_layers"] = len(layers)
+    return config
 
 
 def model_identity(config: PreTrainedConfig) -> dict[str, str | int]:

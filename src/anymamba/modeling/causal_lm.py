@@ -11,6 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateNonBeamOutput
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import logging
 
 from anymamba.errors import InputError
@@ -28,6 +29,7 @@ from anymamba.modeling.model import (
     MambaPreTrainedModel,
     check_cache,
     check_cache_position,
+    check_no_attention,
 )
 from anymamba.modeling.outputs import MambaCausalLMOutput
 from anymamba.modeling.packing import check_mask, next_tokens, pack_batch
@@ -71,9 +73,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         """The embedding layer."""
         return self.backbone.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another embedding layer in place."""
-        self.backbone.set_input_embeddings(value)
+        self.backbone.set_input_embeddings(new_embeddings)
 
     @takes_cache_params
     def forward(
@@ -82,12 +84,14 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         cache: MambaCache | None = None,
-        cache_position: Tensor | None = None,
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        shift_labels: Tensor | None = None,
+        cache_position: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -98,9 +102,13 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         Args:
             labels: (b, l) token ids, usually the input_ids; they are shifted inside, between the
                 positions that the mask keeps and never across packed documents. -100 is ignored.
-            logits_to_keep: how many of the last positions get logits, 0 for all of them; or the
-                indices (m,) of the positions. Labels then count at those positions alone.
-            **kwargs: what the loss understands (`num_items_in_batch`); the rest is ignored.
+            logits_to_keep: how many of the last positions get logits, 0 for all of them; or which:
+                indices (m,) for every row or (b, m) for each, or booleans (b, l), whose logits
+                (positions, v) have no rows. Labels then count at those positions alone.
+            shift_labels: (b, l), what each position should predict: labels that were shifted
+                already. They come before `labels`; what the mask deletes predicts nothing.
+            **kwargs: what the loss understands (`num_items_in_batch`); the rest is ignored, except
+                what asks for attention's keys, values or weights, which is refused.
             input_ids, attention_mask, inputs_embeds, cache, cache_position: as in
                 `MambaModel.forward`.
             output_hidden_states, return_dict, use_cache: as in `MambaModel.forward`.
@@ -121,7 +129,10 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             "cache_position": cache_position,
             "use_cache": use_cache,
         }
-        only_logits = labels is None and all(mark is None for mark in marks[1:])
+        check_no_attention(kwargs, cache)
+        _check_kept(logits_to_keep)
+        without_loss = labels is None and shift_labels is None
+        only_logits = without_loss and all(mark is None for mark in marks[1:])
         if output_hidden_states or self.config.output_hidden_states or torch.is_grad_enabled():
             only_logits = False
         output = self._fused(logits_to_keep, **inputs) if only_logits else None
@@ -137,13 +148,11 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 position_ids=position_ids,
             )
             hidden_states = outputs.last_hidden_state
-            kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
-            logits = self._logits(hidden_states[:, kept])
+            logits = self._logits(_at_kept(hidden_states, logits_to_keep))
             loss = None
-            if labels is not None:
-                loss = self._loss(logits, labels, kept, hidden_states.shape[:2], marks, kwargs)
+            if not without_loss:
+                targets = _targets(labels, shift_labels, hidden_states.shape[:2], marks)
+                loss = self._loss(logits, _at_kept(targets[..., None], logits_to_keep), kwargs)
             output = MambaCausalLMOutput(loss, logits, outputs.cache, outputs.hidden_states)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
@@ -190,8 +199,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is None:
-            return MambaCache(self.config, batch, self.dtype, device), use_cache
-        check_cache(cache, self.config, batch)
+            return MambaCache.for_model(self, batch, device=device), use_cache
+        check_cache(cache, self, batch)
         return cache, use_cache
 
     def _walk(
@@ -233,23 +242,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         logits = self._logits(torch.cat(hidden, 1)[:, -logits_to_keep:])
         return MambaCausalLMOutput(logits=logits, cache=cache if kept else None)
 
-    def _loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        kept: slice | Tensor,
-        shape_bl: torch.Size,
-        marks: tuple[Tensor | None, ...],
-        kwargs: dict[str, Any],
-    ) -> Tensor:
-        if labels.shape != shape_bl:
-            raise InputError(
-                f"labels has shape {tuple(labels.shape)}, expected one a position: "
-                f"{tuple(shape_bl)}"
-            )
-        batch, length = shape_bl
-        packed = pack_batch(batch, length, labels.device, *marks)
-        targets = next_tokens(labels, packed)[:, kept]
+    def _loss(self, logits: Tensor, targets: Tensor, kwargs: dict[str, Any]) -> Tensor:
         loss: Tensor = self.loss_function(
             logits=logits,
             labels=None,
@@ -279,9 +272,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             given._is_user_defined = True  # type: ignore[attr-defined]
         elif given is None and generation_config.use_cache is not False:
             copies = max(generation_config.num_beams, generation_config.num_return_sequences)
-            model_kwargs["cache"] = MambaCache(
-                self.config, batch_size * copies, self.dtype, self.device
-            )
+            # Where all weights are offloaded, the model's first call makes a state where it runs.
+            if self.device.type != "meta":
+                model_kwargs["cache"] = MambaCache.for_model(self, batch_size * copies)
 
     def _prefill(
         self,
@@ -380,8 +373,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor,
         inputs_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        use_cache: bool | None = None,
         cache: MambaCache | None = None,
+        attention_mask: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -405,6 +399,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         inputs: dict[str, Any] = parent.prepare_inputs_for_generation(
             input_ids,
             inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
             attention_mask=attention_mask,
             cache=cache,
             is_first_iteration=is_first_iteration,
@@ -414,7 +409,57 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         inputs.pop("position_ids", None)
         if cache is not None and not is_first_iteration:
             inputs.pop("attention_mask", None)
+            # PEFT's prompt tuning looks here whether its tokens were read; else it adds them again.
+            inputs["past_key_values"] = cache
         return inputs
+
+
+def _check_kept(logits_to_keep: int | Tensor) -> None:
+    if isinstance(logits_to_keep, int):
+        if logits_to_keep < 0:
+            raise InputError(f"logits_to_keep is {logits_to_keep}, expected 0 (all) or more")
+    elif logits_to_keep.ndim not in (1, 2) or logits_to_keep.is_floating_point():
+        raise InputError(
+            f"logits_to_keep has shape {tuple(logits_to_keep.shape)} of {logits_to_keep.dtype}, "
+            "expected indices (m,) or (batch, m), or booleans (batch, length)"
+        )
+
+
+def _at_kept(x_blc: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The positions that get logits: (b, m, c), or (positions, c) for booleans (b, l)."""
+    kept = logits_to_keep if isinstance(logits_to_keep, int) else logits_to_keep.to(x_blc.device)
+    if isinstance(kept, Tensor) and kept.ndim == 2:
+        needed = x_blc.shape[: 2 if kept.dtype == torch.bool else 1]
+        if kept.shape[: len(needed)] != needed:
+            raise InputError(
+                f"logits_to_keep has shape {tuple(kept.shape)} of {kept.dtype} for a batch of "
+                f"{tuple(x_blc.shape[:2])}: expected indices (batch, m) or booleans (batch, length)"
+            )
+    return slice_logits_to_keep(x_blc, kept)
+
+
+def _targets(
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    shape_bl: torch.Size,
+    marks: tuple[Tensor | None, ...],
+) -> Tensor:
+    """(b, l), what each position should predict; -100 where it predicts nothing."""
+    name = "labels" if shift_labels is None else "shift_labels"
+    given = labels if shift_labels is None else shift_labels
+    assert given is not None
+    if given.shape != shape_bl:
+        raise InputError(
+            f"{name} has shape {tuple(given.shape)}, expected one a position: {tuple(shape_bl)}"
+        )
+    batch, length = shape_bl
+    packed = pack_batch(batch, length, given.device, *marks)
+    if shift_labels is None:
+        return next_tokens(given, packed)
+    if packed is None:
+        return given
+    kept_bl = packed.unpack(torch.ones_like(packed.position_t)[None]) != 0
+    return given.masked_fill(~kept_bl, -100)
 
 
 def _masked_first(attention_mask: Tensor) -> Tensor:

@@ -15,17 +15,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
+from transformers.activations import SiLUActivation
 
 from anymamba.errors import InputError
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 from anymamba.ops import backend
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.native import core
-from anymamba.ops.plain import why_not_plain
+from anymamba.ops.plain import call_attributes, why_not_plain
 
 if TYPE_CHECKING:
     from anymamba.modeling.cache import MambaCache
     from anymamba.modeling.causal_lm import MambaForCausalLM
+    from anymamba.modeling.config import MambaConfig
 
 __all__ = ["CHUNK_TOKENS", "MOST_ROWS", "Table", "fits", "table_of", "why_not_fused"]
 
@@ -97,6 +99,8 @@ def why_not_fused(model: MambaForCausalLM) -> str | None:
         return f"the activation is {model.config.hidden_act}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
+    if not len(model.backbone.layers):
+        return "it has no layers"
     for name, module, kind in _parts(model):
         reason = why_not_plain(module, kind) or _why_not_usual(name, module, model)
         if reason is not None:
@@ -125,6 +129,8 @@ def _parts(model: MambaForCausalLM) -> Iterator[tuple[str, nn.Module, type[nn.Mo
         if type(block.mixer) is not MambaMixer:
             return
         yield f"{name}.mixer.conv1d", block.mixer.conv1d, nn.Conv1d
+        act = block.mixer.act
+        yield f"{name}.mixer.act", act, nn.SiLU if type(act) is nn.SiLU else SiLUActivation
         for projection in ("in_proj", "x_proj", "dt_proj", "out_proj"):
             module = getattr(block.mixer, projection)
             yield f"{name}.mixer.{projection}", module, _kind(module, nn.Linear)
@@ -137,19 +143,60 @@ def _kind(module: nn.Module, usual: type[nn.Module]) -> type[nn.Module]:
 
 
 # What decides a module's result beside its weights.
-_SETTINGS = ("variance_epsilon", "max_norm", "stride", "dilation", "groups", "padding_mode")
+_SETTINGS = (
+    "variance_epsilon",
+    "max_norm",
+    "stride",
+    "dilation",
+    "groups",
+    "padding_mode",
+    "activation",
+    "ssm_state_size",
+    "time_step_rank",
+)
 
 
 def _why_not_usual(name: str, module: nn.Module, model: MambaForCausalLM) -> str | None:
     """Why a module of the right class computes something else than the core would."""
-    if name.endswith(("lm_head", "x_proj")) and module.bias is not None:
+    config: Any = model.config
+    part = name.rpartition(".")[2]
+    if part in ("lm_head", "x_proj") and module.bias is not None:
         return "it has a bias"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "it limits the norm of what it returns"
     eps = getattr(module, "variance_epsilon", None)
     if eps is not None and eps != model.backbone.norm_f.variance_epsilon:
         return "its epsilon is not that of the final norm"
+    for setting, told in {
+        "activation": config.hidden_act,
+        "ssm_state_size": config.state_size,
+        "time_step_rank": config.time_step_rank,
+    }.items():
+        if getattr(module, setting, told) != told:
+            return f"its {setting} is not what the config says"
+    expected = _matrix_shapes(config).get(part)
+    if expected is not None and _shape_of(module) != expected:
+        return f"its weight is {_shape_of(module)}, and the config says {expected}"
     return None
+
+
+def _matrix_shapes(config: MambaConfig) -> dict[str, tuple[int, int]]:
+    d, e, n = config.hidden_size, config.intermediate_size, config.state_size
+    r, v = int(config.time_step_rank), config.vocab_size
+    return {
+        "embeddings": (v, d),
+        "lm_head": (v, d),
+        "in_proj": (2 * e, d),
+        "x_proj": (r + 2 * n, e),
+        "dt_proj": (e, r),
+        "out_proj": (d, e),
+    }
+
+
+def _shape_of(module: Any) -> tuple[int, ...]:
+    if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+        return module.n, module.k
+    return tuple(module.weight.shape)
 
 
 _GLOBAL_HOOKS = (
@@ -172,6 +219,9 @@ class Table:
             self._watch.contents(module._modules)
         for module in modules:
             self._watch_module(module)
+        for kind in {type(module) for module in modules}:
+            for owner, name in call_attributes(kind):
+                self._watch.attribute(owner, name)
         for hooks in _GLOBAL_HOOKS:
             self._watch.contents(hooks)
         own = [(*m._parameters.values(), *m._buffers.values()) for m in modules]

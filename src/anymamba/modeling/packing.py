@@ -23,6 +23,8 @@ __all__ = ["PackedBatch", "check_mask", "next_tokens", "pack_batch"]
 class PackedBatch:
     """How a (b, l) batch lies in one row of t tokens that holds s sequences.
 
+    Layers on other devices use it as it is: each method follows the tensor that it is given.
+
     Attributes:
         batch, length: b and l.
         position_t: where each token stands in the flattened batch.
@@ -41,25 +43,27 @@ class PackedBatch:
 
     def pack(self, x_bl: Float[Tensor, "b l ..."]) -> Float[Tensor, "1 t ..."]:
         """The remaining positions of a batch, in one row."""
-        return x_bl.flatten(0, 1)[self.position_t][None]
+        return x_bl.flatten(0, 1)[self.position_t.to(x_bl.device)][None]
 
     def unpack(self, x_1t: Float[Tensor, "1 t ..."]) -> Float[Tensor, "b l ..."]:
         """A row laid back into the batch, zeros at the deleted positions."""
         flat = x_1t.new_zeros(self.batch * self.length, *x_1t.shape[2:])
-        flat = flat.index_copy(0, self.position_t, x_1t[0])
+        flat = flat.index_copy(0, self.position_t.to(x_1t.device), x_1t[0])
         return flat.view(self.batch, self.length, *x_1t.shape[2:])
 
     def states_before(self, state_b: Float[Tensor, "b ..."]) -> Float[Tensor, "s ..."]:
         """Each sequence's initial state: its row's for the first of a row, else zeros."""
-        state_s = state_b[self.row_s]
-        return torch.where(self.is_first_s[:, None, None], state_s, torch.zeros_like(state_s))
+        state_s = state_b[self.row_s.to(state_b.device)]
+        is_first_s = self.is_first_s.to(state_b.device)
+        return torch.where(is_first_s[:, None, None], state_s, torch.zeros_like(state_s))
 
     def states_after(
         self, state_b: Float[Tensor, "b ..."], last_s: Float[Tensor, "s ..."]
     ) -> Float[Tensor, "b ..."]:
         """Each row's state afterwards: its last sequence's, or the old one where it had none."""
-        rows = self.row_s[self.is_last_s]
-        return state_b.index_copy(0, rows, last_s[self.is_last_s].to(state_b.dtype))
+        rows = self.row_s[self.is_last_s].to(state_b.device)
+        last = last_s[self.is_last_s.to(last_s.device)]
+        return state_b.index_copy(0, rows, last.to(state_b.device, state_b.dtype))
 
 
 def pack_batch(
@@ -123,7 +127,8 @@ def next_tokens(labels_bl: Int[Tensor, "b l"], packed: PackedBatch | None) -> In
     next_t[:-1] = labels_t[1:]
     next_t[packed.cu_seqlens[1:].to(labels_t.device) - 1] = -100
     flat = labels_bl.new_full((packed.batch * packed.length,), -100)
-    return flat.index_copy(0, packed.position_t, next_t).view(packed.batch, packed.length)
+    position_t = packed.position_t.to(labels_bl.device)
+    return flat.index_copy(0, position_t, next_t).view(packed.batch, packed.length)
 
 
 def check_mask(batch: int, length: int, attention_mask: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.ops import quantized_linear
+from anymamba.ops.plain import fusable
 from anymamba.ops.quantized_linear_reference import widened
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear", "put_quantized_layers"]
@@ -48,6 +49,7 @@ class _Quantized(nn.Module):
         return f"{self.k}, {self.n}, bits={bits}, group={self.k // self.weight_scales.shape[1]}"
 
 
+@fusable
 class QuantizedLinear(_Quantized):
     """y = x W^T + bias through `anymamba.ops.quantized_linear`.
 
@@ -77,6 +79,7 @@ class QuantizedLinear(_Quantized):
         return quantized_linear(x, self.weight_q, self.weight_scales, self.weight_minima, self.bias)
 
 
+@fusable
 class QuantizedEmbedding(_Quantized):
     """Rows of a quantized table, in float32.
 

@@ -1,19 +1,28 @@
 """Is a module still what the model put there?
 
 A fused path reads a module's weights and never calls its forward. That is right only while the
-module is untouched: no adapter, quantized weight, hook or parametrization stands in its place.
+module is untouched: no adapter, quantized weight, hook or parametrization stands in its place, and
+its class computes what it computed when it was defined.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from types import BuiltinFunctionType
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules import module as module_globals
 from torch.nn.parameter import Parameter
 
 from anymamba.ops.linear import linear as multiply
 
-__all__ = ["project", "why_not_plain"]
+__all__ = ["call_attributes", "fusable", "project", "why_not_plain"]
+
+_Kind = TypeVar("_Kind", bound=type[nn.Module])
 
 _HOOKS = (
     "_forward_hooks",
@@ -27,6 +36,69 @@ _GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
+
+# What Python looks up on a class to call a module, in this order.
+_CALL = ("__call__", "_call_impl", "forward")
+# What the forward of PyTorch's layers looks up in its turn.
+_FUNCTIONS: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Embedding: "embedding",
+    nn.SiLU: "silu",
+}
+
+_ORIGINALS: dict[type[nn.Module], tuple[Any, ...]] = {}
+
+
+def fusable(kind: _Kind, function: str | None = None) -> _Kind:
+    """Record what calling a class's modules runs, so that a later replacement is noticed.
+
+    Args:
+        kind: a class whose modules a fused path may stand in for; used as a decorator.
+        function: what its forward calls of `torch.nn.functional`, if that says all of it.
+
+    Example:
+        >>> from torch import nn
+        >>> @fusable
+        ... class Double(nn.Module):
+        ...     def forward(self, x):
+        ...         return 2 * x
+        >>> why_not_plain(Double(), Double) is None
+        True
+        >>> Double.forward = lambda self, x: 3 * x
+        >>> why_not_plain(Double(), Double)
+        'the forward of Double was replaced'
+    """
+    _ORIGINALS[kind] = tuple(getattr(kind, name) for name in _CALL)
+    if function is not None:
+        _FUNCTIONS[kind] = function
+    return kind
+
+
+def call_attributes(kind: type[nn.Module]) -> Iterator[tuple[Any, str]]:
+    """What decides, beside a module itself, what a call of it computes.
+
+    Args:
+        kind: the module's class.
+
+    Yields:
+        An object and the name of its attribute.
+    """
+    for name in _CALL:
+        yield kind, name
+    if kind in _FUNCTIONS:
+        yield functional, _FUNCTIONS[kind]
+
+
+def _why_not_original(kind: type[nn.Module]) -> str | None:
+    """Which function that a module's call runs was replaced on its class, or None."""
+    for name, original in zip(_CALL, _ORIGINALS[kind], strict=True):
+        if getattr(kind, name) is not original:
+            return f"the {name} of {kind.__name__} was replaced"
+    function = _FUNCTIONS.get(kind)
+    if function and getattr(functional, function) is not _TORCH_FUNCTIONS[function]:
+        return f"torch.nn.functional.{function} was replaced"
+    return None
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
@@ -52,7 +124,7 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
     Args:
         module: what stands in the model now.
-        kind: the class that the model put there.
+        kind: the class that the model put there, a `fusable` one.
 
     Example:
         >>> from torch import nn
@@ -65,6 +137,9 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return f"replaced by {type(module).__name__}"
     if "forward" in module.__dict__:
         return "its forward was replaced"
+    replaced = _why_not_original(kind)
+    if replaced is not None:
+        return replaced
     if any(getattr(module, name, None) for name in _HOOKS):
         return "it has hooks"
     if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
@@ -77,3 +152,24 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
         if tensor is not None and type(tensor) not in (Parameter, Tensor):
             return f"its {name} is a {type(tensor).__name__}"
     return None
+
+
+def _untouched(function: Any, module_name: str) -> Any:
+    """A function of PyTorch's; None where a program replaced it before this import."""
+    if isinstance(function, BuiltinFunctionType):
+        return function
+    code = getattr(function, "__code__", None)
+    defined_in = sys.modules[module_name].__file__
+    return function if code is not None and code.co_filename == defined_in else None
+
+
+def _untouched_method(kind: type[nn.Module], name: str) -> Any:
+    owner = next(base for base in kind.__mro__ if name in vars(base))
+    return _untouched(getattr(kind, name), owner.__module__)
+
+
+for _kind in _FUNCTIONS:
+    _ORIGINALS[_kind] = tuple(_untouched_method(_kind, name) for name in _CALL)
+_TORCH_FUNCTIONS = {
+    name: _untouched(getattr(functional, name), functional.__name__) for name in _FUNCTIONS.values()
+}

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from anymamba.errors import InputError
 from anymamba.modeling.cache import MambaCache
+from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.model import MambaMixer
 from anymamba.modeling.packing import PackedBatch, next_tokens
 from anymamba.training.distributed.scan import parallel_scan
@@ -142,19 +143,22 @@ class _SequenceParallelMixer(MambaMixer):
     def forward(
         self,
         hidden_states: Tensor,
-        cache: MambaCache | None = None,
+        cache: MambaCache | LayerState | None = None,
+        attention_mask: Tensor | None = None,
+        *,
         packed: PackedBatch | None = None,
     ) -> Tensor:
         """As `MambaMixer.forward`, for one stretch."""
-        if cache is not None or packed is not None:
-            given = "a cache (pass use_cache=False)" if packed is None else "a mask or packed rows"
+        if cache is not None or attention_mask is not None or packed is not None:
+            marked = attention_mask is not None or packed is not None
+            given = "a mask or packed rows" if marked else "a cache (pass use_cache=False)"
             raise InputError(f"sequence_parallel takes whole rows only, the model got {given}")
         _check_long_enough(hidden_states.shape[1], self.config.conv_kernel)
         mixed: Tensor = super().forward(hidden_states)
         return mixed
 
     def _convolve(
-        self, x_ble: Tensor, cache: MambaCache | None, packed: PackedBatch | None
+        self, x_ble: Tensor, state: LayerState | None, packed: PackedBatch | None
     ) -> Tensor:
         k = self.config.conv_kernel
         # A window is k wide, of which the convolution looks at the last k - 1.
@@ -171,7 +175,7 @@ class _SequenceParallelMixer(MambaMixer):
         C_bln: Tensor,
         z_ble: Tensor,
         delta_bias_e: Tensor | None,
-        cache: MambaCache | None,
+        state: LayerState | None,
         packed: PackedBatch | None,
     ) -> Tensor:
         return parallel_scan(
