@@ -25,6 +25,16 @@ def small_model(seed: int = 0, **fields: Any) -> MambaForCausalLM:
     return model.eval()
 
 
+def talkative_model(**fields: Any) -> MambaForCausalLM:
+    """A small model whose greedy text varies and hangs on all that was read: an untied head."""
+    model = small_model(tie_word_embeddings=False, **fields)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
 def words(b: int, l: int, seed: int = 1) -> Tensor:
     """(b, l) random token ids."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from anymamba import MambaCache, MambaForCausalLM, ops
 from anymamba.errors import InputError, StateError
 from anymamba.modeling.fused import why_not_fused
-from tests.modeling.small import assert_same, small_model, words
+from tests.modeling.small import assert_same, talkative_model, words
 
 ORDERS = {
     "cut": (0, 1),
@@ -27,11 +27,7 @@ ORDERS = {
 
 def model_of(order: tuple[int, ...], shared: bool = True) -> MambaForCausalLM:
     """Layers in another order; repeated ones are one module, or copies with places of their own."""
-    model = small_model(num_hidden_layers=4)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.15 * torch.randn(weight.shape, generator=generator))
+    model = talkative_model(num_hidden_layers=4)
     layers = [model.backbone.layers[i] for i in order]
     if not shared:
         layers = [copy.deepcopy(layer) for layer in layers]

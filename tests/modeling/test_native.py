@@ -574,6 +574,10 @@ def another_convolution(model: MambaForCausalLM) -> None:
     mixer(model).conv1d = new
 
 
+def another_activation(model: MambaForCausalLM) -> None:
+    mixer(model).act = nn.Tanh()
+
+
 def another_class(model: MambaForCausalLM) -> None:
     """As some libraries wrap a module: in place, without a trace in its dict."""
     mixer(model).out_proj.__class__ = Doubled
@@ -629,6 +633,7 @@ INTERFERENCES |= {
         another_embedding,
         embedding_of_limited_norm,
         another_convolution,
+        another_activation,
         another_class,
         another_mixer,
         another_block_in_the_list,

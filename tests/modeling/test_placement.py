@@ -25,19 +25,14 @@ from torch import Tensor, nn
 
 from anymamba import MambaCache, MambaForCausalLM
 from anymamba.modeling.layer_state import LayerState
-from tests.modeling.small import assert_same, small_model, words
+from tests.modeling.small import assert_same, talkative_model, words
 
 LAYERS = 3
 
 
 def whole_model() -> MambaForCausalLM:
     """Untied, because accelerate keeps tied weights together."""
-    model = small_model(num_hidden_layers=LAYERS, tie_word_embeddings=False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
-    return model
+    return talkative_model(num_hidden_layers=LAYERS)
 
 
 def device_map(*devices: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from anymamba import MambaCache, MambaForCausalLM
 from anymamba.errors import InputError
-from tests.modeling.small import assert_same, small_model, words
+from tests.modeling.small import assert_same, small_model, talkative_model, words
 
 IDS = words(2, 7)
 MASK = torch.ones_like(IDS)
@@ -57,7 +57,7 @@ def prompted(method: str) -> tuple[Any, MambaForCausalLM]:
         "prompt tuning": peft.PromptTuningConfig(**CAUSAL),
         "p-tuning": peft.PromptEncoderConfig(**CAUSAL, encoder_hidden_size=8),
     }
-    model = small_model()
+    model = talkative_model()
     adapted = peft.get_peft_model(model, configs[method]).eval()
     torch.manual_seed(0)
     for weight in adapted.prompt_encoder.parameters():

@@ -458,7 +458,7 @@ def _targets(
         return next_tokens(given, packed)
     if packed is None:
         return given
-    kept_bl = packed.unpack(torch.ones_like(packed.position_t)[None]) != 0
+    kept_bl = packed.unpack(packed.pack(torch.ones_like(given))) != 0
     return given.masked_fill(~kept_bl, -100)
 
 

@@ -150,7 +150,6 @@ _SETTINGS = (
     "dilation",
     "groups",
     "padding_mode",
-    "activation",
     "ssm_state_size",
     "time_step_rank",
 )
@@ -168,7 +167,6 @@ def _why_not_usual(name: str, module: nn.Module, model: MambaForCausalLM) -> str
     if eps is not None and eps != model.backbone.norm_f.variance_epsilon:
         return "its epsilon is not that of the final norm"
     for setting, told in {
-        "activation": config.hidden_act,
         "ssm_state_size": config.state_size,
         "time_step_rank": config.time_step_rank,
     }.items():

@@ -214,7 +214,7 @@ class MambaMixer(nn.Module):
     def _fused_convolution(
         self, x_ble: Tensor, window: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        fused = self.activation if self._multiplies_by_sigmoid() else None
+        fused = "silu" if self._multiplies_by_sigmoid() else None
         x_conv_ble, last = ops.causal_conv1d(
             x_ble,
             self.conv1d.weight[:, 0],

@@ -182,7 +182,7 @@ class MambaTrainer(Trainer):
         return self._cache
 
     def _empty_state(self, rows: int) -> MambaCache:
-        return MambaCache(self.mamba.config, rows, self.mamba.dtype, self.args.device)
+        return MambaCache.for_model(self.mamba, rows, device=self.args.device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch.
