@@ -75,6 +75,14 @@ inline const float* floats(Array array, std::vector<float>& buffer, std::int64_t
   return buffer.data();
 }
 
+// What a product with a weight reads its activations as. With `bf16_products` those of bfloat16
+// weights are rounded to bfloat16; else, and for all other weights, they are float32.
+inline DType operand_type(const Weight& weight, bool bf16_products) {
+  const bool rounds =
+      bf16_products && weight.quantized.bits == 0 && weight.type == DType::bf16;
+  return rounds ? DType::bf16 : DType::f32;
+}
+
 // hidden (count, d): the embeddings of tokens.
 void embed(const Model& model, const std::int64_t* tokens, std::int64_t count, float* hidden);
 

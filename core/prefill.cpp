@@ -2,17 +2,21 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <new>
 
+#include "threads.h"
+
 namespace anymamba {
 namespace {
 
-// Numbers of a type chosen at run time, in memory that is another's.
+// Numbers in memory that is another's, with room for float32: they may be of a narrower type.
 class Buffer {
  public:
-  Buffer(char* data, DType type) : data_(data), type_(type) {}
+  explicit Buffer(char* data, DType type = DType::f32) : data_(data), type_(type) {}
+  Buffer as(DType type) const { return Buffer(data_, type); }
   void* data() const { return data_; }
   float* floats() const { return reinterpret_cast<float*>(data_); }
   DType type() const { return type_; }
@@ -38,10 +42,10 @@ class Block {
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  Buffer take(std::int64_t count, DType type) {
+  Buffer take(std::int64_t count) {
     char* const data = next_;
     next_ += rounded(count) * 4;
-    return {data, type};
+    return Buffer(data);
   }
   // What a buffer of `count` numbers takes: whole cache lines.
   static std::int64_t rounded(std::int64_t count) { return (count + 15) / 16 * 16; }
@@ -52,26 +56,16 @@ class Block {
   char* next_;
 };
 
-// What a product reads is best kept as the weights are, where bfloat16 pairs are multiplied; else
-// everything is float32, which quantized weights round by themselves. The head's type stands for all:
-// where others differ, products widen them.
-DType operand_type(const Model& model) {
-  const bool pairs = kernels().multiplies_bf16 && model.head.type == DType::bf16 &&
-                     model.head.quantized.bits == 0;
-  return pairs ? DType::bf16 : DType::f32;
-}
-
 class Reading {
  public:
   Reading(const Model& model, const States& states, const Prompt& prompt)
       : m_(model), states_(states), prompt_(prompt), l_(prompt.offsets[prompt.sequences]),
-        type_(operand_type(model)), block_(numbers()), hidden_(block_.take(l_ * m_.d, DType::f32)),
-        normed_(block_.take(l_ * m_.d, type_)), xz_(block_.take(l_ * 2 * m_.e, DType::f32)),
-        x_(block_.take(l_ * m_.e, type_)), rBC_(block_.take(l_ * wide(), DType::f32)),
-        r_(block_.take(l_ * wide(), type_)), delta_(block_.take(l_ * m_.e, DType::f32)),
-        y_(block_.take(l_ * m_.e, type_)), A_(block_.take(m_.e * m_.n, DType::f32)),
-        chosen_(block_.take(prompt.wanted * m_.d, DType::f32)),
-        chosen_normed_(block_.take(prompt.wanted * m_.d, type_)), norm_(m_.d), bias_(2 * m_.e),
+        block_(numbers()), hidden_(block_.take(l_ * m_.d)), normed_(block_.take(l_ * m_.d)),
+        xz_(block_.take(l_ * 2 * m_.e)), x_(block_.take(l_ * m_.e)),
+        rBC_(block_.take(l_ * wide())), rounded_rBC_(block_.take(l_ * wide())),
+        delta_(block_.take(l_ * m_.e)), y_(block_.take(l_ * m_.e)), A_(block_.take(m_.e * m_.n)),
+        chosen_(block_.take(prompt.wanted * m_.d)),
+        chosen_normed_(block_.take(prompt.wanted * m_.d)), norm_(m_.d), bias_(2 * m_.e),
         conv_weight_(m_.e * m_.k), conv_bias_(m_.e), dt_bias_(m_.e), D_(m_.e) {
     for (std::int64_t i = 0; i < prompt.sequences; ++i)
       if (prompt.offsets[i] < prompt.offsets[i + 1]) sequences_.push_back(i);
@@ -89,17 +83,38 @@ class Reading {
       std::memcpy(hidden_.data(), prompt_.hidden, sizeof(float) * l_ * m_.d);
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
-      norm(layer.norm, hidden_.floats(), l_, normed_);
+      norm(layer.norm, hidden_.floats(), l_, operand_for(layer.in_proj, normed_));
       convolve(layer, static_cast<std::int64_t>(index));
       scan(layer, static_cast<std::int64_t>(index));
       const float* bias = floats(layer.out_proj_bias, bias_, 0, m_.d);
-      multiply(y_, m_.e, l_, m_.e, layer.out_proj, m_.d, bias, hidden_.floats(), true);
+      multiply(operand_for(layer.out_proj, y_), m_.e, l_, m_.e, layer.out_proj, m_.d, bias,
+               hidden_.floats(), true);
     }
     if (prompt_.wanted > 0) write_logits(logits);
   }
 
  private:
   std::int64_t wide() const { return m_.r + 2 * m_.n; }
+
+  // A buffer of activations, in the type that the product with this weight reads.
+  Buffer operand_for(const Weight& weight, const Buffer& activations) const {
+    return activations.as(operand_type(weight, prompt_.bf16_products));
+  }
+
+  // The same of activations that others read as float32: if need be they are rounded into `room`.
+  Buffer rounded_for(const Weight& weight, const Buffer& activations, std::int64_t width,
+                     const Buffer& room) const {
+    const Buffer rounded = operand_for(weight, room);
+    if (rounded.type() == DType::f32) return activations;
+    constexpr std::int64_t kRows = 32;
+    parallel_for((l_ + kRows - 1) / kRows, [&](std::int64_t task) {
+      const std::int64_t first = task * kRows * width;
+      const std::int64_t count = std::min(kRows * width, l_ * width - first);
+      kernels().convert(activations.floats() + first, DType::f32,
+                        static_cast<char*>(rounded.data()) + first * 2, rounded.type(), count);
+    });
+    return rounded;
+  }
 
   // Of all buffers, each in float32 whatever its type.
   std::int64_t numbers() const {
@@ -163,7 +178,8 @@ class Reading {
   // x and z, then x through the convolution.
   void convolve(const Layer& layer, std::int64_t index) {
     const float* bias = floats(layer.in_proj_bias, bias_, 0, 2 * m_.e);
-    multiply(normed_, m_.d, l_, m_.d, layer.in_proj, 2 * m_.e, bias, xz_.floats());
+    multiply(operand_for(layer.in_proj, normed_), m_.d, l_, m_.d, layer.in_proj, 2 * m_.e, bias,
+             xz_.floats());
     Conv conv;
     conv.e = m_.e;
     conv.k = m_.k;
@@ -181,9 +197,11 @@ class Reading {
 
   // Step size, B and C from x, then the scan with D and gate.
   void scan(const Layer& layer, std::int64_t index) {
-    multiply(x_, m_.e, l_, m_.e, layer.x_proj, wide(), nullptr, rBC_.floats());
-    kernels().convert(rBC_.data(), DType::f32, r_.data(), type_, l_ * wide());
-    multiply(r_, wide(), l_, m_.r, layer.dt_proj, m_.e, nullptr, delta_.floats());
+    // y is not written yet: until then its memory holds x as x_proj reads it.
+    multiply(rounded_for(layer.x_proj, x_, m_.e, y_), m_.e, l_, m_.e, layer.x_proj, wide(),
+             nullptr, rBC_.floats());
+    multiply(rounded_for(layer.dt_proj, rBC_, wide(), rounded_rBC_), wide(), l_, m_.r,
+             layer.dt_proj, m_.e, nullptr, delta_.floats());
     Scan scan;
     scan.e = m_.e;
     scan.n = m_.n;
@@ -202,7 +220,7 @@ class Reading {
     float* const state = states_of(m_, states_, prompt_.sequences, index);
     scan.initial = state;
     ScanResult result;
-    result.y = rows(y_, m_.e);
+    result.y = rows(operand_for(layer.out_proj, y_), m_.e);
     result.last = state;
     kernels().scan(scan, result);
   }
@@ -211,17 +229,18 @@ class Reading {
     for (std::int64_t i = 0; i < prompt_.wanted; ++i)
       std::memcpy(chosen_.floats() + i * m_.d, hidden_.floats() + prompt_.positions[i] * m_.d,
                   sizeof(float) * m_.d);
-    norm(m_.norm, chosen_.floats(), prompt_.wanted, chosen_normed_);
-    multiply(chosen_normed_, m_.d, prompt_.wanted, m_.d, m_.head, m_.v, nullptr, logits);
+    const Buffer normed = operand_for(m_.head, chosen_normed_);
+    norm(m_.norm, chosen_.floats(), prompt_.wanted, normed);
+    multiply(normed, m_.d, prompt_.wanted, m_.d, m_.head, m_.v, nullptr, logits);
   }
 
   const Model& m_;
   const States& states_;
   const Prompt& prompt_;
   const std::int64_t l_;  // tokens of all sequences
-  const DType type_;      // of what products read
   Block block_;
-  const Buffer hidden_, normed_, xz_, x_, rBC_, r_, delta_, y_, A_, chosen_, chosen_normed_;
+  const Buffer hidden_, normed_, xz_, x_, rBC_, rounded_rBC_, delta_, y_, A_, chosen_,
+      chosen_normed_;
   std::vector<float> norm_, bias_, conv_weight_, conv_bias_, dt_bias_, D_;  // widened
   std::vector<std::int64_t> sequences_, zeros_, starts_, stops_;  // those with tokens
 };

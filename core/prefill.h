@@ -15,6 +15,7 @@ struct Prompt {
   const float* hidden = nullptr;          // (., d) in their place
   std::int64_t wanted = 0;                // positions that get logits
   const std::int64_t* positions = nullptr;  // (wanted,)
+  bool bf16_products = false;             // see operand_type
 };
 
 // logits (wanted, v). Throws std::bad_alloc.

@@ -35,11 +35,25 @@ class Ahead {
   const char *next_, *end_;
 };
 
-// A worker's vectors rounded to 8 bits, where a quantized weight wants them.
+// A worker's vectors as weights want them: rounded to 8 bits by a quantized one, or to bfloat16.
 struct Rounded {
+  bool bf16_products = false;
   std::vector<std::int8_t> q;
   std::vector<float> scales;
   std::vector<std::int32_t> sums;
+  std::vector<std::uint16_t> narrow;
+  std::vector<float> wide;
+
+  // Vectors x (b, k) that went through bfloat16, (b, k) without gaps.
+  const float* through_bf16(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k) {
+    narrow.resize(k);
+    wide.resize(b * k);
+    for (std::int64_t row = 0; row < b; ++row) {
+      kernels().convert(x + row * stride, DType::f32, narrow.data(), DType::bf16, k);
+      kernels().widen(narrow.data(), DType::bf16, wide.data() + row * k, k);
+    }
+    return wide.data();
+  }
 
   QuantizedRows rows(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k, int group) {
     const std::int64_t groups = b * (k / group);
@@ -66,6 +80,9 @@ void project(const Weight& weight, const Vectors& x, const float* bias, float* y
     const QuantizedRows rounded = x.rounded.rows(x.data, x.stride, x.b, x.k, quantized.group);
     return kernels().few_quantized_rows({quantized, rounded, bias, y, y_stride}, rows.first, rows.last);
   }
+  const bool rounds = operand_type(weight, x.rounded.bf16_products) == DType::bf16;
+  const float* const data = rounds ? x.rounded.through_bf16(x.data, x.stride, x.b, x.k) : x.data;
+  const std::int64_t stride = rounds ? x.k : x.stride;
   const std::int64_t block = x.b <= kMostVectors ? rows.last - rows.first : kWeightRows;
   for (std::int64_t first = rows.first; first < rows.last; first += block) {
     const std::int64_t last = std::min(rows.last, first + block);
@@ -76,8 +93,8 @@ void project(const Weight& weight, const Vectors& x, const float* bias, float* y
       product.type = weight.type;
       product.weight_row_stride = weight.row_stride;
       product.bias = bias;
-      product.x = x.data + row * x.stride;
-      product.x_row_stride = x.stride;
+      product.x = data + row * stride;
+      product.x_row_stride = stride;
       product.y = y + row * y_stride;
       product.y_row_stride = y_stride;
       product.m = static_cast<int>(std::min<std::int64_t>(kMostVectors, x.b - row));
@@ -99,9 +116,11 @@ struct Buffers {
 struct Own {
   std::vector<float> norm, in_proj_bias, conv_weight, conv_bias, dt_bias, A, D, out_proj_bias;
   Rounded rounded;
-  explicit Own(const Model& m)
+  Own(const Model& m, bool bf16_products)
       : norm(m.d), in_proj_bias(2 * m.e), conv_weight(m.e * m.k), conv_bias(m.e), dt_bias(m.e),
-        A(m.e * m.n), D(m.e), out_proj_bias(m.d) {}
+        A(m.e * m.n), D(m.e), out_proj_bias(m.d) {
+    rounded.bf16_products = bf16_products;
+  }
 };
 
 Tensor3 rows_of(float* data, std::int64_t row_stride) {
@@ -111,13 +130,14 @@ Tensor3 rows_of(float* data, std::int64_t row_stride) {
 class Step {
  public:
   Step(const Model& model, const States& state, std::int64_t b, Buffers& buffers,
-       float* logits)
-      : kernels_(kernels()), m_(model), state_(state), b_(b), buf_(buffers), logits_(logits) {}
+       float* logits, bool bf16_products)
+      : kernels_(kernels()), m_(model), state_(state), b_(b), buf_(buffers), logits_(logits),
+        bf16_products_(bf16_products) {}
 
   // What one worker does; the barriers separate what all must have finished.
   void run(int worker, int workers, Barrier& barrier) {
     std::vector<float> normed(b_ * m_.d);  // every worker's own: cheaper than waiting for one
-    Own own(m_);
+    Own own(m_, bf16_products_);
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
       const Span channels = share(m_.e, worker, workers);
@@ -244,19 +264,21 @@ class Step {
   const std::int64_t b_;
   Buffers& buf_;
   float* const logits_;
+  const bool bf16_products_;
 };
 
 }  // namespace
 
 void decode_step(const Model& model, const States& state, std::int64_t b,
-                 const std::int64_t* tokens, const float* hidden, float* logits) {
+                 const std::int64_t* tokens, const float* hidden, float* logits,
+                 bool bf16_products) {
   if (b == 0) return;
   Buffers buffers(model, b);
   if (tokens != nullptr)
     embed(model, tokens, b, buffers.hidden.data());
   else
     std::memcpy(buffers.hidden.data(), hidden, sizeof(float) * b * model.d);
-  Step step(model, state, b, buffers, logits);
+  Step step(model, state, b, buffers, logits, bf16_products);
   parallel_region([&](int worker, int workers, Barrier& barrier) {
     step.run(worker, workers, barrier);
   });

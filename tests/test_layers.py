@@ -30,6 +30,7 @@ LIGHT = (
     "assets",
     "__init__.py",
     "__main__.py",
+    "arithmetic.py",
     "errors.py",
     "originals.py",
     "dropin/__init__.py",

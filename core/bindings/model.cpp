@@ -31,7 +31,7 @@ class PyModel {
 
   // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
   void step(const std::optional<In>& tokens, const std::optional<In>& hidden, const Out& conv,
-            const Out& ssm, const Out& logits) const {
+            const Out& ssm, const Out& logits, bool bf16_products) const {
     const std::int64_t b = extent(logits, 0);
     float* const out = floats("logits", logits, {b, model_.v});
     const States states = states_of(conv, ssm, b);
@@ -39,16 +39,18 @@ class PyModel {
     const float* given = floats("hidden", hidden, {b, model_.d});
     const std::vector<std::int64_t> ids = token_ids(tokens, b);
     nb::gil_scoped_release release;
-    decode_step(model_, states, b, tokens ? ids.data() : nullptr, given, out);
+    decode_step(model_, states, b, tokens ? ids.data() : nullptr, given, out, bf16_products);
   }
 
   // tokens (l,) int64 or hidden (l, d), the sequences one behind the other; offsets (b + 1,) and
   // positions (w,) int64; conv and ssm as above; logits (w, v).
   void read(const std::optional<In>& tokens, const std::optional<In>& hidden, const In& offsets,
-            const In& positions, const Out& conv, const Out& ssm, const Out& logits) const {
+            const In& positions, const Out& conv, const Out& ssm, const Out& logits,
+            bool bf16_products) const {
     if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
     const std::int64_t l = extent(tokens ? *tokens : *hidden, 0);
     Prompt prompt;
+    prompt.bf16_products = bf16_products;
     if (extent(offsets, 0) < 1) refuse("offsets is empty, expected one more than sequences");
     prompt.sequences = extent(offsets, 0) - 1;
     prompt.wanted = extent(positions, 0);
@@ -104,7 +106,7 @@ class PyModel {
     nb::dict parts;
     if (nb::try_cast<nb::dict>(given, parts)) return extent(array(parts, "q"), 0);
     In found;
-    if (!nb::try_cast<In>(given, found)) refuse("embeddings is not an array");
+    if (!nb::try_cast<In>(given, found)) refuse("a weight is not an array");
     return extent(found, 0);
   }
 
@@ -147,7 +149,9 @@ class PyModel {
       model_.e = extent(array(given, "A_log"), 0);
       model_.n = extent(array(given, "A_log"), 1);
       model_.k = extent(array(given, "conv_weight"), 1);
-      model_.r = extent(array(given, "dt_proj"), 1);  // never quantized: its rows are short
+      if (!given.contains("x_proj")) refuse("x_proj is missing");
+      model_.r = rows_of(nb::borrow(given["x_proj"])) - 2 * model_.n;
+      if (model_.r < 0) refuse("x_proj has fewer rows than two for each state");
     }
     const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
     layer.norm = small("norm", array(given, "norm"), {d});
@@ -191,11 +195,12 @@ void add_model(nb::module_& m) {
            nb::arg("layers"), nb::arg("constant") = false,
            "With `constant` the weights never change, and what follows from them is kept.")
       .def("step", &PyModel::step, nb::arg("tokens").none(), nb::arg("hidden").none(),
-           nb::arg("conv"), nb::arg("ssm"), nb::arg("logits"),
+           nb::arg("conv"), nb::arg("ssm"), nb::arg("logits"), nb::arg("bf16_products") = false,
            "One token for each row; the states advance in place.")
       .def("read", &PyModel::read, nb::arg("tokens").none(), nb::arg("hidden").none(),
            nb::arg("offsets"), nb::arg("positions"), nb::arg("conv"), nb::arg("ssm"),
-           nb::arg("logits"), "The tokens of several sequences; the states advance in place.");
+           nb::arg("logits"), nb::arg("bf16_products") = false,
+           "The tokens of several sequences; the states advance in place.");
 }
 
 }  // namespace anymamba::bindings

@@ -28,9 +28,30 @@ struct Example {
   Weight weight(DType type, std::int64_t n, std::int64_t k) { return {numbers(type, n * k, 0.3), type, k, {}}; }
   Array array(DType type, std::int64_t count) { return {numbers(type, count, 1.0), type}; }
 
-  Example(DType type, std::int64_t d, std::int64_t e, std::int64_t n) {
+  // A weight whose scales make its numbers as large as those of `weight`.
+  Weight quantized_weight(int bits, int group, std::int64_t n, std::int64_t k) {
+    memory.push_back(std::make_unique<std::vector<char>>(n * k * bits / 8));
+    for (char& byte : *memory.back()) byte = static_cast<char>(random.below(256));
+    Weight weight;
+    weight.quantized = {bits, group, reinterpret_cast<const std::uint8_t*>(memory.back()->data()),
+                        nullptr, nullptr};
+    memory.push_back(std::make_unique<std::vector<char>>(n * k / group * 2));
+    const std::vector<float> scales(n * k / group, 0.3f / static_cast<float>(1 << (bits - 1)));
+    void* const narrow = memory.back()->data();
+    kernels().convert(scales.data(), DType::f32, narrow, DType::bf16, n * k / group);
+    weight.quantized.scales = static_cast<const std::uint16_t*>(narrow);
+    return weight;
+  }
+
+  // Of one of five storage types.
+  Weight any_weight(int kind, std::int64_t n, std::int64_t k) {
+    if (kind < 3) return weight(static_cast<DType>(kind), n, k);
+    return quantized_weight(kind == 3 ? 8 : 4, 32, n, k);
+  }
+
+  Example(DType type, std::int64_t d, std::int64_t e, std::int64_t n, std::int64_t r = 3) {
     Model& m = model;
-    m.v = 41, m.d = d, m.e = e, m.n = n, m.r = 3, m.k = 4, m.eps = 1e-5f;
+    m.v = 41, m.d = d, m.e = e, m.n = n, m.r = r, m.k = 4, m.eps = 1e-5f;
     m.embeddings = weight(type, m.v, d);
     m.head = m.embeddings;
     m.norm = array(type, d);
@@ -67,9 +88,8 @@ void close(const std::vector<float>& a, const std::vector<float>& b, double tole
     CHECK(std::fabs(a[i] - b[i]) <= tolerance * std::fmax(1, std::fabs(b[i])), "%s: %g, expected %g", what, a[i], b[i]);
 }
 
-// float32: other orders of the same sums. bfloat16: activations of a prompt may be rounded to it.
-void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n, double tolerance) {
-  Example example(type, d, e, n);
+// A prompt against its tokens one by one.
+void test_prompt_of(Example& example, double tolerance, bool bf16_products = false) {
   const Model& m = example.model;
   const std::vector<std::int64_t> offsets = {0, 5, 5, 14};  // the second sequence has no tokens
   const std::int64_t b = 3, l = offsets.back();
@@ -81,7 +101,7 @@ void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n, dou
   for (std::int64_t i = 0; i < b; ++i) {
     Memories one(m, 1);
     for (std::int64_t t = offsets[i]; t < offsets[i + 1]; ++t)
-      decode_step(m, one.view, 1, &tokens[t], nullptr, &stepped[t * m.v]);
+      decode_step(m, one.view, 1, &tokens[t], nullptr, &stepped[t * m.v], bf16_products);
     const std::int64_t size = m.e * m.n;
     for (std::size_t layer = 0; layer < m.layers.size(); ++layer)
       std::memcpy(&after.ssm[(layer * b + i) * size], &one.ssm[layer * size], size * sizeof(float));
@@ -91,12 +111,43 @@ void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n, dou
     Threads::set_count(threads);
     Memories read(m, b);
     std::vector<float> logits(l * m.v);
-    read_prompt(m, read.view, {b, offsets.data(), tokens.data(), nullptr, l, positions.data()}, logits.data());
+    read_prompt(m, read.view,
+                {b, offsets.data(), tokens.data(), nullptr, l, positions.data(), bf16_products},
+                logits.data());
     close(logits, stepped, tolerance, "logits");
     close(read.ssm, after.ssm, tolerance, "states");
     if (threads == 1) first = logits;
     CHECK(logits == first, "%d threads give other logits than one", threads);
   }
+}
+
+// Other orders of the same sums; whatever the weights are stored in, activations are float32.
+void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n) {
+  Example example(type, d, e, n);
+  test_prompt_of(example, 1e-4);
+}
+
+// Each matrix has a storage type of its own. Rounded activations may fall on either side of a
+// border, which moves logits by some hundredths; an operand of the wrong type moves them by all.
+void test_mixtures() {
+  Random random{11};
+  for (int i = 0; i < 12; ++i)
+    for (const bool bf16_products : {false, true}) {
+      Example example(DType::f32, 32, 64, 5, 32);
+      Model& m = example.model;
+      const auto any = [&](std::int64_t n, std::int64_t k) {
+        return example.any_weight(static_cast<int>(random.below(5)), n, k);
+      };
+      m.embeddings = any(m.v, m.d);
+      m.head = any(m.v, m.d);
+      for (Layer& layer : m.layers) {
+        layer.in_proj = any(2 * m.e, m.d);
+        layer.x_proj = any(m.r + 2 * m.n, m.e);
+        layer.dt_proj = any(m.e, m.r);
+        layer.out_proj = any(m.d, m.e);
+      }
+      test_prompt_of(example, 0.3, bf16_products);
+    }
 }
 
 void test_batch_of_steps() {
@@ -141,9 +192,11 @@ void test_kept_rates(DType type) {
 int main() {
   test_kept_rates(DType::f32);
   test_kept_rates(DType::bf16);
-  test_prompt(DType::f32, 16, 32, 16, 1e-4);
-  test_prompt(DType::f32, 13, 21, 5, 1e-4);
-  test_prompt(DType::bf16, 16, 32, 16, 5e-2);
+  test_prompt(DType::f32, 16, 32, 16);
+  test_prompt(DType::f32, 13, 21, 5);
+  test_prompt(DType::bf16, 16, 32, 16);
+  test_prompt(DType::f16, 16, 32, 16);
+  test_mixtures();
   test_batch_of_steps();
   return finish("model");
 }

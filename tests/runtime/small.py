@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +63,18 @@ def words(length: int, seed: int = 1) -> list[int]:
 
 
 def reference_logits(
-    tensors: dict[str, np.ndarray], ids: list[int], eps: float = 1e-5, group: int | None = None
+    tensors: dict[str, np.ndarray],
+    ids: list[int],
+    eps: float = 1e-5,
+    group: int | None = None,
+    operand: Callable[[str, Any], Any] | None = None,
 ) -> Any:
     """(l, v) logits in float64, one token after the other, as the paper has it.
 
-    With a group, the large products round their activations to bytes as `rounded` does.
+    With a group, the large products round their activations to bytes as `rounded` does. `operand`
+    says for each matrix by name what its product makes of its activations.
     """
+    operand = operand or partial(_large_ones, group)
     wide = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     embeddings = wide["backbone.embeddings.weight"]
     x_ld = embeddings[ids]
@@ -74,10 +82,20 @@ def reference_logits(
     while f"backbone.layers.{layer}.norm.weight" in wide:
         prefix = f"backbone.layers.{layer}."
         own = {n.removeprefix(prefix): t for n, t in wide.items() if n.startswith(prefix)}
-        x_ld = x_ld + _mixer(own, _norm(x_ld, own["norm.weight"], eps), group)
+        operand_here = partial(_in_layer, operand, prefix)
+        x_ld = x_ld + _mixer(own, _norm(x_ld, own["norm.weight"], eps), operand_here)
         layer += 1
     x_ld = _norm(x_ld, wide["backbone.norm_f.weight"], eps)
-    return rounded(x_ld, group) @ wide.get("lm_head.weight", embeddings).T
+    head = "lm_head.weight" if "lm_head.weight" in wide else "backbone.embeddings.weight"
+    return operand(head, x_ld) @ wide[head].T
+
+
+def _large_ones(group: int | None, name: str, x: Any) -> Any:
+    return x if name.endswith(("x_proj.weight", "dt_proj.weight")) else rounded(x, group)
+
+
+def _in_layer(operand: Callable[[str, Any], Any], prefix: str, name: str, x: Any) -> Any:
+    return operand(prefix + name, x)
 
 
 def rounded(x_lk: Any, group: int | None) -> Any:
@@ -97,8 +115,12 @@ def _silu(x: Any) -> Any:
     return x / (1 + np.exp(-x))
 
 
-def _mixer(own: dict[str, Any], x_ld: Any, group: int | None) -> Any:
-    xz = rounded(x_ld, group) @ own["mixer.in_proj.weight"].T + own.get("mixer.in_proj.bias", 0)
+def _mixer(own: dict[str, Any], x_ld: Any, operand: Callable[[str, Any], Any]) -> Any:
+    def product(matrix: str, x: Any) -> Any:
+        name = f"mixer.{matrix}.weight"
+        return operand(name, x) @ own[name].T
+
+    xz = product("in_proj", x_ld) + own.get("mixer.in_proj.bias", 0)
     x_le, z_le = np.split(xz, 2, axis=-1)
     filters_ek = own["mixer.conv1d.weight"][:, 0]
     k = filters_ek.shape[1]
@@ -107,14 +129,14 @@ def _mixer(own: dict[str, Any], x_ld: Any, group: int | None) -> Any:
     x_le = _silu(x_le + own.get("mixer.conv1d.bias", 0))
     A_en = -np.exp(own["mixer.A_log"])
     n, r = A_en.shape[1], own["mixer.dt_proj.weight"].shape[1]
-    step, B_ln, C_ln = np.split(x_le @ own["mixer.x_proj.weight"].T, [r, r + n], axis=-1)
-    delta_le = np.log1p(np.exp(step @ own["mixer.dt_proj.weight"].T + own["mixer.dt_proj.bias"]))
+    step, B_ln, C_ln = np.split(product("x_proj", x_le), [r, r + n], axis=-1)
+    delta_le = np.log1p(np.exp(product("dt_proj", step) + own["mixer.dt_proj.bias"]))
     state_en, y_le = np.zeros_like(A_en), np.empty_like(x_le)
     for t in range(len(x_le)):
         delta_e1 = delta_le[t][:, None]
         state_en = np.exp(delta_e1 * A_en) * state_en + delta_e1 * B_ln[t] * x_le[t][:, None]
         y_le[t] = state_en @ C_ln[t] + own["mixer.D"] * x_le[t]
-    out = rounded(y_le * _silu(z_le), group) @ own["mixer.out_proj.weight"].T
+    out = product("out_proj", y_le * _silu(z_le))
     return out + own.get("mixer.out_proj.bias", 0)
 
 

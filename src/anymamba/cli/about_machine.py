@@ -7,8 +7,9 @@ import platform
 from typing import Any
 
 from anymamba import __version__
+from anymamba.arithmetic import matmul_dtype_from_environment
 from anymamba.cli.table import table
-from anymamba.errors import AnyMambaError
+from anymamba.errors import AnyMambaError, MissingDependencyError
 
 __all__ = ["as_text", "describe"]
 
@@ -22,6 +23,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "processors": os.cpu_count(),
         "torch": torch_version,
+        "native_core": native_core(),
         "backends": backends,
         "drop_in": drop_in(),
         "bundled_model": bundled_folder(),
@@ -59,6 +61,17 @@ def torch_and_backends() -> tuple[str, list[dict[str, Any]]]:
     return torch.__version__, [
         {"name": name, "available": available, "reason": reason} for name, available, reason in rows
     ]
+
+
+def native_core() -> str:
+    """The instruction set and the type of matrix products, or why there is no native core."""
+    from anymamba.runtime.native import core
+
+    try:
+        isa = core().isa()
+    except MissingDependencyError:
+        return "not built: a C++ compiler (GCC or Clang) was not found at installation"
+    return f"{isa}; bfloat16 weights are multiplied in {matmul_dtype_from_environment()}"
 
 
 def drop_in() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from anymamba.arithmetic import MATMUL_DTYPES
 from anymamba.cli.values import integer
 from anymamba.errors import InputError
 from anymamba.runtime.native import MOST_THREADS
@@ -97,13 +98,19 @@ def places_of(arguments: argparse.Namespace) -> tuple[str, str]:
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `--weights` and `--threads` (`-t`)."""
+    """Declare `--weights`, `--matmul-dtype` and `--threads` (`-t`)."""
     group = parser.add_argument_group("computing")
     group.add_argument(
         "--weights",
         choices=WEIGHTS,
         default="auto",
         help="how the weights are held; int8 and int4 quantize on loading; auto: as stored",
+    )
+    group.add_argument(
+        "--matmul-dtype",
+        choices=MATMUL_DTYPES,
+        help="what activations are when multiplied with bfloat16 weights; bfloat16 is coarser, and "
+        "faster on some processors (default: ANYMAMBA_MATMUL_DTYPE, else float32)",
     )
     add_threads_argument(group)
 

@@ -31,6 +31,7 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
         arguments.model,
         weights=arguments.weights,
         threads=arguments.threads,
+        matmul_dtype=arguments.matmul_dtype,
         adapter=adapter_of(arguments),
         tokenizer=arguments.tokenizer,
         offline=arguments.offline,

@@ -32,6 +32,7 @@ WITHOUT_COUNTERPART = {
     "state": None,
     "save_state": None,
     "adapter": None,
+    "matmul_dtype": None,
 }
 
 

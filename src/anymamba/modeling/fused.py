@@ -19,7 +19,7 @@ from transformers.activations import SiLUActivation
 
 from anymamba.errors import InputError
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
-from anymamba.ops import backend
+from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.native import core
 from anymamba.ops.plain import call_attributes, why_not_plain
@@ -285,7 +285,9 @@ class Table:
         core()
         tokens = input_ids.reshape(-1).long().contiguous()
         try:
-            self._model.step(tokens, None, cache.conv_states, cache.ssm_states, logits)
+            self._model.step(
+                tokens, None, cache.conv_states, cache.ssm_states, logits, _rounds_to_bfloat16()
+            )
         except ValueError as error:
             raise InputError(f"input_ids: {error}") from error
         return logits[:, None]
@@ -319,6 +321,7 @@ class Table:
             cache.conv_states,
             cache.ssm_states,
             logits,
+            _rounds_to_bfloat16(),
         )
         return logits.view(batch, wanted, self._vocabulary)
 
@@ -335,6 +338,10 @@ class Table:
 
     def _addresses_now(self) -> list[int]:
         return [weight.data_ptr() for weight in self._weights]
+
+
+def _rounds_to_bfloat16() -> bool:
+    return matmul_dtype() == "bfloat16"
 
 
 def _layer(block: Any) -> dict[str, Any]:

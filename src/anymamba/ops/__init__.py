@@ -7,6 +7,7 @@ its tensor's shape: b batch, l length, e inner width, n state size, k convolutio
 from anymamba.ops.backends import available_backends, backend
 from anymamba.ops.conv import causal_conv1d, causal_conv1d_update
 from anymamba.ops.linear import linear
+from anymamba.ops.matmul_dtype import matmul_dtype
 from anymamba.ops.norm import rms_norm
 from anymamba.ops.quantized_linear import quantized_linear
 from anymamba.ops.scan import selective_scan, selective_state_update
@@ -18,6 +19,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
     "linear",
+    "matmul_dtype",
     "quantized_linear",
     "rms_norm",
     "selective_scan",

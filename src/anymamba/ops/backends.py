@@ -23,7 +23,7 @@ import torch
 from anymamba.errors import BackendError
 from anymamba.originals import PACKAGES, is_original_installed
 
-__all__ = ["available_backends", "backend", "implementation"]
+__all__ = ["Chosen", "available_backends", "backend", "implementation"]
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,12 @@ INSTALLED = {name: _is_importable(name) for entry in BACKENDS.values() for name 
 _choice: ContextVar[str | None] = ContextVar("anymamba_backend", default=None)
 
 
-class _Chosen:
-    """The handle that `backend(name)` returns: leaving it as a context undoes the choice."""
+class Chosen:
+    """A choice that was made: leaving it as a context undoes it."""
 
-    def __init__(self, name: str) -> None:
-        self._token = _choice.set(name)
+    def __init__(self, variable: ContextVar[str | None], name: str) -> None:
+        self._variable = variable
+        self._token = variable.set(name)
 
     def __enter__(self) -> None:
         return None
@@ -138,10 +139,10 @@ class _Chosen:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _choice.reset(self._token)
+        self._variable.reset(self._token)
 
 
-def backend(name: str | None = None) -> str | _Chosen:
+def backend(name: str | None = None) -> str | Chosen:
     """Choose the backend of all operators, or ask which is chosen.
 
     Args:
@@ -165,7 +166,7 @@ def backend(name: str | None = None) -> str | _Chosen:
         current: str = _current()
         return current
     _demand(name, "anymamba.ops.backend")
-    return _Chosen(name)
+    return Chosen(_choice, name)
 
 
 def available_backends() -> list[tuple[str, bool, str]]:

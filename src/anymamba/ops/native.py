@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from anymamba.arithmetic import load_core
 from anymamba.errors import BackendError
 from anymamba.ops.segments import Segments
 
@@ -28,7 +27,7 @@ def is_built() -> bool:
 
 def core() -> Any:
     """The native core, set to as many threads as PyTorch uses (or `ANYMAMBA_NUM_THREADS`)."""
-    module = _load()
+    module = load_core()
     threads = _wanted_threads()
     if module.threads() != threads:
         module.set_threads(threads)
@@ -56,7 +55,11 @@ def reason_against(operator: str, tensor: Tensor, arguments: dict[str, Any]) -> 
 
 
 def yields(operator: str, tensor: Tensor) -> bool:
-    """Whether PyTorch is faster: where the processor multiplies bfloat16 itself."""
+    """Whether PyTorch is faster: where the processor multiplies bfloat16 itself.
+
+    The arithmetic is the same: operands are as they are stored, sums float32, and each result is
+    rounded once.
+    """
     return operator == "linear" and tensor.dtype == torch.bfloat16 and _MULTIPLIES_BFLOAT16
 
 
@@ -80,11 +83,6 @@ def is_traced(tensor: Tensor) -> bool:
     Going through one takes longer than a single token's arithmetic.
     """
     return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
-
-
-@cache
-def _load() -> Any:
-    return importlib.import_module("anymamba._core")
 
 
 def _wanted_threads() -> int:

@@ -48,6 +48,7 @@ class Engine:
         end_ids: the tokens that end a text.
         threads: how many threads compute; None takes `ANYMAMBA_NUM_THREADS`, else all processors.
         suggested_sampling: as for the attribute.
+        matmul_dtype: "float32" or "bfloat16"; see `anymamba.load`.
 
     Attributes:
         weights: the model's tensors and config, as they were given.
@@ -56,6 +57,7 @@ class Engine:
         weight_bytes: the bytes that the weights take, which each decoded token reads.
         n_parameters: how many numbers were trained.
         threads: how many threads compute.
+        matmul_dtype: what activations are when they are multiplied with bfloat16 weights.
         end_ids: the tokens that end a text.
         suggested_sampling: the fields of `Sampling` that the model's generation_config.json sets.
             Nothing uses them unless asked to: `engine.generate(text, **engine.suggested_sampling)`.
@@ -63,6 +65,7 @@ class Engine:
     Raises:
         MissingDependencyError: the native core is not installed.
         CheckpointError: the config asks for what the core does not compute.
+        BackendError, ConfigError: `matmul_dtype` is none, or not to be had here.
 
     Example:
         >>> import anymamba
@@ -80,8 +83,9 @@ class Engine:
         end_ids: Collection[int] = (),
         threads: int | None = None,
         suggested_sampling: Mapping[str, Any] | None = None,
+        matmul_dtype: str | None = None,
     ) -> None:
-        self._network = Network(weights, threads)
+        self._network = Network(weights, threads, matmul_dtype)
         self._identity = Identity(weights.config, self._network.vocabulary, weights.digest)
         self._codec = TextCodec(open_tokenizer)
         self.weights = weights
@@ -90,6 +94,7 @@ class Engine:
         self.weight_bytes = weights.nbytes
         self.n_parameters = weights.n_parameters
         self.threads = self._network.threads
+        self.matmul_dtype = self._network.matmul_dtype
         self.end_ids = tuple(end_ids)
         self.suggested_sampling = dict(suggested_sampling or {})
 

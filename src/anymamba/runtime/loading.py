@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.arithmetic import check_matmul_dtype
 from anymamba.checkpoint import open_checkpoint, resolve
 from anymamba.checkpoint.json_object import read_json_object
 from anymamba.checkpoint.paths import user_path
@@ -35,6 +36,7 @@ def load(
     weights: str = "auto",
     threads: int | None = None,
     *,
+    matmul_dtype: str | None = None,
     adapter: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -52,6 +54,11 @@ def load(
             "f32", "bf16": in that type. "int8", "int4": rounded to so many bits now, which takes
             seconds; `anymamba quantize` does it once.
         threads: how many threads compute; None takes `ANYMAMBA_NUM_THREADS`, else all processors.
+        matmul_dtype: what activations are when they are multiplied with bfloat16 weights.
+            "float32": the same results on every processor. "bfloat16": rounded to it, which is
+            coarser, and faster at reading prompts on AMD's processors since Zen 4; refused where
+            the processor does not multiply bfloat16. None takes `ANYMAMBA_MATMUL_DTYPE`, else
+            "float32".
         adapter: a folder with a LoRA or DoRA adapter of PEFT's, which is merged now, in float32.
             A tokenizer.json or generation_config.json in it counts in place of the model's.
         tokenizer: a folder with a tokenizer.json, or that file, where the model comes without one.
@@ -65,7 +72,9 @@ def load(
         HubError: the model is neither here nor to be had from the hub.
         CheckpointError: files are missing or broken, pickled, or do not fit the config; or the
             adapter does not fit the model, or is of a kind that is not merged here.
-        ConfigError: `weights` is none of these, or cannot be made of what is stored.
+        ConfigError: `weights` is none of these, or cannot be made of what is stored; or
+            `matmul_dtype` is bfloat16, and the weights are not.
+        BackendError: `matmul_dtype` is none of these, or not to be had here.
         InputError: `threads` makes no sense.
         MissingDependencyError: the native core is not installed.
 
@@ -76,13 +85,15 @@ def load(
     """
     check_kind(weights)
     wanted_threads(threads)  # a mistake shows before the weights are converted
+    if matmul_dtype is not None:
+        check_matmul_dtype(matmul_dtype, "matmul_dtype")
     change = None if adapter is None else read_adapter(adapter)
     if change is not None and tokenizer is None and (change.folder / "tokenizer.json").is_file():
         tokenizer = change.folder
     model = model_of(model, adapter)
     place = user_path(model)
     if is_gguf(place):
-        return _load_gguf(place, weights, change, tokenizer, threads)
+        return _load_gguf(place, weights, change, tokenizer, (threads, matmul_dtype))
     folder = resolve(
         model,
         revision=revision,
@@ -101,6 +112,7 @@ def load(
         _end_ids(settings, checkpoint.config),
         threads,
         suggested,
+        matmul_dtype,
     )
 
 
@@ -140,7 +152,7 @@ def _load_gguf(
     weights: str,
     adapter: Adapter | None,
     named: str | os.PathLike[str] | None,
-    threads: int | None,
+    computing: tuple[int | None, str | None],
 ) -> Engine:
     from anymamba.runtime.gguf_weights import load_gguf_weights
 
@@ -156,7 +168,9 @@ def _load_gguf(
         open_tokenizer = partial(tokenizer_from_json, model.tokenizer_json, where)
     settings = None if adapter is None else generation_config([adapter.folder])
     ends = _end_ids(settings, {"eos_token_id": model.config.get("eos_token_id")})
-    return Engine(loaded, open_tokenizer, ends, threads, suggested_sampling(settings or {}))
+    threads, matmul_dtype = computing
+    suggested = suggested_sampling(settings or {})
+    return Engine(loaded, open_tokenizer, ends, threads, suggested, matmul_dtype)
 
 
 def _tokenizer_in(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from functools import cache
 from typing import Any
 
+from anymamba.arithmetic import load_core
 from anymamba.errors import BackendError, InputError, MissingDependencyError
 
 __all__ = ["MOST_THREADS", "core", "wanted_threads"]
@@ -21,13 +21,14 @@ def core() -> Any:
 
     Raises:
         MissingDependencyError: the package was installed without it.
+        BackendError: this machine lacks the instruction set that `ANYMAMBA_ISA` names.
 
     Example:
         >>> core().threads() >= 1
         True
     """
     try:
-        return importlib.import_module("anymamba._core")
+        return load_core()
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             "AnyMamba was installed without its native core, which its runtime needs: have a C++ "

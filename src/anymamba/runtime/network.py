@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.arithmetic import check_matmul_dtype, matmul_dtype_from_environment
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.errors import CheckpointError, InputError
+from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.native import core, wanted_threads
 
@@ -40,15 +41,22 @@ class Network:
     Args:
         weights: the model's tensors; they are used where they lie.
         threads: how many threads compute; None leaves the choice to the environment.
+        matmul_dtype: "float32", or "bfloat16" to round what is multiplied with bfloat16 weights;
+            None leaves the choice to the environment.
 
     Raises:
+        BackendError: there is no such type, or this processor does not multiply it.
+        ConfigError: bfloat16 was asked for, and none of the matrices is stored in it.
         MissingDependencyError: the native core is not installed.
         CheckpointError: the config asks for what the core does not compute. All that advances texts
             raises it too, before anything is read, where a file of the weights was shortened.
     """
 
-    def __init__(self, weights: Weights, threads: int | None = None) -> None:
+    def __init__(
+        self, weights: Weights, threads: int | None = None, matmul_dtype: str | None = None
+    ) -> None:
         self.threads = wanted_threads(threads)
+        self.matmul_dtype = _wanted_matmul_dtype(matmul_dtype, weights.tensors)
         self.vocabulary = weights.tensors[EMBEDDINGS].shape[0]
         self._check_files = weights.check
         self._core = core()
@@ -60,7 +68,8 @@ class Network:
             self.read(blocks, list(tokens_b[:, None]))
             return
         logits = self._logits_of(blocks)
-        arguments = (tokens_b, None, blocks.conv, blocks.ssm, logits)
+        rounds = self.matmul_dtype == "bfloat16"
+        arguments = (tokens_b, None, blocks.conv, blocks.ssm, logits, rounds)
         self._advance(blocks, partial(self._model.step, *arguments), 1)
         blocks.logits = logits
 
@@ -116,7 +125,9 @@ class Network:
         lengths = np.array([ids.size for ids in sequences], np.int64)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         tokens = np.concatenate(sequences)
-        arguments = (tokens, None, offsets, positions_w, blocks.conv, blocks.ssm, logits_wv)
+        states = (blocks.conv, blocks.ssm)
+        rounds = self.matmul_dtype == "bfloat16"
+        arguments = (tokens, None, offsets, positions_w, *states, logits_wv, rounds)
         self._advance(blocks, partial(self._model.read, *arguments), lengths)
 
     def _advance(
@@ -134,6 +145,23 @@ class Network:
         if blocks.logits is not None:
             return blocks.logits
         return np.zeros((blocks.rows, self.vocabulary), np.float32)
+
+
+def _wanted_matmul_dtype(name: str | None, tensors: Mapping[str, Tensor]) -> str:
+    if name is None:
+        return matmul_dtype_from_environment()
+    check_matmul_dtype(name, "matmul_dtype")
+    matrices = (EMBEDDINGS, HEAD, "_proj.weight")
+    narrow = any(
+        isinstance(tensor, np.ndarray) and tensor.dtype == np.uint16 and key.endswith(matrices)
+        for key, tensor in tensors.items()
+    )
+    if name == "bfloat16" and not narrow:
+        raise ConfigError(
+            "matmul_dtype='bfloat16' is for weights in bfloat16, and this model has none; give "
+            "weights='bf16' too (on the command line --weights bf16)"
+        )
+    return name
 
 
 def _table(weights: Weights) -> tuple[Any, ...]:

@@ -38,19 +38,13 @@ def chosen_device(settings: Settings) -> str:
 def chosen_dtype(settings: Settings) -> torch.dtype:
     """The type that matrix products are computed in; weights are float32 while they train.
 
-    bfloat16 products are several times slower than float32 ones on processors that lack
-    instructions for them, so there `auto` is float32.
+    `auto` is bfloat16 on GPUs that have it. On a CPU it is float32 whatever the processor has
+    instructions for, so that the same command trains in the same arithmetic everywhere.
     """
     if settings.dtype != "auto":
         return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     device = chosen_device(settings)
-    if device == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device == "cpu":
-        # There are no public names for these.
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = False
+    fast = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
 
 

@@ -154,7 +154,7 @@ class Settings:
     # How it is computed.
     dtype: str = setting(
         "auto",
-        "auto: bfloat16 where the processor has instructions for it, else float32",
+        "auto: bfloat16 on GPUs that have it, else float32",
         choices=("auto", "float32", "bfloat16"),
     )
     device: str = setting(
