@@ -31,6 +31,7 @@ SCRIPTS = (
     "dropin",
     "distributed",
     "quantization",
+    "accuracy",
 )
 TOOLS = ("chart", "report", "gguf_export")
 NUMBERS = ("ms", "bytes", "reading", "peak_megabytes")
