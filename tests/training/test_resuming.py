@@ -175,14 +175,17 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"hidden_size": 32}, "of a model of other sizes"),
-        ({"layers": 3}, "of a model of other sizes"),
-        ({"tie_embeddings": False}, "of a model of other sizes"),
-        ({"batch": 2}, "carries the states of 4 rows, and batch is 2"),
+        ({"hidden_size": 32}, r"began with hidden_size=\d+, and hidden_size=32 is asked for"),
+        ({"layers": 3}, r"began with layers=\d+, and layers=3 is asked for"),
+        ({"tie_embeddings": False}, "began with tie_embeddings=True"),
+        ({"batch": 2}, "began with batch=4, and batch=2 is asked for"),
         ({"tokenizer": "bpe"}, "trained on another text or with another tokenizer"),
         ({"data": ["another.txt"]}, "trained on another text or with another tokenizer"),
         ({"data": ["nowhere.txt"]}, "cannot read 'nowhere.txt'"),
-        ({"window": 10**5}, "tokens to train on"),
+        ({"window": 10**5}, "window=100000"),
+        ({"order": "random", "dropout": 0.5}, "order='random', dropout=0.5 is asked for"),
+        ({"model": "elsewhere"}, "began with model=None, and model='elsewhere'"),
+        ({"learning_rate": 0.5, "seed": 7}, "learning_rate=0.5, seed=7"),
     ],
 )
 def test_another_run_is_refused_and_nothing_is_changed(
@@ -195,6 +198,16 @@ def test_another_run_is_refused_and_nothing_is_changed(
     with pytest.raises((TrainingError, InputError), match=words):
         train(settings, resume=True)
     assert content(done / "run") == before
+
+
+def test_a_checkpoint_of_other_sizes_is_refused_without_its_settings_too(
+    done: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run" / "training.yaml").unlink()
+    for changes, words in (({"layers": 3}, "other sizes"), ({"batch": 2}, "batch is 2")):
+        with pytest.raises(TrainingError, match=words):
+            train(small(tmp_path, order="carried", **changes), resume=True)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "garbage"])

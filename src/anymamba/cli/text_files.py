@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO
 
 from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.wording import not_text
 from anymamba.errors import InputError
 
 __all__ = ["STANDARD_INPUT", "read_blocks", "read_once", "read_text", "size_of"]
@@ -28,16 +29,18 @@ def read_blocks(name: str, count: Callable[[int], object] | None = None) -> Iter
         InputError: the file cannot be read, or is not UTF-8 text.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    before = 0
+    before, beginning = 0, b""
     with open_binary(name) as file:
         while True:
             data = read_some(file, name)
+            if not before:
+                beginning = data
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 # The decoder counts from the bytes that it had kept of the block before.
                 at = before + len(data) - len(error.object) + error.start
-                raise InputError(f"{shown(name)} is not UTF-8 text: see its byte {at}") from None
+                raise InputError(not_text(shown(name), beginning, at)) from None
             before += len(data)
             if count:
                 count(len(data))

@@ -91,7 +91,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
     """The settings; a run that goes on has those that it began with."""
     from anymamba.checkpoint.paths import user_path
     from anymamba.errors import InputError
-    from anymamba.training.settings import Settings, settings_from
+    from anymamba.training.settings import PRESETS, Settings, settings_from
 
     flags = {entry.name: getattr(arguments, entry.name) for entry in fields(Settings)}
     flags["data"] = [*arguments.texts, *(arguments.data or [])] or None
@@ -106,6 +106,10 @@ def settings_of(arguments: argparse.Namespace) -> Any:
         config = kept
         # The file may have been moved with its folder.
         flags["output"] = str(kept.parent)
+        if arguments.preset is not None:
+            # It would stand behind the file, and be dropped; so it is refused where it differs.
+            named = PRESETS[arguments.preset]
+            flags = flags | {name: named[name] for name in named if flags[name] is None}
     return settings_from(config, arguments.preset, **flags)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from anymamba.checkpoint.paths import user_path
-from anymamba.checkpoint.wording import listed
+from anymamba.checkpoint.wording import listed, not_text
 from anymamba.errors import InputError
 from anymamba.training.settings import Settings
 
@@ -30,6 +31,9 @@ __all__ = [
 
 TEXT_ENDINGS = (".txt", ".md", ".text")
 LINE_ENDINGS = (".jsonl", ".ndjson")
+JSON_ENDINGS = (*LINE_ENDINGS, ".json")
+# Files whose characters are no text of their own.
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx")
 # The tokenizer works on so many documents at once, on all cores.
 DOCUMENTS_AT_ONCE = 256
 
@@ -81,10 +85,10 @@ def texts_of(settings: Settings) -> tuple[list[str], list[str]]:
 
 
 def read_texts(names: Sequence[str], text_field: str = "text") -> Iterator[str]:
-    """The documents of text files (one each), JSON lines (one a line) and folders of such files.
+    """The documents of text files (one each), of JSON (one a line or an item), and of folders.
 
     Raises:
-        InputError: a file cannot be read, or a line has no text.
+        InputError: a file cannot be read, is a table, or is empty; or a line has no text.
     """
     for name in names:
         path = user_path(name, InputError)
@@ -93,17 +97,17 @@ def read_texts(names: Sequence[str], text_field: str = "text") -> Iterator[str]:
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
             if not files:
                 raise InputError(f"the folder {name!r} has no file that ends in {', '.join(known)}")
+            for file in files:
+                yield from documents_of(file, text_field)
         else:
-            files = [path]
-        for file in files:
-            yield from documents_of(file, text_field)
+            yield from documents_of(path, text_field)
 
 
 def documents_of(file: Path, text_field: str) -> Iterator[str]:
     """The documents of one file; empty ones are left out."""
     found: Iterable[str]
-    if file.suffix.lower() in LINE_ENDINGS:
-        found = (text_of(value, text_field, where) for value, where in values_of_lines(file))
+    if file.suffix.lower() in JSON_ENDINGS:
+        found = (text_of(value, text_field, where) for value, where in values_in(file))
     else:
         found = [text_in(file)]
     yield from filter(None, found)
@@ -115,12 +119,44 @@ def text_in(file: Path) -> str:
     Raises:
         InputError: it cannot be read, or is no text.
     """
+    if file.suffix.lower() in TABLES:
+        raise InputError(
+            f"{str(file)!r} is a table, whose signs would be learned as text: make JSON lines of "
+            "it, or name the folder that it is in by --dataset, which reads its columns"
+        )
     try:
-        return file.read_bytes().decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
+        data = file.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from None
+    try:
+        text = data.decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
     except UnicodeDecodeError as error:
-        raise InputError(f"{str(file)!r} is not UTF-8 text: see its byte {error.start}") from None
+        raise InputError(not_text(repr(str(file)), data, error.start)) from None
+    if "\0" in text:
+        raise InputError(not_text(repr(str(file)), data, data.index(0)))
+    return text
+
+
+def values_in(file: Path) -> Iterator[tuple[object, str]]:
+    """The values in a file of JSON: one a line, or those of an array, or one; and what messages
+    call each.
+
+    Raises:
+        InputError: as `values_of_lines`.
+    """
+    whole = None
+    if file.suffix.lower() not in LINE_ENDINGS:
+        with suppress(ValueError, RecursionError):  # then there may be one a line
+            whole = json.loads(text_in(file))
+    if isinstance(whole, list):
+        for number, value in enumerate(whole, start=1):
+            check_spelling(value, where := f"{str(file)!r}, item {number}")
+            yield value, where
+    elif whole is not None:
+        check_spelling(whole, repr(str(file)))
+        yield whole, repr(str(file))
+    else:
+        yield from values_of_lines(file)
 
 
 def values_of_lines(file: Path) -> Iterator[tuple[object, str]]:
@@ -135,16 +171,25 @@ def values_of_lines(file: Path) -> Iterator[tuple[object, str]]:
         where = f"{str(file)!r}, line {number}"
         try:
             value = json.loads(line)
-            # JSON can spell what no text can hold, and no tokenizer would take.
-            if "\\ud" in line.lower():
-                json.dumps(value, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(
-                f"{where} holds half of a surrogate pair, which is no text: write the line anew"
-            ) from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from None
+        if "\\ud" in line.lower():
+            check_spelling(value, where)
         yield value, where
+
+
+def check_spelling(value: object, where: str) -> None:
+    """Refuse what JSON can spell and no text can hold, so that no tokenizer would take it.
+
+    Raises:
+        InputError: there is half of a surrogate pair.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{where} holds half of a surrogate pair, which is no text: write it anew"
+        ) from None
 
 
 def text_of(value: object, text_field: str, where: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from anymamba.checkpoint.paths import user_path
 from anymamba.errors import InputError
-from anymamba.training.data import LINE_ENDINGS, open_dataset, read_texts, values_of_lines
+from anymamba.training.data import JSON_ENDINGS, open_dataset, read_texts, values_in
 
 __all__ = ["DEFAULT_TEMPLATE", "Example", "dataset_examples", "is_conversation", "read_examples"]
 
@@ -34,8 +34,9 @@ def read_examples(names: Sequence[str]) -> list[Example]:
     each answer is learned, and nothing else is, whatever the chat template can mark.
 
     Args:
-        names: JSON lines with `messages`, with `prompt` and `completion` (texts or lists of
-            messages), or with `text`; text files and folders, as for `anymamba train`.
+        names: JSON, in lines (`.jsonl`) or as an array (`.json`), with `messages`, with `prompt`
+            and `completion` (texts or lists of messages), or with `text`; text files and folders,
+            as for `anymamba train`.
 
     Returns:
         Examples of one kind.
@@ -55,8 +56,8 @@ def read_examples(names: Sequence[str]) -> list[Example]:
     examples: list[Example] = []
     for name in names:
         path = user_path(name, InputError)
-        if path.suffix.lower() in LINE_ENDINGS:
-            for value, where in values_of_lines(path):
+        if path.suffix.lower() in JSON_ENDINGS:
+            for value, where in values_in(path):
                 examples += examples_of(value, where)
         else:
             examples += [{"text": text} for text in read_texts([name])]

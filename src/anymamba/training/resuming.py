@@ -4,21 +4,65 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from torch import nn
 
 from anymamba.checkpoint.json_object import read_json_object
 from anymamba.checkpoint.safetensors_header import read_header
-from anymamba.checkpoint.wording import listed
+from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError, TrainingError
 from anymamba.training.progress import FILE_NAME, Progress
+from anymamba.training.settings import Settings
 
-__all__ = ["check_resumable", "check_whole"]
+__all__ = ["check_resumable", "check_same_settings", "check_whole"]
 
 WEIGHTS = "model.safetensors"
 OBJECTS = ("config.json", "trainer_state.json", FILE_NAME)
 PICKLES = ("optimizer.pt", "scheduler.pt")
+
+
+# What a run that goes on may be given anew: how long it lasts, how it is computed, what is looked
+# at and kept, and where everything lies. That texts and tokenizer are the same, the tokens tell.
+CHANGEABLE = {
+    *("steps", "minutes", "dtype", "device", "threads", "gradient_checkpointing", "compile"),
+    *("log_every", "evaluate_every", "evaluate_windows", "evaluation_window", "patience"),
+    *("save_every", "keep_checkpoints", "keep", "sample_prompt", "sample_tokens", "store", "plot"),
+    *("tensorboard", "output", "data", "dataset", "dataset_config", "dataset_split", "text_field"),
+    *("validation_data", "validation_share", "tokenizer", "vocab_size", "end_of_text"),
+}
+
+
+def check_same_settings(begun: Settings, given: Settings) -> None:
+    """Refuse settings that a run which goes on could not follow, or only from here on.
+
+    Args:
+        begun: what it began with.
+        given: what it is to go on with.
+
+    Raises:
+        TrainingError: the message names those that differ.
+
+    Example:
+        >>> check_same_settings(Settings(window=64), Settings(window=64, steps=10))
+        >>> check_same_settings(Settings(window=64), Settings(window=32))
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.TrainingError: the run that is to go on began with window=64, and \
+window=32 is asked for: leave that out, or begin anew with --overwrite
+    """
+    names = [entry.name for entry in fields(Settings) if entry.name not in CHANGEABLE]
+    differing = [name for name in names if getattr(begun, name) != getattr(given, name)]
+    if differing:
+        before, asked = (
+            listed(f"{name}={shown(getattr(settings, name))}" for name in differing)
+            for settings in (begun, given)
+        )
+        raise TrainingError(
+            f"the run that is to go on began with {before}, and {asked} is asked for: leave that "
+            "out, or begin anew with --overwrite"
+        )
 
 
 def check_resumable(checkpoint: Path, model: nn.Module, text: int, rows: int | None) -> None:

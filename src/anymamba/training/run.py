@@ -29,6 +29,7 @@ from anymamba.training.report import (
     read_metrics,
     tensorboard_callback,
 )
+from anymamba.training.resuming import check_same_settings
 from anymamba.training.safety import (
     CANNOT_WRITE,
     PARTIAL,
@@ -37,7 +38,7 @@ from anymamba.training.safety import (
     not_written,
     publish,
 )
-from anymamba.training.settings import Settings
+from anymamba.training.settings import Settings, settings_from
 from anymamba.training.tokenizers import open_tokenizer
 from anymamba.training.trainer import MambaTrainer
 from anymamba.training.validation import loss_of_stream, loss_of_windows
@@ -84,8 +85,9 @@ def train(
     Raises:
         ConfigError: neither steps nor minutes are given, or the model does not fit the settings.
         InputError: there is too little text, or it cannot be read.
-        TrainingError: the loss is no number any more, or a disk is full; the last checkpoint is
-            as it was.
+        TrainingError: a run that goes on is given settings that contradict those that it began
+            with; the loss is no number any more, or a disk is full. The last checkpoint is as it
+            was.
     """
     if settings.steps is None and settings.minutes is None:
         raise ConfigError("there is no budget: give steps or minutes")
@@ -94,6 +96,9 @@ def train(
     folder = user_path(settings.output, InputError)
     check_folder(folder, settings.output, resume or overwrite)
     checkpoints = folder / "checkpoints"
+    begun = last_checkpoint(checkpoints) if resume else None
+    if begun is not None and (kept := folder / CONFIG_FILE).is_file():
+        check_same_settings(settings_from(kept), settings)
     train_texts, validation_texts = texts_of(settings)
     tokenizer = open_tokenizer(settings.tokenizer, train_texts, settings.vocab_size)
     rows = [
@@ -106,7 +111,6 @@ def train(
     # All that could be refused was read by now: only then is anything written or removed.
     with writing_into(settings.output):
         trainer = MambaTrainer(model, settings, rows[0], validation, tokenizer, folder)
-        begun = last_checkpoint(checkpoints) if resume else None
         if begun is not None:
             trainer.check_checkpoint(begun)
         if trainer.is_world_process_zero():

@@ -53,6 +53,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """Sizes with settings that suit them. The last two have the sizes and rates of the paper."""
 
+MOST = 2**31 - 1
+"""The largest whole number that a setting may be, unless it says otherwise."""
+
 HIGHEST_SEED = 2**32 - 1
 """What NumPy's random numbers can begin from."""
 
@@ -253,7 +256,7 @@ def checked(name: str, value: Any) -> Any:
 def checked_number(name: str, whole: bool, value: Any, facts: Mapping[str, Any]) -> Any:
     """A number within its bounds."""
     number = as_number(value)
-    low, high = facts.get("low", -math.inf), facts.get("high", math.inf)
+    low, high = facts.get("low", -math.inf), facts.get("high", MOST if whole else math.inf)
     fits = number is not None and math.isfinite(number) and low <= number <= high
     if number is None or not fits or (whole and number != int(number)):
         least = f" of at least {bound(low)}" if math.isfinite(low) else ""
@@ -271,12 +274,12 @@ def as_number(value: Any) -> float | None:
     """A number; also where YAML reads 3e-3, which lacks its point, as text."""
     if isinstance(value, bool):
         return None
-    if isinstance(value, int | float):
-        return value
     try:
-        return float(value) if isinstance(value, str) else None
+        return float(value) if isinstance(value, str | int | float) else None
     except ValueError:
         return None
+    except OverflowError:  # a whole number beyond all floats
+        return math.inf
 
 
 def refuse(name: str, expected: str, value: Any) -> ConfigError:
