@@ -53,11 +53,11 @@ def test_a_tensor_that_its_shard_lacks_is_named(tmp_path):
     first, second = sorted(set(index.values()))
     name = next(name for name, file in index.items() if file == first)
     write_index(tmp_path, index | {name: second})
-    assert f"not in the index {name!r}" in refusal(tmp_path)
+    assert f"the index does not place there {name!r}" in refusal(tmp_path)
     write_index(tmp_path, {tensor: file for tensor, file in index.items() if tensor != name})
-    assert f"missing none; not in the index {name!r}" in refusal(tmp_path)
+    assert f"the index does not place there {name!r}" in refusal(tmp_path)
     write_index(tmp_path, index | {"backbone.extra": second})
-    assert "missing 'backbone.extra'" in refusal(tmp_path)
+    assert "lacks 'backbone.extra'" in refusal(tmp_path)
 
 
 def test_two_names_for_one_tensor(tmp_path):

@@ -265,3 +265,12 @@ def test_the_simple_layer_takes_packed_sequences(fast: bool) -> None:
     mamba, u = layer(Mamba2Simple, use_mem_eff_path=fast), inputs(b=1)
     seq_idx = torch.tensor([[4] * 9 + [7] * 12], dtype=torch.int32)
     assert_close(mamba(u, seq_idx=seq_idx), loops.mamba2(mamba, u, starts=(9,)))
+
+
+@pytest.mark.parametrize("layer", [Mamba2, Mamba2Simple])
+@pytest.mark.parametrize("name", ["d_model", "d_state", "d_conv", "headdim", "ngroups", "expand"])
+@pytest.mark.parametrize("size", [0, -1])
+def test_sizes_that_make_no_layer_are_named(layer: Any, name: str, size: int) -> None:
+    given = {"d_model": 16, "headdim": 8, "d_state": 4} | {name: size}
+    with pytest.raises(ConfigError, match="d_inner" if name == "expand" else name):
+        layer(**given)

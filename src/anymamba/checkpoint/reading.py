@@ -118,11 +118,18 @@ def check_shard(files: WeightFiles, path: Path, names: Iterable[str]) -> None:
     promised = {tensor for tensor, shard in files.index.items() if shard == path.name}
     held = set(names)
     if held != promised:
-        missing = listed(sorted(map(shown, promised - held))) or "none"
-        unlisted = listed(sorted(map(shown, held - promised))) or "none"
+        differences = {
+            "the index places there and it lacks": promised - held,
+            "it holds and the index does not place there": held - promised,
+        }
+        told = "; ".join(
+            f"{what} {listed(sorted(map(shown, names)))}"
+            for what, names in differences.items()
+            if names
+        )
         raise CheckpointError(
-            f"{str(path)!r} does not hold what its index says: missing {missing}; "
-            f"not in the index {unlisted}; fetch the model again"
+            f"{str(path)!r} does not hold what its index says: {told}; fetch the model again, both "
+            "the index and its files"
         )
 
 

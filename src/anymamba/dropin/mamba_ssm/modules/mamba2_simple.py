@@ -21,6 +21,7 @@ from anymamba.dropin.layer_states import (
 from anymamba.dropin.mamba_ssm.modules.mamba2 import (
     NO_LIMIT,
     check_heads,
+    check_sizes,
     depthwise,
     log_rates,
     not_decayed,
@@ -82,6 +83,10 @@ class Mamba2Simple(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_sizes(
+            d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups,
+            chunk_size=chunk_size, d_inner=int(expand * d_model),
+        )  # fmt: skip
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if activation not in ("swish", "silu"):
             raise ConfigError(f"activation is {activation!r}, expected 'swish' or 'silu'")
