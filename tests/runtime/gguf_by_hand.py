@@ -76,6 +76,61 @@ def write(
     return path
 
 
+def blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Any bytes as blocks whose largest values are near 0.05, as in a model."""
+    import gguf
+
+    quantization = gguf.GGMLQuantizationType[kind]
+    numbers, n_bytes = gguf.GGML_QUANT_SIZES[quantization]
+    drawn = rng.integers(0, 256, (4096, n_bytes), np.uint8)
+    with np.errstate(all="ignore"):
+        largest = np.abs(gguf.dequantize(drawn, quantization)).max(axis=1)
+        distance = np.abs(np.log(largest / 0.05))  # NaN is farthest
+    usable = drawn[np.argsort(distance)[:256]]
+    rows = usable[rng.integers(0, len(usable), shape[0] * shape[1] // numbers)]
+    return rows.reshape(shape[0], -1)
+
+
+WIDE = {"mamba.embedding_length": 256, "mamba.block_count": 1, "mamba.ssm.inner_size": 512}
+WIDE_KINDS = {"token_embd.weight": (64, 256), "ssm_in.weight": (1024, 256)}
+WIDE_KINDS |= {"ssm_x.weight": (13, 512), "ssm_out.weight": (256, 512)}
+
+
+def write_wide(path: Path, kind: str, head: str | None = None, parts: int = 0) -> Path:
+    """A model whose rows are blocks of 256, with matrices in `kind` and the table in `head`.
+
+    `parts` is how many tensors a part has, if it is to be split.
+    """
+    import gguf
+
+    rng = np.random.default_rng(3)
+    writer = gguf.GGUFWriter(path, arch="mamba", split_max_tensors=parts)
+    for name, value in {**COUNTS, **WIDE, EPSILON: 1e-5}.items():
+        add(writer, name, value)
+    floats = {
+        "output_norm.weight": rng.uniform(0.5, 1, 256),
+        "blk.0.attn_norm.weight": rng.uniform(0.5, 1, 256),
+        "blk.0.ssm_conv1d.weight": rng.normal(0, 0.3, (512, 4)),
+        "blk.0.ssm_conv1d.bias": rng.normal(0, 0.3, 512),
+        "blk.0.ssm_dt.weight": rng.normal(0, 0.3, (512, 3)),
+        "blk.0.ssm_dt.bias": rng.normal(0, 0.3, 512),
+        "blk.0.ssm_a": -np.exp(rng.normal(0, 0.3, (512, 5))),
+        "blk.0.ssm_d": rng.normal(0, 0.3, 512),
+    }
+    for name, values in floats.items():
+        writer.add_tensor(name, values.astype(np.float32))
+    for part, shape in WIDE_KINDS.items():
+        is_table = part == "token_embd.weight"
+        own = head if head is not None and is_table else kind
+        name = part if is_table else f"blk.0.{part}"
+        writer.add_tensor(name, blocks(own, shape, rng), raw_dtype=gguf.GGMLQuantizationType[own])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def add(writer: Any, name: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(name, value)

@@ -162,6 +162,10 @@ def write_originals(place: Path) -> None:
     write_quantized(place / "plain", place / "quantized")
     for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
         gguf_by_hand.write(place / f"{kind}.gguf", kind)
+    for kind in ("Q4_1", "Q4_K", "Q5_K"):
+        gguf_by_hand.write_wide(place / f"{kind}.gguf", kind, head="Q6_K")
+    (place / "parts").mkdir()
+    gguf_by_hand.write_wide(place / "parts" / "model.gguf", "Q4_0", head="Q6_K", parts=5)
     convert(place / "plain", place / "tokens.gguf", "gguf", "f16")
     engine = load(place / "plain")
     for dtype in ("float32", "bfloat16"):

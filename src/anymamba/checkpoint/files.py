@@ -10,11 +10,15 @@ from anymamba.checkpoint.json_object import read_json_object
 from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["SAFETENSORS_NAMES", "WeightFiles", "find_weight_files"]
+__all__ = ["SAFETENSORS_NAMES", "WEIGHT_NAMES", "WeightFiles", "find_weight_files"]
 
 # Whole or in shards; safetensors first, since reading a pickle needs torch and care.
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHT_NAMES = (*SAFETENSORS_NAMES, *_PICKLE_NAMES)
+"""The files that are looked for, in this order, where no variant is named."""
+
+_INDEX_ENDING = ".index.json"
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ LONGEST = 200
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """The values and tensors of a GGUF file, without reading the tensors.
+    """The values and tensors of a GGUF file and its parts, without reading the tensors.
 
     Raises:
         CheckpointError: it is broken, or holds what cannot be read.
     """
-    from anymamba.runtime.gguf_header import read_gguf_header
+    from anymamba.runtime.gguf_parts import read_gguf_files
 
-    header = read_gguf_header(file)
+    header = read_gguf_files(file)
     counts: Counter[str] = Counter()
     for record in header.tensors.values():
         counts[record.dtype] += math.prod(record.shape)
@@ -34,7 +34,7 @@ def describe(file: Path) -> dict[str, Any]:
         "parameters": sum(counts.values()),
         "dtypes": dict(counts),
         "metadata": {name: shortened(value) for name, value in header.metadata.items()},
-        "bytes": file.stat().st_size,
+        "bytes": sum(len(data) for data in header.data.values()),
     }
 
 

@@ -15,7 +15,11 @@ __all__ = ["as_text", "describe"]
 
 
 def describe() -> dict[str, Any]:
-    """Versions, backends and the bundled model. A part that is missing says what to install."""
+    """Versions, backends and the bundled model. A part that is missing says what to install.
+
+    Raises:
+        BackendError: `ANYMAMBA_BACKEND` asks for a backend that there is not.
+    """
     torch_version, backends = torch_and_backends()
     return {
         "anymamba": __version__,
@@ -24,6 +28,7 @@ def describe() -> dict[str, Any]:
         "processors": os.cpu_count(),
         "torch": torch_version,
         "native_core": native_core(),
+        "backend": chosen_backend() if backends else None,
         "backends": backends,
         "drop_in": drop_in(),
         "bundled_model": bundled_folder(),
@@ -32,7 +37,8 @@ def describe() -> dict[str, Any]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The same for people."""
-    rows = [(name.replace("_", " "), facts[name]) for name in facts if name != "backends"]
+    left_out = {"backends"} if facts["backend"] else {"backends", "backend"}
+    rows = [(name.replace("_", " "), facts[name]) for name in facts if name not in left_out]
     parts = [table(rows)]
     if facts["backends"]:
         marks = {True: "yes", False: "no"}
@@ -72,6 +78,17 @@ def native_core() -> str:
     except MissingDependencyError:
         return "not built: a C++ compiler (GCC or Clang) was not found at installation"
     return f"{isa}; bfloat16 weights are multiplied in {matmul_dtype_from_environment()}"
+
+
+def chosen_backend() -> str:
+    """The backend that `ANYMAMBA_BACKEND` asks for.
+
+    Raises:
+        BackendError: there is none of that name, or it cannot run here.
+    """
+    from anymamba.ops import backend
+
+    return str(backend())
 
 
 def drop_in() -> str:

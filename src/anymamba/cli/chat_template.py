@@ -9,7 +9,7 @@ from typing import Any
 
 from anymamba.checkpoint.json_object import MAX_JSON_BYTES, read_json_object
 from anymamba.errors import CheckpointError
-from anymamba.runtime.gguf_names import is_gguf
+from anymamba.runtime.gguf_files import find_gguf
 
 __all__ = ["ChatTemplate", "Message", "find_template"]
 
@@ -53,8 +53,8 @@ def find_template(place: Path) -> ChatTemplate | None:
     Raises:
         CheckpointError: it is broken.
     """
-    if is_gguf(place):
-        return template_of_gguf(place)
+    if (file := find_gguf(place)) is not None:
+        return template_of_gguf(file)
     folder = place if place.is_dir() else place.parent
     file = folder / "tokenizer_config.json"
     settings = read_json_object(file) if file.is_file() else {}
@@ -70,9 +70,9 @@ def find_template(place: Path) -> ChatTemplate | None:
 
 def template_of_gguf(file: Path) -> ChatTemplate | None:
     """The template in a GGUF file, whose special tokens are places in its vocabulary."""
-    from anymamba.runtime.gguf_header import read_gguf_header
+    from anymamba.runtime.gguf_parts import read_gguf_files
 
-    values = read_gguf_header(file).metadata
+    values = read_gguf_files(file).metadata
     source = values.get("tokenizer.chat_template")
     if not isinstance(source, str):
         return None

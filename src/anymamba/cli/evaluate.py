@@ -117,8 +117,9 @@ def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     """The model's folder: for the time being, of a GGUF file and of a model with its adapter."""
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
+    from anymamba.checkpoint.paths import user_path
     from anymamba.runtime.convert import convert
-    from anymamba.runtime.gguf_names import is_gguf
+    from anymamba.runtime.gguf_files import find_gguf
     from anymamba.runtime.merge import merge
 
     model, adapter, offline = arguments.model, arguments.adapter, arguments.offline
@@ -126,7 +127,7 @@ def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
         place = Path(scratch) / "model"
         if adapter is not None:
             yield merge(adapter, place, model, offline=offline)
-        elif model is not None and is_gguf(model):
+        elif model is not None and find_gguf(user_path(model)) is not None:
             yield convert(model, place, offline=offline)
         else:
             yield resolve(model or bundled_model(), offline=offline)

@@ -11,7 +11,7 @@ from anymamba.cli.evaluate import network_allowed
 from anymamba.cli.model_options import add_offline_argument
 from anymamba.cli.quiet import quiet
 from anymamba.cli.training_names import names_of
-from anymamba.cli.values import integer
+from anymamba.cli.values import integer, number
 from anymamba.cli.waiting_threads import let_waiting_threads_sleep
 from anymamba.errors import MissingDependencyError
 
@@ -30,6 +30,8 @@ examples:
   anymamba merge ./my-adapter ./my-model
   anymamba finetune plays.txt --output ./my-model --method full --learning-rate 1e-4
 """
+HIGHEST_SEED = 2**32 - 1
+MOST = 2**31 - 1
 METHODS = ("lora", "dora", "full")
 TARGETS = ("x_proj", "embeddings", "in_proj", "out_proj")
 
@@ -68,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--save-every",
-        type=integer(1),
+        type=integer(1, MOST),
         metavar="N",
         help="keep checkpoints every N steps in DST.checkpoints, until all is done",
     )
@@ -84,8 +86,10 @@ def add_adapter_settings(parser: argparse.ArgumentParser) -> None:
     """Declare what is trained."""
     group = parser.add_argument_group("what is trained")
     group.add_argument("--method", choices=METHODS, default="lora", help="default lora")
-    group.add_argument("--rank", type=int, default=16, metavar="N", help="default 16")
-    group.add_argument("--alpha", type=float, metavar="X", help="default: twice the rank")
+    group.add_argument("--rank", type=integer(1, MOST), default=16, metavar="N", help="default 16")
+    group.add_argument(
+        "--alpha", type=number(0, MOST, above_low=True), metavar="X", help="default: twice the rank"
+    )
     group.add_argument(
         "--targets",
         nargs="+",
@@ -94,21 +98,27 @@ def add_adapter_settings(parser: argparse.ArgumentParser) -> None:
         help=f"default {' '.join(TARGETS)}; also dt_proj",
     )
     group.add_argument("--rslora", action="store_true", help="scale by the rank's square root")
-    group.add_argument("--adapter-dropout", type=float, default=0.0, metavar="X", help="default 0")
+    group.add_argument(
+        "--adapter-dropout", type=number(0, 0.99), default=0.0, metavar="X", help="default 0"
+    )
 
 
 def add_training_settings(parser: argparse.ArgumentParser) -> None:
     """Declare how it is trained."""
     group = parser.add_argument_group("how")
-    group.add_argument("--epochs", type=float, default=3.0, metavar="X", help="default 3")
+    positive, count = number(0, MOST, above_low=True), integer(1, MOST)
+    group.add_argument("--epochs", type=positive, default=3.0, metavar="X", help="default 3")
     option = group.add_argument
-    option(*names_of("steps"), type=int, metavar="N", help="end after so many steps")
-    option(*names_of("batch"), type=int, default=4, metavar="N", help="default 4")
-    option(*names_of("accumulation"), type=int, default=1, metavar="N", help="batches a step")
+    option(*names_of("steps"), type=count, metavar="N", help="end after so many steps")
+    option(*names_of("batch"), type=count, default=4, metavar="N", help="default 4")
+    option(*names_of("accumulation"), type=count, default=1, metavar="N", help="batches a step")
     group.add_argument(
-        "--learning-rate", type=float, metavar="X", help="default 5e-4, with --method full 5e-5"
+        "--learning-rate",
+        type=number(0, MOST, above_low=True),
+        metavar="X",
+        help="default 5e-4, with --method full 5e-5",
     )
-    option(*names_of("window"), type=int, default=1024, metavar="N", help="tokens; default 1024")
+    option(*names_of("window"), type=count, default=1024, metavar="N", help="tokens; default 1024")
     group.add_argument("--packing", action="store_true", help="several examples in a row")
     group.add_argument(
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
@@ -116,7 +126,9 @@ def add_training_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--chat-template", metavar="FILE", help="Jinja; default: the tokenizer's, or a plain one"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    group.add_argument(
+        "--seed", type=integer(0, HIGHEST_SEED), default=0, metavar="N", help="default 0"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -55,13 +55,15 @@ def describe(
 
         return about_machine.describe(), about_machine.as_text
     from anymamba.checkpoint.paths import user_path
+    from anymamba.runtime.gguf_files import find_gguf
 
     file = user_path(model)
-    if model and file.is_file():
-        if file.suffix.lower() == ".gguf":
-            from anymamba.cli import about_gguf
+    gguf = find_gguf(file)
+    if gguf is not None and gguf.is_file():
+        from anymamba.cli import about_gguf
 
-            return about_gguf.describe(file), about_gguf.as_text
+        return about_gguf.describe(gguf), about_gguf.as_text
+    if file.is_file():
         from anymamba.cli import about_state
 
         return about_state.describe(file), about_state.as_text

@@ -13,6 +13,7 @@ import io
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
 from anymamba import __version__
@@ -45,6 +46,12 @@ EXIT_FAILURE = 2
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141
 
+OUT_OF_MEMORY = (
+    "not enough memory: end other programs, or ask for less, as by a smaller batch or a shorter "
+    "text, or by --weights int4"
+)
+NO_FOLDER = "the folder that this was started in does not exist any more; change to one that does"
+LONGEST_COMPLAINT = 1000
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 EPILOG = """\
@@ -66,6 +73,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are errors like all others: one line each."""
 
     def error(self, message: str) -> NoReturn:
+        if len(message) > LONGEST_COMPLAINT:  # it quotes what was given
+            half = LONGEST_COMPLAINT // 2
+            message = f"{message[:half]} ... {message[-half:]}"
         raise InputError(f"{message} (see {self.prog} --help)")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -115,14 +125,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         forget(sys.stdout)
         return EXIT_CLOSED_PIPE
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        tell(f"anymamba: {OUT_OF_MEMORY}")
+        return EXIT_FAILURE
     except OSError as error:
         # Files are written by functions that say which one it was: what is left is the output.
-        if error.errno not in NO_SPACE:
+        if error.errno in NO_SPACE:
+            forget(sys.stdout)
+            tell(f"anymamba: cannot write the output: {error.strerror}; free some space")
+        elif is_without_folder(error):
+            tell(f"anymamba: {NO_FOLDER}")
+        else:
             raise
-        forget(sys.stdout)
-        tell(f"anymamba: cannot write the output: {error.strerror}; free some space")
         return EXIT_FAILURE
     return 0
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether the system gave no more memory, in Python's words or in PyTorch's."""
+    return isinstance(error, MemoryError) or "not enough memory" in str(error)
+
+
+def is_without_folder(error: OSError) -> bool:
+    """Whether the folder that the command was started in is gone, so that no name means a file."""
+    if error.errno != errno.ENOENT:
+        return False
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def run_command(argv: Sequence[str]) -> None:

@@ -25,9 +25,10 @@ __all__ = [
 
 def open_engine(arguments: argparse.Namespace) -> Engine:
     """The runtime's engine for the options of `model_options`."""
+    from anymamba.cli.output import tell
     from anymamba.runtime.loading import load
 
-    return load(
+    engine = load(
         arguments.model,
         weights=arguments.weights,
         threads=arguments.threads,
@@ -36,6 +37,9 @@ def open_engine(arguments: argparse.Namespace) -> Engine:
         tokenizer=arguments.tokenizer,
         offline=arguments.offline,
     )
+    if engine.weights.remark is not None:
+        tell(f"anymamba: {engine.weights.remark}")
+    return engine
 
 
 def adapter_of(arguments: argparse.Namespace) -> str | None:
@@ -48,6 +52,7 @@ def tokenizer_place(arguments: argparse.Namespace) -> Path:
     """The folder or file that the tokenizer comes from."""
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.paths import user_path
+    from anymamba.runtime.gguf_files import find_gguf
     from anymamba.runtime.loading import model_of
 
     if arguments.tokenizer is not None:
@@ -56,8 +61,8 @@ def tokenizer_place(arguments: argparse.Namespace) -> Path:
     if adapter is not None and (user_path(adapter) / "tokenizer.json").is_file():
         return user_path(adapter)
     model = model_of(arguments.model, adapter)
-    file = user_path(model)
-    return file if file.is_file() else resolve(model, offline=arguments.offline)
+    file = find_gguf(user_path(model))
+    return file or resolve(model, offline=arguments.offline)
 
 
 def model_name(arguments: argparse.Namespace) -> str:

@@ -113,19 +113,20 @@ def place_of(arguments: argparse.Namespace) -> Path:
     """Where the source is, downloaded if need be."""
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.paths import user_path
-    from anymamba.runtime.gguf_names import is_gguf
+    from anymamba.runtime.gguf_files import find_gguf
 
-    if is_gguf(arguments.source):
-        return user_path(arguments.source)
-    return resolve(arguments.source, offline=arguments.offline)
+    file = find_gguf(user_path(arguments.source))
+    return file or resolve(arguments.source, offline=arguments.offline)
 
 
 def weight_bytes_in(place: Path) -> int:
     """The bytes of a model's weight files."""
     from anymamba.checkpoint import open_checkpoint
+    from anymamba.runtime.gguf_parts import read_gguf_files
 
-    files = [place] if place.is_file() else open_checkpoint(place).files.paths
-    return sum(file.stat().st_size for file in files)
+    if place.is_file():
+        return sum(len(data) for data in read_gguf_files(place).data.values())
+    return sum(file.stat().st_size for file in open_checkpoint(place).files.paths)
 
 
 def perplexity(arguments: argparse.Namespace, place: Path, text: str) -> float:

@@ -63,7 +63,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     probability = number(0, 1, above_low=True)
     option(
         "--temperature",
-        type=number(0),
+        type=number(0, 1e6),
         metavar="T",
         help="0 always takes the likeliest token; default 0.8",
     )
@@ -94,7 +94,7 @@ def add_penalty_arguments(group: argparse._ActionsContainer) -> None:
     """Declare what makes tokens more or less likely before one is chosen."""
     group.add_argument(
         "--repetition-penalty",
-        type=number(0, above_low=True),
+        type=number(1e-6, 1e6),
         metavar="X",
         help="above 1 makes tokens that were there before less likely",
     )

@@ -385,7 +385,8 @@ class MambaCache(Cache):
                 file, and `load` refuses another model's weights.
 
         Raises:
-            StateError: if `model` does not have this cache's sizes.
+            StateError: if `model` does not have this cache's sizes, or a block holds NaN or
+                infinity, from which nothing could go on.
 
         Example:
             >>> import tempfile
@@ -403,6 +404,12 @@ class MambaCache(Cache):
             digest = state_dict_digest(model.state_dict())
         metadata = state_metadata(identity, self.token_counts.tolist(), digest)
         blocks = {name: getattr(self, name).contiguous() for name in _BLOCKS}
+        for name, block in blocks.items():
+            if not torch.isfinite(block).all():
+                raise StateError(
+                    f"the cache holds NaN or infinity in its {name}, and nothing could go on from "
+                    "it: it was not written; the model's weights are broken"
+                )
         write_atomically(Path(path), lambda part: save_file(blocks, part, metadata=metadata))
 
     @classmethod

@@ -24,6 +24,7 @@ from anymamba.checkpoint.paths import user_path
 from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError
 from anymamba.runtime.bfloat16 import to_float32
+from anymamba.runtime.finite import check_finite
 from anymamba.runtime.mapping import FileMap
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "Adapter", "Change", "base_model_of", "read_adapter"]
@@ -256,6 +257,7 @@ def _read_parts(folder: Path) -> tuple[dict[str, dict[str, NDArray[np.float32]]]
                 "F16 or BF16"
             )
         array = files.array(record)
+        check_finite(name, array)
         wide = to_float32(array) if array.dtype == np.uint16 else array.astype(np.float32)
         found = parts.setdefault(module, {})
         if part in found:

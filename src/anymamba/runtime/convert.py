@@ -22,6 +22,7 @@ from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.safetensors_stream import SafetensorsStream, TensorPlan
 from anymamba.errors import ConfigError
 from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+from anymamba.runtime.finite import check_finite
 from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
 from anymamba.runtime.gguf_names import is_gguf, is_matrix
 from anymamba.runtime.gguf_writing import GGUF_WEIGHTS, write_gguf
@@ -111,6 +112,11 @@ def _check_choice(layout: str, weights: str | None, destination: str | os.PathLi
 
 def _write_gguf(target: Path, model: Source, weights: str | None) -> None:
     by_type = {"F64": "f32"} | {kind.upper(): kind for kind in GGUF_WEIGHTS}
+    if weights is None and model.dtype not in by_type:
+        raise ConfigError(
+            f"the model is stored in {model.dtype}, which is read here and not written; say in "
+            f"which type to write it: weights=... (--weights), one of {', '.join(GGUF_WEIGHTS)}"
+        )
     write_gguf(
         target,
         {**model.config, **_special_tokens(model)},
@@ -170,9 +176,9 @@ def write_files(folder: Path, model: Source, layout: Any, weights: str | None) -
     named = {name_in_layout(name, layout): plan for name, plan in plans.items()}
     with SafetensorsStream(folder / "model.safetensors", named, {"format": "pt"}) as stream:
         for name in shapes:
-            written = np.ascontiguousarray(
-                _typed(name, model.tensors[name], plans[name].dtype)
-            ).data
+            tensor = model.tensors[name]
+            check_finite(name, tensor)
+            written = np.ascontiguousarray(_typed(name, tensor, plans[name].dtype)).data
             stream.put(name_in_layout(name, layout), written)
             if repeated and name == EMBEDDINGS:
                 stream.put(name_in_layout(HEAD, layout), written)
@@ -195,7 +201,7 @@ def _typed(name: str, tensor: NDArray[Any], kind: str) -> NDArray[Any]:
         return to_bfloat16(wide)
     if not (np.abs(wide) <= _LARGEST_FLOAT16).all():
         raise ConfigError(
-            f"{name} holds numbers beyond float16's {_LARGEST_FLOAT16:.0f}, or no numbers; write "
-            "the weights as f32 or bf16"
+            f"{name} holds numbers beyond float16's {_LARGEST_FLOAT16:.0f}; write the "
+            "weights as f32 or bf16"
         )
     return wide.astype("<f2")

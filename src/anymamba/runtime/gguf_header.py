@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from anymamba.checkpoint import TensorRecord
 from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError
+from anymamba.runtime.gguf_blocks import OTHER_TYPES, TYPES
 
 __all__ = ["MAX_HEADER_BYTES", "GgufHeader", "read_gguf_header"]
 
@@ -37,22 +38,6 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _NUMBERS[12] = "d"
 _STRING, _ARRAY = 8, 9
 
-# Types of tensors that can be read: name, numbers in a block, bytes of a block.
-_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    8: ("Q8_0", 32, 34),
-    30: ("BF16", 1, 2),
-}
-# The others are known by name alone, to be refused by it.
-_OTHER_TYPES = (
-    {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K"}
-    | {14: "Q6_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
-    | {20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32"}
-    | {27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4"}
-)
-
 
 @dataclass(frozen=True)
 class GgufHeader:
@@ -63,15 +48,15 @@ class GgufHeader:
         metadata: its named values: numbers, booleans, texts, lists of texts, tuples of
             numbers.
         tensors: where each tensor is, by its name in the file. A shape is outermost first, and
-            a dtype is GGUF's name: "F32", "F16", "BF16", "Q8_0" or "Q4_0".
-        data: the file itself, mapped. It was opened once: what the header says is true of these
-            bytes, also when another file takes its place.
+            a dtype is GGUF's name, one of `gguf_blocks.TYPES`.
+        data: by the file, its bytes, mapped. It was opened once: what the header says is true of
+            these bytes, also when another file takes its place.
     """
 
     file: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorRecord]
-    data: memoryview
+    data: Mapping[Path, memoryview]
 
 
 def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
@@ -105,9 +90,10 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     if version not in _VERSIONS:
         turned = int.from_bytes(version.to_bytes(4, "little"), "big") in _VERSIONS
         kind = "big-endian" if turned else f"version {version}"
+        remedy = "the gguf package's `gguf-convert-endian FILE little` turns it round"
         raise CheckpointError(
             f"{str(file)!r} is a {kind} GGUF file, expected version 2 or 3, little-endian; "
-            "convert the model anew"
+            + (remedy if turned else "convert the model anew")
         )
     n_tensors, n_values = cursor.number("Q"), cursor.number("Q")
     metadata = _metadata(cursor, n_values)
@@ -120,7 +106,7 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     tensors = {record.name: record for record in records}
     if len(tensors) < len(records):
         _broken(file, "two of its tensors have one name")
-    return GgufHeader(file, metadata, tensors, data)
+    return GgufHeader(file, metadata, tensors, {file: data})
 
 
 @dataclass(frozen=True)
@@ -234,10 +220,10 @@ def _entry(cursor: _Cursor) -> _Entry:
 
 
 def _refuse_other_types(file: Path, entries: Iterable[_Entry]) -> None:
-    others = sorted({entry.kind for entry in entries} - _TYPES.keys())
+    others = sorted({entry.kind for entry in entries} - TYPES.keys())
     if others:
-        names = listed(_OTHER_TYPES.get(kind, f"of unknown number {kind}") for kind in others)
-        known = ", ".join(name for name, _, _ in _TYPES.values())
+        names = listed(OTHER_TYPES.get(kind, f"of unknown number {kind}") for kind in others)
+        known = ", ".join(found.name for found in TYPES.values())
         raise CheckpointError(
             f"{str(file)!r} holds tensors of type {names}; AnyMamba reads {known}: get or write "
             "the model in one of these"
@@ -245,7 +231,7 @@ def _refuse_other_types(file: Path, entries: Iterable[_Entry]) -> None:
 
 
 def _record(file: Path, entry: _Entry, start: int, alignment: int) -> TensorRecord:
-    dtype, in_block, block_bytes = _TYPES[entry.kind]
+    dtype, in_block, block_bytes = TYPES[entry.kind]
     name = shown(entry.name)
     if entry.shape[-1] % in_block:
         _broken(

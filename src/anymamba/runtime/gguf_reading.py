@@ -1,15 +1,7 @@
 """Reading a Mamba from a GGUF file: its config, its tensors, its tokenizer.
 
 What the file says is checked by `gguf_header` first. Numbers in F32, F16 and BF16 stay where
-they lie in the file. Q8_0 and Q4_0 keep blocks of 32 whole numbers with a scale in float16:
-
-- As float32 their values are exact: the `gguf` package computes them, the product of a number of
-  11 bits and one of 8 at most.
-- As `QuantizedArray`, for the kernels, the whole numbers stay and the scale becomes a bfloat16,
-  which has 8 bits of the 11. All weights of a block then move by the same share, at most 1/256, as
-  they would if they were kept in bfloat16 themselves. To compute the whole numbers anew for the
-  rounded scale would move most weights more: by up to half a step, where 1/256 of a weight in the
-  middle of its block is a quarter of a step of Q8_0 and a 64th of a step of Q4_0.
+they lie in the file; `gguf_blocks` reads the other types.
 
 A comes as itself and becomes A_log, by a logarithm in float64 that is rounded to float32. What
 llama.cpp computes with, -exp(A_log), is met to within a few units in the last place.
@@ -21,6 +13,7 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,19 +22,17 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import TensorRecord, check_tensors, expected_shapes, model_shape
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.wording import shown
-from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
-from anymamba.runtime.gguf_header import GgufHeader, read_gguf_header
+from anymamba.errors import CheckpointError, ConfigError
+from anymamba.runtime.bfloat16 import to_float32
+from anymamba.runtime.gguf_blocks import KEPT, PLAIN, kept_blocks, widened
+from anymamba.runtime.gguf_header import GgufHeader
 from anymamba.runtime.gguf_names import from_gguf_name, is_matrix
+from anymamba.runtime.gguf_parts import read_gguf_files
 from anymamba.runtime.gguf_tokenizer import CHAT_TEMPLATE, tokenizer_json
 from anymamba.runtime.mapping import check_whole
 from anymamba.runtime.quantization import QuantizedArray
 
-__all__ = ["GgufModel", "GgufTensors", "import_gguf", "read_gguf"]
-
-_BLOCK = 32
-_BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18}
-_NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+__all__ = ["GgufModel", "GgufTensors", "read_gguf"]
 
 # Transformers' fields by GGUF's. All of them must be there.
 _COUNTS = {
@@ -79,9 +70,9 @@ def read_gguf(
     """Open a GGUF file of a Mamba. The weights stay in the file until they are asked for.
 
     Args:
-        path: the file, with tensors in F32, F16, BF16, Q8_0 or Q4_0.
-        keep_blocks: give matrices in Q8_0 and Q4_0 as `QuantizedArray` in groups of 32, for the
-            kernels, rather than as float32. This needs no `gguf` package.
+        path: the file, or any part of one that was split.
+        keep_blocks: give matrices in the types of `gguf_blocks.KEPT` as `QuantizedArray` in groups
+            of 32, for the kernels, rather than as float32. This needs no `gguf` package.
         tokenizer: whether the file's tokenizer is wanted, and refused if it cannot be read.
 
     Returns:
@@ -102,7 +93,7 @@ def read_gguf(
         >>> model.config["hidden_size"], model.tensors["backbone.norm_f.weight"].shape
         (32, (32,))
     """
-    header = read_gguf_header(path)
+    header = read_gguf_files(path)
     where = repr(str(header.file))
     records = _by_our_names(header)
     try:
@@ -129,20 +120,23 @@ class GgufTensors(Mapping[str, Any]):
 
     Args:
         records: where the tensors are, by Transformers' names.
-        data: the file, mapped.
+        data: by the file, its bytes, mapped.
         keep_blocks: as in `read_gguf`.
 
     Raises:
         CheckpointError: when a tensor is asked for that holds numbers it must not.
-        MissingDependencyError: when Q8_0 or Q4_0 is asked for as float32 without `gguf`.
+        MissingDependencyError: when `gguf_blocks.widened` needs the `gguf` package for it.
 
     Example:
-        >>> len(GgufTensors({}, memoryview(b""), keep_blocks=True))
+        >>> len(GgufTensors({}, {}, keep_blocks=True))
         0
     """
 
     def __init__(
-        self, records: Mapping[str, TensorRecord], data: memoryview, keep_blocks: bool
+        self,
+        records: Mapping[str, TensorRecord],
+        data: Mapping[Path, memoryview],
+        keep_blocks: bool,
     ) -> None:
         self.records = dict(records)
         self._data = data
@@ -156,9 +150,13 @@ class GgufTensors(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> NDArray[Any] | QuantizedArray:
         record, data = self.records[name], self.bytes_of(name)
-        if record.dtype in _BLOCK_BYTES and self._keep_blocks and is_matrix(name):
-            return _kept_blocks(record, data)
-        values = _decoded(record, data).reshape(_our_shape(name, record.shape))
+        if record.dtype in KEPT and self._keep_blocks and is_matrix(name):
+            return kept_blocks(record, data)
+        if record.dtype in PLAIN:
+            values = _plain(record, data)
+        else:
+            values = widened(record.dtype, data, record.shape)
+        values = values.reshape(_our_shape(name, record.shape))
         return _a_log(record, values) if name.endswith("A_log") else values
 
     def bytes_of(self, name: str) -> memoryview:
@@ -169,36 +167,17 @@ class GgufTensors(Mapping[str, Any]):
         """
         record = self.records[name]
         self.check()
-        return self._data[record.begin : record.end]
+        return self._data[record.file][record.begin : record.end]
 
     def check(self) -> None:
-        """Look whether the file still is as long as it was.
+        """Look whether the files still are as long as they were.
 
         Raises:
-            CheckpointError: it is not, and to touch its tensors might end the process.
+            CheckpointError: one is not, and to touch its tensors might end the process.
         """
-        whole = self._data.obj
-        if isinstance(whole, mmap.mmap):
-            check_whole(next(iter(self.records.values())).file, whole)
-
-
-def import_gguf() -> Any:
-    """Import the `gguf` package.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-
-    Example:
-        >>> import_gguf().__name__
-        'gguf'
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingDependencyError(
-            "this needs the gguf package, which is not installed: pip install 'anymamba[gguf]'"
-        ) from error
-    return gguf
+        for file, data in self._data.items():
+            if isinstance(data.obj, mmap.mmap):
+                check_whole(file, data.obj)
 
 
 def _by_our_names(header: GgufHeader) -> dict[str, TensorRecord]:
@@ -271,35 +250,9 @@ def _our_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _decoded(record: TensorRecord, data: memoryview) -> NDArray[Any]:
-    if record.dtype in _NUMPY:
-        array = np.frombuffer(data, _NUMPY[record.dtype])
-        return array if array.flags.aligned else array.copy()
-    gguf = import_gguf()
-    rows = np.frombuffer(data, np.uint8).reshape(-1, _BLOCK_BYTES[record.dtype])
-    with np.errstate(invalid="ignore", over="ignore"):  # scales may be NaN, as weights may
-        values: NDArray[Any] = gguf.dequantize(rows, gguf.GGMLQuantizationType[record.dtype])
-    return values
-
-
-def _kept_blocks(record: TensorRecord, data: memoryview) -> QuantizedArray:
-    if len(record.shape) != 2:
-        raise CheckpointError(f"tensor {shown(record.name)} has {len(record.shape)} dimensions")
-    n, k = record.shape
-    blocks = np.frombuffer(data, np.uint8).reshape(n, k // _BLOCK, _BLOCK_BYTES[record.dtype])
-    scales = to_bfloat16(np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0])
-    numbers = np.ascontiguousarray(blocks[..., 2:])
-    if record.dtype == "Q4_0":
-        # Number i of a block lies low in byte i, number i + 16 high in it: as ours do.
-        return QuantizedArray(numbers.reshape(n, k // 2), scales, None, 4, _BLOCK, (n, k))
-    q = (numbers ^ np.uint8(0x80)).reshape(n, k)  # signed to unsigned with zero at 128
-    if not q.all():
-        raise CheckpointError(
-            f"tensor {shown(record.name)} in {str(record.file)!r} holds the number -128, which no "
-            "writer of Q8_0 makes and the kernels do not know; load it with weights='f32' "
-            "(on the command line --weights f32)"
-        )
-    return QuantizedArray(q, scales, None, 8, _BLOCK, (n, k))
+def _plain(record: TensorRecord, data: memoryview) -> NDArray[Any]:
+    array = np.frombuffer(data, PLAIN[record.dtype]).reshape(record.shape)
+    return array if array.flags.aligned else array.copy()
 
 
 def _a_log(record: TensorRecord, values: NDArray[Any]) -> NDArray[np.float32]:

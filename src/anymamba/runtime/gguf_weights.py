@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from anymamba.checkpoint import bytes_digest
@@ -11,14 +12,16 @@ from anymamba.runtime.kinds import check_kind, convert
 from anymamba.runtime.weights import Weights
 
 if TYPE_CHECKING:
-    from anymamba.runtime.gguf_reading import GgufModel
+    from anymamba.runtime.gguf_reading import GgufModel, GgufTensors
     from anymamba.runtime.kinds import Tensor
 
 __all__ = ["load_gguf_weights"]
 
 # Writers of GGUF may keep the embedding table in more bits than the rest.
 _OF_MOST = "backbone.layers.0.mixer.in_proj.weight"
-_KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "int8", "Q4_0": "int4"}
+_KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "int8"}
+_KINDS |= {"Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4"}
+_GROUP = 32
 
 
 def load_gguf_weights(
@@ -28,13 +31,15 @@ def load_gguf_weights(
 
     Args:
         path: the file.
-        kind: one of `kinds.KINDS`. Q8_0 is a form of "int8" and Q4_0 one of "int4"; both are used
-            as they are by "auto" and by their own kind, their scales rounded to bfloat16. "f32"
-            and "bf16" start from their exact values, which needs the `gguf` package.
+        kind: one of `kinds.KINDS`. Q8_0 is a form of "int8", and Q4_0, Q4_1 and Q4_K are forms of
+            "int4"; they are used as they are by "auto" and by their own kind, their scales rounded
+            to bfloat16. Matrices in the other types with blocks become "int8" in groups of 32 then.
+            "f32", "bf16" and another kind start from the exact values.
         tokenizer: whether the file's tokenizer is wanted.
 
     Returns:
-        The weights, and the model for its tokenizer and chat template.
+        The weights, with a remark where types were changed that nobody asked to change, and the
+        model for its tokenizer and chat template.
 
     Raises:
         ConfigError: there is no such kind, or it cannot be made of these weights.
@@ -54,8 +59,7 @@ def load_gguf_weights(
     """
     check_kind(kind)
     model = read_gguf(path, keep_blocks=kind not in ("f32", "bf16"), tokenizer=tokenizer)
-    tensors: dict[str, Tensor] = dict(model.tensors)
-    own = _KINDS[model.tensors.records[_OF_MOST].dtype]
+    own = _KINDS.get(model.tensors.records[_OF_MOST].dtype, "int8")
 
     def digest() -> str:
         stored = model.tensors
@@ -64,5 +68,29 @@ def load_gguf_weights(
         )
 
     if kind == "auto" or (kind == own and kind in ("int8", "int4")):
-        return Weights(model.config, tensors, own, digest, model.tensors.check), model
-    return Weights(model.config, convert(tensors, kind), kind, digest, model.tensors.check), model
+        tensors, used, changed = _as_stored(model.tensors), own, "int8"
+    else:
+        tensors, used, changed = convert(model.tensors, kind), kind, kind
+    remark = _remark(path, model.tensors, changed) if changed in ("int8", "int4") else None
+    return Weights(model.config, tensors, used, digest, model.tensors.check, remark), model
+
+
+def _as_stored(stored: GgufTensors) -> dict[str, Tensor]:
+    """All tensors, those in types that the kernels lack in 8 bits; one at a time is in float32."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        is_other = stored.records[name].dtype not in _KINDS
+        tensors[name] = convert({name: tensor}, "int8", _GROUP)[name] if is_other else tensor
+    return tensors
+
+
+def _remark(path: str | os.PathLike[str], stored: GgufTensors, kind: str) -> str | None:
+    """What to tell of types that are converted."""
+    others = Counter(r.dtype for n, r in stored.records.items() if r.dtype not in _KINDS)
+    if not others:
+        return None
+    found = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(others.items()))
+    return (
+        f"{os.fspath(path)!r} has tensors that are converted to {kind} here ({found}); "
+        "weights='bf16' (--weights bf16) keeps more of them, and takes more memory"
+    )

@@ -18,8 +18,9 @@ from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_
 from anymamba.checkpoint.wording import shown
 from anymamba.errors import ConfigError
 from anymamba.runtime.bfloat16 import to_float32
+from anymamba.runtime.finite import check_finite
+from anymamba.runtime.gguf_blocks import import_gguf
 from anymamba.runtime.gguf_names import is_matrix, to_gguf_name
-from anymamba.runtime.gguf_reading import import_gguf
 from anymamba.runtime.gguf_tokenizer import WHOLE, llama_tokenizer
 from anymamba.runtime.tokenizer import tokenizer_from_json
 
@@ -32,6 +33,7 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cp
 _CONTEXT = 1 << 20  # a Mamba has no limit; llama.cpp refuses to go beyond this
 _LARGEST_FLOAT16 = 65504.0
 _EPSILON = 1e-5
+_PROBE_BYTES = 1 << 20
 
 
 def write_gguf(
@@ -57,7 +59,8 @@ def write_gguf(
     Raises:
         ConfigError: `weights` is none of these, llama.cpp has no such Mamba, or numbers are too
             large for their type.
-        CheckpointError: the file cannot be written, or the tokenizer is broken.
+        CheckpointError: the file cannot be written, the tokenizer is broken, or a tensor holds NaN
+            or infinity.
         MissingDependencyError: the `gguf` package is not installed.
 
     Example:
@@ -78,10 +81,24 @@ def write_gguf(
             _add_settings(writer, config, shape, weights)
             _add_tokenizer(writer, config, shape, tokenizer_json, chat_template)
             _write_tensors(writer, config, tensors, weights)
+        except OSError as error:
+            if error.errno is None:  # numpy says how much it wrote, and not why it was no more
+                _write_in_vain(unfinished)
+            raise
         finally:
             writer.close()
 
     write_atomically(path, write)
+
+
+def _write_in_vain(file: Path) -> None:
+    """Let the system say itself why it takes no more.
+
+    Raises:
+        OSError: most likely.
+    """
+    with file.open("ab") as unfinished:
+        unfinished.write(bytes(_PROBE_BYTES))
 
 
 def _checked(config: Mapping[str, Any], weights: str) -> ModelShape:
@@ -183,12 +200,13 @@ def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _values(name: str, tensor: NDArray[Any], kind: str) -> NDArray[np.float32]:
     """A tensor's numbers as GGUF keeps them, before they are rounded to their type."""
+    check_finite(name, tensor)
     values = to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
     if name.endswith("A_log"):
         values = -np.exp(values.astype(np.float64)).astype(np.float32)
     if kind in ("F16", "Q8_0", "Q4_0") and not (np.abs(values) <= _LARGEST_FLOAT16).all():
         raise ConfigError(
-            f"{name} holds numbers beyond float16's {_LARGEST_FLOAT16:.0f}, or no numbers, which "
-            f"{kind} cannot keep; write it as f32 or bf16"
+            f"{name} holds numbers beyond float16's {_LARGEST_FLOAT16:.0f}, which {kind} cannot "
+            "keep; write it as f32 or bf16"
         )
     return values.reshape(_stored_shape(name, values.shape))

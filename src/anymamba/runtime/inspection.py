@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import model_shape
 from anymamba.checkpoint.names import EMBEDDINGS
 from anymamba.errors import InputError
+from anymamba.runtime.finite import say_what_is_broken
 from anymamba.runtime.kinds import convert
 from anymamba.runtime.layerwise import Layer, Selected
 from anymamba.runtime.native import core
@@ -112,6 +113,7 @@ def inspect(
     Raises:
         InputError: there are no tokens, one is not in the vocabulary, or the text is no longer
             than an age.
+        CheckpointError: the model's weights hold NaN or infinity, which the text met.
 
     Example:
         >>> import anymamba
@@ -137,6 +139,8 @@ def inspect(
         selected = layer.selected(layer.normed(hidden_bld))
         found.append(_inspect_layer(layer, selected, looked))
         hidden_bld = layer.added(hidden_bld, layer.scanned(selected))
+        if not np.isfinite(hidden_bld).all():
+            raise say_what_is_broken(float(hidden_bld.max()), engine.weights.tensors)
         if progress is not None:
             progress(index + 1, count)
     step_sizes, left, final = (np.stack(parts) for parts in zip(*found, strict=True))

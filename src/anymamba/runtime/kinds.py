@@ -37,7 +37,6 @@ KINDS = ("auto", "f32", "bf16", "int8", "int4")
 _BITS = {"int8": 8, "int4": 4}
 _SMALL_MATRICES = ("x_proj.weight", "dt_proj.weight")
 _LARGE_MATRICES = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
-_GROUP = 128
 
 
 def check_kind(kind: str) -> None:
@@ -53,12 +52,13 @@ def check_kind(kind: str) -> None:
         raise ConfigError(f"weights must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
-def convert(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+def convert(tensors: Mapping[str, Tensor], kind: str, group: int = 128) -> dict[str, Tensor]:
     """Bring a model's tensors into another storage.
 
     Args:
-        tensors: by Transformers' names.
+        tensors: by Transformers' names. They are asked for one after the other.
         kind: "f32", "bf16", "int8" or "int4".
+        group: how many weights share a scale, where they are quantized.
 
     Returns:
         The tensors; those that already are what is asked for are the same arrays.
@@ -70,25 +70,25 @@ def convert(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
         >>> convert({"backbone.norm_f.weight": np.ones(2, np.float16)}, "int8")
         {'backbone.norm_f.weight': array([1., 1.], dtype=float32)}
     """
-    return {name: _converted(name, tensor, kind) for name, tensor in tensors.items()}
+    return {name: _converted(name, tensor, kind, group) for name, tensor in tensors.items()}
 
 
-def _converted(name: str, tensor: Tensor, kind: str) -> Tensor:
+def _converted(name: str, tensor: Tensor, kind: str, group: int) -> Tensor:
     if not isinstance(tensor, np.ndarray):
-        return _from_quantized(name, tensor, kind)
+        return _from_quantized(name, tensor, kind, group)
     if kind == "f32":
         return _widened(tensor)
     if kind == "bf16":
         is_matrix = name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES))
         return _narrowed(tensor) if is_matrix else tensor
-    return _quantized(name, tensor, kind)
+    return _quantized(name, tensor, kind, group)
 
 
-def _from_quantized(name: str, tensor: QuantizedArray, kind: str) -> Tensor:
+def _from_quantized(name: str, tensor: QuantizedArray, kind: str, group: int) -> Tensor:
     if kind not in _BITS:
         from anymamba.runtime.quantization import dequantize
 
-        return _converted(name, dequantize(tensor), kind)
+        return _converted(name, dequantize(tensor), kind, group)
     if tensor.bits == _BITS[kind]:
         return tensor
     raise ConfigError(
@@ -98,11 +98,11 @@ def _from_quantized(name: str, tensor: QuantizedArray, kind: str) -> Tensor:
     )
 
 
-def _quantized(name: str, tensor: NDArray[Any], kind: str) -> Tensor:
-    if name.endswith(_LARGE_MATRICES) and tensor.shape[1] % _GROUP == 0:
+def _quantized(name: str, tensor: NDArray[Any], kind: str, group: int) -> Tensor:
+    if name.endswith(_LARGE_MATRICES) and tensor.shape[1] % group == 0:
         from anymamba.runtime.quantization import quantize
 
-        return quantize(_widened(tensor), bits=cast(Any, _BITS[kind]), group=_GROUP, name=name)
+        return quantize(_widened(tensor), bits=cast(Any, _BITS[kind]), group=group, name=name)
     if name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES)):
         return _narrowed(tensor)
     return _widened(tensor)

@@ -16,7 +16,7 @@ from anymamba.errors import CheckpointError
 from anymamba.runtime.adapter import merge_adapter
 from anymamba.runtime.adapter_reading import Adapter, base_model_of, read_adapter
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.gguf_names import is_gguf
+from anymamba.runtime.gguf_files import find_gguf
 from anymamba.runtime.kinds import check_kind
 from anymamba.runtime.native import wanted_threads
 from anymamba.runtime.suggested_sampling import suggested_sampling
@@ -48,8 +48,8 @@ def load(
     """Open a model for the torch-free runtime.
 
     Args:
-        model: a folder in any layout, a GGUF file, or a hub id; None for the model that the
-            adapter names, or without an adapter the bundled one.
+        model: a folder in any layout, a GGUF file, a folder that holds one, or a hub id; None for
+            the model that the adapter names, or without an adapter the bundled one.
         weights: how the weights are kept. "auto": as they are stored, mapped from the file.
             "f32", "bf16": in that type. "int8", "int4": rounded to so many bits now, which takes
             seconds; `anymamba quantize` does it once.
@@ -91,9 +91,8 @@ def load(
     if change is not None and tokenizer is None and (change.folder / "tokenizer.json").is_file():
         tokenizer = change.folder
     model = model_of(model, adapter)
-    place = user_path(model)
-    if is_gguf(place):
-        return _load_gguf(place, weights, change, tokenizer, (threads, matmul_dtype))
+    if (file := find_gguf(user_path(model))) is not None:
+        return _load_gguf(file, weights, change, tokenizer, (threads, matmul_dtype))
     folder = resolve(
         model,
         revision=revision,

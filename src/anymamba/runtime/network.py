@@ -19,6 +19,7 @@ from anymamba.arithmetic import check_matmul_dtype, matmul_dtype_from_environmen
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.blocks import Blocks
+from anymamba.runtime.finite import say_what_is_broken
 from anymamba.runtime.native import core, wanted_threads
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Network:
         self.matmul_dtype = _wanted_matmul_dtype(matmul_dtype, weights.tensors)
         self.vocabulary = weights.tensors[EMBEDDINGS].shape[0]
         self._check_files = weights.check
+        self._tensors = weights.tensors
         self._core = core()
         self._model = self._core.Model(*_table(weights), constant=True)
 
@@ -114,6 +116,18 @@ class Network:
                 f"token {wrong[0]} is not in the model's vocabulary of {self.vocabulary}; "
                 "does the tokenizer belong to the model?"
             )
+
+    def check_numbers(self, logits_bv: NDArray[np.float32]) -> None:
+        """Refuse logits of a model whose weights hold NaN or infinity.
+
+        A NaN that a text reads stays in its state, and is in all that is said afterwards.
+
+        Raises:
+            CheckpointError: the message names the tensor.
+        """
+        largest_b = logits_bv.max(axis=1)
+        if not np.isfinite(largest_b).all():
+            raise say_what_is_broken(float(largest_b.max()), self._tensors)
 
     def _read(
         self,

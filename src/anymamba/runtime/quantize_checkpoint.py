@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import FORMAT, expected_shapes
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.safetensors_stream import SafetensorsStream, TensorPlan
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 from anymamba.runtime.calibration import Recipe, calibrate, check_readable, windows_of
+from anymamba.runtime.finite import check_finite
 from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
 from anymamba.runtime.layouts import config_of_layout
 from anymamba.runtime.native import core, wanted_threads
@@ -107,9 +108,10 @@ def quantize_checkpoint(
     check_apart(source, destination)
     target = check_destination(destination, overwrite)
     model = open_source(source, offline)
-    if model.dtype not in _FLOATS:
+    rounded = sorted(set(model.kinds.values()).difference(_FLOATS))
+    if rounded:
         raise CheckpointError(
-            f"the weights in {os.fspath(source)!r} are stored as {model.dtype}, and would be "
+            f"weights in {os.fspath(source)!r} are stored as {listed(rounded)}, and would be "
             "rounded twice; quantize the model that they were made of"
         )
     windows_bl = None
@@ -222,6 +224,7 @@ def _tensors(
         for name, shape in shapes.items():
             values = wide(name)
             assert values is not None  # open_source has checked that all are there
+            check_finite(name, values)
             if not _is_quantized(name, shape, recipe):
                 yield name, to_bfloat16(values) if _is_matrix(name) else values
             elif windows_bl is None:

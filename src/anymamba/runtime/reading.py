@@ -38,6 +38,7 @@ def read_texts(
 
     Raises:
         InputError: a token is not in the vocabulary; then nothing was read.
+        CheckpointError: the model's weights hold NaN or infinity, which the texts met.
     """
     for ids in sequences:
         network.check_tokens(ids)
@@ -50,6 +51,8 @@ def read_texts(
         read += sum(part.size for part in stretch)
         if progress is not None:
             progress(read, total)
+    if blocks.logits is not None:
+        network.check_numbers(blocks.logits)
 
 
 def read_with_logits(

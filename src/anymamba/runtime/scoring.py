@@ -70,8 +70,8 @@ def score_ids(network: Network, blocks: Blocks, ids_l: NDArray[np.int64]) -> Sco
         The score.
 
     Raises:
-        InputError: a token is not in the vocabulary; then nothing was read. Or the model says
-            what is no number.
+        InputError: a token is not in the vocabulary; then nothing was read.
+        CheckpointError: the model's weights hold NaN or infinity, which the text met.
     """
     logprobs = []
     before_v = None if blocks.logits is None else blocks.logits[0].copy()
@@ -79,6 +79,7 @@ def score_ids(network: Network, blocks: Blocks, ids_l: NDArray[np.int64]) -> Sco
         if before_v is not None:
             logprobs.append(_logprobs_of(before_v[None], part_w[:1]))
         before_v = logits_wv[-1].copy()
+        network.check_numbers(logits_wv)
         logprobs.append(_logprobs_of(logits_wv[:-1], part_w[1:]))
     found = np.concatenate(logprobs) if logprobs else np.empty(0)
     return Score(ids_l.tolist(), found)

@@ -26,7 +26,7 @@ from anymamba.checkpoint.json_object import MAX_JSON_BYTES, parse_json_object
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.paths import user_path
 from anymamba.errors import CheckpointError, MissingDependencyError
-from anymamba.runtime.gguf_names import is_gguf
+from anymamba.runtime.gguf_files import find_gguf
 from anymamba.runtime.gguf_reading import GgufModel, read_gguf
 from anymamba.runtime.mapping import TYPES, FileMap
 
@@ -87,7 +87,7 @@ def open_source(source: str | os.PathLike[str], offline: bool = False) -> Source
     """Open a model that is to be converted.
 
     Args:
-        source: a folder, a GGUF file, or a hub id.
+        source: a folder, a GGUF file or a folder that holds one, or a hub id.
         offline: use what was downloaded before, and no network.
 
     Returns:
@@ -103,9 +103,8 @@ def open_source(source: str | os.PathLike[str], offline: bool = False) -> Source
         >>> source.dtype, sorted(source.companions)[0]
         ('BF16', 'generation_config.json')
     """
-    place = user_path(source)
-    if is_gguf(place):
-        return _of_gguf(read_gguf(place))
+    if (file := find_gguf(user_path(source))) is not None:
+        return _of_gguf(read_gguf(file))
     checkpoint = open_checkpoint(resolve(source, offline=offline))
     where = repr(str(checkpoint.folder))
     if "quantization_config" in checkpoint.config:

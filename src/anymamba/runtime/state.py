@@ -143,6 +143,7 @@ class State:
 
         Raises:
             InputError: there is no such dtype.
+            StateError: the state holds NaN or infinity, and nothing could go on from it.
             CheckpointError: the file cannot be written.
 
         Example:
@@ -160,6 +161,12 @@ class State:
         blocks = {"conv_states": self.conv_states, "ssm_states": self.ssm_states}
         if self._blocks.logits is not None:
             blocks["logits"] = self._blocks.logits
+        for name, block in blocks.items():
+            if not np.isfinite(block).all():
+                raise StateError(
+                    f"the state holds NaN or infinity in its {name}, and nothing could go on from "
+                    "it: it was not written; the model's weights are broken, or what was assigned"
+                )
         tensors = {name: _bytes_of(block, dtype) for name, block in blocks.items()}
         digest = self.identity.digest
         metadata = state_metadata(self.identity.sizes, [self.token_count], digest)

@@ -47,6 +47,7 @@ class Weights:
         digest: computes the digest of the weights in their files. A state belongs to these, in
             whichever kind they are used.
         check: looks whether the files are as long as they were, and raises a `CheckpointError`.
+        remark: what was done to the weights that the user may not expect, in one line, or None.
     """
 
     config: Mapping[str, Any]
@@ -54,6 +55,7 @@ class Weights:
     kind: str
     digest: Callable[[], str]
     check: Callable[[], None]
+    remark: str | None = None
 
     @property
     def n_parameters(self) -> int:

@@ -168,6 +168,7 @@ def harness_model(
     from transformers.utils.logging import disable_progress_bar
 
     from anymamba.modeling import MambaForCausalLM
+    from anymamba.training.opening import check_weights
     from anymamba.training.tokenizers import stored_tokenizer
 
     disable_progress_bar()  # of loading weights
@@ -177,6 +178,7 @@ def harness_model(
     dtype = dtype or ("float32" if place.type == "cpu" else "auto")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     loaded = MambaForCausalLM.from_pretrained(model, dtype=wanted).to(place)
+    check_weights(loaded)
     # The harness looks for one of Transformers' formats here; the layers are in place already.
     vars(loaded.config).pop("quantization_config", None)
     prefix = _prefix_token(words)

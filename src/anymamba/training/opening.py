@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import nn
 
 from anymamba.errors import ConfigError
 from anymamba.modeling import MambaForCausalLM
+from anymamba.runtime.finite import broken_tensor
 
-__all__ = ["open_trainable"]
+__all__ = ["check_weights", "open_trainable"]
 
 
 def open_trainable(model: str | os.PathLike[str]) -> MambaForCausalLM:
@@ -19,7 +21,7 @@ def open_trainable(model: str | os.PathLike[str]) -> MambaForCausalLM:
         model: a folder or a name on the hub.
 
     Raises:
-        CheckpointError: it is missing or broken.
+        CheckpointError: it is missing or broken, or a weight is NaN or infinite.
         ConfigError: its weights are kept in 8 or 4 bits, which have no gradients.
     """
     found: MambaForCausalLM = MambaForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -29,4 +31,21 @@ def open_trainable(model: str | os.PathLike[str]) -> MambaForCausalLM:
             f"the model {str(model)!r} keeps its weights in {quantization['bits']} bits, which "
             "cannot be trained: give the model that it was made from"
         )
+    check_weights(found)
     return found
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model with NaN or infinity among its weights, before hours go into it.
+
+    Raises:
+        CheckpointError: the message names the tensor.
+    """
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point():
+            continue
+        broken = ~torch.isfinite(tensor)
+        if name.endswith("A_log"):
+            broken &= tensor != -torch.inf  # A is zero: the channel remembers for ever
+        if broken.any():
+            raise broken_tensor(name, int(broken.sum()))
