@@ -100,6 +100,9 @@ KEPT = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4}
 """The types that `kept_blocks` takes, and the bits of their numbers."""
 
 _GROUP = 32
+# How far runs of numbers in 4 and in 2 bits lie up in their bytes.
+_NIBBLES = np.array([[0], [4]], np.uint8)
+_PAIRS = np.array([[0], [2], [4], [6]], np.uint8)
 _BY_NAME = {found.name: found for found in TYPES.values()}
 
 
@@ -220,12 +223,14 @@ def _values_of_q6_k(rows_nb: NDArray[np.uint8]) -> NDArray[np.float32]:
     of 32 bytes more.
     """
     blocks = rows_nb.reshape(-1, 210)
-    low = blocks[:, :128].reshape(-1, 2, 1, 64) >> np.uint8([[0], [4]])
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.uint8([[0], [2], [4], [6]])
+    low = blocks[:, :128].reshape(-1, 2, 1, 64) >> _NIBBLES
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> _PAIRS
     q = (low & 15).reshape(-1, 2, 4, 32) | (high & 3) << 4
     scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
     scales *= np.ascontiguousarray(blocks[:, 208:]).view("<f2").astype(np.float32)
-    values = (q.reshape(-1, 16, 16).astype(np.float32) - 32) * scales[:, :, None]
+    values: NDArray[np.float32] = (q.reshape(-1, 16, 16).astype(np.float32) - 32) * scales[
+        :, :, None
+    ]
     return values.reshape(len(rows_nb), -1)
 
 
@@ -237,7 +242,7 @@ def _kept_q4_k(blocks_nbx: NDArray[np.uint8], n: int, k: int) -> QuantizedArray:
     scales = np.concatenate([first & 63, (mixed & 15) | (first >> 6 << 4)], axis=-1)
     minima = np.concatenate([second & 63, (mixed >> 4) | (second >> 6 << 4)], axis=-1)
     # Bytes 0 to 31 hold group 0 low and group 1 high; ours hold the halves of one group.
-    numbers = blocks_nbx[..., 16:].reshape(n, -1, 1, 32) >> np.uint8([[0], [4]])
+    numbers = blocks_nbx[..., 16:].reshape(n, -1, 1, 32) >> _NIBBLES
     with np.errstate(invalid="ignore", over="ignore"):
         scale = scales * _float32(blocks_nbx[..., :2])[..., None]
         minimum = minima * -_float32(blocks_nbx[..., 2:4])[..., None]
