@@ -242,12 +242,13 @@ def _kept_q4_k(blocks_nbx: NDArray[np.uint8], n: int, k: int) -> QuantizedArray:
     scales = np.concatenate([first & 63, (mixed & 15) | (first >> 6 << 4)], axis=-1)
     minima = np.concatenate([second & 63, (mixed >> 4) | (second >> 6 << 4)], axis=-1)
     # Bytes 0 to 31 hold group 0 low and group 1 high; ours hold the halves of one group.
-    numbers = blocks_nbx[..., 16:].reshape(n, -1, 1, 32) >> _NIBBLES
+    numbers: NDArray[np.uint8] = blocks_nbx[..., 16:].reshape(n, -1, 1, 32) >> _NIBBLES
+    numbers &= 15
     with np.errstate(invalid="ignore", over="ignore"):
         scale = scales * _float32(blocks_nbx[..., :2])[..., None]
         minimum = minima * -_float32(blocks_nbx[..., 2:4])[..., None]
     return QuantizedArray(
-        pack((numbers & 15).reshape(n, -1, _GROUP), 4),
+        pack(numbers.reshape(n, -1, _GROUP), 4),
         to_bfloat16(scale.reshape(n, -1)),
         to_bfloat16(minimum.reshape(n, -1)),
         4,
