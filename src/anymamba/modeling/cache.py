@@ -356,7 +356,9 @@ class MambaCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make `repeats` neighbouring copies of each row."""
-        self._take_rows(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self._take_rows(
+            torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats)
+        )
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows that `indices` names: integers, or a boolean for each row."""

@@ -35,6 +35,7 @@ from anymamba.modeling.outputs import MambaCausalLMOutput
 from anymamba.modeling.packing import check_mask, next_tokens, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.plain import project
+from anymamba.ops.tracing import values_are_known
 
 __all__ = ["MambaForCausalLM"]
 
@@ -158,8 +159,10 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         return output if wants_dict else output.to_tuple()
 
     def _logits(self, hidden_states: Tensor) -> Tensor:
-        weight = getattr(self.lm_head, "weight", hidden_states)  # a quantized head takes any type
-        return project(self.lm_head, hidden_states.to(weight.dtype)).float()
+        weight = getattr(self.lm_head, "weight", None)
+        if isinstance(weight, Tensor):  # a quantized head has none and takes any type
+            hidden_states = hidden_states.to(weight.dtype)
+        return project(self.lm_head, hidden_states).float()
 
     def _fused(
         self,
@@ -176,14 +179,14 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             return None
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             return None
+        table = fused.table_of(self, input_ids)
+        if table is None:
+            return None
         batch, length = input_ids.shape
         if attention_mask is not None:
             check_mask(batch, length, attention_mask)
             if not bool(attention_mask[:, -length:].all()):
                 return None
-        table = fused.table_of(self, input_ids)
-        if table is None:
-            return None
         cache, kept = self._cache_for(cache, use_cache, batch, input_ids.device)
         check_cache_position(cache_position)
         if not fused.fits(cache):
@@ -216,6 +219,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         """A long prompt in chunks, so that memory does not grow with what gets no logits."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or given.ndim < 2 or (input_ids is None) == (inputs_embeds is None):
+            return None
+        if not values_are_known(given):  # a graph is made for one length, or for all of them
             return None
         batch, length = given.shape[:2]
         columns = max(fused.CHUNK_TOKENS // max(batch, 1), 1)

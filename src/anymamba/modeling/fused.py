@@ -23,6 +23,7 @@ from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.native import core
 from anymamba.ops.plain import call_attributes, why_not_plain
+from anymamba.ops.tracing import runs_now
 
 if TYPE_CHECKING:
     from anymamba.modeling.cache import MambaCache
@@ -49,7 +50,7 @@ def table_of(model: MambaForCausalLM, input_ids: Tensor) -> Table | None:
         input_ids: (b, l), what is to be read.
     """
     ids_fit = input_ids.device.type == "cpu" and input_ids.dtype in (torch.int32, torch.int64)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not ids_fit:
+    if torch.is_grad_enabled() or not runs_now(input_ids) or not ids_fit:
         return None
     return None if why_not_table(model) is not None else _TABLES[model]
 
@@ -281,7 +282,7 @@ class Table:
 
     def _step(self, input_ids: Tensor, cache: MambaCache) -> Tensor:
         """(b, 1, v) logits; the cache advances."""
-        logits = torch.empty(input_ids.shape[0], self._vocabulary)
+        logits = self._logits(input_ids.shape[0])
         core()
         tokens = input_ids.reshape(-1).long().contiguous()
         try:
@@ -298,7 +299,7 @@ class Table:
         self._check_tokens(input_ids)
         core()
         columns = max(CHUNK_TOKENS // max(batch, 1), 1)
-        logits = torch.empty(batch, wanted, self._vocabulary)
+        logits = self._logits(batch, wanted)
         unwanted = length - wanted
         for start in range(0, length, columns):
             stretch = input_ids[:, start : start + columns]
@@ -310,13 +311,13 @@ class Table:
     def _read_stretch(self, ids_bl: Tensor, cache: MambaCache, wanted: int) -> Tensor:
         """The last (b, wanted, v) logits of a stretch that fits into memory."""
         batch, length = ids_bl.shape
-        positions_bw = torch.arange(batch)[:, None] * length
-        positions_bw = positions_bw + torch.arange(length - wanted, length)
-        logits = torch.empty(batch * wanted, self._vocabulary)
+        rows_b = torch.arange(batch + 1, device="cpu") * length
+        positions_bw = rows_b[:-1, None] + torch.arange(length - wanted, length, device="cpu")
+        logits = self._logits(batch * wanted)
         self._model.read(
             ids_bl.reshape(-1).long().contiguous(),
             None,
-            torch.arange(batch + 1) * length,
+            rows_b,
             positions_bw.reshape(-1),
             cache.conv_states,
             cache.ssm_states,
@@ -324,6 +325,10 @@ class Table:
             _rounds_to_bfloat16(),
         )
         return logits.view(batch, wanted, self._vocabulary)
+
+    def _logits(self, *rows: int) -> Tensor:
+        # Named, for a program may have set other defaults.
+        return torch.empty(*rows, self._vocabulary, dtype=torch.float32, device="cpu")
 
     def _check_tokens(self, input_ids: Tensor) -> None:
         """Before anything is read, so that a wrong token leaves the state as it was."""

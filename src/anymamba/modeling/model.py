@@ -24,7 +24,7 @@ from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.loading import FromAnyLayout
 from anymamba.modeling.outputs import MambaOutput
-from anymamba.modeling.packing import PackedBatch, pack_batch
+from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.plain import fusable, project, why_not_plain
@@ -142,7 +142,7 @@ class MambaMixer(nn.Module):
         cache: MambaCache | LayerState | None = None,
         attention_mask: Tensor | None = None,
         *,
-        packed: PackedBatch | None = None,
+        packed: Layout | None = None,
     ) -> Tensor:
         """Mix along time.
 
@@ -168,7 +168,7 @@ class MambaMixer(nn.Module):
         return self._mix(hidden_states, state, packed)
 
     def _mix(
-        self, hidden_states: Tensor, state: LayerState | None, packed: PackedBatch | None
+        self, hidden_states: Tensor, state: LayerState | None, packed: Layout | None
     ) -> Tensor:
         x_ble, z_ble = project(self.in_proj, hidden_states).chunk(2, dim=-1)
         x_ble = self._convolve(x_ble, state, packed)
@@ -185,9 +185,7 @@ class MambaMixer(nn.Module):
             return ops.linear(delta_blr, self.dt_proj.weight), self.dt_proj.bias
         return self.dt_proj(delta_blr), None
 
-    def _convolve(
-        self, x_ble: Tensor, state: LayerState | None, packed: PackedBatch | None
-    ) -> Tensor:
+    def _convolve(self, x_ble: Tensor, state: LayerState | None, packed: Layout | None) -> Tensor:
         window = old_window = None
         if state is not None:
             old_window = _readable(state.window_bek.to(x_ble.device))
@@ -196,7 +194,9 @@ class MambaMixer(nn.Module):
             x_ble, window, None if packed is None else packed.cu_seqlens
         )
         if state is not None and old_window is not None:
-            new_window = last if packed is None else packed.states_after(old_window, last)
+            new_window = last
+            if packed is not None:
+                new_window = packed.windows_after(old_window, x_ble, last)
             state.window_bek.copy_(new_window.detach())
         return x_conv_ble
 
@@ -261,7 +261,7 @@ class MambaMixer(nn.Module):
         z_ble: Tensor,
         delta_bias_e: Tensor | None,
         state: LayerState | None,
-        packed: PackedBatch | None,
+        packed: Layout | None,
     ) -> Tensor:
         initial = old_state = None
         if state is not None:
@@ -269,7 +269,7 @@ class MambaMixer(nn.Module):
             initial = old_state if packed is None else packed.states_before(old_state)
         y_ble, last = ops.selective_scan(
             x_ble,
-            delta_ble,
+            delta_ble if packed is None else packed.steps(delta_ble),
             -torch.exp(self.A_log.float()),
             B_bln,
             C_bln,
@@ -318,7 +318,7 @@ class MambaBlock(GradientCheckpointingLayer):
         cache: MambaCache | LayerState | None = None,
         attention_mask: Tensor | None = None,
         *,
-        packed: PackedBatch | None = None,
+        packed: Layout | None = None,
     ) -> Tensor:
         """(b, l, d) to (b, l, d); arguments as in `MambaMixer.forward`."""
         residual = hidden_states
@@ -595,7 +595,7 @@ def check_cache_position(cache_position: Tensor | None) -> None:
         )
 
 
-def _tokens_a_row(batch: int, length: int, packed: PackedBatch | None) -> Tensor:
+def _tokens_a_row(batch: int, length: int, packed: Layout | None) -> Tensor:
     if packed is None:
-        return torch.full((batch,), length)
-    return torch.bincount(packed.position_t // max(length, 1), minlength=batch)
+        return torch.full((batch,), length, device="cpu")
+    return packed.counts_b

@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anymamba.errors import InputError
+from anymamba.modeling.padding import PaddedBatch, pad_batch
+from anymamba.ops.tracing import values_are_known
 
-__all__ = ["PackedBatch", "check_mask", "next_tokens", "pack_batch"]
+__all__ = ["Layout", "PackedBatch", "check_mask", "next_tokens", "pack_batch"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,19 @@ class PackedBatch:
         is_first_s = self.is_first_s.to(state_b.device)
         return torch.where(is_first_s[:, None, None], state_s, torch.zeros_like(state_s))
 
+    @property
+    def counts_b(self) -> Int[Tensor, " b"]:
+        """How many positions of each batch row remain."""
+        return torch.bincount(self.position_t // max(self.length, 1), minlength=self.batch)
+
+    def steps(self, delta_1te: Float[Tensor, "1 t e"]) -> Float[Tensor, "1 t e"]:
+        """Step sizes as they are: nothing is masked any more."""
+        return delta_1te
+
+    def windows_after(self, window_bek: Tensor, x_1te: Tensor, last_sek: Tensor) -> Tensor:
+        """Each row's window afterwards, as `states_after`."""
+        return self.states_after(window_bek, last_sek)
+
     def states_after(
         self, state_b: Float[Tensor, "b ..."], last_s: Float[Tensor, "s ..."]
     ) -> Float[Tensor, "b ..."]:
@@ -64,6 +79,10 @@ class PackedBatch:
         rows = self.row_s[self.is_last_s].to(state_b.device)
         last = last_s[self.is_last_s.to(last_s.device)]
         return state_b.index_copy(0, rows, last.to(state_b.device, state_b.dtype))
+
+
+Layout = PackedBatch | PaddedBatch
+"""How a batch lies in the rows that the kernels see."""
 
 
 def pack_batch(
@@ -74,7 +93,7 @@ def pack_batch(
     seq_idx: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     position_ids: Tensor | None = None,
-) -> PackedBatch | None:
+) -> Layout | None:
     """Read all ways of marking a batch; None where every row is one whole sequence.
 
     Args:
@@ -87,6 +106,12 @@ def pack_batch(
     Raises:
         InputError: one of them has the wrong shape or values.
     """
+    marks = (seq_idx, cu_seq_lens_q, position_ids)
+    if attention_mask is not None and all(mark is None for mark in marks):
+        check_mask(batch, length, attention_mask)
+        if not values_are_known(attention_mask):
+            kept_bl = attention_mask[:, attention_mask.shape[1] - length :] != 0
+            return pad_batch(kept_bl.to(device))
     kept_bl = _kept(batch, length, attention_mask)
     if kept_bl is None:
         position_t = torch.arange(batch * length, device=device)
@@ -115,13 +140,15 @@ def pack_batch(
     )
 
 
-def next_tokens(labels_bl: Int[Tensor, "b l"], packed: PackedBatch | None) -> Int[Tensor, "b l"]:
+def next_tokens(labels_bl: Int[Tensor, "b l"], packed: Layout | None) -> Int[Tensor, "b l"]:
     """What each position should predict: the next label of its own document, else -100.
 
     Deleted positions are skipped: the shift happens between the positions that remain.
     """
     if packed is None:
         return torch.nn.functional.pad(labels_bl, (0, 1), value=-100)[:, 1:]
+    if isinstance(packed, PaddedBatch):
+        return packed.next_tokens(labels_bl)
     labels_t = packed.pack(labels_bl)[0]
     next_t = torch.full_like(labels_t, -100)
     next_t[:-1] = labels_t[1:]
@@ -206,4 +233,4 @@ def _checked_offsets(batch: int, length: int, cu_seq_lens_q: Tensor) -> Tensor:
             f"cu_seq_lens_q must rise from 0 to the length {length} of the only row; the batch has "
             f"{batch} rows, and the offsets begin {offsets[:4]} and end {offsets[-2:]}"
         )
-    return torch.tensor(offsets)
+    return torch.tensor(offsets, device="cpu")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from anymamba.errors import BackendError
+from anymamba.ops.tracing import is_transformed
 from anymamba.originals import PACKAGES, is_original_installed
 
 __all__ = ["Chosen", "available_backends", "backend", "implementation"]
@@ -261,8 +262,12 @@ def _reason_against(
     name: str, operator: str, tensor: torch.Tensor, arguments: dict[str, Any]
 ) -> str | None:
     entry = BACKENDS[name]
-    if entry.device is not None and tensor.device.type != entry.device:
+    # On the meta device the core's operators only tell shapes.
+    device = "cpu" if tensor.is_meta else tensor.device.type
+    if entry.device is not None and device != entry.device:
         return f"the tensors are on {tensor.device}, not on {entry.device}"
+    if name != "reference" and is_transformed():
+        return "torch.func and forward-mode derivatives need the backend 'auto' or 'reference'"
     missing = entry.missing()
     if missing is not None or entry.accepts is None:
         return missing
@@ -284,9 +289,13 @@ def _load(place: str) -> Callable[..., Any]:
     return _loaded[place]
 
 
+def _places(entry: Backend) -> tuple[str | None, ...]:
+    return (*entry.operators.values(), entry.accepts, entry.yields)
+
+
 _loaded: dict[str, Callable[..., Any]] = {}
 # Ours are loaded ahead for the same reason; others' packages may take long to import.
 for _name in ("cpu", "reference"):
     if BACKENDS[_name].missing() is None:
-        for _place in filter(None, (*BACKENDS[_name].operators.values(), BACKENDS[_name].accepts)):
+        for _place in filter(None, _places(BACKENDS[_name])):
             _load(_place)

@@ -15,6 +15,7 @@ from anymamba.errors import InputError
 from anymamba.ops.backends import implementation
 from anymamba.ops.checks import check_activation, check_shape
 from anymamba.ops.segments import segments_of
+from anymamba.ops.tracing import copy_for_backward
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
@@ -80,7 +81,7 @@ def causal_conv1d(
         "weight_ek": weight_ek,
         "bias_e": bias_e,
         "activation": activation,
-        "initial_window": initial_window,
+        "initial_window": copy_for_backward(initial_window),
         "return_final_window": return_final_window,
         "segments": segments,
         "reverse": reverse,

@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.ops.native import core, is_traced, segment_table
-from anymamba.ops.segments import Segments
+from anymamba.ops import conv_reference
+from anymamba.ops.derivatives import register_second_derivatives
+from anymamba.ops.native import core, segment_table
+from anymamba.ops.segments import Segments, segments_from_table
+from anymamba.ops.tracing import runs_now
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
@@ -47,7 +50,7 @@ def causal_conv1d_update(
     activation: str | None,
 ) -> Tensor:
     """Arguments and returns as in `anymamba.ops.causal_conv1d_update`."""
-    step = _conv_step if is_traced(x_be) else _conv_step_now
+    step = _conv_step_now if runs_now(x_be) else _conv_step
     y_be: Tensor = step(
         x_be,
         window_bek,
@@ -184,6 +187,25 @@ def _go_back(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Any, .
 
 
 _conv.register_autograd(_go_back, setup_context=_keep)
+
+
+def _again(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    segments, _, _, n_states, silu, reverse = arguments[4:]
+    return conv_reference.causal_conv1d(
+        x,
+        weight,
+        bias,
+        "silu" if silu else None,
+        initial,
+        True,
+        segments_from_table(segments, n_states),
+        reverse,
+    )
+
+
+register_second_derivatives(_conv_backward, 4, slice(5, 7), _again)
 
 
 def _conv_step_now(

@@ -23,7 +23,7 @@ def linear(x: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """a (m, k) times b (k, n), of any strides and types, plus bias (n,)."""
-    c = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+    c = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
     bare_bias = None if bias is None else bias.detach().contiguous()
     core().product(a.detach(), b.detach(), bare_bias, c)
     return c
@@ -74,3 +74,26 @@ def _go_back(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 
 
 _linear.register_autograd(_go_back, setup_context=_keep)
+
+
+def _keep_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    dy, x, weight, ctx.needs_x, ctx.needs_weight = inputs
+    ctx.save_for_backward(dy, x, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _go_back_twice(ctx: Any, ddx: Tensor | None, ddweight: Tensor | None) -> tuple[Any, ...]:
+    """Gradients of the gradients dx = dy W and dW = dy^T x: products again."""
+    dy, x, weight = ctx.saved_tensors
+    of_dy = of_x = of_weight = None
+    if ctx.needs_x and ddx is not None:
+        of_dy = _linear(ddx, weight, None)
+        of_weight = _linear(dy.t(), ddx.t().to(dy.dtype), None).to(weight.dtype)
+    if ctx.needs_weight and ddweight is not None:
+        through_weight = _linear(x, ddweight, None)
+        of_dy = through_weight if of_dy is None else of_dy + through_weight
+        of_x = _linear(dy, ddweight.t(), None)
+    return of_dy, of_x, of_weight, None, None
+
+
+_linear_backward.register_autograd(_go_back_twice, setup_context=_keep_backward)

@@ -45,7 +45,7 @@ def reason_against(operator: str, tensor: Tensor, arguments: dict[str, Any]) -> 
     for value in (tensor, *arguments.values()):
         if not isinstance(value, Tensor):
             continue
-        if value.device.type != "cpu":
+        if value.device.type not in ("cpu", "meta"):
             return f"one of the tensors is on {value.device}"
         if value.is_floating_point() and value.dtype not in _TYPES:
             return f"its kernels do not offer {value.dtype}"
@@ -74,15 +74,7 @@ def segment_table(segments: Segments | None) -> Tensor | None:
         segments.state_in,
         segments.state_out,
     ]
-    return torch.tensor(lists, dtype=torch.int64)
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether a call is recorded or only imagined, so that it has to go through an operator.
-
-    Going through one takes longer than a single token's arithmetic.
-    """
-    return torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter)
+    return torch.tensor(lists, dtype=torch.int64, device="cpu")
 
 
 def _wanted_threads() -> int:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from types import BuiltinFunctionType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as module_globals
 from torch.nn.parameter import Parameter
 
 from anymamba.ops.linear import linear as multiply
+from anymamba.ops.tracing import autocast_is_on
 
 __all__ = ["call_attributes", "fusable", "project", "why_not_plain"]
 
@@ -112,7 +112,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
         (..., n).
     """
     # Autocast rewrites torch's own product and knows nothing of ours.
-    ours = not torch.is_autocast_enabled(x.device.type)
+    ours = not autocast_is_on(x.device)
     if ours and type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None:
         return multiply(x, linear.weight, linear.bias)
     projected: Tensor = linear(x)

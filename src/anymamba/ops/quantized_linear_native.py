@@ -31,7 +31,7 @@ def quantized_linear(
 def _quantized_linear(
     x: Tensor, q: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    y = torch.empty(x.shape[0], q.shape[0])
+    y = x.new_empty(x.shape[0], q.shape[0], dtype=torch.float32)
     bare = [None if t is None else t.detach().contiguous() for t in (q, scales, minima, bias)]
     few = x.shape[0] <= _FEW_ROWS
     core().quantized_product(x.detach().float().contiguous(), *bare, y, few)

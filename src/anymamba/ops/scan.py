@@ -17,6 +17,7 @@ from anymamba.errors import InputError
 from anymamba.ops.backends import implementation
 from anymamba.ops.checks import check_shape
 from anymamba.ops.segments import segments_of
+from anymamba.ops.tracing import copy_for_backward
 
 __all__ = ["selective_scan", "selective_state_update"]
 
@@ -102,7 +103,7 @@ def selective_scan(
         "z_ble": z_ble,
         "delta_bias_e": delta_bias_e,
         "delta_softplus": delta_softplus,
-        "initial_state": initial_state,
+        "initial_state": copy_for_backward(initial_state),
         "return_last_state": return_last_state,
         "segments": segments,
         "reverse": reverse,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from anymamba.ops.native import core, is_traced, segment_table
-from anymamba.ops.segments import Segments
+from anymamba.ops import scan_reference
+from anymamba.ops.derivatives import register_second_derivatives
+from anymamba.ops.native import core, segment_table
+from anymamba.ops.segments import Segments, segments_from_table
+from anymamba.ops.tracing import runs_now
 
 __all__ = ["selective_scan", "selective_state_update"]
 
@@ -71,7 +75,7 @@ def selective_state_update(
     state = state_ben
     if state.dtype != torch.float32 or not state[:1].is_contiguous():
         state = state.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    step = _scan_step if is_traced(x_be) else _scan_step_now
+    step = _scan_step_now if runs_now(x_be) else _scan_step
     y_be: Tensor = step(
         state,
         x_be,
@@ -132,14 +136,12 @@ def _scan(
     will_go_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states, and what the backward pass needs (empty unless it will come)."""
-    y, last, kept = _outputs(x, A, n_states)
-    native = core()
-    if will_go_back:
-        b, l, e = x.shape
-        floats = native.scan_checkpoint_floats(b, l, e, A.shape[1], segments, n_states)
-        kept = x.new_empty(floats, dtype=torch.float32)
+    y, last, kept = _outputs(x, A, segments, n_states, will_go_back)
+    used = _used(kept, x, A, segments, n_states) if will_go_back else None
+    if used is not None:
+        kept[used.numel() :].zero_()
     inputs = [_bare(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
-    native.scan(
+    core().scan(
         *inputs,
         softplus,
         _bare(initial),
@@ -148,14 +150,37 @@ def _scan(
         reverse,
         y,
         last,
-        kept if will_go_back else None,
+        used,
     )
     return y, last, kept
 
 
-def _outputs(x: Tensor, A: Tensor, n_states: int) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    x: Tensor, A: Tensor, segments: Tensor | None, n_states: int, will_go_back: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     last = x.new_empty((n_states, *A.shape), dtype=torch.float32)
-    return torch.empty_like(x), last, x.new_empty(0, dtype=torch.float32)
+    (b, l, _), (e, n) = x.shape, A.shape
+    steps = _chunk_steps()
+    chunks = b * (-(-l // steps))
+    if segments is not None:
+        # As many as fit, and a last one of each segment: a size that its shapes alone decide.
+        chunks = b * l // steps + segments.shape[1]
+    kept = x.new_empty(chunks * e * n if will_go_back else 0, dtype=torch.float32)
+    return torch.empty_like(x), last, kept
+
+
+@cache
+def _chunk_steps() -> int:
+    """How many steps lie between two states that are kept for the backward pass."""
+    many = 1 << 20
+    chunks: int = core().scan_checkpoint_floats(1, many, 1, 1)
+    return many // chunks
+
+
+def _used(kept: Tensor, x: Tensor, A: Tensor, segments: Tensor | None, n_states: int) -> Tensor:
+    """The part of the states kept for the backward pass that these segments fill."""
+    floats = core().scan_checkpoint_floats(*x.shape, A.shape[1], segments, n_states)
+    return kept.detach()[:floats]
 
 
 @_scan.register_fake
@@ -175,10 +200,7 @@ def _(
     reverse: bool,
     will_go_back: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, last, kept = _outputs(x, A, n_states)
-    if will_go_back:
-        kept = x.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.float32)
-    return y, last, kept
+    return _outputs(x, A, segments, n_states, will_go_back)
 
 
 @torch.library.custom_op("anymamba::selective_scan_backward", mutates_args=(), device_types="cpu")
@@ -211,7 +233,7 @@ def _scan_backward(
         segments,
         n_states,
         reverse,
-        kept.detach(),
+        _used(kept, x, A, segments, n_states),
         dy.detach(),
         None if dlast is None else dlast.detach().contiguous(),
         dx,
@@ -301,6 +323,17 @@ def _go_back(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _: Any) -> tuple
 
 
 _scan.register_autograd(_go_back, setup_context=_keep)
+
+
+def _again(*arguments: Any) -> tuple[Tensor, Tensor]:
+    inputs: list[Any] = list(arguments[:8])
+    segments, _, _, _, n_states, softplus, reverse = arguments[18:]
+    return scan_reference.selective_scan(
+        *inputs, softplus, arguments[8], True, segments_from_table(segments, n_states), reverse
+    )
+
+
+register_second_derivatives(_scan_backward, 9, slice(11, 13), _again)
 
 
 def _scan_step_now(

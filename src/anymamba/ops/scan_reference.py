@@ -12,6 +12,7 @@ other adds its own conjugate to the output, so that y is twice the real part.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anymamba.ops.segments import Segments
+from anymamba.ops.tracing import is_transformed
 
 __all__ = ["selective_scan", "selective_scan_sequential", "selective_state_update"]
 
@@ -234,7 +236,8 @@ def _by_channel(B_bln: Tensor, e: int) -> Tensor:
 def _recomputed(
     block: Callable[..., tuple[Tensor, Tensor]], *arguments: object
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled():
+    # Function transforms know nothing of the hooks by which a checkpoint recomputes.
+    if torch.is_grad_enabled() and not is_transformed():
         y, state = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         return y, state
     return block(*arguments)
@@ -285,25 +288,57 @@ def linear_recurrence(a_blen: Tensor, b_blen: Tensor, h_ben: Tensor) -> Tensor:
 
 
 class _LinearRecurrence(torch.autograd.Function):
+    """Every derivative of a linear recurrence is one too, so that each is written with it."""
+
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, *inputs: Tensor) -> Tensor:
-        a_blen, b_blen, h_ben = inputs
-        states = _recur(a_blen, b_blen, h_ben)
-        ctx.save_for_backward(a_blen, states, h_ben)
+    def forward(a_blen: Tensor, b_blen: Tensor, h_ben: Tensor) -> Tensor:
+        # A compiler follows every step, and may fuse them.
+        recur = _recur if torch.compiler.is_compiling() else _recur_unseen
+        states: Tensor = recur(a_blen, b_blen, h_ben)
         return states
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        a_blen, _, h_ben = inputs
+        ctx.save_for_backward(a_blen, output, h_ben)
+        ctx.save_for_forward(a_blen, output, h_ben)
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, ...]:
         """With g_t the gradient of h_t: g_t = given_t + a_{t+1} g_{t+1}, the same walk backward.
 
         Factors that are complex count as their conjugates, as everywhere in PyTorch's gradients.
         """
-        a_blen, states, h_ben = (t.conj() for t in ctx.saved_tensors)  # type: ignore[attr-defined]
-        (given,) = grads
+        a_blen, states, h_ben = (tensor.conj() for tensor in ctx.saved_tensors)
         next_a = torch.cat([a_blen[:, 1:], torch.zeros_like(a_blen[:, :1])], 1)
-        g = _recur(next_a.flip(1), given.flip(1), torch.zeros_like(h_ben)).flip(1)
-        before = torch.cat([h_ben[:, None], states[:, :-1]], 1)
-        return g * before, g, a_blen[:, 0] * g[:, 0]
+        g = linear_recurrence(next_a.flip(1), given.flip(1), torch.zeros_like(h_ben)).flip(1)
+        return g * _before(states, h_ben), g, a_blen[:, 0] * g[:, 0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        """The tangents walk as the states do, driven by da_t h_{t-1} + db_t."""
+        a_blen, states, h_ben = ctx.saved_tensors
+        da, db, dh = tangents
+        drive = torch.zeros_like(states) if db is None else db
+        if da is not None:
+            drive = drive + da * _before(states, h_ben)
+        return linear_recurrence(a_blen, drive, torch.zeros_like(h_ben) if dh is None else dh)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *tensors: Tensor) -> tuple[Tensor, int]:
+        """Examples are more rows of the batch."""
+        count = info.batch_size
+        rows = [
+            tensor.expand(count, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for tensor, dim in zip(tensors, in_dims, strict=True)
+        ]
+        states = linear_recurrence(*(tensor.flatten(0, 1) for tensor in rows))
+        return states.unflatten(0, (count, -1)), 0
+
+
+def _before(states_blen: Tensor, h_ben: Tensor) -> Tensor:
+    """The state that each step starts from."""
+    return torch.cat([h_ben[:, None], states_blen[:, :-1]], 1)
 
 
 def _recur(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
@@ -325,3 +360,12 @@ def _recur(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
             carried = states[:, chunk - 1, -1, None]
             states[:, chunk].addcmul_(decay_so_far[:, chunk], carried)
     return states.view(batch, steps * chunks, *width)[:, :length]
+
+
+# One operator to `make_fx` and `torch.func.linearize`, which lose writes to parts of a tensor.
+_recur_unseen = torch.library.custom_op("anymamba::linear_recurrence", _recur, mutates_args=())
+
+
+@_recur_unseen.register_fake
+def _(a: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    return torch.empty_like(b)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 
-__all__ = ["Segments", "segments_of"]
+__all__ = ["Segments", "segments_from_table", "segments_of"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ def segments_of(
     if seq_idx is not None:
         return _from_indices(batch, length, seq_idx, reverse)
     return None
+
+
+def segments_from_table(table: Tensor | None, n_states: int) -> Segments | None:
+    """Segments from the (5, s) table that the core reads; None where there is none."""
+    return None if table is None else Segments(*table.tolist(), n_states)
 
 
 def _from_offsets(batch: int, length: int, cu_seqlens: Tensor) -> Segments:

@@ -19,7 +19,8 @@ from torch import Tensor
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
 from anymamba.ops.segments import segments_of
-from anymamba.ops.ssd_blocked import CHUNK_STEPS, ssd_blocked
+from anymamba.ops.ssd_operator import CHUNK_STEPS, ssd_blocked
+from anymamba.ops.tracing import copy_for_backward
 
 __all__ = ["ssd"]
 
@@ -95,7 +96,8 @@ def ssd(
     wide = torch.promote_types(x_blhp.dtype, torch.float32)
     dt = _step_sizes(dt_blh.to(wide), dt_bias_h, dt_softplus, dt_limit)
     D_hp = D_h[:, None] if D_h is not None and D_h.ndim == 1 else D_h
-    y, last = ssd_blocked(x_blhp, dt, A_h, B_blgn, C_blgn, D_hp, initial_states, segments, steps)
+    initial = copy_for_backward(initial_states)
+    y, last = ssd_blocked(x_blhp, dt, A_h, B_blgn, C_blgn, D_hp, initial, segments, steps)
     if z_blhp is not None:
         y = (y * F.silu(z_blhp.to(wide))).to(x_blhp.dtype)
     return (y, last) if return_final_states else y

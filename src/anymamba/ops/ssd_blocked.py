@@ -19,16 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from anymamba.ops.segments import Segments
+from anymamba.ops.segments import Segments, segments_from_table
 
-__all__ = ["ssd_blocked"]
+__all__ = ["CHUNK_STEPS", "Gradients", "run_backward", "run_forward"]
 
 # Measured at 24 heads of 64 with 128 states: with 32 steps passing states takes long, with 128
 # the decays within a chunk do.
@@ -37,42 +35,6 @@ CHUNK_STEPS = 64
 _CHUNK_NUMBERS = 1 << 17
 # exp(-40) is 4e-18: beside the 1 with which a step meets itself, less than float64's rounding.
 _SMALLEST, _TINY = -40.0, 4.3e-18
-
-
-def ssd_blocked(
-    x_blhp: Tensor,
-    dt_blh: Tensor,
-    A_h: Tensor,
-    B_blgn: Tensor,
-    C_blgn: Tensor,
-    D_hp: Tensor | None,
-    initial_states: Tensor | None,
-    segments: Segments | None,
-    chunk_steps: int = CHUNK_STEPS,
-) -> tuple[Tensor, Tensor]:
-    """y in the type of x, and the final states, (b, h, p, n) or one for each sequence.
-
-    Args:
-        x_blhp, A_h, B_blgn, C_blgn, initial_states: as in `anymamba.ops.ssd`.
-        dt_blh: the step sizes themselves, after bias, softplus and limits.
-        D_hp: (h, p) or (h, 1).
-        segments: the packed sequences; None where each row is one.
-        chunk_steps: q; the result does not depend on it.
-    """
-    wide = torch.promote_types(x_blhp.dtype, torch.float32)
-    dt_blh, A_h = dt_blh.to(wide), A_h.to(wide)
-    D_hp = None if D_hp is None else D_hp.to(wide)
-    initial_states = None if initial_states is None else initial_states.to(wide)
-    (b, l, h, p), n_states = x_blhp.shape, x_blhp.shape[0]
-    chunk_steps = min(chunk_steps, max(1, l))
-    rows = max(1, _CHUNK_NUMBERS // max(1, chunk_steps * h * p))
-    stretches = list(_rows_together(b, l, rows))
-    if segments is not None:
-        stretches, n_states = list(_one_by_one(segments)), segments.n_states
-    tensors = (x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_hp, initial_states)
-    with torch.autocast(x_blhp.device.type, enabled=False):  # the types are chosen here
-        y_blhp, last = _Ssd.apply(*tensors, stretches, n_states, chunk_steps)
-    return y_blhp, last
 
 
 @dataclass(frozen=True)
@@ -89,6 +51,14 @@ class _Stretch:
         """Index pairs (rows, steps) in order."""
         borders = range(self.start, self.stop, steps)
         return [(self.rows, slice(at, min(at + steps, self.stop))) for at in borders]
+
+
+def _stretches(x_blhp: Tensor, table: Tensor | None, n_states: int, steps: int) -> list[_Stretch]:
+    segments = segments_from_table(table, n_states)
+    if segments is not None:
+        return list(_one_by_one(segments))
+    b, l, h, p = x_blhp.shape
+    return list(_rows_together(b, l, max(1, _CHUNK_NUMBERS // max(1, steps * h * p))))
 
 
 def _rows_together(b: int, l: int, rows: int) -> Iterator[_Stretch]:
@@ -174,25 +144,26 @@ class _Chunk:
         return (state * self.through_rg1j[..., None]).view(state_knm.shape)
 
 
-class _Ssd(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dt: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        initial: Tensor | None,
-        stretches: list[_Stretch],
-        n_states: int,
-        steps: int,
-    ) -> tuple[Tensor, Tensor]:
-        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        above = _minus_infinity_above(steps, x.device)
-        last = dt.new_zeros(n_states, *x.shape[2:], B.shape[-1])
-        for stretch in stretches:
+def run_forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial: Tensor | None,
+    segments: Tensor | None,
+    n_states: int,
+    most_steps: int,
+    y: Tensor,
+    last: Tensor,
+) -> None:
+    """Fill y and the final states; arguments as `anymamba::ssd` takes them."""
+    last.zero_()
+    steps = min(most_steps, max(1, x.shape[1]))
+    above = _minus_infinity_above(steps, x.device)
+    with torch.autocast(x.device.type, enabled=False):  # the types are chosen by the caller
+        for stretch in _stretches(x, segments, n_states, steps):
             state_knm = _state_into(stretch, initial, x, dt, B)
             for at in stretch.chunks(steps):
                 chunk = _Chunk(at, x, dt, A, B, C, above)
@@ -203,40 +174,45 @@ class _Ssd(torch.autograd.Function):
                 state_knm = chunk.pass_on(state_knm)
             if stretch.state_out is not None:
                 last[stretch.state_out] = _as_public(state_knm, last, B.shape[2])
-        ctx.save_for_backward(x, dt, A, B, C, D, initial)
-        ctx.stretches, ctx.steps = stretches, steps
-        return y, last
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(dy.device.type, enabled=False):
-            return _Ssd.go_back(ctx, dy, dlast)
 
-    @staticmethod
-    def go_back(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of what `forward` took."""
-        x, dt, A, B, C, D, initial = ctx.saved_tensors
-        found = _Gradients(x, dt, A, B, C, D, initial)
-        above = _minus_infinity_above(ctx.steps, x.device)
-        for stretch in ctx.stretches:
+def run_backward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial: Tensor | None,
+    segments: Tensor | None,
+    dy: Tensor,
+    dlast: Tensor | None,
+    n_states: int,
+    most_steps: int,
+) -> list[Tensor]:
+    """The gradients; arguments as `anymamba::ssd_backward` takes them."""
+    found = Gradients(x, dt, A, B, C, D, initial)
+    steps = min(most_steps, max(1, x.shape[1]))
+    above = _minus_infinity_above(steps, x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        for stretch in _stretches(x, segments, n_states, steps):
             state_knm = _state_into(stretch, initial, x, dt, B)
             states = []
-            for at in stretch.chunks(ctx.steps):
+            for at in stretch.chunks(steps):
                 states.append(state_knm)
                 state_knm = _Chunk(at, x, dt, A, B, C, above).pass_on(state_knm)
             dstate_knm = _state_like(dlast, stretch.state_out, state_knm, B.shape[2])
             for at, state_knm in zip(
-                reversed(stretch.chunks(ctx.steps)), reversed(states), strict=True
+                reversed(stretch.chunks(steps)), reversed(states), strict=True
             ):
                 chunk = _Chunk(at, x, dt, A, B, C, above)
                 dstate_knm = found.of_chunk(at, chunk, dy[at].to(dt.dtype), state_knm, dstate_knm)
-            if found.dinitial is not None and stretch.state_in is not None:
-                found.dinitial[stretch.state_in] = _as_public(dstate_knm, dlast, B.shape[2])
-        return found.in_order()
+            if initial is not None and stretch.state_in is not None:
+                found.dinitial[stretch.state_in] = _as_public(dstate_knm, initial, B.shape[2])
+    return found.in_order()
 
 
-class _Gradients:
+class Gradients:
     """The gradients of all inputs, filled chunk by chunk."""
 
     def __init__(
@@ -253,13 +229,13 @@ class _Gradients:
         self.dx, self.ddt = torch.empty_like(x), torch.empty_like(dt)
         self.dA = torch.zeros_like(A, dtype=torch.float64)
         self.dB, self.dC = torch.empty_like(B), torch.empty_like(C)
-        self.dD = None if D is None else torch.zeros_like(D)
-        self.dinitial = None if initial is None else torch.zeros_like(initial)
+        self.dD = x.new_empty(0) if D is None else torch.zeros_like(D)
+        self.dinitial = x.new_empty(0) if initial is None else torch.zeros_like(initial)
 
-    def in_order(self) -> tuple[Tensor | None, ...]:
-        """As `_Ssd.forward` takes its arguments."""
-        dA = self.dA.to(self._A.dtype)
-        return (self.dx, self.ddt, dA, self.dB, self.dC, self.dD, self.dinitial, None, None, None)
+    def in_order(self) -> list[Tensor]:
+        """As the operator takes its arguments."""
+        dA = self.dA.to(self._A.dtype, copy=True)
+        return [self.dx, self.ddt, dA, self.dB, self.dC, self.dD, self.dinitial]
 
     def of_chunk(
         self,
@@ -309,7 +285,7 @@ class _Gradients:
         dB_kqn: Tensor,
         dC_kqn: Tensor,
     ) -> None:
-        if self._D is not None and self.dD is not None:
+        if self._D is not None:
             dx_rgqjp.addcmul_(dy_rgqjp, self._D.unflatten(0, (chunk.g, 1, -1)))
             to_D_hp = (dy_rgqjp * chunk.x_rgqjp).sum((0, 2)).flatten(0, 1)
             self.dD += to_D_hp.sum_to_size(self.dD.shape)

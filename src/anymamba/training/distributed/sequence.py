@@ -19,7 +19,7 @@ from anymamba.errors import InputError
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.model import MambaMixer
-from anymamba.modeling.packing import PackedBatch, next_tokens
+from anymamba.modeling.packing import Layout, next_tokens
 from anymamba.training.distributed.scan import parallel_scan
 from anymamba.training.distributed.states import (
     check_started,
@@ -146,7 +146,7 @@ class _SequenceParallelMixer(MambaMixer):
         cache: MambaCache | LayerState | None = None,
         attention_mask: Tensor | None = None,
         *,
-        packed: PackedBatch | None = None,
+        packed: Layout | None = None,
     ) -> Tensor:
         """As `MambaMixer.forward`, for one stretch."""
         if cache is not None or attention_mask is not None or packed is not None:
@@ -157,9 +157,7 @@ class _SequenceParallelMixer(MambaMixer):
         mixed: Tensor = super().forward(hidden_states)
         return mixed
 
-    def _convolve(
-        self, x_ble: Tensor, state: LayerState | None, packed: PackedBatch | None
-    ) -> Tensor:
+    def _convolve(self, x_ble: Tensor, state: LayerState | None, packed: Layout | None) -> Tensor:
         k = self.config.conv_kernel
         # A window is k wide, of which the convolution looks at the last k - 1.
         tail_bwe = x_ble[:, x_ble.shape[1] - (k - 1) :]
@@ -176,7 +174,7 @@ class _SequenceParallelMixer(MambaMixer):
         z_ble: Tensor,
         delta_bias_e: Tensor | None,
         state: LayerState | None,
-        packed: PackedBatch | None,
+        packed: Layout | None,
     ) -> Tensor:
         return parallel_scan(
             x_ble,

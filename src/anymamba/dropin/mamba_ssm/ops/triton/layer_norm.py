@@ -19,6 +19,7 @@ from anymamba import ops
 from anymamba.dropin.dispatch import by_device
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
+from anymamba.ops.tracing import autocast_is_on
 
 __all__ = [
     "LayerNormFn",
@@ -182,10 +183,7 @@ def layer_norm_linear_fn(
         is_rms_norm=is_rms_norm,
     )
     normed, total = cast("tuple[Tensor, Tensor]", both)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-    else:
-        dtype = normed.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_is_on(x.device) else normed.dtype
     bias = None if linear_bias is None else linear_bias.to(dtype)
     out = F.linear(normed.to(dtype), linear_weight.to(dtype), bias)
     return (out, total) if prenorm else out

@@ -1,0 +1,66 @@
+"""What PyTorch's FLOP counter counts for native operators.
+
+As the counter does for its own, products and convolutions are counted, a multiplication and an
+addition each as one, and norms are not. A scan counts what its recurrence takes for each step,
+channel and state: 2 for exp(delta A), 1 for the input times B, 2 for the state, 2 for the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["register_flops"]
+
+Shape = Sequence[int]
+_SCAN = 7
+# Backward passes walk forward again from the states that were kept, then back, with two products
+# for every one of the forward pass.
+_BACKWARD = 3
+
+
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def _linear_backward(
+    dy: Shape, x: Shape, weight: Shape, needs_x: bool, needs_weight: bool, **_: Any
+) -> int:
+    return 2 * math.prod(dy) * weight[1] * (needs_x + needs_weight)
+
+
+def _conv(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * weight[-1]
+
+
+def _conv_step(x: Shape, window: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return _conv(x, weight)
+
+
+def _scan(x: Shape, delta: Shape, A: Shape, *_: Any, **__: Any) -> int:
+    return _SCAN * math.prod(x) * A[-1]
+
+
+def _scan_step(state: Shape, *_: Any, **__: Any) -> int:
+    return _SCAN * math.prod(state)
+
+
+def register_flops() -> None:
+    """Tell `torch.utils.flop_counter` of every native operator there is."""
+    formulas: dict[str, Callable[..., int]] = {
+        "linear": _linear,
+        "linear_backward": _linear_backward,
+        "quantized_linear": _linear,
+        "causal_conv1d": _conv,
+        "causal_conv1d_backward": lambda *shapes, **_: 2 * _conv(*shapes),
+        "causal_conv1d_update": _conv_step,
+        "selective_scan": _scan,
+        "selective_scan_backward": lambda *shapes, **_: _BACKWARD * _scan(*shapes),
+        "selective_state_update": _scan_step,
+    }
+    for name, formula in formulas.items():
+        register_flop_formula(getattr(torch.ops.anymamba, name))(formula)
