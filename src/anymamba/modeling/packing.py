@@ -110,8 +110,8 @@ def pack_batch(
     if attention_mask is not None and all(mark is None for mark in marks):
         check_mask(batch, length, attention_mask)
         if not values_are_known(attention_mask):
-            kept_bl = attention_mask[:, attention_mask.shape[1] - length :] != 0
-            return pad_batch(kept_bl.to(device))
+            now_bl = attention_mask[:, attention_mask.shape[1] - length :]
+            return pad_batch((now_bl != 0).to(device))
     kept_bl = _kept(batch, length, attention_mask)
     if kept_bl is None:
         position_t = torch.arange(batch * length, device=device)

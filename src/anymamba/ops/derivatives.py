@@ -16,6 +16,7 @@ from torch import Tensor
 __all__ = ["register_second_derivatives"]
 
 Outputs = tuple[Tensor, ...]
+_vjp: Any = torch.func.vjp  # whose annotation has a third result
 
 
 def register_second_derivatives(
@@ -58,7 +59,7 @@ def register_second_derivatives(
                 now[place] = value
             return _gradients(forward, now, inputs, outputs)
 
-        results, pull = torch.func.vjp(first, *(arguments[place] for place in places))
+        results, pull = _vjp(first, *(arguments[place] for place in places))
         found = pull(tuple(_like(g, r) for g, r in zip(wanted, results, strict=True)))
         by_place = dict(zip(places, found, strict=True))
         return tuple(by_place.get(place) for place in range(len(arguments)))
@@ -81,7 +82,7 @@ def _gradients(
         kept = zip(results, arguments[outputs], strict=True)
         return tuple(result for result, gradient in kept if gradient is not None)
 
-    results, pull = torch.func.vjp(run, *(arguments[place] for place in places))
+    results, pull = _vjp(run, *(arguments[place] for place in places))
     given = [gradient for gradient in arguments[outputs] if gradient is not None]
     return tuple(pull(tuple(_like(g, r) for g, r in zip(given, results, strict=True))))
 

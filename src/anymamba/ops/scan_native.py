@@ -326,11 +326,11 @@ _scan.register_autograd(_go_back, setup_context=_keep)
 
 
 def _again(*arguments: Any) -> tuple[Tensor, Tensor]:
-    inputs: list[Any] = list(arguments[:8])
+    x, delta, A, B, C, D, z, delta_bias, initial = arguments[:9]
     segments, _, _, _, n_states, softplus, reverse = arguments[18:]
-    return scan_reference.selective_scan(
-        *inputs, softplus, arguments[8], True, segments_from_table(segments, n_states), reverse
-    )
+    table = segments_from_table(segments, n_states)
+    inputs = (x, delta, A, B, C, D, z, delta_bias, softplus, initial, True, table, reverse)
+    return scan_reference.selective_scan(*inputs)
 
 
 register_second_derivatives(_scan_backward, 9, slice(11, 13), _again)

@@ -61,7 +61,10 @@ def segments_of(
 
 def segments_from_table(table: Tensor | None, n_states: int) -> Segments | None:
     """Segments from the (5, s) table that the core reads; None where there is none."""
-    return None if table is None else Segments(*table.tolist(), n_states)
+    if table is None:
+        return None
+    rows, starts, stops, state_in, state_out = table.tolist()
+    return Segments(rows, starts, stops, state_in, state_out, n_states)
 
 
 def _from_offsets(batch: int, length: int, cu_seqlens: Tensor) -> Segments:

@@ -147,8 +147,10 @@ _ssd.register_autograd(_go_back, setup_context=_keep)
 
 
 def _again(*arguments: Any) -> tuple[Tensor, Tensor]:
-    tensors, (segments, _, _, n_states, _) = arguments[:7], arguments[14:]
-    return ssd_sequential(*tensors, segments_from_table(segments, n_states))
+    x, dt, A, B, C, D, initial = arguments[:7]
+    segments, _, _, n_states, _ = arguments[14:]
+    table = segments_from_table(segments, n_states)
+    return ssd_sequential(x, dt, A, B, C, D, initial, table)
 
 
 register_second_derivatives(_ssd_backward, 7, slice(8, 10), _again)

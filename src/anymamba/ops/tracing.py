@@ -43,7 +43,7 @@ def runs_now(tensor: Tensor) -> bool:
         or type(tensor) not in _PLAIN
         or tensor.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or is_transformed()
     )
 
@@ -54,7 +54,7 @@ def values_are_known(tensor: Tensor) -> bool:
     A counter of operators may be active; a tracer may not, for its graph would hold for these
     numbers only.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if is_transformed():
         return False
