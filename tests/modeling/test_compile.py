@@ -3,6 +3,7 @@ defaults than PyTorch's."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anymamba import MambaCache, MambaConfig, MambaForCausalLM, ops
 from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
+from anymamba.ops.ssd_blocked import run_backward, run_forward
 from tests.modeling.small import assert_same, small_model, words
 
 MASKS = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0]])
@@ -120,6 +122,25 @@ def test_counted_as_written_down() -> None:
     with FlopCounterMode(display=False) as counter:
         ops.linear(ops.causal_conv1d(x, torch.randn(e, 4)), weight).sum().backward()
     assert counter.get_total_flops() == b * l * (2 * e * 4 + 2 * 2 * e * d)
+
+
+def test_the_duality_is_counted_as_its_products() -> None:
+    """Its formulas against PyTorch's count of the matrix products inside, for whole chunks."""
+    x, dt, A = torch.randn(2, 12, 4, 3), torch.rand(2, 12, 4), -torch.rand(4)
+    B, C = torch.randn(2, 2, 12, 2, 5)
+    call = (x, dt, A, B, C, None, None, None)
+    # PyTorch's counter leaves out the products that add to a tensor in place.
+    in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as inside:
+        run_forward(*call, 2, 4, torch.empty_like(x), torch.empty(2, 4, 3, 5))
+    with FlopCounterMode(display=False) as whole:
+        torch.ops.anymamba.ssd(*call, 2, 4)
+    assert whole.get_total_flops() == inside.get_total_flops()
+    with FlopCounterMode(display=False, custom_mapping=in_place) as inside:
+        run_backward(*call, x, None, 2, 4)
+    with FlopCounterMode(display=False) as whole:
+        torch.ops.anymamba.ssd_backward(*call, x, None, 2, 4)
+    assert whole.get_total_flops() == inside.get_total_flops()
 
 
 def test_shapes_without_numbers() -> None:

@@ -9,14 +9,12 @@ from anymamba.ops.conv import causal_conv1d, causal_conv1d_update
 from anymamba.ops.flops import register_flops
 from anymamba.ops.linear import linear
 from anymamba.ops.matmul_dtype import matmul_dtype
-from anymamba.ops.native import is_built
 from anymamba.ops.norm import rms_norm
 from anymamba.ops.quantized_linear import quantized_linear
 from anymamba.ops.scan import selective_scan, selective_state_update
 from anymamba.ops.ssd import ssd
 
-if is_built():
-    register_flops()
+register_flops()
 
 __all__ = [
     "available_backends",

@@ -49,8 +49,18 @@ def _scan_step(state: Shape, *_: Any, **__: Any) -> int:
     return _SCAN * math.prod(state)
 
 
+def _ssd(x: Shape, dt: Shape, A: Shape, B: Shape, *rest: Any, **__: Any) -> int:
+    (b, l, h, p), (g, n), q = x, B[2:], min(int(rest[-1]), max(1, x[1]))
+    return 2 * b * l * (q * n * g + q * p * h + 2 * n * p * h)
+
+
+def _ssd_backward(x: Shape, dt: Shape, A: Shape, B: Shape, *rest: Any, **__: Any) -> int:
+    (b, l, h, p), (g, n), q = x, B[2:], min(int(rest[-1]), max(1, x[1]))
+    return 2 * b * l * (3 * q * n * g + 2 * q * p * h + 6 * n * p * h)
+
+
 def register_flops() -> None:
-    """Tell `torch.utils.flop_counter` of every native operator there is."""
+    """Tell `torch.utils.flop_counter` of the operators that this installation has."""
     formulas: dict[str, Callable[..., int]] = {
         "linear": _linear,
         "linear_backward": _linear_backward,
@@ -61,6 +71,9 @@ def register_flops() -> None:
         "selective_scan": _scan,
         "selective_scan_backward": lambda *shapes, **_: _BACKWARD * _scan(*shapes),
         "selective_state_update": _scan_step,
+        "ssd": _ssd,
+        "ssd_backward": _ssd_backward,
     }
     for name, formula in formulas.items():
-        register_flop_formula(getattr(torch.ops.anymamba, name))(formula)
+        if hasattr(torch.ops.anymamba, name):
+            register_flop_formula(getattr(torch.ops.anymamba, name))(formula)
