@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.modeling_utils import slice_logits_to_keep
@@ -337,7 +338,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
 
     def _step(self, tokens_b1: Tensor, cache: MambaCache) -> Tensor:
         """(b, v) logits of a token a row; the state advances."""
-        output = None
+        output: Any = None
         if why_not_direct(self) is None:
             output = self._fused(1, tokens_b1, None, None, cache, None, True)
         if output is None:  # something has changed since generation began

@@ -15,13 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
-from transformers.generation import (
-    GenerateDecoderOnlyOutput,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
@@ -110,7 +108,8 @@ def why_not_native_loop(
     assistant_model = options.pop("assistant_model", None)
     synced_gpus = bool(options.pop("synced_gpus", False))
     options = {name: value for name, value in options.items() if name not in _OUTSIDE}
-    config, model_kwargs = model._prepare_generation_config(generation_config, **options)
+    untyped: Any = model  # Transformers annotates `self` there with a protocol of its own
+    config, model_kwargs = untyped._prepare_generation_config(generation_config, **options)
     mode = config.get_generation_mode(assistant_model)
     if mode not in _MODES:
         return f"{mode.value} is asked for"
@@ -149,7 +148,8 @@ def why_not_loop(
     cache = model_kwargs.get("cache")
     if cache is not None and not (type(cache) is MambaCache and fused.fits(cache)):
         return "the cache is no MambaCache that the native core can work on"
-    if model._valid_auto_compile_criteria(model_kwargs, config):
+    untyped: Any = model  # Transformers annotates `self` there with a protocol of its own
+    if untyped._valid_auto_compile_criteria(model_kwargs, config):
         return "compile_config asks for compiled steps"
     return why_not_direct(model) or fused.why_not_table(model)
 
@@ -229,9 +229,8 @@ class NativeLoop:
             self.streamer.end()
         if not is_detailed:
             return input_ids
-        return GenerateDecoderOnlyOutput(
-            sequences=input_ids, scores=scores, logits=logits, cache=cache
-        )
+        parts: dict[str, Any] = {"sequences": input_ids, "scores": scores, "logits": logits}
+        return GenerateDecoderOnlyOutput(**parts, cache=cache)
 
     def _read_prompt(
         self, input_ids: Tensor, model_kwargs: dict[str, Any]
@@ -253,8 +252,9 @@ class NativeLoop:
         """The pad token in rows that are finished, where anything but the length ends one."""
         if not any(hasattr(criterion, "eos_token_id") for criterion in self.criteria):
             return tokens
-        pad = self.config._pad_token_tensor
-        return tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
+        pad: Any = self.config._pad_token_tensor
+        padded: Tensor = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
+        return padded
 
 
 def _appended(input_ids: Tensor, tokens: Tensor) -> Tensor:

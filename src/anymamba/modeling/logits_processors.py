@@ -46,15 +46,16 @@ def process(processors: LogitsProcessorList, input_ids: Tensor, scores_bv: Tenso
         >>> process(processors, torch.tensor([[1]]), torch.tensor([[1.0, 2.0]]))
         tensor([[2., 4.]])
     """
+    ids: Any = input_ids  # Transformers asks for a LongTensor by name
     if type(processors).__call__ is not LogitsProcessorList.__call__:
-        return processors(input_ids, scores_bv)
+        return processors(ids, scores_bv)
     for processor in processors:
         replacement = replaced().get(type(processor).__call__)
         processed = None
         if replacement is not None and _is_usual(scores_bv):
             processed = _by_rows(replacement, processor, input_ids, scores_bv)
         if processed is None:
-            processed = LogitsProcessorList([processor])(input_ids, scores_bv)
+            processed = LogitsProcessorList([processor])(ids, scores_bv)
         scores_bv = processed
     return scores_bv
 
