@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import anymamba
+from anymamba.arithmetic import load_core
 from anymamba.checkpoint.safetensors_header import read_header
 from anymamba.errors import (
     BackendError,
@@ -21,7 +22,6 @@ from anymamba.errors import (
     InputError,
     MissingDependencyError,
 )
-from anymamba.runtime.native import core
 
 from .small import CONFIG, assert_close, reference_logits, small_weights, words, write_small
 
@@ -191,11 +191,11 @@ def test_what_the_core_does_not_compute(tmp_path: Path, fields: dict, reason: st
 
 def test_without_the_native_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "anymamba._core", None)
-    core.cache_clear()
+    load_core.cache_clear()
     with pytest.raises(MissingDependencyError, match=r"C\+\+ compiler.*anymamba\[torch\]"):
         anymamba.load()
     monkeypatch.undo()
-    core.cache_clear()
+    load_core.cache_clear()
     anymamba.load()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import Any
 
 from anymamba.arithmetic import load_core
@@ -15,7 +14,6 @@ MOST_THREADS = 1024
 """More would be a mistake: no machine has so many cores, and each thread takes memory."""
 
 
-@cache
 def core() -> Any:
     """The native core.
 
