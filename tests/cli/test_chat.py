@@ -64,7 +64,10 @@ def test_answers_are_shown_as_they_come_and_end_their_line(tiny, monkeypatch, an
     done = anymamba("chat", "--temperature", 0, "--max-new-tokens", 20)
     whole = anymamba("generate", "ROMEO:", "--temperature", 0, "--max-new-tokens", 20)
     assert done.out == whole.out
-    assert done.err == ""
+    assert done.err.splitlines() == [
+        "the bundled model only continues plays; anymamba models lists models that chat",
+        "[cut off after 20 tokens; -n allows more]",
+    ]
 
 
 def test_a_state_is_saved_and_gone_on_from(tmp_path, chat):
@@ -308,3 +311,65 @@ def test_a_line_that_is_no_text_does_not_end_a_chat_on_a_terminal(tiny, monkeypa
     done = anymamba("chat", "--model", tiny, "--temperature", 0, "--max-new-tokens", 6, "--json")
     assert "not UTF-8" in done.err
     assert answers(done) == [greedy(tiny, "To be", 6)]
+
+
+def test_the_last_message_is_answered_anew(chat):
+    one, two = answers(chat("To be", "or not"))
+    greedy_again = chat("To be", "or not", "/retry", "/retry")
+    assert answers(greedy_again) == [one, two, two, two]
+
+    hot = ("--temperature", 2, "--seed", 7)
+    first, second, third, after = answers(chat("To be", "/retry", "/retry", "so", options=hot))
+    assert len({tuple(first), tuple(second), tuple(third)}) == 3
+    (other_seed,) = answers(chat("To be", options=("--temperature", 2, "--seed", 8)))
+    assert second == other_seed
+    # What follows goes on from the answer that was given last.
+    assert answers(chat("To be", "/retry", "/retry", "so", options=hot))[-1] == after
+    assert answers(chat("To be", "so", options=hot))[-1] != after
+
+
+@pytest.mark.parametrize("lines", [("/retry",), ("To be", "/reset", "/retry")])
+def test_without_an_answer_there_is_none_to_give_anew(lines, chat):
+    done = chat(*lines)
+    assert done.status == 2
+    assert "no answer to give anew" in done.err
+
+
+def test_retry_after_ctrl_c_keeps_what_was_said(monkeypatch):
+    engine = load()
+    conversation = Conversation(engine, engine.state(), {"max_new_tokens": 4, "seed": 0}, None)
+    conversation.say("To be", lambda _: None)
+    before = conversation.token_count
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(type(engine), "stream", interrupted)
+    assert conversation.retry(lambda _: None).ids == []
+    assert conversation.token_count == before
+
+
+def test_a_system_message_comes_first(with_template, chat):
+    folder = with_template(TEMPLATE)
+    system = ("--system", "Be brief.")
+    (answer,) = answers(chat("To be", model=folder, options=system))
+    prompt = b"<system>Be brief.<end><user>To be<end><assistant>"
+    assert answer == reading(folder, prompt)
+    assert answers(chat("To be", "/reset", "To be", model=folder, options=system)) == [answer] * 2
+    assert "needs a chat template" in chat("To be", options=system).complaint
+
+
+def test_an_answer_that_was_cut_off_is_marked(tiny, monkeypatch, anymamba):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n")))
+    done = anymamba("chat", "--model", tiny, "--temperature", 0, "-n", 6)
+    assert done.err == "[cut off after 6 tokens; -n allows more]\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n")))
+    end = greedy(tiny, "To be", 1)[0]
+    done = anymamba("chat", "--model", tiny, "--temperature", 0, "-n", 6, "--stop-id", end)
+    assert done.err == ""
+
+
+def test_the_bundled_model_says_that_it_continues_plays(monkeypatch, anymamba):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert "only continues plays" in anymamba("chat").err.splitlines()[0]

@@ -20,7 +20,7 @@ from anymamba.cli.opening import (
     open_engine,
     tokenizer_place,
 )
-from anymamba.cli.output import ignore, tell, write
+from anymamba.cli.output import tell, write
 from anymamba.cli.quiet import quiet
 from anymamba.cli.sampling_options import (
     add_length_arguments,
@@ -31,7 +31,7 @@ from anymamba.errors import AnyMambaError, InputError
 
 if TYPE_CHECKING:
     from anymamba.cli.chat_input import ReadLine
-    from anymamba.cli.conversation import Conversation
+    from anymamba.cli.conversation import Conversation, Reply
 
 __all__ = ["add_arguments", "run"]
 
@@ -46,6 +46,7 @@ in the chat:
   \"\"\"                    begins a message of several lines, and ends it
   /save FILE             store the state
   /load FILE             go on from a stored state
+  /retry                 answer the last message anew
   /fork                  remember this point
   /back                  return to the last point remembered
   /reset                 return to the beginning
@@ -59,6 +60,7 @@ EXAMPLES = (
 examples:
   anymamba chat
   anymamba chat --model ./my-model --state book.state --temperature 0.6
+  anymamba chat --model ./my-chat-model --system "Answer in one sentence."
   printf 'ROMEO:\\n/save romeo.state\\n' | anymamba chat --max-new-tokens 50
 
 """
@@ -70,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba chat`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("--state", metavar="FILE", help="the state to begin from")
+    parser.add_argument(
+        "--system", metavar="TEXT", help="a system message to begin with, for a chat template"
+    )
     parser.add_argument(
         "--no-template", action="store_true", help="continue the text, without a chat template"
     )
@@ -96,7 +101,9 @@ def run(arguments: argparse.Namespace) -> None:
         state = beginning_state(engine, arguments.state)
         template = None if arguments.no_template else find_template(tokenizer_place(arguments))
         settings = sampling_settings(arguments, engine.suggested_sampling)
-        conversation = Conversation(engine, state, settings, template)
+        conversation = Conversation(engine, state, settings, template, arguments.system)
+        if arguments.model is None and arguments.adapter is None and not arguments.json:
+            tell("the bundled model only continues plays; anymamba models lists models that chat")
         if sys.stdin.isatty():
             how = "its chat template" if template else "plain continuation"
             tell(f"{model_name(arguments)}, {how}; /help lists commands")
@@ -119,6 +126,7 @@ class Chat:
         self._read_line = read_line
         self._json_lines = json_lines
         self._commands: dict[str, Callable[[str], object]] = {
+            "retry": self._retry,
             "save": self._save,
             "load": self._load,
             "fork": self._fork,
@@ -167,12 +175,24 @@ class Chat:
         command(rest.strip())
 
     def _answer(self, message: str) -> None:
-        reply = self._conversation.say(message, ignore if self._json_lines else write)
+        self._end(self._conversation.say(message, self._show))
+
+    def _retry(self, _: str) -> None:
+        self._end(self._conversation.retry(self._show))
+
+    def _show(self, piece: str) -> None:
+        if not self._json_lines:
+            write(piece)
+
+    def _end(self, reply: Reply) -> None:
+        """End an answer's line, and mark one that was cut off."""
         if self._json_lines:
             facts = {"text": reply.text, "new_tokens": reply.ids, "ended_by": reply.ended_by}
             print(json.dumps(facts), flush=True)
         elif not reply.text.endswith("\n"):
             write("\n")
+        if reply.ended_by == "length" and not self._json_lines:
+            tell(f"[cut off after {len(reply.ids)} tokens; -n allows more]")
         if reply.ended_by == "interrupt" and not sys.stdin.isatty():
             raise KeyboardInterrupt
 

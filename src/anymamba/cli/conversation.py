@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anymamba.errors import InputError
@@ -38,11 +38,20 @@ class Moment:
         state: after all that was said.
         messages: what was said.
         text: what the state has read since the conversation began, special tokens included.
+        first: where the conversation began; None where it begins here.
+        before: the point before the last message; None where there is no message to answer anew.
     """
 
     state: State
     messages: tuple[Message, ...] = ()
     text: str = ""
+    first: Moment | None = None
+    before: Moment | None = None
+
+    @property
+    def beginning(self) -> Moment:
+        """Where the conversation that this belongs to began."""
+        return self if self.first is None else self.first
 
 
 class Conversation:
@@ -56,16 +65,32 @@ class Conversation:
         state: where to begin.
         settings: how the next token is chosen, and when a reply ends.
         template: how to write the conversation down; None to continue the text.
+        system: a system message to begin with, or None.
+
+    Raises:
+        InputError: there is a system message, and no template to write it down.
     """
 
     def __init__(
-        self, engine: Engine, state: State, settings: dict[str, Any], template: ChatTemplate | None
+        self,
+        engine: Engine,
+        state: State,
+        settings: dict[str, Any],
+        template: ChatTemplate | None,
+        system: str | None = None,
     ) -> None:
+        if system is not None and template is None:
+            raise InputError(
+                "a system message needs a chat template, and this model comes without one: begin "
+                "with a text instead (anymamba ingest, then --state)"
+            )
         self._engine = engine
         self._settings = settings
         self._template = template
-        self._beginning = self._now = Moment(state)
+        begun = () if system is None else ({"role": "system", "content": system},)
+        self._now = Moment(state, begun)
         self._forks: list[Moment] = []
+        self._retries = 0
 
     @property
     def token_count(self) -> int:
@@ -82,20 +107,52 @@ class Conversation:
             message: what the user says.
             show: receives each piece of the answer.
         """
+        return self._answer(message, show, self._settings)
+
+    def retry(self, show: Callable[[str], object]) -> Reply:
+        """Let the model answer the last message anew, with other random numbers.
+
+        Args:
+            show: receives each piece of the answer.
+
+        Raises:
+            InputError: nothing was answered since the conversation began.
+        """
+        answered = self._now
+        if answered.before is None:
+            raise InputError("there is no answer to give anew: say something first")
+        self._retries += 1
+        settings = dict(self._settings)
+        if settings.get("seed") is not None:
+            settings["seed"] += self._retries
+        self._now = answered.before
+        reply = None
+        try:
+            reply = self._answer(answered.messages[-2]["content"], show, settings)
+        finally:
+            if reply is None or not reply.ids:  # what was said before stays
+                self._now = answered
+        return reply
+
+    def _answer(
+        self, message: str, show: Callable[[str], object], settings: dict[str, Any]
+    ) -> Reply:
         messages = (*self._now.messages, {"role": "user", "content": message})
         before, prompt = self._written(messages)
         state = before.state.copy()
         listener = Listener(show)
         ids = self._ids(prompt, before)
         # Closed at once, so that the state has read all that was shown.
-        with closing(self._engine.stream(ids, state=state, **self._settings)) as pieces:
+        with closing(self._engine.stream(ids, state=state, **settings)) as pieces:
             listener.listen(pieces)
         reply = listener.reply()
         if not reply.ids:
             return reply
         read = before.text + prompt + self._engine.detokenize(reply.ids, skip_special=False)
         answer = {"role": "assistant", "content": reply.text}
-        self._now = Moment(state, (*messages, answer), read)
+        # Of the points before, one is enough: each holds a state.
+        last = replace(self._now, before=None)
+        self._now = Moment(state, (*messages, answer), read, self._now.beginning, last)
         return reply
 
     def _written(self, messages: tuple[Message, ...]) -> tuple[Moment, str]:
@@ -110,7 +167,7 @@ class Conversation:
         if text.startswith(now.text):
             return now, text[len(now.text) :]
         # The template writes earlier messages otherwise now that there is one after them.
-        return self._beginning, text
+        return now.beginning, text
 
     def _ids(self, prompt: str, before: Moment) -> list[int]:
         # A template writes what special tokens there are to be.
@@ -122,8 +179,11 @@ class Conversation:
         self._now.state.save(file)
 
     def load(self, file: str) -> None:
-        """Go on from a stored state, as if the conversation began there."""
-        self._beginning = self._now = Moment(self._engine.load_state(file))
+        """Go on from a stored state, as if the conversation began there.
+
+        Forks of the conversation before stay: to go back to one returns to that conversation.
+        """
+        self._now = Moment(self._engine.load_state(file))
 
     def fork(self) -> int:
         """Remember this point; return how many are remembered."""
@@ -143,7 +203,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Return to where the conversation began."""
-        self._now = self._beginning
+        self._now = self._now.beginning
 
 
 class Listener:
