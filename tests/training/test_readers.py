@@ -69,7 +69,7 @@ def test_json_that_holds_no_examples(text: str, word: str, tmp_path: Path) -> No
     [
         ("a.csv", b"a,b\n1,2\n", "table"),
         ("a.parquet", b"PAR1", "table"),
-        ("a.jsonl.gz", gzip.compress(lines(LINES).encode()), "gunzip"),
+        ("a.jsonl.gz", gzip.compress(lines(LINES).encode(), mtime=0), "gunzip"),
         ("a.txt", "To be".encode("utf-16"), "UTF-16"),
         ("a.txt", "To be".encode("utf-16-le"), "UTF-16"),
         ("a.bin", bytes(range(256)), "not UTF-8"),
