@@ -11,7 +11,7 @@ import pytest
 
 from anymamba.errors import InputError
 from anymamba.training.data import read_texts
-from anymamba.training.instructions import read_examples
+from anymamba.training.instructions import dataset_examples, read_examples
 
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I, \u00e9."}]
 LINES = [{"messages": TALK}, {"messages": TALK}]
@@ -85,3 +85,25 @@ def test_what_is_no_text_is_refused(name: str, data: bytes, word: str, tmp_path:
         with pytest.raises(InputError, match=word) as caught:
             read([str(file)])
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_text_field_comes_before_all_others(name: str, tmp_path: Path) -> None:
+    records = [
+        {"prompt": "p", "completion": "c", "text": "t", "story": f"once {i}"} for i in (1, 2)
+    ]
+    text = json.dumps(records) if name.endswith(".json") else lines(records)
+    (tmp_path / name).write_text(text)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "b.jsonl").write_text(lines(records))
+    expected = [{"text": "once 1"}, {"text": "once 2"}]
+    assert read_examples([str(tmp_path / name)], "story") == expected
+    assert read_examples([str(tmp_path / "folder")], "story") == expected
+    with pytest.raises(InputError, match=r"no field 'tale'; its fields are 'prompt'"):
+        read_examples([str(tmp_path / name)], "tale")
+
+
+def test_a_dataset_has_a_text_field_too(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(lines([{"story": "once"}, {"story": "twice"}]))
+    found = dataset_examples(str(tmp_path), text_field="story")
+    assert found == [{"text": "once"}, {"text": "twice"}]

@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder or a name on the hub (default: the bundled one)",
     )
     parser.add_argument(
+        "--text-field",
+        metavar="NAME",
+        help="the field of JSON and datasets that has the text to train on",
+    )
+    parser.add_argument(
         *names_of("validation_data"),
         dest="validation",
         nargs="+",
@@ -203,6 +208,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
         gradient_checkpointing=arguments.gradient_checkpointing,
         chat_template=None if template is None else read_text(template),
         seed=arguments.seed,
+        text_field=arguments.text_field,
     )
 
 

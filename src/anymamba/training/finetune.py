@@ -71,6 +71,8 @@ class FinetuneSettings:
         gradient_checkpointing: compute twice rather than remember, for less memory.
         chat_template: how conversations are written down, in Jinja; None for the tokenizer's.
         seed: of all that is random.
+        text_field: the field of JSON and datasets that has a text to train on; None for
+            conversations, prompts with completions, or `text`.
 
     Raises:
         ConfigError: a value makes no sense.
@@ -98,6 +100,7 @@ class FinetuneSettings:
     gradient_checkpointing: bool = False
     chat_template: str | None = None
     seed: int = 0
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -193,10 +196,11 @@ def finetune(
     target = check_destination(destination, overwrite)
     checkpoints = place_beside(target, resume, overwrite)
     if dataset is None:
-        examples = read_examples(data)
+        examples = read_examples(data, settings.text_field)
     else:
-        examples = dataset_examples(dataset, dataset_config, dataset_split)
-    held_out = read_examples(validation) if validation else None
+        place = (dataset, dataset_config, dataset_split)
+        examples = dataset_examples(*place, settings.text_field)
+    held_out = read_examples(validation, settings.text_field) if validation else None
     folder = resolve(named, offline=offline)
     tokenizer = stored_tokenizer(folder)
     base = open_trainable(folder)

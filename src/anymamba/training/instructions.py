@@ -27,7 +27,7 @@ DEFAULT_TEMPLATE = """\
 FIELDS = "messages, prompt and completion, or text"
 
 
-def read_examples(names: Sequence[str]) -> list[Example]:
+def read_examples(names: Sequence[str], text_field: str | None = None) -> list[Example]:
     """Read what files hold, for TRL's `SFTTrainer`.
 
     A conversation becomes one example an answer, with all that was said before for its prompt: so
@@ -37,6 +37,8 @@ def read_examples(names: Sequence[str]) -> list[Example]:
         names: JSON, in lines (`.jsonl`) or as an array (`.json`), with `messages`, with `prompt`
             and `completion` (texts or lists of messages), or with `text`; text files and folders,
             as for `anymamba train`.
+        text_field: the field that has the text; the others then do not count. None for the
+            fields above.
 
     Returns:
         Examples of one kind.
@@ -58,19 +60,26 @@ def read_examples(names: Sequence[str]) -> list[Example]:
         path = user_path(name, InputError)
         if path.suffix.lower() in JSON_ENDINGS:
             for value, where in values_in(path):
-                examples += examples_of(value, where)
+                examples += examples_of(value, where, text_field)
         else:
-            examples += [{"text": text} for text in read_texts([name])]
+            texts = read_texts([name], text_field or "text")
+            examples += [{"text": text} for text in texts]
     return of_one_kind(examples)
 
 
-def dataset_examples(name: str, config: str | None = None, split: str = "train") -> list[Example]:
+def dataset_examples(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    text_field: str | None = None,
+) -> list[Example]:
     """Read a Hugging Face dataset, whose rows have the fields that lines of JSON have.
 
     Args:
         name: a name on the hub, or a folder that `datasets` loads.
         config: which of its configurations.
         split: which of its splits.
+        text_field: as for `read_examples`.
 
     Returns:
         Examples of one kind.
@@ -80,7 +89,7 @@ def dataset_examples(name: str, config: str | None = None, split: str = "train")
     """
     examples: list[Example] = []
     for number, row in enumerate(open_dataset(name, config, split)):
-        examples += examples_of(row, f"row {number} of the dataset {name!r}")
+        examples += examples_of(row, f"row {number} of the dataset {name!r}", text_field)
     return of_one_kind(examples)
 
 
@@ -112,11 +121,16 @@ def kind_of(example: Example) -> str:
     return "conversations" if is_conversation(example) else "prompts"
 
 
-def examples_of(fields: object, where: str) -> Iterator[Example]:
+def examples_of(fields: object, where: str, text_field: str | None = None) -> Iterator[Example]:
     """The examples in one line."""
     if not isinstance(fields, dict):
         raise InputError(f"{where} is no JSON object; expected one with {FIELDS}")
-    if "messages" in fields:
+    if text_field is not None:
+        if text_field not in fields:
+            names = ", ".join(map(repr, list(fields)[:8])) or "none"
+            raise InputError(f"{where} has no field {text_field!r}; its fields are {names}")
+        yield {"text": text_of(fields[text_field], where)}
+    elif "messages" in fields:
         yield from answers_in(messages_of(fields["messages"], where), where)
     elif "prompt" in fields and "completion" in fields:
         both = {name: fields[name] for name in ("prompt", "completion")}
