@@ -163,7 +163,7 @@ def test_integers_are_no_weights(tmp_path, pickled):
 def test_a_shard_without_what_the_index_says(tmp_path):
     index = write_shards(tmp_path, pickled=True)
     write_index(tmp_path, index | {"backbone.extra": index["backbone.norm_f.weight"]})
-    assert "missing 'backbone.extra'" in refusal(tmp_path)
+    assert "it lacks 'backbone.extra'" in refusal(tmp_path)
 
 
 class RunsCode:
