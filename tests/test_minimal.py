@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 from anymamba import minimal
@@ -477,6 +478,16 @@ def test_another_head_than_a_tied_one_is_refused(tmp_path: Path) -> None:
     by_hand.write_model(tmp_path, tensors=by_hand.weights() | {"lm_head.weight": torch.ones(16, 6)})
     with pytest.raises(ValueError, match="tied"):
         Mamba.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_what_a_trainer_leaves_beside_the_weights_is_not_read(
+    pickled: bool, tmp_path: Path
+) -> None:
+    folder = by_hand.write_model(tmp_path, pickled=pickled)
+    torch.save({"folder": Path("runs")}, folder / "training_args.bin")
+    save_file({"a.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
+    Mamba.from_pretrained(folder)
 
 
 def test_it_stays_one_short_file_of_plain_pytorch() -> None:

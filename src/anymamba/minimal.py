@@ -148,7 +148,7 @@ class Mamba(nn.Module):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download
 
-            patterns = ["config.json", "*.safetensors", "*.bin"]
+            patterns = ["config.json", "model*.safetensors", "pytorch_model*.bin"]
             folder = Path(snapshot_download(str(name), allow_patterns=patterns))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model, weights = Mamba(args_of(config)), tensors_in(folder)
@@ -372,13 +372,14 @@ def args_of(config: dict[str, Any]) -> ModelArgs:
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, by their names here: layouts differ in a prefix and in one name."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     if files:
         from safetensors.torch import load_file
 
         shards = [load_file(file) for file in files]
     else:  # pickles; weights_only refuses those that would run code
-        shards = [torch.load(file, "cpu", weights_only=True) for file in folder.glob("*.bin")]
+        files = sorted(folder.glob("pytorch_model*.bin"))
+        shards = [torch.load(file, "cpu", weights_only=True) for file in files]
     return {
         name.removeprefix("backbone.").replace("embeddings.", "embedding."): tensor
         for shard in shards
