@@ -144,8 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_lack_of_memory(error: Exception) -> bool:
-    """Whether the system gave no more memory, in Python's words or in PyTorch's."""
-    return isinstance(error, MemoryError) or "not enough memory" in str(error)
+    """Whether the system or a GPU gave no more memory, in Python's words or in PyTorch's."""
+    told = str(error)
+    return isinstance(error, MemoryError) or "not enough memory" in told or "out of memory" in told
 
 
 def is_without_folder(error: OSError) -> bool:
