@@ -90,6 +90,14 @@ def test_the_auto_classes_build_ours(tmp_path: Path, registered: None) -> None:
     assert type(AutoModel.from_pretrained(tmp_path)) is MambaModel
 
 
+def test_a_config_is_read_by_keywords(tmp_path: Path, registered: None) -> None:
+    small_model().save_pretrained(tmp_path)
+    for reader in (transformers.PreTrainedConfig, MambaConfig):
+        fields, left = reader.get_config_dict(pretrained_model_name_or_path=tmp_path, name="mine")
+        assert fields["hidden_size"] == 24
+        assert left == {"name": "mine"}
+
+
 def test_transformers_own_config_builds_ours(registered: None) -> None:
     """A program may have made the config before."""
     theirs = TheirConfig(**SIZES, use_bias=True)

@@ -236,6 +236,7 @@ class MambaConfig(PreTrainedConfig):
 def read_config_dict(
     read: Callable[..., tuple[dict[str, Any], dict[str, Any]]],
     name: str | os.PathLike[str],
+    /,
     **kwargs: Any,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a model's settings; what another layout or a GGUF file says, in Transformers' names.
@@ -249,9 +250,9 @@ def read_config_dict(
         The settings, and the arguments that are left.
 
     Example:
-        >>> read_config_dict(lambda name: ({"d_model": 8, "n_layer": 1, "vocab_size": 9}, {}), "x")[
-        ...     0
-        ... ]["hidden_size"]
+        >>> fields = {"d_model": 8, "n_layer": 1, "vocab_size": 9}
+        >>> settings, left = read_config_dict(lambda name: (fields, {}), "model")
+        >>> settings["hidden_size"]
         8
     """
     inside = kwargs.get("gguf_file")

@@ -135,8 +135,8 @@ def _read_all_layouts() -> Callable[[], None]:
     """Let Transformers' configs read the original layout and GGUF files; return what undoes it."""
     before = PreTrainedConfig.__dict__["get_config_dict"]
 
-    def get_config_dict(cls: Any, name: Any, /, **kwargs: Any) -> Any:
-        return read_config_dict(before.__get__(None, cls), name, **kwargs)
+    def get_config_dict(cls: Any, /, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        return read_config_dict(before.__get__(None, cls), pretrained_model_name_or_path, **kwargs)
 
     ours = classmethod(get_config_dict)
     PreTrainedConfig.get_config_dict = ours  # type: ignore[assignment, method-assign]
