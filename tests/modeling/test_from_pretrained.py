@@ -411,6 +411,20 @@ def test_another_head_than_the_config_says_is_refused_by_both_faces(tmp_path: Pa
     assert torch.equal(both.lm_head.weight, model.lm_head.weight)
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("name", ["lm_head.weight", "backbone.layers.0.mixer.D"])
+def test_whole_numbers_are_no_weights(tmp_path: Path, name: str, pickled: bool) -> None:
+    small_model(tie_word_embeddings=False).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights[name] = weights[name].to(torch.int64)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if pickled:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=f"{name} .* floating-point"):
+        MambaForCausalLM.from_pretrained(tmp_path)
+
+
 def test_two_names_of_one_activation(tmp_path: Path) -> None:
     small_model(hidden_act="swish").save_pretrained(tmp_path)
     assert_same(MambaForCausalLM.from_pretrained(tmp_path)(IDS).logits, small_model()(IDS).logits)

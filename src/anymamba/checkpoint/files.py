@@ -18,8 +18,6 @@ _PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_NAMES = (*SAFETENSORS_NAMES, *_PICKLE_NAMES)
 """The files that are looked for, in this order, where no variant is named."""
 
-_INDEX_ENDING = ".index.json"
-
 
 @dataclass(frozen=True)
 class WeightFiles:

@@ -33,7 +33,7 @@ from anymamba.modeling.loading_arguments import (
     refuse_arguments,
 )
 from anymamba.modeling.loading_quantized import is_ours, load_quantized
-from anymamba.modeling.tensor_names import foreign, own_names, rename_state_dict, ties_head
+from anymamba.modeling.tensor_names import is_of_mamba, own_names, rename_state_dict, ties_head
 from anymamba.torch_gguf import gguf_config, gguf_state_dict
 
 __all__ = ["FromAnyLayout"]
@@ -184,17 +184,18 @@ class _Loading:
 
     def _check_located(self, stored: files.Checkpoint, config: Any) -> None:
         """Check the tensors of safetensors files before any is read."""
+        where = repr(str(stored.folder))
         shapes = {name: record.shape for name, record in stored.tensors.items()}
-        self._check_shapes(shapes, config, stored.folder)
-        if ties_head(self.cls) and config.tie_word_embeddings and HEAD in shapes:
-            both = {name: stored.tensors[name] for name in (HEAD, EMBEDDINGS) if name in shapes}
-            self._check_head(load_named_tensors(replace(stored, tensors=both)), config, stored)
+        self._check_shapes(shapes, config, where)
         for name, record in stored.tensors.items():
-            if name.startswith("backbone.") and not record.dtype.startswith(("F", "BF")):
+            if is_of_mamba(name) and not record.dtype.startswith(("F", "BF")):
                 raise CheckpointError(
-                    f"{name} in {str(stored.folder)!r} is stored as {record.dtype}, expected "
-                    "floating-point numbers"
+                    f"{name} in {where} is stored as {record.dtype}, expected floating-point "
+                    "numbers"
                 )
+        if self._repeats_head(shapes, config):
+            both = {name: stored.tensors[name] for name in (HEAD, EMBEDDINGS)}
+            check_repeated_head(load_named_tensors(replace(stored, tensors=both)), where)
 
     def _check_shapes(self, shapes: Mapping[str, Any], config: Any, where: object) -> None:
         """Compare the tensors that are there with those of our own classes.
@@ -209,27 +210,22 @@ class _Loading:
             expected.pop(HEAD, None)
         found = dict(shapes)
         if expected.keys() <= found.keys():
-            for name in foreign(found):
-                del found[name]
+            found = {name: shape for name, shape in found.items() if is_of_mamba(name)}
         if self.keywords.get("ignore_mismatched_sizes"):
             found = {name: expected.get(name, shape) for name, shape in found.items()}
         files.check_tensors(found, expected, where)
 
-    def _check_head(self, tensors: Mapping[str, Tensor], config: Any, where: object) -> None:
-        if (
-            ties_head(self.cls)
-            and config.tie_word_embeddings
-            and {HEAD, EMBEDDINGS} <= set(tensors)
-        ):
-            place = where.folder if isinstance(where, files.Checkpoint) else where
-            check_repeated_head(tensors, place)
+    def _repeats_head(self, stored: Mapping[str, Any], config: Any) -> bool:
+        """Whether a tied model's files hold the head as well as the embedding table."""
+        tied = ties_head(self.cls) and config.tie_word_embeddings
+        return bool(tied and {HEAD, EMBEDDINGS} <= stored.keys())
 
     def _of_tensors(self, config: Any, weights: dict[str, Tensor], where: str) -> _Loaded:
         """A model of tensors by Transformers' names."""
         self._check_shapes({name: tuple(t.shape) for name, t in weights.items()}, config, where)
-        ours = {n: t for n, t in weights.items() if n.startswith("backbone.") or n == HEAD}
-        check_floating_point(ours, where)
-        self._check_head(weights, config, where)
+        check_floating_point({n: t for n, t in weights.items() if is_of_mamba(n)}, where)
+        if self._repeats_head(weights, config):
+            check_repeated_head(weights, where)
         if not self.is_own:
             own = self._own_names(config)
             weights = {own.get(name, name): tensor for name, tensor in weights.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD, to_transformers_name
 
-__all__ = ["own_names", "rename_state_dict", "tensor_names", "ties_head"]
+__all__ = ["is_of_mamba", "own_names", "rename_state_dict", "tensor_names", "ties_head"]
 
 
 def ties_head(cls: Any) -> bool:
@@ -76,6 +76,14 @@ def _is_tied(module: Any) -> bool:
     return module.lm_head.weight is module.get_input_embeddings().weight
 
 
-def foreign(names: Iterable[str]) -> list[str]:
-    """Those of some names that are of no tensor of a Mamba's: of a head of another task, say."""
-    return [name for name in names if not name.startswith("backbone.") and name != HEAD]
+def is_of_mamba(name: str) -> bool:
+    """Whether a tensor is a Mamba's, and not that of another task's head, say.
+
+    Args:
+        name: Transformers' name.
+
+    Example:
+        >>> is_of_mamba("backbone.norm_f.weight"), is_of_mamba("score.weight")
+        (True, False)
+    """
+    return name == HEAD or name.startswith("backbone.")
