@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["KNOWN_MODELS", "KnownModel"]
+from anymamba.checkpoint import expected_shapes
+from anymamba.runtime.kinds import bytes_of
 
-_GROUP = 128
-_SCALE_BYTES = 2
+__all__ = ["KNOWN_MODELS", "KnownModel"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class KnownModel:
     @property
     def parameters(self) -> int:
         """How many numbers were trained."""
-        return sum(math.prod(shape) for _, shape in self._tensors())
+        return sum(map(math.prod, self._shapes().values()))
 
     def weight_bytes(self, weights: str) -> int:
         """The memory that the weights take.
@@ -56,7 +55,7 @@ class KnownModel:
             >>> KNOWN_MODELS[0].weight_bytes("f32") == 4 * KNOWN_MODELS[0].parameters
             True
         """
-        return sum(_bytes_of(role, shape, weights) for role, shape in self._tensors())
+        return sum(bytes_of(name, shape, weights) for name, shape in self._shapes().items())
 
     def command(self) -> str:
         """What to type to try it."""
@@ -66,28 +65,15 @@ class KnownModel:
         folder = "./" + self.name.rpartition("/")[2]
         return f"anymamba convert {self.name} {folder} && anymamba {use} -m {folder} --weights int8"
 
-    def _tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Each tensor's role (large matrix, small matrix, the rest) and shape."""
-        d, e, n, k = self.width, 2 * self.width, 16, 4
-        r = math.ceil(d / 16)
-        for _ in range(1 if self.tied else 2):
-            yield "large", (self.vocabulary, d)
-        yield "rest", (d,)
-        for _ in range(self.layers):
-            yield from (("large", (2 * e, d)), ("large", (d, e)))
-            yield from (("small", (r + 2 * n, e)), ("small", (e, r)))
-            yield from (("rest", shape) for shape in ((d,), (e, k), (e,), (e,), (e, n), (e,)))
-
-
-def _bytes_of(role: str, shape: tuple[int, ...], weights: str) -> int:
-    """As docs/quantization.md has it: large matrices quantized, small ones bfloat16, others not."""
-    count = math.prod(shape)
-    if weights == "f32" or role == "rest":
-        return 4 * count
-    if weights == "bf16" or role == "small":
-        return 2 * count
-    bits = {"int8": 8, "int4": 4}[weights]
-    return count * bits // 8 + count // _GROUP * _SCALE_BYTES
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return expected_shapes(
+            {
+                "hidden_size": self.width,
+                "num_hidden_layers": self.layers,
+                "vocab_size": self.vocabulary,
+                "tie_word_embeddings": self.tied,
+            }
+        )
 
 
 # Sizes: table 12 of the paper (arXiv 2312.00752) for state-spaces', the cards for the others.

@@ -15,6 +15,7 @@ A matrix whose rows are no multiple of the group becomes bfloat16 where it would
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     Tensor: TypeAlias = NDArray[Any] | QuantizedArray
 
-__all__ = ["KINDS", "check_kind", "convert"]
+__all__ = ["KINDS", "bytes_of", "check_kind", "convert"]
 
 KINDS = ("auto", "f32", "bf16", "int8", "int4")
 """What may be asked for."""
@@ -73,6 +74,30 @@ def convert(tensors: Mapping[str, Tensor], kind: str, group: int = 128) -> dict[
     return {name: _converted(name, tensor, kind, group) for name, tensor in tensors.items()}
 
 
+def bytes_of(name: str, shape: tuple[int, ...], kind: str, group: int = 128) -> int:
+    """How many bytes a float32 tensor takes once it is converted.
+
+    Args:
+        name: Transformers' name.
+        shape: of its values.
+        kind, group: as for `convert`.
+
+    Example:
+        >>> bytes_of("lm_head.weight", (2, 128), "int4")  # 256 numbers, and 2 scales in bfloat16
+        132
+    """
+    count = math.prod(shape)
+    if kind == "f32" or not name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES)):
+        return 4 * count
+    if kind == "bf16" or not _is_quantized(name, shape, group):
+        return 2 * count
+    return count * _BITS[kind] // 8 + count // group * 2
+
+
+def _is_quantized(name: str, shape: tuple[int, ...], group: int) -> bool:
+    return name.endswith(_LARGE_MATRICES) and shape[1] % group == 0
+
+
 def _converted(name: str, tensor: Tensor, kind: str, group: int) -> Tensor:
     if not isinstance(tensor, np.ndarray):
         return _from_quantized(name, tensor, kind, group)
@@ -99,7 +124,7 @@ def _from_quantized(name: str, tensor: QuantizedArray, kind: str, group: int) ->
 
 
 def _quantized(name: str, tensor: NDArray[Any], kind: str, group: int) -> Tensor:
-    if name.endswith(_LARGE_MATRICES) and tensor.shape[1] % group == 0:
+    if _is_quantized(name, tensor.shape, group):
         from anymamba.runtime.quantization import quantize
 
         return quantize(_widened(tensor), bits=cast(Any, _BITS[kind]), group=group, name=name)
