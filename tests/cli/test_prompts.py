@@ -68,6 +68,7 @@ def test_a_line_may_be_a_text_and_a_state_comes_before_each(
         ('{"prompt": 1}', 'with a "prompt"'),
         ('"\\ud800"', "half of a surrogate pair"),
         ("[" * 100_000, "not JSON"),
+        ('{"prompt": "a", "id": NaN}', "not JSON"),
     ],
 )
 def test_a_wrong_line_is_refused_before_anything_is_written(

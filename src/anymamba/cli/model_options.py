@@ -82,18 +82,21 @@ def places_of(arguments: argparse.Namespace) -> tuple[str, str]:
         InputError: one of them is missing, or there is one too many.
     """
     places = list(arguments.places)
+    see = f"(see anymamba {arguments.command} --help)"
 
     def place(named: str | None, name: str, option: str) -> str:
         if named is not None:
             return named
         if not places:
-            raise InputError(f"{name} is missing: give it, or --{option} {name}")
+            raise InputError(f"{name} is missing: give it, or --{option} {name} {see}")
         return str(places.pop(0))
 
     source = place(arguments.source, "SRC", arguments.source_name)
     destination = place(arguments.destination, "DST", "output")
     if places:
-        raise InputError(f"{places[0]!r} is one argument too many: give SRC and DST once each")
+        raise InputError(
+            f"{places[0]!r} is one argument too many: give SRC and DST once each {see}"
+        )
     return source, destination
 
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from anymamba.cli.opening import beginning_state, open_engine
 from anymamba.cli.output import tell, write
@@ -67,13 +67,12 @@ def refuse_others(arguments: argparse.Namespace) -> None:
 
 def records_in(name: str) -> Iterator[dict[str, Any]]:
     """Each line's object with its prompt; a line that is a JSON string is a prompt too."""
-    number = 0
     for number, line in enumerate(lines_of(read_blocks(name)), start=1):
         if not line.strip():
             continue
         where = f"line {number} of {name!r}"
         try:
-            value = json.loads(line)
+            value = json.loads(line, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON: {error}") from None
         record = {"prompt": value} if isinstance(value, str) else value
@@ -85,6 +84,11 @@ def records_in(name: str) -> Iterator[dict[str, Any]]:
         except UnicodeEncodeError:
             raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
         yield record
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity, which Python reads, and which would come out as no JSON."""
+    raise ValueError(f"{name} is no number there")
 
 
 def report(engine: Engine, prompts: int, new_tokens: int, seconds: float) -> None:
