@@ -125,6 +125,12 @@ def test_logits_to_keep(keep: int | Tensor) -> None:
     assert_same(loss, MODEL(ids, labels=ids).loss)
 
 
+@pytest.mark.parametrize("keep", [-1, 2.0, [0, 1], torch.tensor(2), torch.tensor([1.0])])
+def test_logits_to_keep_that_keep_nothing_are_refused(keep: Any) -> None:
+    with pytest.raises(InputError, match="logits_to_keep"):
+        MODEL(words(2, 6), logits_to_keep=keep)
+
+
 def test_hidden_states_are_the_embeddings_and_each_layers_output() -> None:
     ids = words(2, 6)
     outputs = MODEL(ids, output_hidden_states=True)

@@ -424,6 +424,11 @@ def _check_kept(logits_to_keep: int | Tensor) -> None:
     if isinstance(logits_to_keep, int):
         if logits_to_keep < 0:
             raise InputError(f"logits_to_keep is {logits_to_keep}, expected 0 (all) or more")
+    elif not isinstance(logits_to_keep, Tensor):
+        raise InputError(
+            f"logits_to_keep is a {type(logits_to_keep).__name__}, expected a whole number or a "
+            "tensor"
+        )
     elif logits_to_keep.ndim not in (1, 2) or logits_to_keep.is_floating_point():
         raise InputError(
             f"logits_to_keep has shape {tuple(logits_to_keep.shape)} of {logits_to_keep.dtype}, "
