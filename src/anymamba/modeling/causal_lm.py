@@ -12,7 +12,6 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateNonBeamOutput
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import logging
 
 from anymamba.errors import InputError
@@ -25,6 +24,7 @@ from anymamba.modeling.generation import (
     why_not_direct,
     why_not_loop,
 )
+from anymamba.modeling.kept_positions import at_kept, check_kept, targets_of
 from anymamba.modeling.model import (
     MambaModel,
     MambaPreTrainedModel,
@@ -33,7 +33,7 @@ from anymamba.modeling.model import (
     check_no_attention,
 )
 from anymamba.modeling.outputs import MambaCausalLMOutput
-from anymamba.modeling.packing import check_mask, next_tokens, pack_batch
+from anymamba.modeling.packing import check_mask
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.plain import project
 from anymamba.ops.tracing import values_are_known
@@ -132,7 +132,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             "use_cache": use_cache,
         }
         check_no_attention(kwargs, cache)
-        _check_kept(logits_to_keep)
+        check_kept(logits_to_keep)
         without_loss = labels is None and shift_labels is None
         only_logits = without_loss and all(mark is None for mark in marks[1:])
         if output_hidden_states or self.config.output_hidden_states or torch.is_grad_enabled():
@@ -150,11 +150,11 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 position_ids=position_ids,
             )
             hidden_states = outputs.last_hidden_state
-            logits = self._logits(_at_kept(hidden_states, logits_to_keep))
+            logits = self._logits(at_kept(hidden_states, logits_to_keep))
             loss = None
             if not without_loss:
-                targets = _targets(labels, shift_labels, hidden_states.shape[:2], marks)
-                loss = self._loss(logits, _at_kept(targets[..., None], logits_to_keep), kwargs)
+                targets = targets_of(labels, shift_labels, hidden_states.shape[:2], marks)
+                loss = self._loss(logits, at_kept(targets[..., None], logits_to_keep), kwargs)
             output = MambaCausalLMOutput(loss, logits, outputs.cache, outputs.hidden_states)
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
@@ -418,59 +418,6 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             # PEFT's prompt tuning looks here whether its tokens were read; else it adds them again.
             inputs["past_key_values"] = cache
         return inputs
-
-
-def _check_kept(logits_to_keep: int | Tensor) -> None:
-    if isinstance(logits_to_keep, int):
-        if logits_to_keep < 0:
-            raise InputError(f"logits_to_keep is {logits_to_keep}, expected 0 (all) or more")
-    elif not isinstance(logits_to_keep, Tensor):
-        raise InputError(
-            f"logits_to_keep is a {type(logits_to_keep).__name__}, expected a whole number or a "
-            "tensor"
-        )
-    elif logits_to_keep.ndim not in (1, 2) or logits_to_keep.is_floating_point():
-        raise InputError(
-            f"logits_to_keep has shape {tuple(logits_to_keep.shape)} of {logits_to_keep.dtype}, "
-            "expected indices (m,) or (batch, m), or booleans (batch, length)"
-        )
-
-
-def _at_kept(x_blc: Tensor, logits_to_keep: int | Tensor) -> Tensor:
-    """The positions that get logits: (b, m, c), or (positions, c) for booleans (b, l)."""
-    kept = logits_to_keep if isinstance(logits_to_keep, int) else logits_to_keep.to(x_blc.device)
-    if isinstance(kept, Tensor) and kept.ndim == 2:
-        needed = x_blc.shape[: 2 if kept.dtype == torch.bool else 1]
-        if kept.shape[: len(needed)] != needed:
-            raise InputError(
-                f"logits_to_keep has shape {tuple(kept.shape)} of {kept.dtype} for a batch of "
-                f"{tuple(x_blc.shape[:2])}: expected indices (batch, m) or booleans (batch, length)"
-            )
-    return slice_logits_to_keep(x_blc, kept)
-
-
-def _targets(
-    labels: Tensor | None,
-    shift_labels: Tensor | None,
-    shape_bl: torch.Size,
-    marks: tuple[Tensor | None, ...],
-) -> Tensor:
-    """(b, l), what each position should predict; -100 where it predicts nothing."""
-    name = "labels" if shift_labels is None else "shift_labels"
-    given = labels if shift_labels is None else shift_labels
-    assert given is not None
-    if given.shape != shape_bl:
-        raise InputError(
-            f"{name} has shape {tuple(given.shape)}, expected one a position: {tuple(shape_bl)}"
-        )
-    batch, length = shape_bl
-    packed = pack_batch(batch, length, given.device, *marks)
-    if shift_labels is None:
-        return next_tokens(given, packed)
-    if packed is None:
-        return given
-    kept_bl = packed.unpack(packed.pack(torch.ones_like(given))) != 0
-    return given.masked_fill(~kept_bl, -100)
 
 
 def _masked_first(attention_mask: Tensor) -> Tensor:
