@@ -107,3 +107,10 @@ def test_a_dataset_has_a_text_field_too(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text(lines([{"story": "once"}, {"story": "twice"}]))
     found = dataset_examples(str(tmp_path), text_field="story")
     assert found == [{"text": "once"}, {"text": "twice"}]
+
+
+def test_a_folder_gives_all_that_its_files_would(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines([{"text": "one"}]))
+    (tmp_path / "b.json").write_text(json.dumps([{"text": "two"}]))
+    (tmp_path / "c.txt").write_text("three")
+    assert list(read_texts([str(tmp_path)])) == ["one", "two", "three"]

@@ -93,7 +93,7 @@ def read_texts(names: Sequence[str], text_field: str = "text") -> Iterator[str]:
     for name in names:
         path = user_path(name, InputError)
         if path.is_dir():
-            known = (*TEXT_ENDINGS, *LINE_ENDINGS)
+            known = (*TEXT_ENDINGS, *JSON_ENDINGS)
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in known)
             if not files:
                 raise InputError(f"the folder {name!r} has no file that ends in {', '.join(known)}")
