@@ -188,9 +188,13 @@ void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, c
   step.state = static_cast<float*>(pointer(state));
   step.state_row_stride = state.stride(0);
   nb::gil_scoped_release release;
-  constexpr std::int64_t kBlock = 256;  // channels a work item
-  parallel_for((step.e + kBlock - 1) / kBlock, [&](std::int64_t item) {
-    kernels().scan_step(step, item * kBlock, std::min(step.e, (item + 1) * kBlock));
+  // Few states take less time than waking a thread, which would also take a processor from
+  // PyTorch's own threads where those work before and after: the caller does them alone.
+  constexpr std::int64_t kAlone = 1 << 16;  // states
+  constexpr std::int64_t kBlock = 256;      // channels a work item
+  const std::int64_t block = step.b * step.e * step.n <= kAlone ? std::max(step.e, kBlock) : kBlock;
+  parallel_for((step.e + block - 1) / block, [&](std::int64_t item) {
+    kernels().scan_step(step, item * block, std::min(step.e, (item + 1) * block));
   });
 }
 

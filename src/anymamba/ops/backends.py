@@ -24,7 +24,7 @@ from anymamba.errors import BackendError
 from anymamba.ops.tracing import is_transformed
 from anymamba.originals import PACKAGES, is_original_installed
 
-__all__ = ["Chosen", "available_backends", "backend", "implementation"]
+__all__ = ["Chosen", "available_backends", "backend", "implementation", "native_is_chosen"]
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,18 @@ def implementation(
                 _say_once_that_the_core_is_missing()
             return _load(BACKENDS[candidate].operators[operator])
     raise BackendError(f"no backend can run {operator} on {tensor.device}")
+
+
+def native_is_chosen() -> bool:
+    """Whether the native core serves the calls that it can serve.
+
+    Example:
+        >>> from anymamba import ops
+        >>> with ops.backend("reference"):
+        ...     native_is_chosen()
+        False
+    """
+    return _current() in ("auto", "cpu") and BACKENDS["cpu"].missing() is None
 
 
 # A compiled function keeps the choice that was in force when it was compiled.

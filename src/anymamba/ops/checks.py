@@ -6,7 +6,10 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 
-__all__ = ["check_activation", "check_shape"]
+__all__ = ["ACTIVATIONS", "check_activation", "check_shape"]
+
+ACTIVATIONS = (None, "silu", "swish")
+"""What the convolution can apply to its output."""
 
 
 def check_shape(operator: str, name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
@@ -26,7 +29,7 @@ def check_activation(operator: str, activation: str | None) -> None:
     Raises:
         InputError: it is neither None, "silu" nor "swish".
     """
-    if activation not in (None, "silu", "swish"):
+    if activation not in ACTIVATIONS:
         raise InputError(
             f"{operator}: activation is {activation!r}, expected None, 'silu' or 'swish'"
         )

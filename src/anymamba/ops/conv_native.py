@@ -9,7 +9,7 @@ from torch import Tensor
 
 from anymamba.ops import conv_reference
 from anymamba.ops.derivatives import register_second_derivatives
-from anymamba.ops.native import core, segment_table
+from anymamba.ops.native import core, handed, segment_table
 from anymamba.ops.segments import Segments, segments_from_table
 from anymamba.ops.tracing import runs_now
 
@@ -61,10 +61,6 @@ def causal_conv1d_update(
     return y_be
 
 
-def _bare(tensor: Any) -> Any:
-    return None if tensor is None else tensor.detach()
-
-
 @torch.library.custom_op("anymamba::causal_conv1d", mutates_args=(), device_types="cpu")
 def _conv(
     x: Tensor,
@@ -77,8 +73,8 @@ def _conv(
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
     y, final = _outputs(x, weight, initial, n_states)
-    inputs = [_bare(t) for t in (x, weight, bias)]
-    core().conv(*inputs, silu, _bare(initial), segments, n_states, reverse, y, final)
+    inputs = [handed(t) for t in (x, weight, bias)]
+    core().conv(*inputs, silu, handed(initial), segments, n_states, reverse, y, final)
     return y, final
 
 
@@ -119,11 +115,11 @@ def _conv_backward(
     """The gradients of x, weight, bias and initial window; empty where there is none."""
     gradients = _gradients(x, weight, bias, initial)
     dx, dweight, dbias, dinitial = gradients
-    inputs = [_bare(t) for t in (x, weight, bias)]
+    inputs = [handed(t) for t in (x, weight, bias)]
     core().conv_backward(
         *inputs,
         silu,
-        _bare(initial),
+        handed(initial),
         segments,
         n_states,
         reverse,
@@ -212,7 +208,7 @@ def _conv_step_now(
     x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, silu: bool
 ) -> Tensor:
     y = torch.empty_like(x)
-    core().conv_step(x.detach(), window.detach(), weight.detach(), _bare(bias), silu, y)
+    core().conv_step(handed(x), handed(window), handed(weight), handed(bias), silu, handed(y))
     torch.autograd.graph.increment_version(window)
     return y
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anymamba.ops import scan_reference
 from anymamba.ops.derivatives import register_second_derivatives
-from anymamba.ops.native import core, segment_table
+from anymamba.ops.native import core, handed, segment_table
 from anymamba.ops.segments import Segments, segments_from_table
 from anymamba.ops.tracing import runs_now
 
@@ -73,7 +73,8 @@ def selective_state_update(
 ) -> Tensor:
     """Arguments and returns as in `anymamba.ops.selective_state_update`."""
     state = state_ben
-    if state.dtype != torch.float32 or not state[:1].is_contiguous():
+    # Rows may lie apart, but each without gaps.
+    if state.dtype != torch.float32 or not (state.is_contiguous() or state[:1].is_contiguous()):
         state = state.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     step = _scan_step_now if runs_now(x_be) else _scan_step
     y_be: Tensor = step(
@@ -99,9 +100,9 @@ def _float32(tensor: Any) -> Any:
 def _in_groups(B: Tensor, C: Tensor, axes_without_groups: int) -> tuple[Tensor, Tensor]:
     """B and C as (..., g, n) with the same g, which the core wants, whatever each came with."""
     if B.ndim == axes_without_groups:
-        B = B[..., None, :]
+        B = B.unsqueeze(-2)
     if C.ndim == axes_without_groups:
-        C = C[..., None, :]
+        C = C.unsqueeze(-2)
     groups = math.lcm(B.shape[-2], C.shape[-2])
     return _split_groups(B, groups), _split_groups(C, groups)
 
@@ -111,11 +112,6 @@ def _split_groups(B: Tensor, groups: int) -> Tensor:
     if parts == 1:
         return B
     return B[..., None, :].expand(*B.shape[:-1], parts, B.shape[-1]).flatten(-3, -2)
-
-
-def _bare(tensor: Any) -> Any:
-    """Without autograd's claim on it, which array protocols refuse to hand on."""
-    return None if tensor is None else tensor.detach()
 
 
 @torch.library.custom_op("anymamba::selective_scan", mutates_args=(), device_types="cpu")
@@ -140,11 +136,11 @@ def _scan(
     used = _used(kept, x, A, segments, n_states) if will_go_back else None
     if used is not None:
         kept[used.numel() :].zero_()
-    inputs = [_bare(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
+    inputs = [handed(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
     core().scan(
         *inputs,
         softplus,
-        _bare(initial),
+        handed(initial),
         segments,
         n_states,
         reverse,
@@ -225,11 +221,11 @@ def _scan_backward(
     """The gradients of x, delta, A, B, C, D, z, delta_bias, initial; empty where there is none."""
     gradients = _gradients(x, delta, A, B, C, D, z, delta_bias, initial)
     dx, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial = gradients
-    inputs = [_bare(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
+    inputs = [handed(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
     core().scan_backward(
         *inputs,
         softplus,
-        _bare(initial),
+        handed(initial),
         segments,
         n_states,
         reverse,
@@ -349,8 +345,8 @@ def _scan_step_now(
     softplus: bool,
 ) -> Tensor:
     y = torch.empty_like(x)
-    inputs = [_bare(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
-    core().scan_step(state.detach(), *inputs, softplus, y)
+    inputs = [handed(t) for t in (x, delta, A, B, C, D, z, delta_bias)]
+    core().scan_step(handed(state), *inputs, softplus, handed(y))
     torch.autograd.graph.increment_version(state)
     return y
 

@@ -14,6 +14,7 @@ from anymamba.dropin.dispatch import by_device
 from anymamba.dropin.rows import update_rows
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
+from anymamba.ops.direct import conv_step
 
 __all__ = [
     "CausalConv1dFn",
@@ -90,7 +91,6 @@ class CausalConv1dFn:
 
 
 @by_device
-@torch.no_grad()
 def causal_conv1d_update(
     x: Tensor,
     conv_state: Tensor,
@@ -126,14 +126,12 @@ def causal_conv1d_update(
         >>> y.tolist(), state.tolist()
         ([[23.0]], [[[2.0, 3.0]]])
     """
-
-    def update(conv_state: Tensor, x: Tensor, cache_seqlens: Tensor | None) -> Tensor:
-        return _update(x, conv_state, weight, bias, activation, cache_seqlens, backend=None)
-
-    if conv_state_indices is None:
-        return update(conv_state, x, cache_seqlens)
-    rows = (conv_state, conv_state_indices, (x, cache_seqlens))
-    return update_rows("causal_conv1d_update", *rows, update)
+    if cache_seqlens is None and conv_state_indices is None:
+        one = x.squeeze(2) if x.ndim == 3 and x.shape[2] == 1 else x
+        out = conv_step(one, conv_state, weight, bias, activation)
+        if out is not None:
+            return out if one is x else out.unsqueeze(2)
+    return _update_rows(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
 
 
 @torch.no_grad()
@@ -147,6 +145,27 @@ def causal_conv1d_update_ref(
 ) -> Tensor:
     """`causal_conv1d_update` in plain PyTorch, without conv_state_indices as in the original."""
     return _update(x, conv_state, weight, bias, activation, cache_seqlens, backend="reference")
+
+
+@torch.no_grad()
+def _update_rows(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    cache_seqlens: Tensor | None,
+    rows: Tensor | None,
+) -> Tensor:
+    """Any call of `causal_conv1d_update`."""
+
+    def update(conv_state: Tensor, x: Tensor, cache_seqlens: Tensor | None) -> Tensor:
+        return _update(x, conv_state, weight, bias, activation, cache_seqlens, backend=None)
+
+    if rows is None:
+        return update(conv_state, x, cache_seqlens)
+    inputs = (x, cache_seqlens)
+    return update_rows("causal_conv1d_update", conv_state, rows, inputs, update)
 
 
 def _convolve(

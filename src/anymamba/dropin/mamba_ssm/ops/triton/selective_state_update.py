@@ -13,12 +13,12 @@ from anymamba.dropin.dispatch import by_device
 from anymamba.dropin.rows import update_rows
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
+from anymamba.ops.direct import scan_step
 
 __all__ = ["selective_state_update", "selective_state_update_ref"]
 
 
 @by_device
-@torch.no_grad()
 def selective_state_update(
     state: Tensor,
     x: Tensor,
@@ -62,18 +62,11 @@ def selective_state_update(
         >>> selective_state_update(state, one, one, -torch.ones(2, 3), B, C).tolist()
         [[3.0, 3.0]]
     """
-
-    step = _step_of_heads if _one_decay_a_head(A, dt, dt_bias) else _step_of_channels
-
-    def update(
-        state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None
-    ) -> Tensor:
-        return step(_in_heads(state, x, dt, A, B, C, D, z, dt_bias), dt_softplus).view(x.shape)
-
-    inputs = (x, dt, B, C, z)
     if state_batch_indices is None:
-        return update(state, *inputs)
-    return update_rows("selective_state_update", state, state_batch_indices, inputs, update)
+        out = scan_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        if out is not None:
+            return out
+    return _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
 
 
 @torch.no_grad()
@@ -92,6 +85,34 @@ def selective_state_update_ref(
     """`selective_state_update` in plain PyTorch, without state_batch_indices as in the original."""
     inputs = _in_heads(state, x, dt, A, B, C, D, z, dt_bias)
     return _step_of_channels(inputs, dt_softplus, backend="reference").view(x.shape)
+
+
+@torch.no_grad()
+def _update(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    rows: Tensor | None,
+) -> Tensor:
+    """Any call of `selective_state_update`."""
+    step = _step_of_heads if _one_decay_a_head(A, dt, dt_bias) else _step_of_channels
+
+    def update(
+        state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+    ) -> Tensor:
+        return step(_in_heads(state, x, dt, A, B, C, D, z, dt_bias), dt_softplus).view(x.shape)
+
+    inputs = (x, dt, B, C, z)
+    if rows is None:
+        return update(state, *inputs)
+    return update_rows("selective_state_update", state, rows, inputs, update)
 
 
 class _Inputs(NamedTuple):
