@@ -212,3 +212,11 @@ def test_one_step_of_the_convolution_keeps_its_axis() -> None:
     alone = causal_conv1d_update(**changed(inputs, Tensor.clone))
     x = inputs["x"][..., None]
     assert torch.equal(causal_conv1d_update(**inputs | {"x": x}), alone[..., None])
+
+
+def test_a_compiled_program_takes_the_general_way_in_one_graph() -> None:
+    inputs = in_their_words(scan_inputs(2, 8, 4))
+    ours, theirs = (changed(inputs, Tensor.clone) for _ in range(2))
+    compiled = torch.compile(selective_state_update, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(**ours), selective_state_update(**theirs))
+    assert torch.equal(ours["state"], theirs["state"])

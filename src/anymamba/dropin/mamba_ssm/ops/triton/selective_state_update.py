@@ -200,7 +200,8 @@ def _step_of_channels(inputs: _Inputs, dt_softplus: bool, backend: str | None = 
         dt_softplus,
         backend=backend,
     )
-    if states.data_ptr() != state.data_ptr():  # some strides cannot be flattened in place
+    _, h, p, _ = state.shape
+    if h > 1 and p > 1 and state.stride(1) != p * state.stride(2):  # flattened into a copy
         state.copy_(states.view(state.shape))
     return out
 
