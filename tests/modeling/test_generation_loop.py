@@ -273,6 +273,17 @@ def test_the_unusual_runs_in_transformers_loop(
     assert why_not_native_loop(MODEL, **usual) is None
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"output_hidden_states": True}])
+def test_use_cache_of_none_is_the_default(options: dict[str, Any]) -> None:
+    options = options | {"max_new_tokens": 6, "pad_token_id": 0}
+    expected = MODEL.generate(words(2, 4), use_cache=True, **options)
+    assert torch.equal(MODEL.generate(words(2, 4), use_cache=None, **options), expected)
+    config = GenerationConfig(use_cache=None, **options)
+    assert torch.equal(MODEL.generate(words(2, 4), generation_config=config), expected)
+    with transformers_loop():
+        assert torch.equal(MODEL.generate(words(2, 4), use_cache=None, **options), expected)
+
+
 def test_a_change_during_generation_is_noticed() -> None:
     model = small_model(seed=3, eos_token_id=None)
     lengths: list[int] = []

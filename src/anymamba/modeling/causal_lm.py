@@ -272,6 +272,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 "A Mamba state has one form: cache_implementation="
                 f"{generation_config.cache_implementation!r} changes nothing."
             )
+        if generation_config.use_cache is None:
+            # Transformers' loops would read the whole text at each step, on top of the state.
+            generation_config.use_cache = True
         given = model_kwargs.get("cache")
         if isinstance(given, MambaCache):
             # On mps, Transformers runs one step too many on a state that nobody will see again.
