@@ -1,5 +1,6 @@
 // Whether Python objects still are what they were: a check of some thousand facts that is made
 // before each decoding step, when the weights have just driven all of them out of the caches.
+#include <cstdint>
 #include <utility>
 #include <vector>
 
@@ -15,6 +16,7 @@ class Watch {
   // `own` then holds exactly what it holds now.
   void contents(const nb::dict& own) {
     sizes_.emplace_back(own, static_cast<Py_ssize_t>(own.size()));
+    fetch_table(own);
     for (const auto [key, value] : own) entries_.push_back({own, nb::borrow(key), nb::borrow(value)});
   }
 
@@ -23,6 +25,7 @@ class Watch {
     PyObject* const value = PyDict_GetItemWithError(own.ptr(), key.ptr());
     if (value == nullptr && PyErr_Occurred()) throw nb::python_error();
     entries_.push_back({own, key, nb::borrow(value)});
+    fetch_table(own);
   }
 
   // `object` has this very attribute; for functions of a class, whatever its bases are given later.
@@ -30,9 +33,20 @@ class Watch {
     attributes_.push_back({object, name, nb::steal(attribute_of(object, name))});
   }
 
-  void type_of(const nb::object& object) { types_.emplace_back(object, object.type().ptr()); }
+  void type_of(const nb::object& object) {
+    types_.emplace_back(object, object.type().ptr());
+    fetches(reinterpret_cast<std::uintptr_t>(object.ptr()), kLine / 2);
+  }
+
+  // `holds` first fetches this memory into the caches, all of it at once, for what is read one
+  // after the other waits for each. A hint alone: nothing is read there, and it may be gone.
+  void fetches(std::uintptr_t address, std::size_t bytes) {
+    const std::uintptr_t stop = address + bytes;
+    for (std::uintptr_t line = address & ~(kLine - 1); line < stop; line += kLine) lines_.push_back(line);
+  }
 
   bool holds() const {
+    for (const std::uintptr_t line : lines_) __builtin_prefetch(reinterpret_cast<const void*>(line), 0, 2);
     for (const auto& [own, size] : sizes_)
       if (PyDict_Size(own.ptr()) != size) return false;
     for (const Entry& entry : entries_) {
@@ -59,6 +73,16 @@ class Watch {
     nb::object value;
   };
 
+  void fetch_table(const nb::dict& own) {
+    fetches(reinterpret_cast<std::uintptr_t>(own.ptr()), kLine / 2);
+#if !defined(Py_LIMITED_API)  // which does not tell where the entries are
+    if (own.size() == 0) return;
+    const auto* table = reinterpret_cast<const PyDictObject*>(own.ptr());
+    fetches(reinterpret_cast<std::uintptr_t>(table->ma_keys), 2 * kLine);
+    if (table->ma_values != nullptr) fetches(reinterpret_cast<std::uintptr_t>(table->ma_values), kLine);
+#endif
+  }
+
   // A new reference; nothing where there is no such attribute.
   static PyObject* attribute_of(const nb::object& object, const nb::str& name) {
     PyObject* const value = PyObject_GetAttr(object.ptr(), name.ptr());
@@ -69,6 +93,9 @@ class Watch {
     return value;
   }
 
+  static constexpr std::uintptr_t kLine = 64;  // bytes that are fetched together
+
+  std::vector<std::uintptr_t> lines_;
   std::vector<std::pair<nb::dict, Py_ssize_t>> sizes_;
   std::vector<Entry> entries_;
   std::vector<std::pair<nb::object, PyObject*>> types_;
@@ -84,6 +111,7 @@ void add_watch(nb::module_& m) {
       .def("entry", &Watch::entry, nb::arg("own"), nb::arg("key"))
       .def("attribute", &Watch::attribute, nb::arg("object"), nb::arg("name"))
       .def("type_of", &Watch::type_of, nb::arg("object"))
+      .def("fetches", &Watch::fetches, nb::arg("address"), nb::arg("bytes"))
       .def("holds", &Watch::holds);
 }
 

@@ -205,6 +205,9 @@ _GLOBAL_HOOKS = (
     module_globals._global_backward_pre_hooks,
 )
 
+# How much of a tensor's Python object, and of PyTorch's two objects behind it, tells its address.
+_OBJECT_BYTES, _TENSOR_BYTES, _STORAGE_BYTES = 48, 192, 128
+
 
 class Table:
     """The weights' pointers, and what must not have changed for them to be right."""
@@ -225,6 +228,8 @@ class Table:
             self._watch.contents(hooks)
         own = [(*m._parameters.values(), *m._buffers.values()) for m in modules]
         self._weights = [weight for weights in own for weight in weights if weight is not None]
+        for weight in self._weights:
+            self._fetch(weight)
         self._choice = backend()
         self._addresses = self._addresses_now()
         backbone = model.backbone
@@ -251,6 +256,15 @@ class Table:
         own = module.__dict__
         for key in ("forward", *(setting for setting in _SETTINGS if setting in own)):
             self._watch.entry(own, key)
+
+    def _fetch(self, weight: Tensor) -> None:
+        """Let the watch fetch what `data_ptr` reads, for a step drives it out of the caches."""
+        for address, size in (
+            (id(weight), _OBJECT_BYTES),
+            (weight._cdata, _TENSOR_BYTES),
+            (weight.untyped_storage()._cdata, _STORAGE_BYTES),
+        ):
+            self._watch.fetches(address, size)
 
     def is_current(self) -> bool:
         """Whether the model still is what the pointers say."""
