@@ -1119,3 +1119,13 @@ def test_checkpointing_and_compiling() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad(), nullcontext():
         assert_same(compiled(ids, use_cache=False).logits, expected[0])
+
+
+def test_memory_that_is_fetched_ahead_decides_nothing() -> None:
+    watch = _core.Watch()
+    own = {"a": 1}
+    watch.contents(own)
+    watch.fetches(8, 200)  # no address of this process
+    assert watch.holds()
+    own["a"] = 2
+    assert not watch.holds()
