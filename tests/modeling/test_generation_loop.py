@@ -273,15 +273,14 @@ def test_the_unusual_runs_in_transformers_loop(
     assert why_not_native_loop(MODEL, **usual) is None
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"output_hidden_states": True}])
+@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}])
 def test_use_cache_of_none_is_the_default(options: dict[str, Any]) -> None:
     options = options | {"max_new_tokens": 6, "pad_token_id": 0}
+    options |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     expected = MODEL.generate(words(2, 4), use_cache=True, **options)
-    assert torch.equal(MODEL.generate(words(2, 4), use_cache=None, **options), expected)
-    config = GenerationConfig(use_cache=None, **options)
-    assert torch.equal(MODEL.generate(words(2, 4), generation_config=config), expected)
+    assert_equal(MODEL.generate(words(2, 4), use_cache=None, **options), expected)
     with transformers_loop():
-        assert torch.equal(MODEL.generate(words(2, 4), use_cache=None, **options), expected)
+        assert_equal(MODEL.generate(words(2, 4), use_cache=None, **options), expected)
 
 
 def test_a_change_during_generation_is_noticed() -> None:
