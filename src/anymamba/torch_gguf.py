@@ -19,29 +19,35 @@ if TYPE_CHECKING:
 
     from anymamba.runtime.quantization import QuantizedArray
 
-__all__ = ["gguf_config", "gguf_state_dict", "hub_pattern", "is_mamba_gguf"]
+__all__ = ["find_mamba_gguf", "gguf_config", "gguf_state_dict", "hub_pattern"]
 
 
-def is_mamba_gguf(path: Path) -> bool:
-    """Whether a path is that of a GGUF file that is there and says nothing of another model.
+def find_mamba_gguf(place: Path) -> Path | None:
+    """The GGUF file that a place stands for, if it is there and says nothing of another model.
 
     Args:
-        path: any path.
+        place: any path: a file's, or that of a folder which may hold a GGUF file alone.
+
+    Returns:
+        The file, or None: also for a folder with a `config.json`, whose model is not the file's.
+
+    Raises:
+        CheckpointError: the folder holds several GGUF files.
 
     Example:
-        >>> is_mamba_gguf(Path("state-spaces/mamba-130m-hf"))
-        False
+        >>> find_mamba_gguf(Path("state-spaces/mamba-130m-hf"))
     """
+    from anymamba.runtime.gguf_files import find_gguf
     from anymamba.runtime.gguf_header import read_gguf_header
-    from anymamba.runtime.gguf_names import is_gguf
 
-    if not is_gguf(path) or not path.is_file():
-        return False
+    path = None if (place / "config.json").is_file() else find_gguf(place)
+    if path is None or not path.is_file():
+        return None
     try:
         architecture = read_gguf_header(path).metadata.get("general.architecture", "mamba")
     except CheckpointError:
-        return True  # who reads it says what is wrong
-    return bool(architecture == "mamba")
+        return path  # who reads it says what is wrong
+    return path if architecture == "mamba" else None
 
 
 def hub_pattern(gguf_file: str) -> str:

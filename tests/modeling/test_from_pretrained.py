@@ -211,6 +211,22 @@ def test_the_place_on_the_hub(saved: Path, tmp_path: Path) -> None:
 # GGUF files and adapters.
 
 
+def test_a_folder_with_a_gguf_file_alone(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    convert(saved, folder / "model.gguf", "gguf", "f32")
+    whole = MambaForCausalLM.from_pretrained(saved)
+    for loaded in (
+        MambaForCausalLM.from_pretrained(folder),
+        MambaForCausalLM.from_pretrained(folder, gguf_file="model.gguf"),
+    ):
+        assert torch.equal(loaded.lm_head.weight, whole.lm_head.weight)
+    assert MambaConfig.from_pretrained(folder).hidden_size == 24
+    (folder / "other.gguf").write_bytes((folder / "model.gguf").read_bytes())
+    with pytest.raises(CheckpointError, match="several GGUF files"):
+        MambaForCausalLM.from_pretrained(folder)
+
+
 def test_a_gguf_file(saved: Path, tmp_path: Path) -> None:
     convert(saved, tmp_path / "model.gguf", "gguf", "f32")
     for loaded in (

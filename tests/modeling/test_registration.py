@@ -287,9 +287,14 @@ def test_the_auto_classes_read_other_layouts(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert type(AutoModel.from_pretrained(tmp_path)) is MambaModel
-    convert(tmp_path, tmp_path / "model.gguf", "gguf", "f32")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf")
-    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    alone = tmp_path / "alone"  # no other weights beside it, which could be read in its place
+    alone.mkdir()
+    convert(tmp_path, alone / "model.gguf", "gguf", "f32")
+    for loaded in (
+        AutoModelForCausalLM.from_pretrained(alone, gguf_file="model.gguf"),
+        AutoModelForCausalLM.from_pretrained(alone),
+    ):
+        assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 # PEFT's guard.

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 from anymamba.checkpoint.config import translate_config
 from anymamba.checkpoint.paths import user_path
 from anymamba.errors import ConfigError
-from anymamba.torch_gguf import gguf_config, is_mamba_gguf
+from anymamba.torch_gguf import find_mamba_gguf, gguf_config
 
 __all__ = ["INIT_SCHEMES", "MambaConfig", "read_config_dict"]
 
@@ -31,9 +31,10 @@ INIT_SCHEMES = ("random", "uniform", "constant")
 # Transformers renamed its layer types once; files of either age are about the same layer.
 _LAYER_TYPES = ("linear_attention", "mamba")
 
-# Arguments that say where a config is read from.
+# Arguments that say where a config is read from. `gguf_file` is none: the Auto classes pass what is
+# left to the model, which reads its weights from that file.
 _PLACE = {
-    *("gguf_file", "cache_dir", "force_download", "proxies", "token", "local_files_only"),
+    *("cache_dir", "force_download", "proxies", "token", "local_files_only"),
     *("revision", "subfolder", "trust_remote_code", "_from_pipeline", "_from_auto"),
 }
 
@@ -256,8 +257,8 @@ def read_config_dict(
         8
     """
     inside = kwargs.get("gguf_file")
-    path = user_path(name) / inside if inside else user_path(name)
-    if is_mamba_gguf(path):
+    path = find_mamba_gguf(user_path(name) / inside if inside else user_path(name))
+    if path is not None:
         left = {key: value for key, value in kwargs.items() if key not in _PLACE}
         return gguf_config(path), left
     fields, left = read(name, **kwargs)

@@ -13,7 +13,7 @@ from anymamba.checkpoint.paths import user_path
 from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError, MissingDependencyError
 from anymamba.modeling.loading_arguments import take_place
-from anymamba.torch_gguf import hub_pattern, is_mamba_gguf
+from anymamba.torch_gguf import find_mamba_gguf, hub_pattern
 
 __all__ = ["Found", "find_model", "load_adapter"]
 
@@ -115,9 +115,9 @@ def _path_of(
     use_safetensors: bool | None,
 ) -> Path:
     if gguf_file is None:
-        path = user_path(name)
-        if is_mamba_gguf(path):
-            return path
+        file = find_mamba_gguf(user_path(name))
+        if file is not None:
+            return file
         return resolve(name, **place, use_safetensors=use_safetensors)
     folder = resolve(name, **place, weights=False, also=(hub_pattern(gguf_file),))
     path = folder / user_path(gguf_file)
