@@ -11,7 +11,6 @@
 
 #include "functions.h"
 #include "scratch.h"
-#include "threads.h"
 #include "tile.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -181,6 +180,12 @@ void convolve(float* inputs, const float* taps, std::int64_t k, bool silu, std::
   });
 }
 
+// What convolve_chunk takes.
+std::int64_t chunk_scratch(const Conv& conv) {
+  return Scratch<float>::in_arena((conv.k + 1) * kColumns) +
+         Scratch<float>::in_arena((conv.k - 1 + kSteps) * kColumns);
+}
+
 void convolve_chunk(const Conv& conv, const Tensor3& y, const Chunks::Chunk& chunk, Block block) {
   const std::int64_t k = conv.k, past = k - 1;
   const int columns = block.columns;
@@ -291,6 +296,12 @@ struct Back {
     load_taps(taps, conv.weight, conv.bias, conv.k, block);
   }
   Scratch<float> taps, inputs, gradients;
+
+  // What it takes.
+  static std::int64_t scratch(const Conv& conv) {
+    return Scratch<float>::in_arena((conv.k + 1) * kBackColumns) +
+           2 * Scratch<float>::in_arena((kBackSteps + 2 * (conv.k - 1)) * kBackColumns);
+  }
 };
 
 // The gradients of the sums before silu at positions [start, start + count), as far as the segment
@@ -417,7 +428,7 @@ bool is_packed(const ConvStep& step) {
 void conv(const Conv& conv, const ConvResult& result) {
   const std::int64_t blocks = pieces(conv.e, kColumns);
   const Chunks chunks(conv.segments, kChunk);
-  parallel_for(chunks.count() * blocks, [&](std::int64_t item) {
+  parallel_for(chunks.count() * blocks, chunk_scratch(conv), [&](std::int64_t item) {
     convolve_chunk(conv, result.y, chunks[item / blocks],
                    block_of(conv.e, kColumns, item % blocks));
   });
@@ -434,7 +445,8 @@ void conv_backward(const Conv& conv, const ConvGradients& gradients) {
   const Chunks tiles(conv.segments, kBackSteps);
   const std::int64_t parts = smaller(tiles.count(), kParts);
   const Scratch<float> sums(parts * (k + 1) * e);
-  parallel_for(parts * blocks, [&](std::int64_t item) {
+  const std::int64_t own_scratch = Scratch<float>::in_arena((k + 1) * kBackColumns);
+  parallel_for(parts * blocks, Back::scratch(conv) + own_scratch, [&](std::int64_t item) {
     const std::int64_t part = item / blocks;
     const Block block = block_of(e, kBackColumns, item % blocks);
     Back back(conv, block);
@@ -447,7 +459,9 @@ void conv_backward(const Conv& conv, const ConvGradients& gradients) {
       for (int c = 0; c < block.channels; ++c)
         sums[(part * (k + 1) + j) * e + block.first + c] = own[j * block.columns + c];
   });
-  parallel_for(blocks, [&](std::int64_t item) {
+  const std::int64_t passed = gradients.initial.columns * kBackColumns;
+  const std::int64_t window_scratch = Back::scratch(conv) + Scratch<float>::in_arena(passed);
+  parallel_for(blocks, window_scratch, [&](std::int64_t item) {
     const Block block = block_of(e, kBackColumns, item);
     add_parts(gradients, sums, parts, e, k, block);
     if (gradients.initial.data != nullptr) back_windows(conv, gradients, block);

@@ -49,4 +49,7 @@ struct ConvStep {
   Window window;                  // state_stride is the row's
 };
 
+// The scratch memory of a worker in the forward pass.
+constexpr std::int64_t conv_worker_scratch(std::int64_t k) { return 4 * 128 * (2 * k + 32) + 128; }
+
 }  // namespace anymamba

@@ -7,13 +7,10 @@
 // a tile of c in registers over one cut of k. How k is cut depends on k alone, and every number of
 // c is summed in the order of k by one worker, in tiles of any size in the same way: results are
 // the same for any number of threads and any cut of c.
-#include <cstdlib>
-#include <new>
-
 #include "functions.h"
 #include "integers.h"
 #include "lanes.h"
-#include "threads.h"
+#include "scratch.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
@@ -34,35 +31,11 @@ constexpr int kTileColumns = kTileVectors * W;
 constexpr int kDepth = 384;  // of k at a time: fewer passes over c against panels that leave L1
 constexpr int kBlockRows = 40 * kTileRows;  // of the left operand in L2
 constexpr int kRowPadding = 16;  // floats: keeps packed rows from falling into the same cache sets
+static_assert((kBlockRows * (kDepth + kRowPadding) + kTileColumns * kDepth) * 4 + 256 <= kProductScratch);
 constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of a block summed beside c
 constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
 constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
 constexpr int64_t kFewRows = 16, kFewRowsDepth = 1 << 15;  // beyond these, blocked
-
-
-// ---------------------------------------------------------------------------------------------
-// Scratch memory of a thread: grows to a bounded size, is kept between calls and freed with it.
-
-struct Scratch {
-  float* data = nullptr;
-  int64_t size = 0;
-
-  ~Scratch() { std::free(data); }
-
-  float* at_least(int64_t floats) {
-    if (floats > size) {
-      std::free(data);
-      size = 0;
-      const auto bytes = static_cast<std::size_t>(round_up(floats, 16)) * sizeof(float);
-      data = static_cast<float*>(std::aligned_alloc(64, bytes));
-      if (data == nullptr) throw std::bad_alloc();
-      size = floats;
-    }
-    return data;
-  }
-};
-
-thread_local Scratch left_scratch, right_scratch, sums_scratch;
 
 // ---------------------------------------------------------------------------------------------
 // The blocked product.
@@ -393,19 +366,40 @@ void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t 
   }
 }
 
+// How k is cut: it depends on nothing else, or sums would.
+int64_t depth_step_of(const Job& job) {
+  return round_up(ceil_div(job.depth, ceil_div(job.depth, kDepth)), 16);
+}
+
+// A block of rows in L2.
+int64_t row_step_of(int64_t rows) {
+  return round_up(ceil_div(rows, ceil_div(rows, kBlockRows)), kTileRows);
+}
+
+// The most floats that a block of so many rows or fewer takes: of packed rows, of a panel, and of sums beside c.
+struct BlockScratch {
+  int64_t left, panel, sums;
+  BlockScratch(const Job& job, int64_t rows, int64_t columns)
+      : left(smaller(kBlockRows, round_up(rows, kTileRows)) * (depth_step_of(job) + kRowPadding)),
+        panel(kTileColumns * depth_step_of(job)),
+        sums(sums_in_place(job) ? 0 : rows * round_up(columns, 16)) {}
+  int64_t bytes() const {
+    return Scratch<float>::in_arena(left) + Scratch<float>::in_arena(panel) +
+           Scratch<float>::in_arena(sums);
+  }
+};
+
 void run_block(const Job& job, const Block& block) {
   const Packing packing = packing_of(job);
   const int64_t rows = block.last_row - block.first_row;
   const int64_t columns = block.last_column - block.first_column;
-  // Cuts into equal parts. That of k depends on nothing else, or sums would.
-  const int64_t row_step = round_up(ceil_div(rows, ceil_div(rows, kBlockRows)), kTileRows);
-  const int64_t depth_step = round_up(ceil_div(job.depth, ceil_div(job.depth, kDepth)), 16);
+  const int64_t row_step = row_step_of(rows), depth_step = depth_step_of(job);
   const bool in_place = sums_in_place(job);
   const int64_t stride = in_place ? job.c.row_stride : round_up(columns, 16);
-  float* c = in_place ? static_cast<float*>(job.c.data) : sums_scratch.at_least(rows * stride);
+  const BlockScratch sizes(job, rows, columns);
+  const Scratch<float> beside(sizes.sums), left(sizes.left), panel(sizes.panel);
+  float* c = in_place ? static_cast<float*>(job.c.data) : static_cast<float*>(beside);
   if (in_place) c += block.first_row * stride + block.first_column;
-  float* left = left_scratch.at_least(row_step * (depth_step + kRowPadding));
-  float* panel = right_scratch.at_least(kTileColumns * depth_step);
 
   for (int64_t p = 0; p < job.depth; p += depth_step) {
     const int64_t depth = smaller(depth_step, job.depth - p);
@@ -470,10 +464,10 @@ void run_blocks(const Job& job) {
     run_block(job, {row, smaller(row + size.last_row, job.rows), column,
                     smaller(column + size.last_column, job.columns)});
   };
-  if (tasks == 1)
-    for (int64_t task = 0; task < blocks; ++task) run(task);
-  else
-    parallel_for(blocks, run);
+  const int64_t bytes = BlockScratch(job, size.last_row, size.last_column).bytes();
+  if (tasks > 1) return parallel_for(blocks, bytes, run);
+  reserve_scratch(bytes);
+  for (int64_t task = 0; task < blocks; ++task) run(task);
 }
 
 }  // namespace
@@ -483,11 +477,11 @@ void run_blocks(const Job& job) {
 
 namespace {
 
-// Left rows as rows of floats: themselves where they are, in scratch otherwise.
-LeftPanel rows_of_floats(const Operand& left, int64_t rows, int64_t depth) {
-  if (left.type == DType::f32 && left.depth == 1)
-    return {static_cast<const float*>(left.data), left.lane, 1};
-  float* x = left_scratch.at_least(rows * depth);
+bool are_floats(const Operand& left) { return left.type == DType::f32 && left.depth == 1; }
+
+// Left rows as rows of floats: themselves where they are, in x (rows, depth) otherwise.
+LeftPanel rows_of_floats(const Operand& left, int64_t rows, int64_t depth, float* x) {
+  if (are_floats(left)) return {static_cast<const float*>(left.data), left.lane, 1};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t p = 0; p < depth; ++p)
       x[i * depth + p] = read(left.data, left.type, i * left.lane + p * left.depth);
@@ -498,10 +492,16 @@ bool suits_few_rows(const Job& job) {
   return job.rows <= kFewRows && job.right.depth == 1 && job.depth <= kFewRowsDepth;
 }
 
+// The floats of sums beside c for some of its columns.
+int64_t few_sums(const Job& job, int64_t columns) {
+  return sums_in_place(job) && !job.accumulate ? 0 : job.rows * columns;
+}
+
 // The columns [first, last) of c.
 void run_few_rows(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
   const bool in_place = sums_in_place(job) && !job.accumulate;
   const int64_t size = static_cast<int64_t>(size_of(job.right.type));
+  const Scratch<float> beside(few_sums(job, last - first));
   FewRows few;
   few.k = job.depth;
   few.weight = static_cast<const char*>(job.right.data) + first * job.right.lane * size;
@@ -511,7 +511,7 @@ void run_few_rows(const Job& job, const LeftPanel& x, int64_t first, int64_t las
   few.x = x.data;
   few.x_row_stride = x.lane;
   few.y = in_place ? static_cast<float*>(job.c.data) + first
-                   : sums_scratch.at_least(job.rows * (last - first));
+                   : static_cast<float*>(beside);
   few.y_row_stride = in_place ? job.c.row_stride : last - first;
   few.m = static_cast<int>(job.rows);
   few_rows(few, 0, last - first);
@@ -519,7 +519,8 @@ void run_few_rows(const Job& job, const LeftPanel& x, int64_t first, int64_t las
 }
 
 void run_few_rows(const Job& job) {
-  const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth);
+  const Scratch<float> widened(are_floats(job.left) ? 0 : job.rows * job.depth);
+  const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth, widened);
   const int64_t worth = job.columns * job.depth / kTaskWeights;
   const int64_t most = larger(1, smaller(2 * Threads::count(), worth));
   const int64_t stretch = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kFewRows);
@@ -527,10 +528,9 @@ void run_few_rows(const Job& job) {
   const auto run = [&](int64_t task) {
     run_few_rows(job, x, task * stretch, smaller((task + 1) * stretch, job.columns));
   };
-  if (most == 1)
-    for (int64_t task = 0; task < tasks; ++task) run(task);
-  else
-    parallel_for(tasks, run);
+  if (most > 1)
+    return parallel_for(tasks, Scratch<float>::in_arena(few_sums(job, stretch)), run);
+  for (int64_t task = 0; task < tasks; ++task) run(task);
 }
 
 }  // namespace

@@ -22,6 +22,9 @@ struct Product {
   bool accumulate = false;
 };
 
+// The most scratch memory that a worker needs for a product whose c is rows of floats.
+constexpr std::int64_t kProductScratch = 1 << 20;
+
 // Weights of shape (n, k), rows contiguous, times a few vectors: bound by reading the weights once.
 // y (m, n) = x (m, k) weight^T + bias, for rows [first, last) of the weight only, 1 <= m <= 16.
 // Not parallel itself: the caller gives each worker its own stretch of rows.

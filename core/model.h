@@ -67,12 +67,11 @@ inline const void* at(Array array, std::int64_t index) {
 
 // Numbers [first, first + count) of a small tensor as floats: where they lie, or widened into
 // `buffer`. Indexed from number 0 either way; null where the tensor is absent.
-inline const float* floats(Array array, std::vector<float>& buffer, std::int64_t first,
-                           std::int64_t count) {
+inline const float* floats(Array array, float* buffer, std::int64_t first, std::int64_t count) {
   if (array.data == nullptr) return nullptr;
   if (array.type == DType::f32) return static_cast<const float*>(array.data);
-  kernels().widen(at(array, first), array.type, buffer.data() + first, count);
-  return buffer.data();
+  kernels().widen(at(array, first), array.type, buffer + first, count);
+  return buffer;
 }
 
 // What a product with a weight reads its activations as. With `bf16_products` those of bfloat16

@@ -9,7 +9,6 @@
 #include "functions.h"
 #include "scratch.h"
 #include "simd.h"
-#include "threads.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
@@ -110,7 +109,8 @@ void back_row(const Norm& norm, const NormGradients& gradients, float* s, float*
 void norm(const Norm& norm, const NormResult& result) {
   const std::int64_t whole = padded(norm.d);
   if (norm.d == 0) return;
-  parallel_for((norm.rows + kRows - 1) / kRows, [&](std::int64_t item) {
+  const std::int64_t items = (norm.rows + kRows - 1) / kRows;
+  parallel_for(items, 2 * Scratch<float>::in_arena(whole), [&](std::int64_t item) {
     const Scratch<float> s(whole), weight(whole);
     load_row(weight, {const_cast<float*>(norm.weight), DType::f32, 0}, 0, norm.d);
     for (std::int64_t row = item * kRows; row < smaller((item + 1) * kRows, norm.rows); ++row)
@@ -123,7 +123,8 @@ void norm_backward(const Norm& norm, const NormGradients& gradients) {
   const std::int64_t parts = smaller(pieces, kParts);
   const Scratch<float> sums(parts * whole);
   // Each part sums over its rows piece by piece, sums (parts, padded(d)).
-  parallel_for(d == 0 ? 0 : parts, [&](std::int64_t part) {
+  const std::int64_t bytes = 4 * Scratch<float>::in_arena(whole);
+  parallel_for(d == 0 ? 0 : parts, bytes, [&](std::int64_t part) {
     float* const total = sums + part * whole;
     const Scratch<float> s(whole), g(whole), weight(whole), own(whole);
     load_row(weight, {const_cast<float*>(norm.weight), DType::f32, 0}, 0, d);

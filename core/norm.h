@@ -34,4 +34,7 @@ struct NormGradients {
   float* weight = nullptr;        // (d,), overwritten
 };
 
+// The scratch memory of a worker in the forward pass.
+constexpr std::int64_t norm_worker_scratch(std::int64_t d) { return 2 * 4 * (d + 16) + 128; }
+
 }  // namespace anymamba

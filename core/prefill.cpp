@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-#include "threads.h"
+#include "scratch_memory.h"
 
 namespace anymamba {
 namespace {
@@ -56,16 +56,23 @@ class Block {
   char* next_;
 };
 
+// So many tokens of each sequence take long enough to be interrupted. Copies of the states take
+// little beside them.
+constexpr std::int64_t kLongTokens = 32;
+
 class Reading {
  public:
   Reading(const Model& model, const States& states, const Prompt& prompt)
       : m_(model), states_(states), prompt_(prompt), l_(prompt.offsets[prompt.sequences]),
-        block_(numbers()), hidden_(block_.take(l_ * m_.d)), normed_(block_.take(l_ * m_.d)),
+        copies_(prompt.interrupted && l_ >= kLongTokens * prompt.sequences), block_(numbers()),
+        hidden_(block_.take(l_ * m_.d)), normed_(block_.take(l_ * m_.d)),
         xz_(block_.take(l_ * 2 * m_.e)), x_(block_.take(l_ * m_.e)),
         rBC_(block_.take(l_ * wide())), rounded_rBC_(block_.take(l_ * wide())),
         delta_(block_.take(l_ * m_.e)), y_(block_.take(l_ * m_.e)), A_(block_.take(m_.e * m_.n)),
         chosen_(block_.take(prompt.wanted * m_.d)),
-        chosen_normed_(block_.take(prompt.wanted * m_.d)), norm_(m_.d), bias_(2 * m_.e),
+        chosen_normed_(block_.take(prompt.wanted * m_.d)),
+        conv_before_(block_.take(copied(conv_bytes()))),
+        ssm_before_(block_.take(copied(ssm_bytes()))), norm_(m_.d), bias_(2 * m_.e),
         conv_weight_(m_.e * m_.k), conv_bias_(m_.e), dt_bias_(m_.e), D_(m_.e) {
     for (std::int64_t i = 0; i < prompt.sequences; ++i)
       if (prompt.offsets[i] < prompt.offsets[i + 1]) sequences_.push_back(i);
@@ -74,6 +81,7 @@ class Reading {
       starts_.push_back(prompt.offsets[i]);
       stops_.push_back(prompt.offsets[i + 1]);
     }
+    reserve_scratch(scratch_bytes());  // nothing that is taken below can fail
   }
 
   void run(float* logits) {
@@ -83,10 +91,11 @@ class Reading {
       std::memcpy(hidden_.data(), prompt_.hidden, sizeof(float) * l_ * m_.d);
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
+      if (copies_) keep_or_stop(static_cast<std::int64_t>(index));
       norm(layer.norm, hidden_.floats(), l_, operand_for(layer.in_proj, normed_));
       convolve(layer, static_cast<std::int64_t>(index));
       scan(layer, static_cast<std::int64_t>(index));
-      const float* bias = floats(layer.out_proj_bias, bias_, 0, m_.d);
+      const float* bias = floats(layer.out_proj_bias, bias_.data(), 0, m_.d);
       multiply(operand_for(layer.out_proj, y_), m_.e, l_, m_.e, layer.out_proj, m_.d, bias,
                hidden_.floats(), true);
     }
@@ -120,7 +129,49 @@ class Reading {
   std::int64_t numbers() const {
     const auto of = Block::rounded;
     return 2 * of(l_ * m_.d) + of(l_ * 2 * m_.e) + 3 * of(l_ * m_.e) + 2 * of(l_ * wide()) +
-           of(m_.e * m_.n) + 2 * of(prompt_.wanted * m_.d);
+           of(m_.e * m_.n) + 2 * of(prompt_.wanted * m_.d) + of(copied(conv_bytes())) +
+           of(copied(ssm_bytes()));
+  }
+
+  // Of a layer's states.
+  std::int64_t conv_bytes() const {
+    return prompt_.sequences * m_.e * m_.k * static_cast<std::int64_t>(size_of(states_.conv_type));
+  }
+  std::int64_t ssm_bytes() const { return prompt_.sequences * m_.e * m_.n * 4; }
+
+  // Numbers of four bytes for so many bytes of each layer, where states are copied.
+  std::int64_t copied(std::int64_t bytes) const {
+    return copies_ ? (bytes * static_cast<std::int64_t>(m_.layers.size()) + 3) / 4 : 0;
+  }
+
+  // What the kernels below take together: workers, and this thread for itself.
+  std::int64_t scratch_bytes() const {
+    const std::int64_t widest = std::max({m_.d, m_.e, wide()});
+    const std::int64_t worker =
+        std::max({kProductScratch, quantized_worker_scratch(widest), scan_worker_scratch(m_.n),
+                  conv_worker_scratch(m_.k), norm_worker_scratch(m_.d)});
+    constexpr std::int64_t kFewRows = 16, kLists = 4;  // rows that are widened; of all sequences
+    const std::int64_t widened = std::min(l_, kFewRows) * widest * 4;
+    const std::int64_t lists = kLists * in_arena((prompt_.sequences + 1) * 8);
+    return Threads::count() * in_arena(worker) + quantized_caller_scratch(l_, widest) +
+           in_arena(widened) + lists;
+  }
+
+  // Copies a layer's states before it changes them. If this is to stop, those of the layers before
+  // get their copies back.
+  void keep_or_stop(std::int64_t layer) {
+    if (prompt_.interrupted()) {
+      std::memcpy(states_.conv, conv_before_.data(), static_cast<std::size_t>(layer * conv_bytes()));
+      std::memcpy(states_.ssm, ssm_before_.data(), static_cast<std::size_t>(layer * ssm_bytes()));
+      throw Interrupted();
+    }
+    copy(conv_before_, states_.conv, layer * conv_bytes(), conv_bytes());
+    copy(ssm_before_, states_.ssm, layer * ssm_bytes(), ssm_bytes());
+  }
+
+  static void copy(const Buffer& to, const void* from, std::int64_t at, std::int64_t bytes) {
+    std::memcpy(static_cast<char*>(to.data()) + at, static_cast<const char*>(from) + at,
+                static_cast<std::size_t>(bytes));
   }
 
   Segments segments() const {
@@ -138,7 +189,7 @@ class Reading {
     norm.rows = count;
     norm.d = m_.d;
     norm.x = {x, DType::f32, m_.d};
-    norm.weight = floats(weight, norm_, 0, m_.d);
+    norm.weight = floats(weight, norm_.data(), 0, m_.d);
     norm.eps = m_.eps;
     NormResult result;
     result.normed = {normed.data(), normed.type(), m_.d};
@@ -177,7 +228,7 @@ class Reading {
 
   // x and z, then x through the convolution.
   void convolve(const Layer& layer, std::int64_t index) {
-    const float* bias = floats(layer.in_proj_bias, bias_, 0, 2 * m_.e);
+    const float* bias = floats(layer.in_proj_bias, bias_.data(), 0, 2 * m_.e);
     multiply(operand_for(layer.in_proj, normed_), m_.d, l_, m_.d, layer.in_proj, 2 * m_.e, bias,
              xz_.floats());
     Conv conv;
@@ -185,8 +236,8 @@ class Reading {
     conv.k = m_.k;
     conv.segments = segments();
     conv.x = rows(xz_, 2 * m_.e);
-    conv.weight = floats(layer.conv_weight, conv_weight_, 0, m_.e * m_.k);
-    conv.bias = floats(layer.conv_bias, conv_bias_, 0, m_.e);
+    conv.weight = floats(layer.conv_weight, conv_weight_.data(), 0, m_.e * m_.k);
+    conv.bias = floats(layer.conv_bias, conv_bias_.data(), 0, m_.e);
     conv.silu = true;
     conv.initial = window_of(m_, states_, prompt_.sequences, index);
     ConvResult result;
@@ -214,8 +265,8 @@ class Reading {
     if (layer.A == nullptr)
       kernels().rates(layer.A_log.data, layer.A_log.type, A_.floats(), m_.e * m_.n);
     scan.A = layer.A != nullptr ? layer.A : A_.floats();
-    scan.D = floats(layer.D, D_, 0, m_.e);
-    scan.delta_bias = floats(layer.dt_bias, dt_bias_, 0, m_.e);
+    scan.D = floats(layer.D, D_.data(), 0, m_.e);
+    scan.delta_bias = floats(layer.dt_bias, dt_bias_.data(), 0, m_.e);
     scan.softplus = true;
     float* const state = states_of(m_, states_, prompt_.sequences, index);
     scan.initial = state;
@@ -238,9 +289,10 @@ class Reading {
   const States& states_;
   const Prompt& prompt_;
   const std::int64_t l_;  // tokens of all sequences
+  const bool copies_;     // whether states are copied
   Block block_;
   const Buffer hidden_, normed_, xz_, x_, rBC_, rounded_rBC_, delta_, y_, A_, chosen_,
-      chosen_normed_;
+      chosen_normed_, conv_before_, ssm_before_;
   std::vector<float> norm_, bias_, conv_weight_, conv_bias_, dt_bias_, D_;  // widened
   std::vector<std::int64_t> sequences_, zeros_, starts_, stops_;  // those with tokens
 };

@@ -2,6 +2,8 @@
 // number of tokens, so long prompts are read in stretches.
 #pragma once
 
+#include <functional>
+
 #include "model.h"
 
 namespace anymamba {
@@ -16,9 +18,13 @@ struct Prompt {
   std::int64_t wanted = 0;                // positions that get logits
   const std::int64_t* positions = nullptr;  // (wanted,)
   bool bf16_products = false;             // see operand_type
+  std::function<bool()> interrupted;      // asked between layers whether to stop, or empty
 };
 
-// logits (wanted, v). Throws std::bad_alloc.
+// What `interrupted` led to.
+struct Interrupted {};
+
+// logits (wanted, v). Throws std::bad_alloc or Interrupted; then the states are as before.
 void read_prompt(const Model& model, const States& states, const Prompt& prompt, float* logits);
 
 }  // namespace anymamba

@@ -8,7 +8,6 @@
 #include "integers.h"
 #include "lanes.h"
 #include "scratch.h"
-#include "threads.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
@@ -386,6 +385,12 @@ void add_tile(const QuantizedProduct& p, const float* tile, int64_t row, int64_t
     }
 }
 
+// What run_panel takes.
+int64_t panel_scratch(const QuantizedProduct& p) {
+  return 2 * Scratch<std::uint8_t>::in_arena(kPanel * p.k) +
+         Scratch<float>::in_arena(2 * (p.k / p.weight.group) * kPanel);
+}
+
 // The columns of c that a panel decides.
 void run_panel(const QuantizedProduct& p, const QuantizedRows& x, int64_t column) {
   const int64_t groups = p.k / p.weight.group, columns = smaller(kPanel, p.n - column);
@@ -420,7 +425,7 @@ void quantized_product(const QuantizedProduct& p) {
   const int64_t stretches = ceil_div(p.m, kRowsAtOnce), panels = ceil_div(p.n, kPanel);
   if (large) {
     parallel_for(stretches, quantize);
-    parallel_for(panels, multiply);
+    parallel_for(panels, panel_scratch(p), multiply);
   } else {
     for (int64_t i = 0; i < stretches; ++i) quantize(i);
     for (int64_t i = 0; i < panels; ++i) multiply(i);

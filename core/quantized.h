@@ -39,6 +39,13 @@ struct FewQuantizedRows {
   std::int64_t y_row_stride = 0;
 };
 
+// The scratch memory of a product with a quantized weight of k columns: of a worker, and of the
+// caller for m rows. At most, whatever the group.
+constexpr std::int64_t quantized_worker_scratch(std::int64_t k) { return 64 * k + 8 * k + 256; }
+constexpr std::int64_t quantized_caller_scratch(std::int64_t m, std::int64_t k) {
+  return m * k + 2 * 4 * m * (k / 32) + 256;
+}
+
 // c (m, n) = a (m, k) weight^T, plus bias (n,) where given, plus the old c where `accumulate`.
 // Parallel. Rows of a and c are contiguous, with strides between them.
 struct QuantizedProduct {

@@ -17,7 +17,6 @@
 #include "scratch.h"
 #include "simd.h"
 #include "subnormals.h"
-#include "threads.h"
 #include "tile.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -48,24 +47,14 @@ class Pieces {
 };
 
 // Calls body(item, pieces) for each item, on any worker, with `floats` floats that are the
-// worker's own. They are all taken here, where a lack of memory can still be told to the caller.
+// worker's own.
 template <class Body>
-void parallel_with_memory(std::int64_t items, std::int64_t floats, const Body& body) {
-  if (items <= 0) return;
-  const int workers = static_cast<int>(smaller(items, Threads::count()));
-  const std::int64_t stride = ceil_div(floats, 16) * 16;
-  const Scratch<float> memory(workers * stride);
-  std::int64_t next = 0;
-  auto work = [&](int worker) {
+void parallel_with_pieces(std::int64_t items, std::int64_t floats, const Body& body) {
+  parallel_for(items, Scratch<float>::in_arena(floats), [&](std::int64_t item) {
     const SubnormalsAreZeros fast;
-    for (std::int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < items;)
-      body(i, Pieces(memory + worker * stride));
-  };
-  Threads::loop(
-      [](void* context, int worker, int, Barrier&) {
-        (*static_cast<decltype(work)*>(context))(worker);
-      },
-      &work, workers);
+    const Scratch<float> memory(floats);
+    body(item, Pieces(memory));
+  });
 }
 
 void fill_zeros(float* p, std::int64_t floats) {
@@ -625,7 +614,7 @@ void scan(const Scan& scan, const ScanResult& result) {
   const std::int64_t per_group = blocks_per_group(scan), blocks = per_group * scan.groups;
   Scratch<std::int64_t> first_chunk(scan.segments.count);
   count_chunks(first_chunk, scan.segments);
-  parallel_with_memory(
+  parallel_with_pieces(
       scan.segments.count * blocks, Forward::floats(scan.n), [&](std::int64_t item, Pieces pieces) {
         const std::int64_t s = item / blocks, block = item % blocks;
         float* checkpoints = result.checkpoints;
@@ -643,7 +632,7 @@ void scan_backward(const Scan& scan, const ScanGradients& grads) {
   clear(lanes.dB, lanes.channel * lanes.shared);
   clear(lanes.dC, lanes.channel * lanes.shared);
   if (grads.initial != nullptr) clear(grads.initial, grads.n_states * e * n);
-  parallel_with_memory(
+  parallel_with_pieces(
       lanes.segment * scan.groups * lanes.channel, Backward::floats(n),
       [&](std::int64_t item, Pieces pieces) {
         const std::int64_t channel_lane = item % lanes.channel;

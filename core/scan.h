@@ -77,6 +77,11 @@ inline std::int64_t scan_chunks(const Segments& segments, std::int64_t segment) 
   return (steps + kScanChunk - 1) / kScanChunk;
 }
 
+// The scratch memory of a worker in the forward pass.
+constexpr std::int64_t scan_worker_scratch(std::int64_t n) {
+  return 4 * (3 * 64 * kScanChunk + 2 * kScanChunk * n + 2 * 64 * n + 2 * 64) + 64;
+}
+
 // Floats that the backward pass needs. The same for every instruction set.
 std::int64_t scan_checkpoint_floats(const Scan& scan);
 

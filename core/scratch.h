@@ -1,10 +1,9 @@
 // Memory for one piece of a kernel's work.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <new>
 
+#include "scratch_memory.h"
 #include "simd.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -13,16 +12,18 @@ namespace anymamba::ANYMAMBA_ISA {
 template <class Number>
 class Scratch {
  public:
-  explicit Scratch(std::int64_t count)
-      : data_(static_cast<Number*>(::operator new(
-            static_cast<std::size_t>(count) * sizeof(Number), std::align_val_t{64}))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t{64}); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  operator Number*() const { return data_; }
+  explicit Scratch(std::int64_t count) : memory_(bytes(count)) {}
+  operator Number*() const { return static_cast<Number*>(memory_.data()); }
+
+  // What it takes of an arena.
+  static std::int64_t in_arena(std::int64_t count) { return anymamba::in_arena(bytes(count)); }
 
  private:
-  Number* data_;
+  static std::int64_t bytes(std::int64_t count) {
+    return count * static_cast<std::int64_t>(sizeof(Number));
+  }
+
+  const ScratchMemory memory_;
 };
 
 }  // namespace anymamba::ANYMAMBA_ISA

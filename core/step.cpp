@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "kernels.h"
-#include "threads.h"
+#include "scratch_memory.h"
 
 namespace anymamba {
 namespace {
@@ -12,6 +12,10 @@ namespace {
 constexpr int kMostVectors = 16;        // that few_rows takes at once
 constexpr std::int64_t kScanBlock = 64;  // channels
 constexpr std::int64_t kWeightRows = 32;  // read from memory once, then used for all vectors
+constexpr std::int64_t kBarriers = 4;     // of a layer
+// What a worker should have to do between two barriers, in bytes read from memory: a barrier takes
+// as long as reading some thousand.
+constexpr std::int64_t kWorkBetweenBarriers = 24 << 10;
 
 // The weight rows that a worker will read next. They are fetched into its second cache while it
 // waits for others or computes, when memory would stand idle.
@@ -37,30 +41,33 @@ class Ahead {
 
 // A worker's vectors as weights want them: rounded to 8 bits by a quantized one, or to bfloat16.
 struct Rounded {
-  bool bf16_products = false;
-  std::vector<std::int8_t> q;
-  std::vector<float> scales;
-  std::vector<std::int32_t> sums;
-  std::vector<std::uint16_t> narrow;
-  std::vector<float> wide;
+  static constexpr int kSmallestGroup = 32;
+  const bool bf16_products;
+  std::int8_t* q;
+  float* scales;
+  std::int32_t* sums;
+  std::uint16_t* narrow;
+  float* wide;
+
+  // Room for b vectors (k,) of `most` numbers at most.
+  Rounded(std::int64_t b, std::int64_t most, bool bf16_products, Arena& memory)
+      : bf16_products(bf16_products), q(static_cast<std::int8_t*>(memory.take(b * most))),
+        scales(memory.floats(b * most / kSmallestGroup)),
+        sums(static_cast<std::int32_t*>(memory.take(b * most / kSmallestGroup * 4))),
+        narrow(static_cast<std::uint16_t*>(memory.take(bf16_products ? most * 2 : 0))),
+        wide(memory.floats(bf16_products ? b * most : 0)) {}
 
   // Vectors x (b, k) that went through bfloat16, (b, k) without gaps.
   const float* through_bf16(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k) {
-    narrow.resize(k);
-    wide.resize(b * k);
     for (std::int64_t row = 0; row < b; ++row) {
-      kernels().convert(x + row * stride, DType::f32, narrow.data(), DType::bf16, k);
-      kernels().widen(narrow.data(), DType::bf16, wide.data() + row * k, k);
+      kernels().convert(x + row * stride, DType::f32, narrow, DType::bf16, k);
+      kernels().widen(narrow, DType::bf16, wide + row * k, k);
     }
-    return wide.data();
+    return wide;
   }
 
   QuantizedRows rows(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k, int group) {
-    const std::int64_t groups = b * (k / group);
-    q.resize(b * k);
-    scales.resize(groups);
-    sums.resize(groups);
-    const QuantizedRows rows = {b, k, group, q.data(), scales.data(), sums.data()};
+    const QuantizedRows rows = {b, k, group, q, scales, sums};
     kernels().quantize_rows(x, stride, rows, 0, b);
     return rows;
   }
@@ -114,14 +121,51 @@ struct Buffers {
 // A worker's own memory: float32 forms of a layer's small tensors, of which it fills its own rows,
 // and rounded vectors.
 struct Own {
-  std::vector<float> norm, in_proj_bias, conv_weight, conv_bias, dt_bias, A, D, out_proj_bias;
+  float *normed;  // (b, d): every worker's own, which is cheaper than waiting for one
+  float *norm, *in_proj_bias, *conv_weight, *conv_bias, *dt_bias, *A, *D, *out_proj_bias;
   Rounded rounded;
-  Own(const Model& m, bool bf16_products)
-      : norm(m.d), in_proj_bias(2 * m.e), conv_weight(m.e * m.k), conv_bias(m.e), dt_bias(m.e),
-        A(m.e * m.n), D(m.e), out_proj_bias(m.d) {
-    rounded.bf16_products = bf16_products;
+  Own(const Model& m, std::int64_t b, bool bf16_products, Arena& memory)
+      : normed(memory.floats(b * m.d)), norm(memory.floats(m.d)),
+        in_proj_bias(memory.floats(2 * m.e)), conv_weight(memory.floats(m.e * m.k)),
+        conv_bias(memory.floats(m.e)), dt_bias(memory.floats(m.e)), A(memory.floats(m.e * m.n)),
+        D(memory.floats(m.e)), out_proj_bias(memory.floats(m.d)),
+        rounded(b, widest(m), bf16_products, memory) {}
+
+  // What a worker needs, the scratch memory of the kernels included that it calls: norm,
+  // few_quantized_rows and scan_step.
+  static std::int64_t bytes(const Model& m, std::int64_t b, bool bf16_products) {
+    constexpr std::int64_t kVector = 16, kNormRows = 16;
+    Arena counted;
+    Own(m, b, bf16_products, counted);
+    for (std::int64_t row = 0; row < b; row += kNormRows) counted.floats(2 * (m.d + 2 * kVector));
+    counted.floats(2 * b * (widest(m) / Rounded::kSmallestGroup + kVector));
+    counted.floats(2 * (m.n + kVector));
+    return counted.used();
   }
+
+ private:
+  static std::int64_t widest(const Model& m) { return std::max({m.d, m.e, m.r}); }
 };
+
+std::int64_t bytes_of(const Weight& weight, std::int64_t n, std::int64_t k) {
+  const int bits = weight.quantized.bits;
+  return bits != 0 ? n * k * bits / 8 : n * k * static_cast<std::int64_t>(size_of(weight.type));
+}
+
+// As many workers as have enough to do between two barriers. Each vector beyond the first is
+// reckoned as a byte for each weight.
+int workers_worth(const Model& m, std::int64_t b) {
+  const std::int64_t wide = m.r + 2 * m.n;
+  std::int64_t bytes = bytes_of(m.head, m.v, m.d), weights = m.v * m.d;
+  for (const Layer& layer : m.layers) {
+    bytes += bytes_of(layer.in_proj, 2 * m.e, m.d) + bytes_of(layer.x_proj, wide, m.e) +
+             bytes_of(layer.dt_proj, m.e, m.r) + bytes_of(layer.out_proj, m.d, m.e);
+    weights += m.e * (3 * m.d + wide + m.r);
+  }
+  const auto barriers = kBarriers * static_cast<std::int64_t>(m.layers.size()) + 1;
+  const std::int64_t between = (bytes + weights * (b - 1)) / barriers;
+  return static_cast<int>(std::clamp<std::int64_t>(between / kWorkBetweenBarriers, 1, 1 << 20));
+}
 
 Tensor3 rows_of(float* data, std::int64_t row_stride) {
   return {data, DType::f32, row_stride, 0, 1};
@@ -135,14 +179,12 @@ class Step {
         bf16_products_(bf16_products) {}
 
   // What one worker does; the barriers separate what all must have finished.
-  void run(int worker, int workers, Barrier& barrier) {
-    std::vector<float> normed(b_ * m_.d);  // every worker's own: cheaper than waiting for one
-    Own own(m_, bf16_products_);
+  void run(int worker, int workers, Barrier& barrier, Own& own) {
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
       const Span channels = share(m_.e, worker, workers);
-      norm(layer.norm, own, normed.data());
-      convolve(layer, index, normed.data(), own, channels);
+      norm(layer.norm, own);
+      convolve(layer, index, own, channels);
       const Span narrow = share(wide(), worker, workers, 4);
       Ahead to_x_proj(layer.x_proj, m_.e, narrow);
       barrier.wait([&] { to_x_proj.fetch(1); });
@@ -160,8 +202,8 @@ class Step {
           : Ahead(m_.head, m_.d, share(m_.v, worker, workers));
       barrier.wait([&] { to_next.fetch(1); });
     }
-    norm(m_.norm, own, normed.data());
-    project(m_.head, {normed.data(), b_, m_.d, m_.d, own.rounded}, nullptr, logits_, m_.v,
+    norm(m_.norm, own);
+    project(m_.head, {own.normed, b_, m_.d, m_.d, own.rounded}, nullptr, logits_, m_.v,
             share(m_.v, worker, workers));
   }
 
@@ -169,7 +211,7 @@ class Step {
   std::int64_t wide() const { return m_.r + 2 * m_.n; }
 
   // normed (b, d) from hidden (b, d).
-  void norm(Array weight, Own& own, float* normed) {
+  void norm(Array weight, Own& own) {
     Norm norm;
     norm.rows = b_;
     norm.d = m_.d;
@@ -177,17 +219,16 @@ class Step {
     norm.weight = floats(weight, own.norm, 0, m_.d);
     norm.eps = m_.eps;
     NormResult result;
-    result.normed = {normed, DType::f32, m_.d};
+    result.normed = {own.normed, DType::f32, m_.d};
     kernels_.norm(norm, result);
   }
 
   // x and z of this worker's channels, then the convolution of x.
-  void convolve(const Layer& layer, std::size_t index, const float* normed, Own& own,
-                Span channels) {
+  void convolve(const Layer& layer, std::size_t index, Own& own, Span channels) {
     for (const std::int64_t half : {std::int64_t{0}, m_.e}) {
       const Span rows{half + channels.first, half + channels.last};
       const float* bias = floats(layer.in_proj_bias, own.in_proj_bias, rows.first, rows.last - rows.first);
-      project(layer.in_proj, {normed, b_, m_.d, m_.d, own.rounded}, bias, buf_.xz.data(), 2 * m_.e,
+      project(layer.in_proj, {own.normed, b_, m_.d, m_.d, own.rounded}, bias, buf_.xz.data(), 2 * m_.e,
               rows);
     }
     const std::int64_t width = channels.last - channels.first;
@@ -219,7 +260,7 @@ class Step {
     scan.y = rows_of(buf_.y.data(), m_.e);
     scan.B = {buf_.rBC.data() + m_.r, DType::f32, wide(), 0, 0, 1};
     scan.C = {buf_.rBC.data() + m_.r + m_.n, DType::f32, wide(), 0, 0, 1};
-    scan.A = layer.A != nullptr ? layer.A : own.A.data();
+    scan.A = layer.A != nullptr ? layer.A : own.A;
     scan.D = floats(layer.D, own.D, channels.first, width);
     scan.delta_bias = floats(layer.dt_bias, own.dt_bias, channels.first, width);
     scan.softplus = true;
@@ -235,7 +276,7 @@ class Step {
               buf_.delta.data(), m_.e, some);
       const std::int64_t start = some.first * m_.n;
       if (layer.A == nullptr)
-        kernels_.rates(at(layer.A_log, start), layer.A_log.type, own.A.data() + start,
+        kernels_.rates(at(layer.A_log, start), layer.A_log.type, own.A + start,
                        some.last * m_.n - start);
       kernels_.scan_step(scan, some.first, some.last);
     }
@@ -279,9 +320,13 @@ void decode_step(const Model& model, const States& state, std::int64_t b,
   else
     std::memcpy(buffers.hidden.data(), hidden, sizeof(float) * b * model.d);
   Step step(model, state, b, buffers, logits, bf16_products);
-  parallel_region([&](int worker, int workers, Barrier& barrier) {
-    step.run(worker, workers, barrier);
-  });
+  parallel_region(
+      Own::bytes(model, b, bf16_products),
+      [&](int worker, int workers, Barrier& barrier, Arena& memory) {
+        Own own(model, b, bf16_products, memory);
+        step.run(worker, workers, barrier, own);
+      },
+      workers_worth(model, b));
 }
 
 }  // namespace anymamba

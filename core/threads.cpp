@@ -2,12 +2,18 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <time.h>
 
+#include <algorithm>
+#include <chrono>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
+
+#include "pace.h"
 
 namespace anymamba {
 
@@ -43,6 +49,19 @@ constexpr int kSpins = 2000;
 constexpr int kYields = 1000;
 constexpr int kMostThreads = 4096;
 
+using Nanoseconds = Pace::Nanoseconds;
+
+Nanoseconds now() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// What this thread has computed. Other processes do not count, as they do in the time that passes.
+Nanoseconds processor_time() {
+  timespec time{};
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return static_cast<Nanoseconds>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
+}
+
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -70,27 +89,35 @@ class Pool {
  public:
   int size() const { return static_cast<int>(beds_.size()) + 1; }
 
-  // Fewer where the system refuses more threads.
+  // Fewer where the system refuses more threads. Throws std::bad_alloc.
   void grow(int threads) {
+    if (size() >= threads || refused_) return;
+    beds_.reserve(static_cast<std::size_t>(threads));
     while (size() < threads && !refused_) {
-      Bed* const bed = new Bed;
-      const int worker = size();
+      auto bed = std::make_unique<Bed>();
       try {
-        std::thread([this, worker, bed] { serve(worker, *bed); }).detach();
-        beds_.push_back(bed);
+        std::thread([this, worker = size(), own = bed.get()] { serve(worker, *own); }).detach();
+        beds_.push_back(bed.release());
       } catch (const std::system_error&) {
         refused_ = true;
-        delete bed;
       }
     }
   }
 
+  // How many workers a region has that begins now.
+  int workers(int most, Nanoseconds time) { return pace_.workers(most, time); }
+  int limit() const { return pace_.limit(); }
+  void forget_lateness() { pace_ = Pace(); }
+
   // With `open`, helpers take part only if they come before the caller is done.
-  void run(Threads::Body body, void* context, int workers, bool open) noexcept {
+  void run(Threads::Body body, void* context, int workers, bool open, Nanoseconds start) noexcept {
+    const bool watchful = pace_.is_watchful();
+    const Nanoseconds processor_start = watchful ? processor_time() : 0;
     Barrier barrier(workers, &inside_);
     body_ = body;
     context_ = context;
     barrier_ = &barrier;
+    came_.store(1, std::memory_order_relaxed);
     const std::uint64_t region = ++regions_ << kRegionShift;
     const auto all = static_cast<std::uint64_t>(workers);
     crew_.store(region | (open ? 0 : all - 1));
@@ -98,8 +125,18 @@ class Pool {
     for (int worker = 1; worker < workers; ++worker) beds_[worker - 1]->wake();
     body(context, 0, workers, barrier);
     crew_.fetch_and(kCount);  // nobody enters any more
+    const Nanoseconds done = now();
     // Who is still inside, be it inside the barrier, is counted: the barrier outlives its use.
-    wait_until([this] { return crew_.load() == 0; }, inside_);
+    Nanoseconds end = done;
+    if (crew_.load() != 0) {
+      wait_until([this] { return crew_.load() == 0; }, inside_);
+      end = now();
+    }
+    const Nanoseconds waited = barrier.caller_waited() + end - done;
+    Nanoseconds worked = end - start - waited;
+    // A caller that had no processor itself would have had none alone.
+    if (watchful) worked = std::min(worked, processor_time() - processor_start);
+    pace_.note(open ? came_.load(std::memory_order_relaxed) : workers, worked, waited, end);
   }
 
  private:
@@ -127,7 +164,10 @@ class Pool {
   bool enter(std::uint64_t region) {
     std::uint64_t crew = crew_.load();
     while (crew >> kRegionShift == region)
-      if (crew_.compare_exchange_weak(crew, crew + 1)) return true;
+      if (crew_.compare_exchange_weak(crew, crew + 1)) {
+        came_.fetch_add(1, std::memory_order_relaxed);
+        return true;
+      }
     return false;
   }
 
@@ -135,6 +175,7 @@ class Pool {
   // comes too late for an open region, passes over it without being waited for.
   alignas(64) std::atomic<std::uint64_t> ticket_{0};  // the region, open or not, its workers
   alignas(64) std::atomic<std::uint64_t> crew_{0};    // the region while it runs, helpers inside
+  std::atomic<int> came_{0};  // the caller and the helpers that entered an open region
   // Written before these words, read by those whom they count.
   alignas(64) Threads::Body body_ = nullptr;
   void* context_ = nullptr;
@@ -143,6 +184,7 @@ class Pool {
   std::uint64_t regions_ = 0;
   std::vector<Bed*> beds_;
   bool refused_ = false;
+  Pace pace_;
   // For waiting inside a region: at its barrier, or for its end.
   Bed inside_;
 };
@@ -180,7 +222,12 @@ bool Barrier::last_to_arrive() {
 }
 
 void Barrier::sleep_through(unsigned generation) {
-  wait_until([&] { return generation_.load() != generation; }, *bed_);
+  const auto passed = [&] { return generation_.load() != generation; };
+  if (passed()) return;
+  const bool is_caller = pthread_equal(caller_, pthread_self()) != 0;
+  const Nanoseconds start = is_caller ? now() : 0;
+  wait_until(passed, *bed_);
+  if (is_caller) caller_waited_ += now() - start;
 }
 
 int Threads::count() {
@@ -198,19 +245,48 @@ void Threads::set_count(int threads) {
 
 namespace {
 
-void start(Threads::Body body, void* context, int at_most, bool open) {
-  const int threads = Threads::count();
-  int workers = threads < at_most ? threads : at_most;
-  if (workers <= 1 || busy.exchange(true, std::memory_order_acquire)) {
-    Barrier alone(1, nullptr);
-    body(context, 0, 1, alone);
-    return;
+// Holds the pool for a call, if it is free.
+class Hold {
+ public:
+  Hold() : held_(!busy.exchange(true, std::memory_order_acquire)) {}
+  ~Hold() {
+    if (held_) busy.store(false, std::memory_order_release);
   }
-  if (pool == nullptr) pool = new Pool;
-  pool->grow(threads);
-  workers = workers < pool->size() ? workers : pool->size();
-  pool->run(body, context, workers, open);
-  busy.store(false, std::memory_order_release);
+  Hold(const Hold&) = delete;
+  Hold& operator=(const Hold&) = delete;
+  explicit operator bool() const { return held_; }
+
+ private:
+  const bool held_;
+};
+
+// The pool with as many of `workers` as there are threads to be had; null for lack of memory.
+Pool* pool_with(int& workers) {
+  try {
+    if (pool == nullptr) pool = new Pool;
+    pool->grow(workers);
+  } catch (const std::bad_alloc&) {
+    if (pool == nullptr) return nullptr;
+  }
+  workers = std::min(workers, pool->size());
+  return pool;
+}
+
+void run_alone(Threads::Body body, void* context) {
+  Barrier alone(1, nullptr);
+  body(context, 0, 1, alone);
+}
+
+void start(Threads::Body body, void* context, int at_most, bool open) {
+  int workers = std::min(Threads::count(), at_most);
+  if (workers <= 1) return run_alone(body, context);
+  const Hold held;
+  if (!held) return run_alone(body, context);
+  const Nanoseconds time = now();
+  if (pool != nullptr) workers = pool->workers(workers, time);
+  Pool* const found = workers > 1 ? pool_with(workers) : nullptr;
+  if (found == nullptr || workers <= 1) return run_alone(body, context);
+  found->run(body, context, workers, open, time);
 }
 
 }  // namespace
@@ -220,5 +296,15 @@ void Threads::region(Body body, void* context, int at_most) {
 }
 
 void Threads::loop(Body body, void* context, int at_most) { start(body, context, at_most, true); }
+
+int Threads::at_present() {
+  const Hold held;
+  return held && pool != nullptr ? std::min(count(), pool->limit()) : count();
+}
+
+void Threads::forget_lateness() {
+  const Hold held;
+  if (held && pool != nullptr) pool->forget_lateness();
+}
 
 }  // namespace anymamba

@@ -4,8 +4,11 @@
 // beside another busy process. The pool is made at first use, again in a child after fork, and
 // grows when more threads are wanted. A call from a second program thread while the pool is busy,
 // or from inside a region, runs on the calling thread alone; results never depend on the number of
-// threads. A body must not throw, and a region must not fork.
+// threads. Beside other busy processes, where waiting for workers takes longer than they save, fewer
+// take part for a while. A body must not throw, and a region must not fork.
 #pragma once
+
+#include <pthread.h>
 
 #include <atomic>
 #include <cstdint>
@@ -14,10 +17,11 @@ namespace anymamba {
 
 class Bed;
 
-// All workers of a region meet here. Reusable.
+// All workers of a region meet here. Reusable. It keeps the time that the thread which made it, the
+// caller of the region, waits for the others.
 class Barrier {
  public:
-  Barrier(int members, Bed* bed) : members_(members), bed_(bed) {}
+  Barrier(int members, Bed* bed) : members_(members), bed_(bed), caller_(pthread_self()) {}
   void wait() { wait([] {}); }
 
   // Calls `meanwhile` again and again until the others come.
@@ -29,6 +33,9 @@ class Barrier {
     sleep_through(generation);
   }
 
+  // Nanoseconds, without waits that were short.
+  std::int64_t caller_waited() const { return caller_waited_; }
+
  private:
   static constexpr int kPatience = 4096;
 
@@ -37,6 +44,8 @@ class Barrier {
 
   const int members_;
   Bed* const bed_;  // where they sleep when the others take long
+  const pthread_t caller_;
+  std::int64_t caller_waited_ = 0;
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> generation_{0};
 };
@@ -45,18 +54,23 @@ class Threads {
  public:
   using Body = void (*)(void* context, int worker, int workers, Barrier& barrier);
 
-  // How many threads run a region, the caller included. 1 or more.
+  // How many threads run a region at most, the caller included. 1 or more.
   static int count();
   static void set_count(int threads);
 
   // Runs body(context, worker, workers, barrier) on every worker at once, the caller being
-  // worker 0, and returns when all are done. `at_most` limits the number of workers.
+  // worker 0, and returns when all are done. `at_most` limits the number of workers; beside other
+  // busy processes there may be fewer.
   static void region(Body body, void* context, int at_most);
 
   // The same for a body that hands out its work as it goes and uses no barrier: workers that have
   // not come by the time the caller returns from it are left out. Beside other busy processes a
   // worker may need milliseconds to come.
   static void loop(Body body, void* context, int at_most);
+
+  // How many workers a region has at most at present, and a way to forget why: for tests.
+  static int at_present();
+  static void forget_lateness();
 };
 
 // A stretch of rows.

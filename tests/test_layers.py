@@ -33,6 +33,7 @@ LIGHT = (
     "arithmetic.py",
     "errors.py",
     "originals.py",
+    "processors.py",
     "dropin/__init__.py",
     "dropin/dispatch.py",
     "dropin/finder.py",

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "gil.h"
 #include "modules.h"
 #include "prefill.h"
 #include "step.h"
@@ -38,7 +39,7 @@ class PyModel {
     if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
     const float* given = floats("hidden", hidden, {b, model_.d});
     const std::vector<std::int64_t> ids = token_ids(tokens, b);
-    nb::gil_scoped_release release;
+    const WithoutGil unlocked;
     decode_step(model_, states, b, tokens ? ids.data() : nullptr, given, out, bf16_products);
   }
 
@@ -67,8 +68,13 @@ class PyModel {
         refuse("position " + std::to_string(position) + " is not one of " + std::to_string(l));
     prompt.offsets = starts.data();
     prompt.positions = chosen.data();
-    nb::gil_scoped_release release;
-    read_prompt(model_, states, prompt, out);
+    try {
+      WithoutGil unlocked;
+      prompt.interrupted = [&] { return unlocked.interrupted(); };
+      read_prompt(model_, states, prompt, out);
+    } catch (const Interrupted&) {
+      throw nb::python_error();
+    }
   }
 
  private:

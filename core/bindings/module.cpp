@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "arrays.h"
+#include "gil.h"
 #include "bandwidth.h"
 #include "modules.h"
 #include "threads.h"
@@ -23,6 +24,8 @@ std::vector<std::string> isa_names() {
 NB_MODULE(_core, m) {
   using namespace anymamba;
   m.doc() = "AnyMamba's native core. Arrays are checked, then the kernels run without the GIL.";
+  // A daemon thread that computes when the program ends keeps its objects.
+  nb::set_leak_warnings(false);
   m.def("isa", [] { return std::string(kernels().isa); }, "The instruction set in use.");
   m.def("isas", bindings::isa_names, "The instruction sets that this machine has, the best first.");
   m.def("use_isa", [](const std::string& isa) {
@@ -30,9 +33,11 @@ NB_MODULE(_core, m) {
   });
   m.def("threads", &Threads::count, "How many threads a kernel uses.");
   m.def("set_threads", &Threads::set_count);
+  m.def("threads_at_present", &Threads::at_present,
+        "How many threads a kernel uses now: fewer where others on this machine made threads late.");
   m.def("read_bandwidth", [](std::int64_t bytes, int repeats) {
     if (bytes < 1 || repeats < 1) bindings::refuse("bytes and repeats must be positive");
-    nb::gil_scoped_release release;
+    const bindings::WithoutGil unlocked;
     return read_bandwidth(bytes, repeats);
   }, "Bytes a second that all threads read together from a buffer; the best of the repeats.");
   bindings::add_operators(m);

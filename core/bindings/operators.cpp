@@ -2,8 +2,9 @@
 #include <vector>
 
 #include "arrays.h"
+#include "gil.h"
 #include "modules.h"
-#include "threads.h"
+#include "scratch_memory.h"
 
 namespace anymamba::bindings {
 namespace {
@@ -122,7 +123,7 @@ void py_scan(const In& x, const In& delta, const In& A, const In& B, const In& C
   result.y = tensor3("y", y, {b, l, scan.e});
   result.last = floats("last", last, {list.n_states, scan.e, scan.n});
   result.checkpoints = floats("checkpoints", checkpoints, {scan_checkpoint_floats(scan)});
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   kernels().scan(scan, result);
 }
 
@@ -157,7 +158,7 @@ void py_scan_backward(const In& x, const In& delta, const In& A, const In& B, co
   gradients.delta_bias = scan.delta_bias ? floats("ddelta_bias", ddelta_bias, {scan.e}) : nullptr;
   gradients.initial = floats("dinitial", dinitial, {list.n_states, scan.e, scan.n});
   gradients.n_states = list.n_states;
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   kernels().scan_backward(scan, gradients);
 }
 
@@ -187,13 +188,14 @@ void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, c
     refuse("state must be float32 with contiguous rows");
   step.state = static_cast<float*>(pointer(state));
   step.state_row_stride = state.stride(0);
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   // Few states take less time than waking a thread, which would also take a processor from
   // PyTorch's own threads where those work before and after: the caller does them alone.
   constexpr std::int64_t kAlone = 1 << 16;  // states
   constexpr std::int64_t kBlock = 256;      // channels a work item
   const std::int64_t block = step.b * step.e * step.n <= kAlone ? std::max(step.e, kBlock) : kBlock;
-  parallel_for((step.e + block - 1) / block, [&](std::int64_t item) {
+  const std::int64_t scratch = 2 * 4 * (step.n + 16);
+  parallel_for((step.e + block - 1) / block, in_arena(scratch), [&](std::int64_t item) {
     kernels().scan_step(step, item * block, std::min(step.e, (item + 1) * block));
   });
 }
@@ -224,7 +226,7 @@ void py_conv(const In& x, const In& weight, const std::optional<In>& bias, bool 
   if (final) result.final = window("final", *final, list.n_states, conv.e, 0);
   if (final && initial && result.final.columns != conv.initial.columns)
     refuse("the final window must be as wide as the initial one");
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   kernels().conv(conv, result);
 }
 
@@ -254,7 +256,7 @@ void py_conv_backward(const In& x, const In& weight, const std::optional<In>& bi
       refuse("dinitial must be float32 and as wide as the initial window");
   }
   gradients.n_states = list.n_states;
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   kernels().conv_backward(conv, gradients);
 }
 
@@ -271,7 +273,7 @@ void py_conv_step(const In& x, const Out& state, const In& weight, const std::op
   step.silu = silu;
   step.window = window("window", state, step.b, step.e, step.k);
   if (step.k < 1 || step.window.columns != step.k) refuse("the window must be as wide as the weight");
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   kernels().conv_step(step, 0, step.e);
 }
 
@@ -288,7 +290,7 @@ void py_norm(const In& x, const std::optional<In>& residual, const In& weight, f
   result.normed = rows("normed", normed, {norm.rows, norm.d});
   if (total) result.total = rows("total", *total, {norm.rows, norm.d});
   result.scale = floats("scale", scale, {norm.rows});
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   kernels().norm(norm, result);
 }
 
@@ -307,7 +309,7 @@ void py_norm_backward(const In& sum, const In& weight, float eps, const In& scal
   if (dtotal) gradients.total = rows("dtotal", *dtotal, {norm.rows, norm.d});
   gradients.x = rows("dx", dx, {norm.rows, norm.d});
   gradients.weight = floats("dweight", dweight, {norm.d});
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   kernels().norm_backward(norm, gradients);
 }
 
@@ -322,7 +324,7 @@ void py_product(const In& a, const In& b, const std::optional<In>& bias, const O
   product.c = matrix("c", c, {product.m, product.n});
   product.bias = floats("bias", bias, {product.n});
   product.accumulate = accumulate;
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   kernels().product(product);
 }
 
@@ -344,7 +346,7 @@ void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& b
   product.y = floats("y", y, {m, n});
   product.y_row_stride = n;
   if (m == 0) return;
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   parallel_region([&](int worker, int workers, Barrier&) {
     const Span mine = share(n, worker, workers);
     kernels().few_rows(product, mine.first, mine.last);
@@ -365,7 +367,7 @@ void py_quantized_product(const In& x, const In& q, const In& scales, const std:
   product.c_row_stride = product.n;
   product.bias = floats("bias", bias, {product.n});
   if (product.m == 0) return;
-  nb::gil_scoped_release release;
+  const WithoutGil unlocked;
   if (!few) return kernels().quantized_product(product);
   const std::int64_t groups = product.m * (product.k / product.weight.group);
   std::vector<std::int8_t> rounded(product.m * product.k);
@@ -374,11 +376,13 @@ void py_quantized_product(const In& x, const In& q, const In& scales, const std:
   const QuantizedRows rows = {product.m, product.k, product.weight.group, rounded.data(),
                               row_scales.data(), sums.data()};
   kernels().quantize_rows(product.a, product.k, rows, 0, product.m);
-  parallel_region([&](int worker, int workers, Barrier&) {
+  const std::int64_t scratch = 2 * 4 * product.m * (product.k / product.weight.group + 16);
+  const auto multiply = [&](int worker, int workers, Barrier&, Arena&) {
     const Span mine = share(product.n, worker, workers);
     kernels().few_quantized_rows({product.weight, rows, product.bias, product.c, product.n},
                                  mine.first, mine.last);
-  });
+  };
+  parallel_region(in_arena(scratch), multiply, Threads::count());
 }
 
 void apply(const std::string& function, const In& x, const Out& y) {

@@ -8,11 +8,19 @@
 #include <thread>
 
 #include "check.h"
+#include "pace.h"
 
 using namespace anymamba;
 using namespace anymamba::test;
 
 namespace {
+
+// A region of as many workers as were asked for, however late they came before.
+template <class F>
+void whole_region(const F& body, int at_most = 1 << 20) {
+  Threads::forget_lateness();
+  parallel_region(body, at_most);
+}
 
 void pause_ms(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
 
@@ -30,7 +38,7 @@ void test_regions() {
     for (const int at_most : {1, 2, 3, 100}) {
       std::vector<std::atomic<int>> calls(8);
       std::atomic<int> most{0};
-      parallel_region(
+      whole_region(
           [&](int worker, int workers, Barrier&) {
             calls[static_cast<std::size_t>(worker)].fetch_add(1);
             most.store(workers);
@@ -68,7 +76,7 @@ void test_barriers() {
     Threads::set_count(threads);
     std::vector<int> step(static_cast<std::size_t>(threads), 0);
     std::atomic<int> late{0};
-    parallel_region([&](int worker, int workers, Barrier& barrier) {
+    whole_region([&](int worker, int workers, Barrier& barrier) {
       for (int i = 1; i <= 500; ++i) {
         step[static_cast<std::size_t>(worker)] = i;
         if (i % 100 == 0 && worker == i / 100 % workers) pause_ms(3);  // the others fall asleep
@@ -80,7 +88,7 @@ void test_barriers() {
     CHECK(late.load() == 0, "%d times a worker passed before the others came", late.load());
   }
   Threads::set_count(1);
-  parallel_region([](int, int workers, Barrier& barrier) {
+  whole_region([](int, int workers, Barrier& barrier) {
     CHECK(workers == 1, "%d workers", workers);
     barrier.wait();
     barrier.wait();
@@ -90,8 +98,8 @@ void test_barriers() {
 void test_nested() {
   Threads::set_count(4);
   std::atomic<int> inner{0}, shared{0};
-  parallel_region([&](int, int, Barrier&) {
-    parallel_region([&](int worker, int workers, Barrier& barrier) {
+  whole_region([&](int, int, Barrier&) {
+    whole_region([&](int worker, int workers, Barrier& barrier) {
       barrier.wait();
       inner.fetch_add(1);
       if (workers != 1 || worker != 0) shared.fetch_add(1);
@@ -108,7 +116,7 @@ void test_many_small() {
     std::int64_t calls = 0;
     for (int i = 0; i < 4000; ++i) {
       std::atomic<int> workers_seen{0};
-      parallel_region([&](int, int, Barrier&) { workers_seen.fetch_add(1); }, 2 + i % 3);
+      whole_region([&](int, int, Barrier&) { workers_seen.fetch_add(1); }, 2 + i % 3);
       calls += workers_seen.load();
       if (i % 1000 == 0) pause_ms(2);
     }
@@ -129,12 +137,39 @@ void test_late_helpers() {
     for (const int times : done) CHECK(times == 1, "an item was done %d times", times);
     if (i % 3 != 0) continue;
     std::atomic<int> met{0};
-    parallel_region([&](int, int, Barrier& barrier) {
+    whole_region([&](int, int, Barrier& barrier) {
       met.fetch_add(1);
       barrier.wait();
       CHECK(met.load() == 4, "%d of 4 met", met.load());
     });
   }
+}
+
+// The account of what workers save and what waiting for them costs.
+void test_pace() {
+  constexpr std::int64_t kMillisecond = 1'000'000;
+  Pace pace;
+  std::int64_t time = 0;
+  CHECK(pace.workers(8, time) == 8, "as many as were asked for");
+  pace.note(8, kMillisecond, 9 * kMillisecond, time);
+  const int after = pace.workers(8, time);
+  CHECK(after == 8 || after == 4, "%d", after);
+  for (int i = 0; i < 3; ++i) pace.note(pace.workers(8, time), kMillisecond, 20 * kMillisecond, time);
+  CHECK(pace.workers(8, time) == 1, "late workers are left out: %d", pace.workers(8, time));
+  CHECK(pace.workers(1, time) == 1, "one is one");
+  // After a time twice as many are tried, and if these come in time, more.
+  for (const int expected : {2, 4, 8}) {
+    time += 4000 * kMillisecond;
+    CHECK(pace.workers(8, time) == expected, "%d, not %d", pace.workers(8, time), expected);
+    pace.note(expected, kMillisecond, 0, time);
+  }
+  // One late step does no harm to those that were in time before.
+  for (int i = 0; i < 200; ++i) pace.note(8, kMillisecond / 10, 0, time);
+  pace.note(8, kMillisecond / 10, 4 * kMillisecond, time);
+  CHECK(pace.workers(8, time) == 8, "%d", pace.workers(8, time));
+  // A region in which nobody but the caller came tells nothing.
+  pace.note(1, kMillisecond, 0, time);
+  CHECK(pace.workers(8, time) == 8, "%d", pace.workers(8, time));
 }
 
 // Several of the program's own threads, some of them changing the count all the while.
@@ -172,7 +207,7 @@ bool computes() {
   for (int i = 0; i < 50; ++i)
     if (!sums_up(100)) return false;
   int together = 0;
-  parallel_region([&](int worker, int workers, Barrier& barrier) {
+  whole_region([&](int worker, int workers, Barrier& barrier) {
     barrier.wait();
     if (worker == 0) together = workers;
     barrier.wait();
@@ -193,7 +228,7 @@ void test_fork() {
   std::atomic<bool> stop{false};
   std::thread other([&] {
     while (!stop.load())
-      parallel_region([](int, int, Barrier& barrier) {
+      whole_region([](int, int, Barrier& barrier) {
         barrier.wait();
         usleep(200);
       });
@@ -212,20 +247,20 @@ void print_times() {
   double region = 1e9, loop = 1e9, barrier_time = 1e9, asleep = 1e9;
   for (int round = 0; round < 20; ++round) {
     auto start = Clock::now();
-    for (int i = 0; i < 500; ++i) parallel_region([](int, int, Barrier&) {});
+    for (int i = 0; i < 500; ++i) whole_region([](int, int, Barrier&) {});
     region = std::min(region, std::chrono::duration<double>(Clock::now() - start).count() / 500);
     start = Clock::now();
     for (int i = 0; i < 500; ++i) parallel_for(2, [](std::int64_t) {});
     loop = std::min(loop, std::chrono::duration<double>(Clock::now() - start).count() / 500);
     start = Clock::now();
-    parallel_region([](int, int, Barrier& barrier) {
+    whole_region([](int, int, Barrier& barrier) {
       for (int i = 0; i < 500; ++i) barrier.wait();
     });
     barrier_time =
         std::min(barrier_time, std::chrono::duration<double>(Clock::now() - start).count() / 500);
     pause_ms(3);
     start = Clock::now();
-    parallel_region([](int, int, Barrier&) {});
+    whole_region([](int, int, Barrier&) {});
     asleep = std::min(asleep, std::chrono::duration<double>(Clock::now() - start).count());
   }
   std::printf("best of 20: a region %.2f us, a loop %.2f us, a barrier %.2f us, a region from "
@@ -235,6 +270,7 @@ void print_times() {
 }  // namespace
 
 int main() {
+  test_pace();
   test_regions();
   test_memory();
   test_barriers();

@@ -1,13 +1,18 @@
-"""How error messages show what came out of a file: short, quoted, on one line."""
+"""How messages show what came out of a file: short, on one line, without control characters."""
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable
 
-__all__ = ["listed", "not_text", "shown"]
+__all__ = ["escaped", "listed", "not_text", "shown"]
 
 _MOST = 10
+
+# All that a terminal may obey or that hides what stands beside it: control characters and marks of
+# direction. A line end and a tab stay.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
@@ -23,6 +28,24 @@ def shown(value: object) -> str:
         80
     """
     return _short.repr(value)
+
+
+def escaped(text: str, most: int | None = None) -> str:
+    """A text as a terminal may show it: with control characters as Python writes them.
+
+    Args:
+        text: any text. Line ends and tabs stay as they are.
+        most: how many characters are shown; of a longer text the beginning, and how long it is.
+
+    Example:
+        >>> escaped("a\\x1b[31m")
+        'a\\\\x1b[31m'
+        >>> escaped("x" * 50, most=3)
+        'xxx... (50 characters)'
+    """
+    if most is not None and len(text) > most:
+        text = f"{text[:most]}... ({len(text)} characters)"
+    return _UNSAFE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 # How files begin that are taken for texts by mistake.

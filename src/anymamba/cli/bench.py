@@ -6,7 +6,7 @@ import argparse
 import json
 
 from anymamba.cli.model_options import WEIGHTS, add_offline_argument
-from anymamba.cli.output import tell
+from anymamba.cli.output import say, tell
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import integer
 from anymamba.errors import ConfigError
@@ -81,8 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({"model": model, "speeds": [speed.as_json() for speed in speeds]}))
         return
     head = ("weights", "threads", "size", "prefill", "decode", "limit", "of the limit")
-    print(columns([head, *map(row, speeds)]))
-    print("prefill, decode and limit in tokens a second")
+    say(columns([head, *map(row, speeds)]))
+    say("prefill, decode and limit in tokens a second")
 
 
 def kinds(arguments: argparse.Namespace) -> list[str]:
@@ -130,7 +130,6 @@ def row(speed: object) -> tuple[str, ...]:
 
 def default_threads() -> list[int]:
     """One, and as many as the runtime would take."""
-    import os
+    from anymamba.processors import available_processors
 
-    most = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return [1, most or 1]
+    return [1, available_processors()]

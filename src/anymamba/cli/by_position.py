@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from anymamba.cli.opening import beginning_tokens, model_name, open_engine
+from anymamba.cli.output import say
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import integer
 from anymamba.errors import InputError
@@ -76,7 +77,7 @@ def run_by_position(arguments: argparse.Namespace, text: str) -> None:
         facts |= {"stride": arguments.stride or window, "helpful_context": helpful}
         print(json.dumps(facts | {"stretches": [asdict(part) for part in stretches]}))
         return
-    print(as_text(stretches, helpful))
+    say(as_text(stretches, helpful))
 
 
 def as_text(stretches: Sequence[Stretch], helpful: int) -> str:

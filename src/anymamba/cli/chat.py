@@ -20,7 +20,7 @@ from anymamba.cli.opening import (
     open_engine,
     tokenizer_place,
 )
-from anymamba.cli.output import tell, write
+from anymamba.cli.output import tell, tell_error, write
 from anymamba.cli.quiet import quiet
 from anymamba.cli.sampling_options import (
     add_length_arguments,
@@ -154,7 +154,7 @@ class Chat:
             except AnyMambaError as error:
                 if not on_terminal:
                     raise
-                tell(f"anymamba: {error}")
+                tell_error(error)
                 # What could not be read has ended the reader of messages.
                 typed = messages(self._read_line)
             except KeyboardInterrupt:

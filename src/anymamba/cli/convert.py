@@ -6,6 +6,7 @@ import argparse
 import json
 
 from anymamba.cli.model_options import add_offline_argument, add_places, places_of
+from anymamba.cli.output import say
 from anymamba.cli.quiet import quiet
 
 __all__ = ["add_arguments", "run"]
@@ -70,4 +71,4 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"destination": str(written), "layout": layout, "bytes": count}))
     else:
-        print(f"{written}: {layout}, {size(count)}")
+        say(f"{written}: {layout}, {size(count)}")

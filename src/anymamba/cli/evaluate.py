@@ -13,6 +13,7 @@ from typing import Any
 
 from anymamba.cli.model_options import add_adapter_argument, add_model_arguments
 from anymamba.cli.opening import model_name
+from anymamba.cli.output import say
 from anymamba.cli.values import finite, integer
 from anymamba.errors import InputError
 
@@ -104,12 +105,12 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
         print(json.dumps({"model": model_name(arguments), "tasks": tasks}))
         return
     for task, figures in results.items():
-        print(task)
+        say(task)
         rows = [
             (f"  {metric}", f"{value:,}" if type(value) is int else f"{value:.4f}")
             for metric, value in figures.items()
         ]
-        print(table(rows))
+        say(table(rows))
 
 
 @contextmanager

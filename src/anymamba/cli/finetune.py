@@ -9,6 +9,7 @@ from typing import Any
 
 from anymamba.cli.evaluate import network_allowed
 from anymamba.cli.model_options import add_offline_argument
+from anymamba.cli.output import say
 from anymamba.cli.quiet import quiet
 from anymamba.cli.training_names import names_of
 from anymamba.cli.values import integer, number
@@ -233,4 +234,4 @@ def report(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
     if "validation_after" in figures:
         before, after = figures["validation_before"], figures["validation_after"]
         rows.append(("validation", f"{before:.4f} before, {after:.4f} after"))
-    print(table(rows))
+    say(table(rows))

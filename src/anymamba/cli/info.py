@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anymamba.cli.model_options import add_offline_argument
+from anymamba.cli.output import say
 from anymamba.cli.quiet import quiet
 
 __all__ = ["add_arguments", "run"]
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Describe, and print."""
     with quiet():
         facts, as_text = describe(arguments.model, arguments.offline)
-    print(json.dumps(facts) if arguments.json else as_text(facts))
+    say(json.dumps(facts) if arguments.json else as_text(facts))
 
 
 def describe(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.model_options import add_model_arguments, add_weights_arguments
 from anymamba.cli.opening import model_name, open_engine
+from anymamba.cli.output import say
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import integer
 from anymamba.errors import InputError
@@ -75,8 +76,8 @@ def run(arguments: argparse.Namespace) -> None:
         facts = {"model": model_name(arguments), "picture": picture and str(picture)}
         print(json.dumps(facts | inspected.as_json()))
         return
-    print(as_text(inspected))
-    print(f"\npicture: {picture}")
+    say(as_text(inspected))
+    say(f"\npicture: {picture}")
 
 
 def look(arguments: argparse.Namespace, text: str) -> Inspected:

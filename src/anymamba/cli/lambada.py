@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.model_options import add_model_arguments, add_weights_arguments
 from anymamba.cli.opening import beginning_tokens, model_name, open_engine
+from anymamba.cli.output import say
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import finite, integer
 from anymamba.errors import InputError
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
         return
     right = f"{facts['accuracy']:.4f} ({result.right:,} of {result.passages:,})"
     rows = [("accuracy", right), ("perplexity", f"{result.perplexity:.2f}")]
-    print(table(rows))
+    say(table(rows))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from anymamba import __version__
-from anymamba.cli.output import forget, open_missing, tell
+from anymamba.cli.output import forget, open_missing, tell, tell_error
 from anymamba.errors import AnyMambaError, InputError
 
 COMMANDS = {
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_command(argv)
         sys.stdout.flush()
     except AnyMambaError as error:
-        tell("anymamba: " + " ".join(str(error).split()))
+        tell_error(error)
         return EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

@@ -1,4 +1,8 @@
-"""Writing text while it is made, and remarks beside it."""
+"""Writing text while it is made, and reports and remarks beside it.
+
+Text that comes out of files (names of tensors, values of a header, what a template says) may hold
+control characters, which a terminal obeys. All output goes through here, and none of them passes.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,26 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Output", "forget", "ignore", "open_missing", "tell", "write"]
+from anymamba.checkpoint.wording import escaped
+
+__all__ = ["Output", "forget", "ignore", "open_missing", "say", "tell", "tell_error", "write"]
+
+# Of an error's message. What a file adds to it is short, unless it is hostile.
+MOST_OF_ERROR = 4000
 
 
 def write(text: str) -> None:
-    """Write to standard output at once."""
-    sys.stdout.write(text)
+    """Write a model's text to standard output at once.
+
+    A terminal gets it with control characters escaped, a file or a pipe as it is.
+    """
+    sys.stdout.write(escaped(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def say(text: object) -> None:
+    """Print a report on standard output, with control characters escaped wherever it goes."""
+    print(escaped(str(text)))
 
 
 def ignore(text: str) -> None:
@@ -24,9 +41,14 @@ def ignore(text: str) -> None:
 def tell(line: str) -> None:
     """Say on standard error something that is no output. Work is not lost if nobody can hear it."""
     try:
-        print(line, file=sys.stderr, flush=True)
+        print(escaped(line), file=sys.stderr, flush=True)
     except OSError:
         forget(sys.stderr)
+
+
+def tell_error(error: Exception) -> None:
+    """Say on standard error what went wrong: one line, however long the message is."""
+    tell("anymamba: " + escaped(" ".join(str(error).split()), MOST_OF_ERROR))
 
 
 def forget(stream: TextIO) -> None:

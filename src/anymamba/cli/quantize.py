@@ -14,6 +14,7 @@ from anymamba.cli.model_options import (
     add_threads_argument,
     places_of,
 )
+from anymamba.cli.output import say
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import finite
 
@@ -157,4 +158,4 @@ def report(arguments: argparse.Namespace, written: Path, figures: dict[str, Any]
     if "perplexity_after" in figures:
         old, new = figures["perplexity_before"], figures["perplexity_after"]
         rows.append(("perplexity", f"{old:.4f} before, {new:.4f} after ({new / old - 1:+.2%})"))
-    print(table(rows))
+    say(table(rows))

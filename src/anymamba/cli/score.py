@@ -14,6 +14,7 @@ from anymamba.cli.model_options import (
     add_weights_arguments,
 )
 from anymamba.cli.opening import model_name, open_engine
+from anymamba.cli.output import say
 from anymamba.cli.quiet import quiet
 from anymamba.cli.values import finite
 from anymamba.errors import InputError
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
         ("bits per byte", "no bytes to count" if per_byte is None else f"{per_byte:.4f}"),
         ("tokens", f"{figures['tokens']:,} predicted, {figures['bytes']:,} bytes"),
     ]
-    print(table(rows))
+    say(table(rows))
 
 
 def score_text(engine: Engine, text: str) -> dict[str, Any]:

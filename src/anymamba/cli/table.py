@@ -9,8 +9,9 @@ __all__ = ["columns", "table"]
 
 def table(rows: Sequence[tuple[str, object]]) -> str:
     """One line a row, the values below one another."""
-    width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in rows)
+    lines = [(name, str(value).replace("\n", "\\n")) for name, value in rows]
+    width = max((len(name) for name, _ in lines), default=0)
+    return "\n".join(f"{name:{width}}  {value}".rstrip() for name, value in lines)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

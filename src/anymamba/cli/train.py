@@ -115,7 +115,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
 
 def report(arguments: argparse.Namespace, outcome: Any) -> None:
     """Print the figures, once for all processes; end as the signal that stopped the run would."""
-    from anymamba.cli.output import tell
+    from anymamba.cli.output import say, tell
     from anymamba.cli.table import table
 
     if not outcome.first:
@@ -131,7 +131,7 @@ def report(arguments: argparse.Namespace, outcome: Any) -> None:
         name = None if stopped is None else stopped.name
         print(json.dumps({"output": str(outcome.folder), **figures, "stopped_by": name}))
     elif stopped is None:
-        print(table([("written", outcome.folder), *figures.items()]))
+        say(table([("written", outcome.folder), *figures.items()]))
     if figures.get("picture") is False and not arguments.json:
         tell("anymamba: no loss.png, because matplotlib is missing: pip install 'anymamba[train]'")
     if stopped is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from anymamba.arithmetic import load_core
 from anymamba.errors import BackendError
 from anymamba.ops.segments import Segments
+from anymamba.processors import quota_of_processors
 
 __all__ = [
     "TYPES",
@@ -95,10 +97,18 @@ def segment_table(segments: Segments | None) -> Tensor | None:
     return torch.tensor(lists, dtype=torch.int64, device="cpu")
 
 
+@cache
+def _quota() -> float | None:
+    return quota_of_processors()
+
+
 def _wanted_threads() -> int:
     text = os.environ.get("ANYMAMBA_NUM_THREADS")
     if not text:
-        return torch.get_num_threads()
+        # PyTorch knows of the processors that this process is allowed on, not of its quota.
+        quota = _quota()
+        threads = torch.get_num_threads()
+        return threads if quota is None else max(1, min(threads, round(quota)))
     if not text.isdecimal() or int(text) < 1:
         raise BackendError(
             f"ANYMAMBA_NUM_THREADS is {text!r}, expected a whole number of threads, 1 or more"

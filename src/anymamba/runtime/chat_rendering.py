@@ -20,8 +20,14 @@ __all__ = ["MOST_CHARACTERS", "MOST_MEGABYTES", "answer", "main"]
 MOST_MEGABYTES = 1024
 """What the process may take, Python itself included, where the system keeps count."""
 
-MOST_CHARACTERS = 1 << 24
-"""The longest text that a template may make."""
+MOST_CHARACTERS = 1 << 18
+"""How much text a template may add to what it is given: tokens of a text take memory too, in the
+process that reads it."""
+
+MOST_COPIES = 4
+"""How often it may repeat what it is given."""
+
+_MOST_REASON = 1000
 
 # What Python raises in a template that adds a number to a text, and the like.
 _PROGRAM_ERRORS = (
@@ -73,15 +79,19 @@ def answer(request: Mapping[str, Any]) -> dict[str, str]:
     try:
         template = _compiled(request["template"])
     except (TemplateError, RecursionError) as error:
-        return {"broken": str(error)}
+        return {"broken": str(error)[:_MOST_REASON]}
     try:
         text = template.render(**request["names"])
     except _Refused as error:
-        return {"refuses": str(error)}
+        return {"refuses": str(error)[:_MOST_REASON]}
     except (TemplateError, *_PROGRAM_ERRORS) as error:
-        return {"fails": str(error)}
-    if len(text) > MOST_CHARACTERS:
-        return {"fails": f"it makes a text of {len(text)} characters, more than {MOST_CHARACTERS}"}
+        return {"fails": str(error)[:_MOST_REASON]}
+    given = sum(
+        len(value) for message in request["names"].get("messages", ()) for value in message.values()
+    )
+    most = MOST_CHARACTERS + MOST_COPIES * given
+    if len(text) > most:
+        return {"fails": f"it makes a text of {len(text)} characters, more than {most}"}
     return {"text": text}
 
 

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.wording import escaped, shown
 from anymamba.errors import CheckpointError, InputError, MissingDependencyError
 
 __all__ = ["MOST_SECONDS", "render"]
@@ -71,7 +71,7 @@ def render(
     _require_jinja()
     reply = _ask({"template": template, "names": names | dict(special_tokens)})
     if "refuses" in reply:
-        refusal = reply["refuses"]
+        refusal = escaped(reply["refuses"])
         raise InputError(f"the model's chat template refuses the messages: {refusal}")
     if "broken" in reply:
         raise CheckpointError(f"the chat template is broken: {shown(reply['broken'])}")

@@ -7,6 +7,7 @@ from typing import Any
 
 from anymamba.arithmetic import load_core
 from anymamba.errors import BackendError, InputError, MissingDependencyError
+from anymamba.processors import available_processors
 
 __all__ = ["MOST_THREADS", "core", "wanted_threads"]
 
@@ -40,7 +41,7 @@ def wanted_threads(threads: int | None) -> int:
 
     Args:
         threads: as many, or None for `ANYMAMBA_NUM_THREADS`, or if that is not set, as many as
-            there are processors for this process.
+            there are processors for this process, its affinity and its quota considered.
 
     Raises:
         InputError: the number is no whole number from 1 to `MOST_THREADS`.
@@ -58,8 +59,7 @@ def wanted_threads(threads: int | None) -> int:
         return threads
     text = os.environ.get("ANYMAMBA_NUM_THREADS")
     if not text:
-        allowed = getattr(os, "sched_getaffinity", None)  # not on every system
-        return len(allowed(0)) if allowed else os.cpu_count() or 1
+        return available_processors()
     # Python refuses to read numbers of thousands of digits.
     if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MOST_THREADS:
         raise BackendError(

@@ -1,7 +1,8 @@
 """A model in the native core, and the two calls that advance texts: one token, or a stretch.
 
-A call advances the memory of its texts and their numbers of tokens as one: no Ctrl-C comes in
-between, so that whatever happens a state is what its count says.
+A call advances the memory of its texts, their numbers of tokens and the logits of what comes next
+as one: no Ctrl-C comes in between, so that whatever happens a state is what its count says, and
+can be continued. Where the core hears Ctrl-C or lacks memory, the state is what it was before.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class Network:
         logits = self._logits_of(blocks)
         rounds = self.matmul_dtype == "bfloat16"
         arguments = (tokens_b, None, blocks.conv, blocks.ssm, logits, rounds)
-        self._advance(blocks, partial(self._model.step, *arguments), 1)
-        blocks.logits = logits
+        keep = partial(setattr, blocks, "logits", logits)
+        self._advance(blocks, partial(self._model.step, *arguments), 1, keep)
 
     def read(self, blocks: Blocks, sequences: Sequence[NDArray[np.int64]]) -> None:
         """Let each text read some tokens; `blocks` and their logits advance in place.
@@ -90,18 +91,24 @@ class Network:
         logits_bv = self._logits_of(blocks)
         all_read = reading.size == lengths.size
         logits = logits_bv if all_read else np.empty((reading.size, self.vocabulary), np.float32)
-        self._read(blocks, sequences, ends[reading] - 1, logits)
+        keep: list[Callable[[], object]] = [partial(setattr, blocks, "logits", logits_bv)]
         if not all_read:
-            logits_bv[reading] = logits
-        blocks.logits = logits_bv
+            keep.insert(0, partial(logits_bv.__setitem__, reading, logits))
+        self._read(blocks, sequences, ends[reading] - 1, logits, *keep)
 
     def read_all(self, blocks: Blocks, ids_l: NDArray[np.int64]) -> NDArray[np.float32]:
         """Let one text read some tokens, and return the logits (l, v) after each of them."""
         logits_lv = np.empty((ids_l.size, self.vocabulary), np.float32)
         if ids_l.size:
-            blocks.logits = None  # no moment with logits of another token
-            self._read(blocks, [ids_l], np.arange(ids_l.size), logits_lv)
-            blocks.logits = logits_lv[-1:].copy()
+            last_bv = np.empty((1, self.vocabulary), np.float32)
+            self._read(
+                blocks,
+                [ids_l],
+                np.arange(ids_l.size),
+                logits_lv,
+                partial(np.copyto, last_bv, logits_lv[-1:]),
+                partial(setattr, blocks, "logits", last_bv),
+            )
         return logits_lv
 
     def check_tokens(self, ids: NDArray[np.integer]) -> None:
@@ -135,6 +142,7 @@ class Network:
         sequences: Sequence[NDArray[np.int64]],
         positions_w: NDArray[np.int64],
         logits_wv: NDArray[np.float32],
+        *keep: Callable[[], object],
     ) -> None:
         lengths = np.array([ids.size for ids in sequences], np.int64)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -142,18 +150,22 @@ class Network:
         states = (blocks.conv, blocks.ssm)
         rounds = self.matmul_dtype == "bfloat16"
         arguments = (tokens, None, offsets, positions_w, *states, logits_wv, rounds)
-        self._advance(blocks, partial(self._model.read, *arguments), lengths)
+        self._advance(blocks, partial(self._model.read, *arguments), lengths, *keep)
 
     def _advance(
-        self, blocks: Blocks, compute: Callable[[], None], tokens: NDArray[np.int64] | int
+        self,
+        blocks: Blocks,
+        compute: Callable[[], None],
+        tokens: NDArray[np.int64] | int,
+        *keep: Callable[[], object],
     ) -> None:
+        """Compute, keep what comes of it, and count the tokens; all of it or nothing."""
         self._check_files()
         if self._core.threads() != self.threads:
             self._core.set_threads(self.threads)
         count = partial(np.add, blocks.counts, tokens, out=blocks.counts)
         # Python looks for Ctrl-C between its own instructions: here there are none in between.
-        both: tuple[Callable[[], object], ...] = (compute, count)
-        deque(map(call, both), maxlen=0)
+        deque(map(call, (compute, *keep, count)), maxlen=0)
 
     def _logits_of(self, blocks: Blocks) -> NDArray[np.float32]:
         if blocks.logits is not None:

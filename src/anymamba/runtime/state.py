@@ -7,7 +7,7 @@ new tokens cost, and nothing for those that were read before.
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +84,8 @@ class State:
     def copy(self) -> State:
         """Return a state that shares no memory with this one: the way to fork a text.
 
+        `copy.copy` and `copy.deepcopy` do the same.
+
         Example:
             >>> import anymamba
             >>> engine = anymamba.load()
@@ -93,6 +95,18 @@ class State:
             (6, 10)
         """
         return State(self.identity, self._blocks.take([0]))
+
+    def __copy__(self) -> State:
+        return self.copy()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> State:
+        return self.copy()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a State cannot be pickled, since it belongs to the engine that made it: write it with "
+            "State.save, and read it with Engine.load_state"
+        )
 
     def assign(self, conv_states: NDArray[Any], ssm_states: NDArray[Any], token_count: int) -> None:
         """Overwrite what is remembered, by what another program remembered for this model.

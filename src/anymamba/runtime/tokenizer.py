@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.wording import escaped
 from anymamba.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -20,6 +23,11 @@ _HELP = (
 )
 
 _LARGEST = 1 << 28
+
+# What a tokenizer may write in place of a character of a text, or around the text.
+_MOST_REPLACEMENT = 4096
+
+_LONG_TEXT = 4096
 
 
 class TextCodec:
@@ -38,6 +46,7 @@ class TextCodec:
     def __init__(self, open_tokenizer: Callable[[], Tokenizer] | None) -> None:
         self._open = open_tokenizer
         self._tokenizer: Tokenizer | None = None
+        self._has_pattern = False
 
     @property
     def exists(self) -> bool:
@@ -54,19 +63,28 @@ class TextCodec:
         if self._tokenizer is None:
             if self._open is None:
                 raise CheckpointError(f"the model comes without a tokenizer. {_HELP}")
-            self._tokenizer = self._open()
+            tokenizer = self._open()
+            # A pattern of its own may take seconds for a few characters.
+            self._has_pattern = "Regex(" in f"{tokenizer.normalizer!r} {tokenizer.pre_tokenizer!r}"
+            self._tokenizer = tokenizer
         return self._tokenizer
 
     def encode(self, text: str, special: bool) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts at its borders if `special`."""
+        tokenizer = self.tokenizer
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+            if isinstance(text, str) and (len(text) >= _LONG_TEXT or self._has_pattern):
+                return _encode_aside(tokenizer, text, special)
+            return list(tokenizer.encode(text, add_special_tokens=special).ids)
         except (TypeError, UnicodeError) as error:
             reason = str(error)
             # The library does not say so. Python keeps bytes that are no text as such halves.
             if isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
                 reason = "it holds half of a surrogate pair, or bytes that are not UTF-8"
             raise InputError(f"the text cannot be encoded: {reason}") from error
+        except BaseException as error:
+            _raise_if_foreign(error)
+            raise InputError(f"the tokenizer fails at the text: {_reason(error)}") from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of tokens, without special ones if `skip_special`."""
@@ -128,13 +146,74 @@ def tokenizer_from_json(text: str | bytes, where: str) -> Tokenizer:
     make: Any = Tokenizer.from_buffer if isinstance(text, bytes) else Tokenizer.from_str
     try:
         tokenizer: Tokenizer = make(text)
-    # The library raises nothing narrower, and where it panics, what is no Exception at all.
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{where} is no tokenizer that can be read: {reason}") from None
+        _raise_if_foreign(error)
+        raise CheckpointError(
+            f"{where} is no tokenizer that can be read: {_reason(error)}"
+        ) from None
+    _check_replacements(tokenizer, where)
     # What trainers set would cut long texts off in silence.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def _raise_if_foreign(error: BaseException) -> None:
+    """Raise again what does not come from the library.
+
+    It raises nothing narrower than Exception, and where it panics, what is no Exception at all.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        raise error
+
+
+def _reason(error: BaseException) -> str:
+    return escaped(" ".join(str(error).split()), 200)
+
+
+def _encode_aside(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
+    """The tokens of a text, made in a thread of its own, so that Ctrl-C is heard meanwhile."""
+    outcome: list[Any] = []
+
+    def encode() -> None:
+        try:
+            # Of the library's methods this one gives Python's lock to others.
+            encoded = tokenizer.encode_batch_fast([text], add_special_tokens=special)
+            outcome.append(list(encoded[0].ids))
+        except BaseException as error:
+            outcome.append(error)
+
+    # A daemon: whoever presses Ctrl-C does not wait for what nobody needs any more.
+    thread = threading.Thread(target=encode, name="anymamba-tokenizer", daemon=True)
+    thread.start()
+    thread.join()
+    (found,) = outcome
+    if isinstance(found, BaseException):
+        raise found
+    ids: list[int] = found
+    return ids
+
+
+def _check_replacements(tokenizer: Tokenizer, where: str) -> None:
+    """Refuse a tokenizer that makes gigabytes of a short text."""
+    for part in (tokenizer.normalizer, tokenizer.post_processor, tokenizer.decoder):
+        if part is None:
+            continue
+        length = sum(_lengths_of_replacements(json.loads(part.__getstate__())))
+        if length > _MOST_REPLACEMENT:
+            raise CheckpointError(
+                f"{where} replaces characters by texts of {length:,} characters together, which no "
+                f"tokenizer of a Mamba does (at most {_MOST_REPLACEMENT:,})"
+            )
+
+
+def _lengths_of_replacements(state: Any) -> Iterator[int]:
+    """How long the texts and lists of tokens are that a part of a tokenizer inserts."""
+    if isinstance(state, list):
+        for entry in state:
+            yield from _lengths_of_replacements(entry)
+    elif isinstance(state, dict):
+        for name, value in state.items():
+            if name in ("content", "prepend", "ids", "tokens", "single", "pair"):
+                yield len(value)
+            yield from _lengths_of_replacements(value)

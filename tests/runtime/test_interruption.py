@@ -1,0 +1,83 @@
+"""What Ctrl-C, a lack of memory and the end of the program leave behind."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import anymamba
+
+IDS = list(b"To be, or not to be: that is the question. " * 400)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return anymamba.load(threads=2)
+
+
+@pytest.mark.parametrize("method", ["feed", "logits", "score", "generate"])
+@pytest.mark.parametrize("after", [0.003, 0.02, 0.06])
+def test_an_interrupted_state_continues_as_what_it_has_read(engine, method, after):
+    state = engine.state()
+    calls = {
+        "feed": lambda: engine.feed(state, IDS),
+        "logits": lambda: engine.logits(IDS, state),
+        "score": lambda: engine.score(IDS, state),
+        "generate": lambda: engine.generate(IDS[:600], max_new_tokens=500, state=state),
+    }
+    timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT))
+    try:
+        timer.start()
+        calls[method]()
+        time.sleep(2)
+    except KeyboardInterrupt:
+        pass
+    if state.token_count and method != "generate":
+        whole = engine.feed(engine.state(), IDS[: state.token_count])
+        assert np.abs(state.ssm_states - whole.ssm_states).max() < 1e-4
+        assert state.logits is not None
+        assert np.abs(state.logits - whole.logits).max() < 1e-3
+    engine.generate("" if state.token_count else "a", max_new_tokens=2, state=state)
+
+
+def test_the_same_numbers_on_any_number_of_threads():
+    logits = [anymamba.load(threads=n).logits(IDS[:300]) for n in (1, 2, 5)]
+    assert np.array_equal(logits[0], logits[1])
+    assert np.array_equal(logits[0], logits[2])
+
+
+PROGRAM = """
+import threading, time, anymamba
+engine = anymamba.load(threads=2)
+ids = list(b"x y z " * 3000)
+def work():
+    while True: engine.{call}
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("call", ["feed(engine.state(), ids)", "generate('a', 50)"])
+def test_a_program_ends_with_its_own_status_while_a_daemon_thread_computes(call):
+    command = [sys.executable, "-c", PROGRAM.format(call=call)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_a_copy_shares_no_memory_and_a_pickle_is_refused_by_name(engine):
+    state = engine.feed(engine.state(), "ROMEO:")
+    for twin in (copy.copy(state), copy.deepcopy(state)):
+        assert not np.shares_memory(twin.ssm_states, state.ssm_states)
+        assert np.array_equal(twin.ssm_states, state.ssm_states)
+    with pytest.raises(TypeError, match=r"State cannot be pickled.*State\.save"):
+        pickle.dumps(state)
