@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Download, and say where it is."""
     from anymamba.checkpoint import open_checkpoint, resolve
-    from anymamba.cli.output import tell
+    from anymamba.cli.output import say, tell
     from anymamba.cli.sizes import size
 
     if not arguments.json:
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(facts))
         return
-    print(f"{folder}: {size(count)}")
+    say(f"{folder}: {size(count)}")
     if checkpoint.pickled:
         tell(
             "its weights are pickled; make a folder that loads at once: "

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from anymamba.cli.known_models import KNOWN_MODELS, KnownModel
+from anymamba.cli.output import say
 from anymamba.cli.sizes import size
 from anymamba.cli.table import columns
 
@@ -38,12 +39,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps({"models": [facts_of(model) for model in KNOWN_MODELS]}))
         return
-    print(columns([("model", "use", "size", "licence", *TYPES), *map(row_of, KNOWN_MODELS)]))
+    say(columns([("model", "use", "size", "licence", *TYPES), *map(row_of, KNOWN_MODELS)]))
     for model in KNOWN_MODELS:
-        print()
-        print(model.name + (f": {model.note}" if model.note else ""))
-        print(f"  {model.command()}")
-    print("\nFrom the models' public cards; none was run where this list was made.")
+        say("\n" + model.name + (f": {model.note}" if model.note else ""))
+        say(f"  {model.command()}")
+    say("\nFrom the models' public cards; none was run where this list was made.")
 
 
 def row_of(model: KnownModel) -> tuple[str, ...]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint.paths import user_path
 from anymamba.checkpoint.wording import escaped
 from anymamba.errors import CheckpointError, InputError
+from anymamba.runtime.tokenizer_limits import check_limits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,10 +25,12 @@ _HELP = (
 
 _LARGEST = 1 << 28
 
-# What a tokenizer may write in place of a character of a text, or around the text.
-_MOST_REPLACEMENT = 4096
+# Characters or tokens that may take long enough to be interrupted.
+_LONG = 4096
 
-_LONG_TEXT = 4096
+# Which time a tokenizer has: a thousandth of the usual speed, in characters or tokens a second.
+_MOST_SECONDS = 30.0
+_LEAST_SPEED = 2000.0
 
 
 class TextCodec:
@@ -46,7 +49,7 @@ class TextCodec:
     def __init__(self, open_tokenizer: Callable[[], Tokenizer] | None) -> None:
         self._open = open_tokenizer
         self._tokenizer: Tokenizer | None = None
-        self._has_pattern = False
+        self._encodes_slowly = self._decodes_slowly = False
 
     @property
     def exists(self) -> bool:
@@ -64,8 +67,8 @@ class TextCodec:
             if self._open is None:
                 raise CheckpointError(f"the model comes without a tokenizer. {_HELP}")
             tokenizer = self._open()
-            # A pattern of its own may take seconds for a few characters.
-            self._has_pattern = "Regex(" in f"{tokenizer.normalizer!r} {tokenizer.pre_tokenizer!r}"
+            self._encodes_slowly = _has_pattern(tokenizer.normalizer, tokenizer.pre_tokenizer)
+            self._decodes_slowly = _has_pattern(tokenizer.decoder)
             self._tokenizer = tokenizer
         return self._tokenizer
 
@@ -73,9 +76,10 @@ class TextCodec:
         """The tokens of a text, with those that the tokenizer puts at its borders if `special`."""
         tokenizer = self.tokenizer
         try:
-            if isinstance(text, str) and (len(text) >= _LONG_TEXT or self._has_pattern):
-                return _encode_aside(tokenizer, text, special)
-            return list(tokenizer.encode(text, add_special_tokens=special).ids)
+            if not isinstance(text, str) or (len(text) < _LONG and not self._encodes_slowly):
+                return list(tokenizer.encode(text, add_special_tokens=special).ids)
+            encode = partial(tokenizer.encode_batch_fast, [text], add_special_tokens=special)
+            return list(_aside(encode, _most_seconds(len(text)))[0].ids)
         except (TypeError, UnicodeError) as error:
             reason = str(error)
             # The library does not say so. Python keeps bytes that are no text as such halves.
@@ -88,10 +92,17 @@ class TextCodec:
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of tokens, without special ones if `skip_special`."""
+        tokenizer, some = self.tokenizer, list(ids)
         try:
-            return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special))
+            if len(some) < _LONG and not self._decodes_slowly:
+                return str(tokenizer.decode(some, skip_special_tokens=skip_special))
+            decode = partial(tokenizer.decode_batch, [some], skip_special_tokens=skip_special)
+            return str(_aside(decode, _most_seconds(len(some)))[0])
         except (TypeError, OverflowError) as error:
             raise InputError(f"tokens must be whole numbers, 0 or more: {error}") from error
+        except BaseException as error:
+            _raise_if_foreign(error)
+            raise InputError(f"the tokenizer fails at the tokens: {_reason(error)}") from None
 
 
 def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
@@ -151,7 +162,7 @@ def tokenizer_from_json(text: str | bytes, where: str) -> Tokenizer:
         raise CheckpointError(
             f"{where} is no tokenizer that can be read: {_reason(error)}"
         ) from None
-    _check_replacements(tokenizer, where)
+    check_limits(tokenizer, text if isinstance(text, bytes) else text.encode(), where)
     # What trainers set would cut long texts off in silence.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -171,49 +182,41 @@ def _reason(error: BaseException) -> str:
     return escaped(" ".join(str(error).split()), 200)
 
 
-def _encode_aside(tokenizer: Tokenizer, text: str, special: bool) -> list[int]:
-    """The tokens of a text, made in a thread of its own, so that Ctrl-C is heard meanwhile."""
+def _aside(call: Callable[[], Any], seconds: float) -> Any:
+    """What a call of the library returns, made in a thread, so that Ctrl-C is heard meanwhile.
+
+    The library must give Python's lock to others in it.
+
+    Raises:
+        TimeoutError: it takes longer. It goes on, for nobody.
+    """
     outcome: list[Any] = []
 
-    def encode() -> None:
+    def run() -> None:
         try:
-            # Of the library's methods this one gives Python's lock to others.
-            encoded = tokenizer.encode_batch_fast([text], add_special_tokens=special)
-            outcome.append(list(encoded[0].ids))
+            outcome.append(call())
         except BaseException as error:
             outcome.append(error)
 
     # A daemon: whoever presses Ctrl-C does not wait for what nobody needs any more.
-    thread = threading.Thread(target=encode, name="anymamba-tokenizer", daemon=True)
+    thread = threading.Thread(target=run, name="anymamba-tokenizer", daemon=True)
     thread.start()
-    thread.join()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError(f"it takes longer than {seconds:.0f} seconds")
     (found,) = outcome
     if isinstance(found, BaseException):
         raise found
-    ids: list[int] = found
-    return ids
+    return found
 
 
-def _check_replacements(tokenizer: Tokenizer, where: str) -> None:
-    """Refuse a tokenizer that makes gigabytes of a short text."""
-    for part in (tokenizer.normalizer, tokenizer.post_processor, tokenizer.decoder):
-        if part is None:
-            continue
-        length = sum(_lengths_of_replacements(json.loads(part.__getstate__())))
-        if length > _MOST_REPLACEMENT:
-            raise CheckpointError(
-                f"{where} replaces characters by texts of {length:,} characters together, which no "
-                f"tokenizer of a Mamba does (at most {_MOST_REPLACEMENT:,})"
-            )
+def _most_seconds(length: int) -> float:
+    return _MOST_SECONDS + length / _LEAST_SPEED
 
 
-def _lengths_of_replacements(state: Any) -> Iterator[int]:
-    """How long the texts and lists of tokens are that a part of a tokenizer inserts."""
-    if isinstance(state, list):
-        for entry in state:
-            yield from _lengths_of_replacements(entry)
-    elif isinstance(state, dict):
-        for name, value in state.items():
-            if name in ("content", "prepend", "ids", "tokens", "single", "pair"):
-                yield len(value)
-            yield from _lengths_of_replacements(value)
+def _has_pattern(*parts: Any) -> bool:
+    """Whether a regular expression of the file's own is among them.
+
+    It may take seconds for a few characters.
+    """
+    return any(part is not None and b'"Regex":' in part.__getstate__() for part in parts)
