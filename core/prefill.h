@@ -18,7 +18,7 @@ struct Prompt {
   std::int64_t wanted = 0;                // positions that get logits
   const std::int64_t* positions = nullptr;  // (wanted,)
   bool bf16_products = false;             // see operand_type
-  std::function<bool()> interrupted;      // asked between layers whether to stop, or empty
+  std::function<bool()> interrupted = {};  // asked between layers whether to stop, or empty
 };
 
 // What `interrupted` led to.

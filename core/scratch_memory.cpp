@@ -1,6 +1,9 @@
 #include "scratch_memory.h"
 
+#include <pthread.h>
+
 #include <atomic>
+#include <memory>
 #include <new>
 
 namespace anymamba {
@@ -22,8 +25,32 @@ struct Kept {
   ~Kept() { to_heap(memory); }
 };
 
-thread_local Kept kept;
-thread_local Arena* current = nullptr;
+// The C library takes a thread's variables from the heap when the thread first uses one, and where
+// it lacks memory, ends the program. These are so few that they are part of every thread.
+#if defined(__GLIBC__)
+#define ANYMAMBA_PART_OF_THREAD [[gnu::tls_model("initial-exec")]]
+#else
+#define ANYMAMBA_PART_OF_THREAD
+#endif
+ANYMAMBA_PART_OF_THREAD thread_local Kept* kept = nullptr;
+ANYMAMBA_PART_OF_THREAD thread_local Arena* current = nullptr;
+
+// Gives this thread memory to keep, which goes when the thread ends. A thread_local object that is
+// destroyed by then would end the program too for lack of memory.
+void begin_to_keep() {
+  struct Key {
+    pthread_key_t key;
+    Key() {
+      const auto forget = [](void* memory) { delete static_cast<Kept*>(memory); };
+      if (pthread_key_create(&key, forget) != 0) throw std::bad_alloc();
+    }
+  };
+  static const Key ends;
+  auto fresh = std::make_unique<Kept>();
+  if (pthread_setspecific(ends.key, fresh.get()) != 0) throw std::bad_alloc();
+  kept = fresh.release();
+}
+
 std::atomic<std::int64_t> heap_takes{0};
 
 }  // namespace
@@ -68,16 +95,17 @@ ScratchMemory::~ScratchMemory() {
 }
 
 void reserve_scratch(std::int64_t bytes) {
-  if (current != nullptr && current != &kept.arena) return;
+  if (current != nullptr && (kept == nullptr || current != &kept->arena)) return;
   if (bytes > kMostKept) return;
-  if (kept.memory != nullptr && (kept.arena.room() >= bytes || kept.arena.used() > 0)) return;
+  if (kept == nullptr) begin_to_keep();
+  if (current != nullptr && (kept->arena.room() >= bytes || kept->arena.used() > 0)) return;
   const std::int64_t whole = in_arena(bytes);
-  to_heap(kept.memory);
   current = nullptr;
-  kept.memory = nullptr;
-  kept.memory = from_heap(whole);
-  kept.arena = Arena(kept.memory, whole);
-  current = &kept.arena;
+  to_heap(kept->memory);
+  kept->memory = nullptr;
+  kept->memory = from_heap(whole);
+  kept->arena = Arena(kept->memory, whole);
+  current = &kept->arena;
 }
 
 std::int64_t scratch_from_heap() { return heap_takes.load(); }

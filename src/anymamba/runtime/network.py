@@ -165,7 +165,8 @@ class Network:
             self._core.set_threads(self.threads)
         count = partial(np.add, blocks.counts, tokens, out=blocks.counts)
         # Python looks for Ctrl-C between its own instructions: here there are none in between.
-        deque(map(call, (compute, *keep, count)), maxlen=0)
+        steps: tuple[Callable[[], object], ...] = (compute, *keep, count)
+        deque(map(call, steps), maxlen=0)
 
     def _logits_of(self, blocks: Blocks) -> NDArray[np.float32]:
         if blocks.logits is not None:
