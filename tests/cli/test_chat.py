@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from anymamba.cli.chat_template import ChatTemplate
 from anymamba.cli.conversation import Conversation
 from anymamba.errors import InputError
 from anymamba.runtime.loading import load
@@ -196,6 +197,44 @@ def test_a_template_that_rewrites_what_was_said_is_followed(with_template, chat)
 @pytest.mark.parametrize("template", ["{% for", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"])
 def test_a_broken_template_is_refused(template, with_template, chat):
     assert "template" in chat("To be", model=with_template(template)).complaint
+
+
+# Earlier messages are written otherwise once there is one after them, so all is read anew.
+REWRITES = "{{ messages|length }}:{% for m in messages %}[{{ m.content }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [None, ChatTemplate(REWRITES, {})])
+@pytest.mark.parametrize("elsewhere", ["load", "load and say", "load and fork", "reset"])
+def test_a_fork_belongs_to_its_conversation(template, elsewhere, tmp_path):
+    engine = load()
+    other = tmp_path / "other.state"
+    engine.feed(engine.state(), "x" * 100).save(other)
+
+    def said(away):
+        settings = {"temperature": 0, "max_new_tokens": 3}
+        conversation = Conversation(engine, engine.state(), settings, template)
+        conversation.say("hello", lambda piece: None)
+        conversation.fork()
+        if "load" in away:
+            conversation.load(str(other))
+        if "say" in away:
+            conversation.say("there", lambda piece: None)
+        if "fork" in away:
+            conversation.fork()
+            conversation.back()
+            assert conversation.token_count == 100
+            conversation.reset()
+            assert conversation.token_count == 100
+        if away == "reset":
+            conversation.reset()
+            assert conversation.token_count == 0
+        conversation.back()
+        reply = conversation.say("again", lambda piece: None)
+        count = conversation.token_count
+        conversation.reset()
+        return reply.ids, count, conversation.token_count
+
+    assert said(elsewhere) == said("")
 
 
 class Interrupting:

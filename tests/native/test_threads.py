@@ -90,11 +90,31 @@ thread.join()
 print("done")
 """
 
+# A hook that computes when the program ends, before and after the pool was made, and a child too.
+AT_EXIT = """
+import atexit, anymamba
+
+def last(what):
+    check(what)
+    engine.generate("a", max_new_tokens=3)
+    if what == "done" and os.getpid() == parent:
+        print(what)
+
+atexit.register(last, "done")
+engine = anymamba.load(threads=2)
+atexit.register(last, "first")
+parent = os.getpid()
+pid = os.fork()
+if pid == 0:
+    sys.exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+"""
+
 
 @pytest.mark.parametrize(
     "script",
-    [FORK, FORK_WHILE_BUSY, EXIT_AFTER_WORK],
-    ids=["fork after use", "fork in the midst of work", "exit after work"],
+    [FORK, FORK_WHILE_BUSY, EXIT_AFTER_WORK, AT_EXIT],
+    ids=["fork after use", "fork in the midst of work", "exit after work", "work at exit"],
 )
 def test_a_process_of_its_own(script: str) -> None:
     """A pool that hangs in a child, or at the end, runs into the time limit."""

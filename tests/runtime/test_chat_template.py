@@ -12,6 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from anymamba.errors import CheckpointError, InputError, MissingDependencyError
 from anymamba.runtime import chat_template
+from anymamba.runtime.chat_rendering import MOST_CHARACTERS, MOST_COPIES
 from anymamba.runtime.chat_template import render
 
 CHAT = [
@@ -144,9 +145,28 @@ def test_a_template_that_takes_too_much_memory_is_ended(template):
 
 
 def test_a_text_that_is_too_long():
-    with pytest.raises(CheckpointError, match=r"fails: .*17000000 characters, more than 16777216"):
-        render("{{ 'x' * 17000000 }}", CHAT, True, {})
-    assert len(render("{{ 'é' * 1000000 }}", CHAT, True, {})) == 10**6
+    given = sum(len(text) for message in CHAT for text in message.values())
+    most = MOST_CHARACTERS + MOST_COPIES * given
+    with pytest.raises(CheckpointError, match=rf"fails: .*{most + 1} characters, more than {most}"):
+        render(f"{{{{ 'x' * {most + 1} }}}}", CHAT, True, {})
+    assert len(render(f"{{{{ 'é' * {most} }}}}", CHAT, True, {})) == most
+
+
+def test_a_long_conversation_may_be_repeated_but_not_often():
+    long = [{"role": "user", "content": "x" * 1_000_000}]
+    assert len(render("{{ messages[0].content * 3 }}", long, True, {})) == 3_000_000
+    with pytest.raises(CheckpointError, match=r"fails: .*characters, more than"):
+        render("{{ messages[0].content * 6 }}", long, True, {})
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('ab' * 5000000) }}", "{{ 1 + ('ab' * 5000000) }}", "{% x %}"]
+)
+def test_what_it_says_is_short_and_without_control_characters(template):
+    with pytest.raises((InputError, CheckpointError)) as raised:
+        render(template.replace("ab", "a\x1b"), CHAT, True, {})
+    assert len(str(raised.value)) < 5000
+    assert "\x1b" not in str(raised.value)
 
 
 def test_nothing_comes_from_the_folder_one_is_in(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import anymamba
+from anymamba.runtime.native import core
 
 IDS = list(b"To be, or not to be: that is the question. " * 400)
 
@@ -53,6 +54,30 @@ def test_the_same_numbers_on_any_number_of_threads():
     logits = [anymamba.load(threads=n).logits(IDS[:300]) for n in (1, 2, 5)]
     assert np.array_equal(logits[0], logits[1])
     assert np.array_equal(logits[0], logits[2])
+
+
+def test_threads_that_come_late_change_no_number():
+    """Beside busy processes fewer threads take part for a while, from one token to the next."""
+
+    def text(threads):
+        engine = anymamba.load(threads=threads)
+        state = engine.state()
+        ids = engine.generate("ROMEO:", max_new_tokens=60, temperature=0, state=state).ids
+        assert 1 <= core().threads_at_present() <= threads
+        return ids, state.ssm_states.copy(), engine.logits(IDS[:200])
+
+    expected = text(1)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(3)]
+    try:
+        for threads in (4, 2, 7):
+            ids, states, logits = text(threads)
+            assert ids == expected[0]
+            assert np.array_equal(states, expected[1])
+            assert np.array_equal(logits, expected[2])
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 PROGRAM = """
