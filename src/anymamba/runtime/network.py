@@ -106,7 +106,7 @@ class Network:
                 [ids_l],
                 np.arange(ids_l.size),
                 logits_lv,
-                partial(np.copyto, last_bv, logits_lv[-1:]),
+                partial(last_bv.__setitem__, slice(None), logits_lv[-1:]),
                 partial(setattr, blocks, "logits", last_bv),
             )
         return logits_lv
@@ -164,7 +164,8 @@ class Network:
         if self._core.threads() != self.threads:
             self._core.set_threads(self.threads)
         count = partial(np.add, blocks.counts, tokens, out=blocks.counts)
-        # Python looks for Ctrl-C between its own instructions: here there are none in between.
+        # Python looks for Ctrl-C between its own instructions: here there are none in between, as
+        # there would be in NumPy's functions, which ask in Python whose they are.
         steps: tuple[Callable[[], object], ...] = (compute, *keep, count)
         deque(map(call, steps), maxlen=0)
 
