@@ -366,12 +366,15 @@ def test_a_state_changed_after_its_use_is_noticed() -> None:
         product.backward()
 
 
-def test_second_derivatives_are_refused_rather_than_wrong() -> None:
-    x = random(9, 7, grad=True)
-    y = ops.linear(x.unsqueeze(0), random(5, 7))
+def test_second_derivatives_are_the_formulas() -> None:
+    """Of the sum of squares of W x, whose second derivative is 2 W^T W."""
+    x, weight = random(9, 7, grad=True), random(5, 7)
+    y = ops.linear(x.unsqueeze(0), weight)
     (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        torch.autograd.grad(gradient.sum(), x)
+    (second,) = torch.autograd.grad(gradient.sum(), x)
+    expected = 2 * weight.double().T @ weight.double() @ torch.ones(7, dtype=torch.float64)
+    # Sums of five and seven products in float32.
+    torch.testing.assert_close(second.double(), expected.expand(9, 7), rtol=0, atol=1e-5)
 
 
 def test_the_modules_hold_what_the_table_names() -> None:
