@@ -64,6 +64,7 @@ def test_a_line_may_be_a_text_and_a_state_comes_before_each(
         ("{", "line 2 of"),
         ("[1]", "neither a text nor an object"),
         ('{"text": "a"}', 'with a "prompt"'),
+        ('{"prompt": "a", "text": "b"}', "has a field 'text'"),
         ('{"prompt": ""}', 'with a "prompt"'),
         ('{"prompt": 1}', 'with a "prompt"'),
         ('"\\ud800"', "half of a surrogate pair"),
@@ -83,6 +84,7 @@ def test_a_wrong_line_is_refused_before_anything_is_written(
     ("options", "named"),
     [
         (("--echo",), "--echo and --prompts"),
+        (("--json",), "--json and --prompts"),
         (("a prompt",), "PROMPT and --prompts"),
         (("--save-state", "x.state"), "--save-state and --prompts"),
         (("--device", "cuda"), "--device cpu"),

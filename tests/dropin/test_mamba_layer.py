@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from anymamba.dropin.mamba_ssm.modules.mamba_simple import Block, Mamba
+from anymamba.dropin.mamba_ssm.modules.block import Block
+from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError
 
@@ -191,3 +192,11 @@ def test_a_block_adds_norms_and_mixes(fused: bool, residual_in_fp32: bool) -> No
     assert torch.equal(first[1], x)
     y.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in block.mixer.parameters())
+
+
+@pytest.mark.parametrize("name", ["d_model", "d_state", "d_conv", "expand", "dt_rank"])
+@pytest.mark.parametrize("size", [0, -1, None, float("nan")])
+def test_sizes_that_make_no_layer_are_named(name: str, size: object) -> None:
+    given: dict[str, Any] = {"d_model": 16} | {name: size}
+    with pytest.raises(ConfigError, match=f"^{name} must be"):
+        Mamba(**given)

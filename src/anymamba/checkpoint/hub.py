@@ -80,7 +80,8 @@ def resolve(
     if model and local.is_dir():  # Path("") would be the current folder
         folder = local
     elif isinstance(model, os.PathLike) or local.exists() or _looks_like_path(model):
-        state = "is a file" if local.is_file() else "does not exist"
+        kind = "is a file" if local.is_file() else "is neither a folder nor a file"
+        state = kind if local.exists() else "does not exist"
         raise CheckpointError(
             f"the folder {str(model)!r} {state}; give the folder that holds config.json"
         )

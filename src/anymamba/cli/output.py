@@ -14,7 +14,7 @@ from typing import TextIO
 
 from anymamba.checkpoint.wording import escaped
 
-__all__ = ["Output", "forget", "ignore", "open_missing", "say", "tell", "tell_error", "write"]
+__all__ = ["Output", "forget", "open_missing", "say", "tell", "tell_error", "write"]
 
 # Of an error's message. What a file adds to it is short, unless it is hostile.
 MOST_OF_ERROR = 4000
@@ -32,10 +32,6 @@ def write(text: str) -> None:
 def say(text: object) -> None:
     """Print a report on standard output, with control characters escaped wherever it goes."""
     print(escaped(str(text)))
-
-
-def ignore(text: str) -> None:
-    """Write nothing."""
 
 
 def tell(line: str) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["continue_prompts"]
 
 ROWS = 16
+ANSWER = {"text", "new_tokens", "ended_by"}
 
 
 def continue_prompts(arguments: argparse.Namespace) -> None:
@@ -59,7 +60,7 @@ def refuse_others(arguments: argparse.Namespace) -> None:
     """Refuse options that say something about a single prompt, or need PyTorch."""
     if arguments.device != "cpu":
         raise BackendError("--prompts needs the native core and --device cpu")
-    for name, nothing in (("prompt", None), ("echo", False), ("save_state", None)):
+    for name, nothing in (("prompt", None), ("echo", False), ("save_state", None), ("json", False)):
         if getattr(arguments, name) != nothing:
             shown = "PROMPT" if name == "prompt" else "--" + name.replace("_", "-")
             raise InputError(f"{shown} and --prompts exclude each other: give one of them")
@@ -78,7 +79,11 @@ def records_in(name: str) -> Iterator[dict[str, Any]]:
         record = {"prompt": value} if isinstance(value, str) else value
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt:
-            raise InputError(f'{where} is neither a text nor an object with a "prompt" that is one')
+            raise InputError(
+                f'{where} is neither a text nor an object with a "prompt", which must not be empty'
+            )
+        if taken := sorted(ANSWER & record.keys()):
+            raise InputError(f"{where} has a field {taken[0]!r}, which the answer has: rename it")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError:

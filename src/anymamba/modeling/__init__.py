@@ -3,6 +3,7 @@
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.causal_lm import MambaForCausalLM
 from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.generation import why_not_native_loop
 from anymamba.modeling.model import MambaModel, MambaPreTrainedModel
 from anymamba.modeling.outputs import MambaCausalLMOutput, MambaOutput
 from anymamba.modeling.registration import register, unregister
@@ -17,4 +18,5 @@ __all__ = [
     "MambaPreTrainedModel",
     "register",
     "unregister",
+    "why_not_native_loop",
 ]

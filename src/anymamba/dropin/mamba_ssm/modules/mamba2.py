@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
 from anymamba.dropin.forks import explained
+from anymamba.dropin.layer_sizes import check_sizes, inner_width
 from anymamba.dropin.layer_states import (
     CachedStates,
     States,
@@ -116,18 +117,16 @@ class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
                 "Mamba2(process_group=...): tensor-parallel layers are not part of the drop-in, "
                 "whose list is docs/drop-in.md; leave process_group out"
             )
-        check_sizes(
-            d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups,
-            chunk_size=chunk_size, d_inner=int(expand * d_model),
-            d_ssm=1 if d_ssm is None else d_ssm,
-        )  # fmt: skip
+        e = inner_width(d_model, expand)
+        s = e if d_ssm is None else d_ssm
+        check_sizes(d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
+        check_sizes(chunk_size=chunk_size, d_ssm=s)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.conv_init, self.headdim, self.ngroups = conv_init, headdim, ngroups
         self.process_group, self.sequence_parallel = None, sequence_parallel
         self.world_size, self.local_rank = 1, 0
-        self.d_inner = e = int(expand * d_model)
-        self.d_ssm = s = e if d_ssm is None else d_ssm
+        self.d_inner, self.d_ssm = e, s
         check_heads(s, headdim, ngroups)
         self.nheads = h = s // headdim
         self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
@@ -347,20 +346,6 @@ class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
         state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         sizes = (batch_size, self.nheads, self.headdim, self.d_state)
         return conv_state.transpose(1, 2), weight.new_zeros(sizes, dtype=state_dtype)
-
-
-def check_sizes(**sizes: object) -> None:
-    """Check that a layer's sizes are whole numbers from 1 up.
-
-    Args:
-        sizes: by the names of the constructor's arguments.
-
-    Raises:
-        ConfigError: one is not; the message names it.
-    """
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"{name} must be a whole number of at least 1, got {size!r}")
 
 
 def check_heads(width: int, headdim: int, ngroups: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.dropin.forks import explained
+from anymamba.dropin.layer_sizes import check_sizes, inner_width
 from anymamba.dropin.layer_states import (
     all_plain,
     at_least_float32,
@@ -21,7 +22,6 @@ from anymamba.dropin.layer_states import (
 from anymamba.dropin.mamba_ssm.modules.mamba2 import (
     NO_LIMIT,
     check_heads,
-    check_sizes,
     depthwise,
     log_rates,
     not_decayed,
@@ -83,16 +83,14 @@ class Mamba2Simple(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(
-            d_model=d_model, d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups,
-            chunk_size=chunk_size, d_inner=int(expand * d_model),
-        )  # fmt: skip
+        self.d_inner = e = inner_width(d_model, expand)
+        check_sizes(d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
+        check_sizes(chunk_size=chunk_size)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if activation not in ("swish", "silu"):
             raise ConfigError(f"activation is {activation!r}, expected 'swish' or 'silu'")
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.conv_init, self.headdim, self.ngroups = conv_init, headdim, ngroups
-        self.d_inner = e = int(expand * d_model)
         check_heads(e, headdim, ngroups)
         self.nheads = h = e // headdim
         self.dt_limit, self.learnable_init_states = dt_limit, learnable_init_states

@@ -22,6 +22,7 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_update as causal_conv1d_update,
 )
 from anymamba.dropin.forks import explained
+from anymamba.dropin.layer_sizes import check_sizes, inner_width
 from anymamba.dropin.layer_states import (
     CachedStates,
     States,
@@ -101,8 +102,9 @@ class Mamba(CachedStates, nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.d_inner = e = int(expand * d_model)
+        self.d_inner = e = inner_width(d_model, expand)
         self.dt_rank = r = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        check_sizes(d_state=d_state, d_conv=d_conv, dt_rank=r)
         self.use_fast_path = use_fast_path
         self.layer_idx = layer_idx
         # The order of what is drawn is the original's: one seed gives the same weights in both.

@@ -1,0 +1,53 @@
+"""The sizes that layers are made with, checked before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+from anymamba.errors import ConfigError
+
+__all__ = ["check_sizes", "inner_width"]
+
+
+def check_sizes(**sizes: object) -> None:
+    """Check that a layer's sizes are whole numbers from 1 up.
+
+    Args:
+        sizes: by the names of the constructor's arguments.
+
+    Raises:
+        ConfigError: one is not; the message names it.
+
+    Example:
+        >>> check_sizes(d_state=0)
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.ConfigError: d_state must be a whole number of at least 1, got 0
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+            raise ConfigError(f"{name} must be a whole number of at least 1, got {size!r}")
+
+
+def inner_width(d_model: int, expand: object) -> int:
+    """The inner width of a layer, e = int(expand * d_model).
+
+    Args:
+        d_model: the model's width.
+        expand: the inner width as a multiple of it.
+
+    Raises:
+        ConfigError: one of them makes no sense, or the result is 0.
+
+    Example:
+        >>> inner_width(10, 1.5)
+        15
+    """
+    check_sizes(d_model=d_model)
+    if isinstance(expand, bool) or not isinstance(expand, Real) or not math.isfinite(expand):
+        raise ConfigError(f"expand must be a number, got {expand!r}")
+    width = int(float(expand) * d_model)
+    if width < 1:
+        raise ConfigError(f"expand must be at least 1 / d_model, got {expand!r}")
+    return width
