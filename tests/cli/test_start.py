@@ -56,6 +56,7 @@ def commands(text, passages, folder):
         "chat": ("--max-new-tokens", 3),
         "ingest": (text, "--save-state", folder / "a.state"),
         "info": (text.parent / "model",),
+        "models": (),
         "score": (text,),
         "inspect": ("ROMEO:", "--picture", folder / "a.html"),
         "lambada": (passages,),
@@ -67,8 +68,8 @@ def commands(text, passages, folder):
     }
 
 
-# These write models, train, or run other programs.
-LONG = {"quantize", "convert", "merge", "run", "train", "finetune", "evaluate"}
+# These write models, train, run other programs, or need a network.
+LONG = {"quantize", "convert", "merge", "run", "train", "finetune", "evaluate", "download"}
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - LONG))

@@ -50,6 +50,7 @@ def test_wrong_arguments_of_every_kind_are_refused() -> None:
 
 def test_the_calls_cover_every_function() -> None:
     settings = {"isa", "isas", "use_isa", "threads", "set_threads", "read_bandwidth"}
+    settings |= {"threads_at_present"}
     functions = {name for name in dir(_core) if not name.startswith("_")}
     assert functions == settings | set(CALLS) | {"Model", "Watch"}
     assert all(isinstance(value, Array) for value in CALLS["conv_step"](_Fixed()).values() if value)

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from anymamba.checkpoint import expected_shapes
-from anymamba.runtime.kinds import bytes_of
 
 __all__ = ["KNOWN_MODELS", "KnownModel"]
 
@@ -55,6 +54,8 @@ class KnownModel:
             >>> KNOWN_MODELS[0].weight_bytes("f32") == 4 * KNOWN_MODELS[0].parameters
             True
         """
+        from anymamba.runtime.kinds import bytes_of
+
         return sum(bytes_of(name, shape, weights) for name, shape in self._shapes().items())
 
     def command(self) -> str:

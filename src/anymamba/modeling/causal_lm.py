@@ -92,7 +92,6 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
-        shift_labels: Tensor | None = None,
         cache_position: Tensor | None = None,
         seq_idx: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
@@ -107,9 +106,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             logits_to_keep: how many of the last positions get logits, 0 for all of them; or which:
                 indices (m,) for every row or (b, m) for each, or booleans (b, l), whose logits
                 (positions, v) have no rows. Labels then count at those positions alone.
-            shift_labels: (b, l), what each position should predict: labels that were shifted
-                already. They come before `labels`; what the mask deletes predicts nothing.
-            **kwargs: what the loss understands (`num_items_in_batch`); the rest is ignored, except
+            **kwargs: `shift_labels`, (b, l), what each position should predict: labels that were
+                shifted already. They come before `labels`; what the mask deletes predicts nothing.
+                Also what the loss understands (`num_items_in_batch`). The rest is ignored, except
                 what asks for attention's keys, values or weights, which is refused.
             input_ids, attention_mask, inputs_embeds, cache, cache_position: as in
                 `MambaModel.forward`.
@@ -122,6 +121,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         Raises:
             InputError: an argument has the wrong shape, or two exclude each other.
         """
+        # No argument of its own: Trainer would expect it in every batch, beside the labels.
+        shift_labels = kwargs.pop("shift_labels", None)
         marks = (attention_mask, seq_idx, cu_seq_lens_q, position_ids)
         inputs: dict[str, Any] = {
             "input_ids": input_ids,

@@ -181,7 +181,7 @@ def harness_model(
     check_weights(loaded)
     # The harness looks for one of Transformers' formats here; the layers are in place already.
     vars(loaded.config).pop("quantization_config", None)
-    prefix = _prefix_token(words)
+    prefix = _prefix_token(words, loaded.config)
     _complete(words)
     return HFLM(
         pretrained=loaded,
@@ -203,9 +203,13 @@ def _complete(tokenizer: Any) -> None:
         tokenizer.eos_token = tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
 
 
-def _prefix_token(tokenizer: Any) -> int:
-    """The token before a text of which nothing was read: its mark of a beginning, or a new line."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+def _prefix_token(tokenizer: Any, config: Any) -> int:
+    """The token before a text of which nothing was read: its mark of a beginning, or a new line.
+
+    An end token that the model knows nothing of is there for trainers, which ask for one.
+    """
+    ends = tokenizer.eos_token_id if config.eos_token_id is not None else None
+    for token in (tokenizer.bos_token_id, ends):
         if token is not None:
             return int(token)
     lines = tokenizer("\n", add_special_tokens=False)["input_ids"]

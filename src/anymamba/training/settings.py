@@ -260,7 +260,9 @@ def checked_number(name: str, whole: bool, value: Any, facts: Mapping[str, Any])
     fits = number is not None and math.isfinite(number) and low <= number <= high
     if number is None or not fits or (whole and number != int(number)):
         least = f" of at least {bound(low)}" if math.isfinite(low) else ""
-        most = f" and at most {bound(high)}" if math.isfinite(high) else ""
+        # The bound of all whole numbers is told to those who exceed it only.
+        told = "high" in facts or (number is not None and number > high)
+        most = f" and at most {bound(high)}" if told and math.isfinite(high) else ""
         raise refuse(name, f"a {'whole ' if whole else ''}number{least}{most}", value)
     return int(number) if whole else float(number)
 
