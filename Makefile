@@ -60,7 +60,8 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for name in prefill decode generate train train_5m scan ssd memory runtime context start dropin distributed; do \
+	for name in prefill decode generate train train_5m scan ssd memory runtime context start dropin \
+			distributed accuracy; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/chart.py || echo "The tables and JSON files are complete without it."

@@ -18,6 +18,7 @@ BENCHMARKS = (
     "decode",
     "generate",
     "train",
+    "train_5m",
     "scan",
     "ssd",
     "memory",
@@ -26,6 +27,7 @@ BENCHMARKS = (
     "start",
     "dropin",
     "distributed",
+    "accuracy",
 )
 
 
