@@ -39,14 +39,14 @@ def run(arguments: argparse.Namespace) -> None:
     """Download, and say where it is."""
     from anymamba.checkpoint import open_checkpoint, resolve
     from anymamba.cli.output import say, tell
-    from anymamba.cli.sizes import size
+    from anymamba.cli.sizes import bytes_in, size
 
     if not arguments.json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     with quiet():
         folder = resolve(arguments.model, revision=arguments.revision, offline=arguments.offline)
         checkpoint = open_checkpoint(folder)  # what is broken shows now, and not on first use
-    count = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    count = bytes_in(folder)
     facts = {
         "model": arguments.model,
         "folder": str(folder),

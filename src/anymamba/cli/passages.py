@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from anymamba.cli.text_files import check_text
 from anymamba.errors import InputError
 
 __all__ = ["Passage", "passages_in"]
@@ -52,10 +53,7 @@ def text_of(line: str, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f'{where} is no object with a "text"')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
+    check_text(text, where)
     return text.strip()
 
 

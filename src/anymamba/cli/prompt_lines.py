@@ -13,7 +13,7 @@ from anymamba.cli.opening import beginning_state, open_engine
 from anymamba.cli.output import tell, write
 from anymamba.cli.passages import lines_of
 from anymamba.cli.sampling_options import sampling_settings
-from anymamba.cli.text_files import read_blocks
+from anymamba.cli.text_files import check_text, read_blocks
 from anymamba.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -84,10 +84,7 @@ def records_in(name: str) -> Iterator[dict[str, Any]]:
             )
         if taken := sorted(ANSWER & record.keys()):
             raise InputError(f"{where} has a field {taken[0]!r}, which the answer has: rename it")
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
+        check_text(prompt, where)
         yield record
 
 

@@ -12,7 +12,7 @@ from anymamba.checkpoint.paths import user_path
 from anymamba.checkpoint.wording import not_text
 from anymamba.errors import InputError
 
-__all__ = ["STANDARD_INPUT", "read_blocks", "read_once", "read_text", "size_of"]
+__all__ = ["STANDARD_INPUT", "check_text", "read_blocks", "read_once", "read_text", "size_of"]
 
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 1 << 15
@@ -73,6 +73,18 @@ def open_binary(name: str) -> AbstractContextManager[BinaryIO]:
 def read_text(name: str) -> str:
     """The whole text of a file, or of standard input."""
     return "".join(read_blocks(name))
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse half surrogate pairs, which JSON can spell and no tokenizer reads.
+
+    Raises:
+        InputError: the text holds one.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
 
 
 def read_once(names: Sequence[str | None]) -> None:
