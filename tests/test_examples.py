@@ -53,6 +53,7 @@ WITH_EXAMPLES = {
     "runtime.streaming",
     "runtime.suggested_sampling",
     "runtime.tokenizer",
+    "runtime.tokenizer_reading",
     "runtime.weights",
     "training.arguments",
     "training.data",

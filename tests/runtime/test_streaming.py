@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from anymamba.assets import bundled_model
 from anymamba.errors import InputError
 from anymamba.runtime.streaming import TextStream
-from anymamba.runtime.tokenizer import read_tokenizer
+from anymamba.runtime.tokenizer_reading import read_tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -13,8 +13,9 @@ from tokenizers.models import BPE
 
 from anymamba.errors import CheckpointError, InputError
 from anymamba.runtime import tokenizer as module
-from anymamba.runtime.tokenizer import TextCodec, tokenizer_from_json
+from anymamba.runtime.tokenizer import TextCodec
 from anymamba.runtime.tokenizer_limits import MOST_GROWTH, MOST_TOKEN_CHARACTERS
+from anymamba.runtime.tokenizer_reading import tokenizer_from_json
 
 
 def with_parts(**parts):

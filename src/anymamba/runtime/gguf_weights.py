@@ -13,7 +13,7 @@ from anymamba.runtime.weights import Weights
 
 if TYPE_CHECKING:
     from anymamba.runtime.gguf_reading import GgufModel, GgufTensors
-    from anymamba.runtime.kinds import Tensor
+    from anymamba.runtime.quantization import Tensor
 
 __all__ = ["load_gguf_weights"]
 

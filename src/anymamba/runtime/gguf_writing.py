@@ -22,7 +22,7 @@ from anymamba.runtime.finite import check_finite
 from anymamba.runtime.gguf_blocks import import_gguf
 from anymamba.runtime.gguf_names import is_matrix, to_gguf_name
 from anymamba.runtime.gguf_tokenizer import WHOLE, llama_tokenizer
-from anymamba.runtime.tokenizer import tokenizer_from_json
+from anymamba.runtime.tokenizer_reading import tokenizer_from_json
 
 __all__ = ["GGUF_WEIGHTS", "write_gguf"]
 

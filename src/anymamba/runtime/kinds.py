@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,7 @@ from anymamba.errors import ConfigError
 from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 
 if TYPE_CHECKING:
-    from anymamba.runtime.quantization import QuantizedArray
-
-    Tensor: TypeAlias = NDArray[Any] | QuantizedArray
+    from anymamba.runtime.quantization import QuantizedArray, Tensor
 
 __all__ = ["KINDS", "bytes_of", "check_kind", "convert"]
 

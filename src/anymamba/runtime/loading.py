@@ -20,7 +20,7 @@ from anymamba.runtime.gguf_files import find_gguf
 from anymamba.runtime.kinds import check_kind
 from anymamba.runtime.native import wanted_threads
 from anymamba.runtime.suggested_sampling import suggested_sampling
-from anymamba.runtime.tokenizer import read_tokenizer, tokenizer_from_json
+from anymamba.runtime.tokenizer_reading import read_tokenizer, tokenizer_from_json
 from anymamba.runtime.weights import load_weights
 
 if TYPE_CHECKING:

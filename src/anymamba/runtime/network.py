@@ -24,7 +24,7 @@ from anymamba.runtime.finite import say_what_is_broken
 from anymamba.runtime.native import core, wanted_threads
 
 if TYPE_CHECKING:
-    from anymamba.runtime.kinds import Tensor
+    from anymamba.runtime.quantization import Tensor
     from anymamba.runtime.weights import Weights
 
 __all__ = ["STRETCH_TOKENS", "Network"]

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 __all__ = [
     "GROUPS",
     "QuantizedArray",
+    "Tensor",
     "check_format",
     "check_weight",
     "dequantize",
@@ -123,6 +124,10 @@ class QuantizedArray:
     def arrays(self) -> dict[str, Any]:
         """The arrays by the names that the native core expects."""
         return {"q": self.q, "scales": self.scales, "minima": self.minima}
+
+
+Tensor: TypeAlias = NDArray[Any] | QuantizedArray
+"""A weight as it is kept: an array (bfloat16 as its bits in uint16), or a quantized matrix."""
 
 
 def check_format(bits: int, group: int, k: int, name: str = "the weight") -> None:

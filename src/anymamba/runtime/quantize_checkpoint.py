@@ -37,7 +37,8 @@ from anymamba.runtime.layouts import config_of_layout
 from anymamba.runtime.native import core, wanted_threads
 from anymamba.runtime.quantization import QuantizedArray, check_format
 from anymamba.runtime.sources import Source, open_source
-from anymamba.runtime.tokenizer import TextCodec, read_tokenizer, tokenizer_from_json
+from anymamba.runtime.tokenizer import TextCodec
+from anymamba.runtime.tokenizer_reading import read_tokenizer, tokenizer_from_json
 
 __all__ = ["quantize_checkpoint"]
 

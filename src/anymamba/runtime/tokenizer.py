@@ -1,29 +1,19 @@
-"""The tokenizer that belongs to a model. Its library is imported when a text is first asked for."""
+"""Text to tokens and back. The tokenizer is read when a text is first asked for."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.paths import user_path
-from anymamba.checkpoint.wording import escaped
 from anymamba.errors import CheckpointError, InputError
-from anymamba.runtime.tokenizer_limits import check_limits
+from anymamba.runtime.tokenizer_reading import HELP, raise_if_foreign, reason_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["TextCodec", "read_tokenizer", "tokenizer_from_json"]
-
-_HELP = (
-    "Name a folder that has a tokenizer.json (tokenizer=, on the command line --tokenizer; the "
-    "state-spaces/mamba models use that of EleutherAI/gpt-neox-20b), or give tokens, not text"
-)
-
-_LARGEST = 1 << 28
+__all__ = ["TextCodec"]
 
 # Characters or tokens that may take long enough to be interrupted.
 _LONG = 4096
@@ -41,6 +31,7 @@ class TextCodec:
 
     Example:
         >>> from anymamba.assets import bundled_model
+        >>> from anymamba.runtime.tokenizer_reading import read_tokenizer
         >>> codec = TextCodec(lambda: read_tokenizer(bundled_model()))
         >>> codec.encode("Hi", special=True), codec.decode([72, 105])
         ([72, 105], 'Hi')
@@ -65,7 +56,7 @@ class TextCodec:
         """
         if self._tokenizer is None:
             if self._open is None:
-                raise CheckpointError(f"the model comes without a tokenizer. {_HELP}")
+                raise CheckpointError(f"the model comes without a tokenizer. {HELP}")
             tokenizer = self._open()
             self._encodes_slowly = _has_pattern(tokenizer.normalizer, tokenizer.pre_tokenizer)
             self._decodes_slowly = _has_pattern(tokenizer.decoder)
@@ -87,8 +78,8 @@ class TextCodec:
                 reason = "it holds half of a surrogate pair, or bytes that are not UTF-8"
             raise InputError(f"the text cannot be encoded: {reason}") from error
         except BaseException as error:
-            _raise_if_foreign(error)
-            raise InputError(f"the tokenizer fails at the text: {_reason(error)}") from None
+            raise_if_foreign(error)
+            raise InputError(f"the tokenizer fails at the text: {reason_of(error)}") from None
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of tokens, without special ones if `skip_special`."""
@@ -101,85 +92,8 @@ class TextCodec:
         except (TypeError, OverflowError) as error:
             raise InputError(f"tokens must be whole numbers, 0 or more: {error}") from error
         except BaseException as error:
-            _raise_if_foreign(error)
-            raise InputError(f"the tokenizer fails at the tokens: {_reason(error)}") from None
-
-
-def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer in the format of the `tokenizers` library.
-
-    Args:
-        place: a tokenizer.json, or the folder that holds it.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-
-    Example:
-        >>> from anymamba.assets import bundled_model
-        >>> read_tokenizer(bundled_model()).get_vocab_size()
-        256
-    """
-    given = user_path(place)
-    path = given / "tokenizer.json" if given.is_dir() else given
-    if not path.is_file():
-        raise CheckpointError(f"there is no tokenizer: {path} is missing. {_HELP}")
-    try:
-        size = path.stat().st_size
-        if size > _LARGEST:
-            raise CheckpointError(
-                f"{str(path)!r} has {size:,} bytes, which no tokenizer of a Mamba has (at most "
-                f"{_LARGEST:,}); is it the right file?"
-            )
-        text = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    return tokenizer_from_json(text, str(path))
-
-
-def tokenizer_from_json(text: str | bytes, where: str) -> Tokenizer:
-    """Make a tokenizer of the text of a tokenizer.json.
-
-    Args:
-        text: the JSON.
-        where: what it is, for the message.
-
-    Raises:
-        CheckpointError: it cannot be read.
-
-    Example:
-        >>> tokenizer_from_json("{}", "an empty one")
-        Traceback (most recent call last):
-            ...
-        anymamba.errors.CheckpointError: an empty one is no tokenizer that can be read: ...
-    """
-    from tokenizers import Tokenizer
-
-    make: Any = Tokenizer.from_buffer if isinstance(text, bytes) else Tokenizer.from_str
-    try:
-        tokenizer: Tokenizer = make(text)
-    except BaseException as error:
-        _raise_if_foreign(error)
-        raise CheckpointError(
-            f"{where} is no tokenizer that can be read: {_reason(error)}"
-        ) from None
-    check_limits(tokenizer, text if isinstance(text, bytes) else text.encode(), where)
-    # What trainers set would cut long texts off in silence.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _raise_if_foreign(error: BaseException) -> None:
-    """Raise again what does not come from the library.
-
-    It raises nothing narrower than Exception, and where it panics, what is no Exception at all.
-    """
-    if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-        raise error
-
-
-def _reason(error: BaseException) -> str:
-    return escaped(" ".join(str(error).split()), 200)
+            raise_if_foreign(error)
+            raise InputError(f"the tokenizer fails at the tokens: {reason_of(error)}") from None
 
 
 def _aside(call: Callable[[], Any], seconds: float) -> Any:

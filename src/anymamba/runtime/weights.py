@@ -28,7 +28,7 @@ from anymamba.runtime.kinds import check_kind, convert
 from anymamba.runtime.mapping import FileMap
 
 if TYPE_CHECKING:
-    from anymamba.runtime.kinds import Tensor
+    from anymamba.runtime.quantization import Tensor
 
 __all__ = ["Weights", "load_weights"]
 
