@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from anymamba import load
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import open_checkpoint, state_identity
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize
 from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.calibration import Recipe, calibrate, windows_of
 from anymamba.runtime.network import Network
-from anymamba.runtime.quantization import QuantizedArray, dequantize
 from anymamba.runtime.weights import Weights, load_weights
 from common.machine import describe
 from common.options import options_from, parser

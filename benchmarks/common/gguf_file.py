@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from anymamba.runtime import gguf_writing
+from anymamba.checkpoint.gguf import writer as gguf_writing
 
 if TYPE_CHECKING:
     from anymamba import MambaForCausalLM

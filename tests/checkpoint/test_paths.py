@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import anymamba
-from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import CheckpointError, InputError, StateError
 
 LONG = "é" * 200

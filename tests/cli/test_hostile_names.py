@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import anymamba.cli
-from anymamba.checkpoint.wording import escaped
+from anymamba.checkpoint.io.messages import escaped
 from anymamba.cli import output
 from anymamba.cli.table import columns, table
 from anymamba.runtime.convert import convert

@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anymamba import MambaCache, MambaForCausalLM, _core, ops
+from anymamba.checkpoint.quantization.arithmetic import dequantize, quantize
 from anymamba.errors import BackendError, InputError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.quantized import QuantizedLinear
 from anymamba.ops.quantized_linear_reference import widened
-from anymamba.runtime.quantization import dequantize, quantize
 from tests.modeling.small import assert_same, small_model, words
 from tests.ops.tolerance import assert_contract
 

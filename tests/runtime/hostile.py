@@ -20,11 +20,11 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from anymamba.checkpoint.quantization.arithmetic import quantize
 from anymamba.errors import AnyMambaError
 from anymamba.runtime.convert import convert
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.loading import load
-from anymamba.runtime.quantization import quantize
 from tests.runtime import gguf_by_hand, tiny_files
 
 # The process takes a third of this before the first case. A case that asks for more than the rest

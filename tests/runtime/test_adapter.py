@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 import anymamba
 from anymamba import MambaConfig, MambaForCausalLM, load
+from anymamba.checkpoint.gguf.names import is_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, StateError
 from anymamba.runtime.adapter_reading import read_adapter
-from anymamba.runtime.gguf_names import is_gguf
 from anymamba.runtime.merge import merge
 
 TARGETS = ["x_proj", "embeddings", "in_proj", "out_proj"]

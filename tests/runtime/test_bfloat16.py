@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 
 ALL = np.arange(1 << 16, dtype=np.uint16)
 

@@ -12,6 +12,12 @@ from hypothesis import strategies as st
 import anymamba
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import open_checkpoint
+from anymamba.checkpoint.quantization.arithmetic import (
+    QuantizedArray,
+    dequantize,
+    quantize,
+    quantized_product,
+)
 from anymamba.errors import ConfigError, InputError
 from anymamba.runtime.calibration import (
     Recipe,
@@ -22,7 +28,6 @@ from anymamba.runtime.calibration import (
     windows_of,
 )
 from anymamba.runtime.layerwise import Layer, linear, normed
-from anymamba.runtime.quantization import QuantizedArray, dequantize, quantize, quantized_product
 from anymamba.runtime.weights import load_weights
 
 from .small import CONFIG, assert_close, reference_logits, small_weights, words

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from anymamba.checkpoint import checkpoint_digest, open_checkpoint
+from anymamba.checkpoint.gguf.names import is_matrix
+from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.convert import convert
-from anymamba.runtime.gguf_names import is_matrix
-from anymamba.runtime.gguf_reading import read_gguf
 
 from . import gguf_by_hand, tiny_files
 from .small import write_small
@@ -325,7 +325,7 @@ def test_a_pickle_without_torch_says_what_to_install(
     source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    monkeypatch.setattr("anymamba.runtime.sources.find_spec", lambda name: None)
+    monkeypatch.setattr("anymamba.checkpoint.source.find_spec", lambda name: None)
     message = refusal(MissingDependencyError, source, source.parent / "new")
     assert "anymamba[torch]" in message
 

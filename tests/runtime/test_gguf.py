@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from anymamba.checkpoint import expected_shapes
+from anymamba.checkpoint.gguf.header import read_gguf_header
+from anymamba.checkpoint.gguf.names import from_gguf_name, to_gguf_name
+from anymamba.checkpoint.gguf.reader import read_gguf
+from anymamba.checkpoint.gguf.tokenizer import tokenizer_json
+from anymamba.checkpoint.gguf.writer import GGUF_WEIGHTS, write_gguf
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
-from anymamba.runtime.gguf_header import read_gguf_header
-from anymamba.runtime.gguf_names import from_gguf_name, to_gguf_name
-from anymamba.runtime.gguf_reading import read_gguf
-from anymamba.runtime.gguf_tokenizer import tokenizer_json
 from anymamba.runtime.gguf_weights import load_gguf_weights
-from anymamba.runtime.gguf_writing import GGUF_WEIGHTS, write_gguf
-from anymamba.runtime.quantization import QuantizedArray
 
 from . import gguf_by_hand, tiny_files
 from .tiny_files import CONFIG, TEXT, one_line
@@ -279,7 +279,7 @@ def test_other_types_are_named(kind: str, file: Path) -> None:
 
 
 def test_every_type_of_the_package_has_the_same_name_here(file: Path) -> None:
-    from anymamba.runtime.gguf_blocks import OTHER_TYPES, TYPES
+    from anymamba.checkpoint.gguf.blocks import OTHER_TYPES, TYPES
 
     ours = OTHER_TYPES | {number: found.name for number, found in TYPES.items()}
     theirs = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}

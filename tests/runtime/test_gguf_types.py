@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from anymamba.checkpoint import TensorRecord
+from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN, TYPES, kept_blocks, widened
+from anymamba.checkpoint.gguf.files import find_gguf
+from anymamba.checkpoint.gguf.reader import read_gguf
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.convert import convert
-from anymamba.runtime.gguf_blocks import KEPT, PLAIN, TYPES, kept_blocks, widened
-from anymamba.runtime.gguf_files import find_gguf
-from anymamba.runtime.gguf_reading import read_gguf
 from anymamba.runtime.gguf_weights import load_gguf_weights
-from anymamba.runtime.quantization import QuantizedArray, dequantize
 from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
 
 from . import gguf_by_hand, tiny_files

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from anymamba.checkpoint import source as sources
 from anymamba.errors import CheckpointError
-from anymamba.runtime import sources
 from anymamba.runtime.convert import convert
 from anymamba.runtime.loading import load
 

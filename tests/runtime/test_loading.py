@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import anymamba
 from anymamba.arithmetic import load_core
-from anymamba.checkpoint.safetensors_header import read_header
+from anymamba.checkpoint.safetensors.header import read_header
 from anymamba.errors import (
     BackendError,
     CheckpointError,

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from anymamba.checkpoint import read_header
+from anymamba.checkpoint.mmap import FileMap
 from anymamba.errors import CheckpointError
 from anymamba.runtime.convert import convert
-from anymamba.runtime.mapping import FileMap
 
 from .small import write_small
 

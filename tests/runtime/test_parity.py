@@ -13,8 +13,8 @@ import transformers
 import anymamba
 from anymamba import Engine, MambaCache, MambaForCausalLM
 from anymamba.assets import bundled_model
+from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.errors import InputError, StateError
-from anymamba.runtime.bfloat16 import to_bfloat16
 
 from .small import assert_close, words, write_small
 

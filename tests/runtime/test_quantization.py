@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from anymamba import _core
-from anymamba.errors import ConfigError, InputError
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
-from anymamba.runtime.quantization import (
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.quantization.arithmetic import (
     QuantizedArray,
     dequantize,
     pack,
@@ -24,6 +23,7 @@ from anymamba.runtime.quantization import (
     quantized_product,
     unpack,
 )
+from anymamba.errors import ConfigError, InputError
 
 FORMATS = [(bits, symmetric) for bits in (8, 4) for symmetric in (True, False)]
 formats = pytest.mark.parametrize(("bits", "symmetric"), FORMATS)

@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 import anymamba
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import expected_shapes, open_checkpoint, read_header
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, InputError
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 from anymamba.runtime.calibration import Recipe, calibrate
 from anymamba.runtime.convert import convert
-from anymamba.runtime.quantization import QuantizedArray, dequantize
 from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
 from anymamba.runtime.weights import load_weights
 

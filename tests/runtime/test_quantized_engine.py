@@ -11,8 +11,8 @@ import pytest
 import anymamba
 from anymamba import Engine, _core
 from anymamba.checkpoint import open_checkpoint
-from anymamba.runtime.bfloat16 import to_float32
-from anymamba.runtime.quantization import dequantize
+from anymamba.checkpoint.dtypes import to_float32
+from anymamba.checkpoint.quantization.arithmetic import dequantize
 from anymamba.runtime.weights import load_weights
 
 from .small import assert_close, reference_logits, rounded, words, write_small

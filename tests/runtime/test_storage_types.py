@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anymamba import _core
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize, quantize
 from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.network import Network
-from anymamba.runtime.quantization import QuantizedArray, dequantize, quantize
 from anymamba.runtime.weights import Weights
 
 from .small import CONFIG, WHOLE_MODEL, reference_logits, rounded, small_weights, words

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
 from anymamba.assets import bundled_model
+from anymamba.checkpoint.tokenizer.reader import read_tokenizer
 from anymamba.errors import InputError
 from anymamba.runtime.streaming import TextStream
-from anymamba.runtime.tokenizer_reading import read_tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -15,9 +15,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from anymamba.assets import bundled_model
+from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError, InputError
 from anymamba.runtime.tokenizer import TextCodec
-from anymamba.runtime.tokenizer_reading import read_tokenizer, tokenizer_from_json
 
 BUNDLED = TextCodec(partial(read_tokenizer, bundled_model()))
 
@@ -141,7 +141,7 @@ def test_the_library_is_imported_for_the_first_text():
         "import sys\n"
         "from anymamba.assets import bundled_model\n"
         "from anymamba.runtime.tokenizer import TextCodec\n"
-        "from anymamba.runtime.tokenizer_reading import read_tokenizer\n"
+        "from anymamba.checkpoint.tokenizer.reader import read_tokenizer\n"
         "codec = TextCodec(lambda: read_tokenizer(bundled_model()))\n"
         "assert codec.exists and 'tokenizers' not in sys.modules\n"
         "codec.encode('a', special=True)\n"

@@ -11,11 +11,11 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from anymamba.checkpoint.tokenizer.limits import MOST_GROWTH, MOST_TOKEN_CHARACTERS
+from anymamba.checkpoint.tokenizer.reader import tokenizer_from_json
 from anymamba.errors import CheckpointError, InputError
 from anymamba.runtime import tokenizer as module
 from anymamba.runtime.tokenizer import TextCodec
-from anymamba.runtime.tokenizer_limits import MOST_GROWTH, MOST_TOKEN_CHARACTERS
-from anymamba.runtime.tokenizer_reading import tokenizer_from_json
 
 
 def with_parts(**parts):

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from anymamba.checkpoint import TensorBytes, checkpoint_digest, open_checkpoint, write_safetensors
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize, quantize
 from anymamba.errors import CheckpointError, ConfigError
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
-from anymamba.runtime.quantization import QuantizedArray, dequantize, quantize
 from anymamba.runtime.weights import load_weights
 
 from .small import CONFIG, small_weights, write_small

@@ -12,15 +12,16 @@ Files come from strangers: nothing in them is run, and every number is checked b
 Importing this package imports neither torch nor numpy; only what touches tensors does.
 """
 
+from anymamba.checkpoint.checkpoint import Checkpoint, canonical_names, open_checkpoint
 from anymamba.checkpoint.config import Layout, read_config
-from anymamba.checkpoint.digest import bytes_digest, checkpoint_digest, state_dict_digest
 from anymamba.checkpoint.files import find_weight_files
+from anymamba.checkpoint.fingerprint import bytes_digest, checkpoint_digest, state_dict_digest
 from anymamba.checkpoint.hub import resolve
+from anymamba.checkpoint.io.atomic_file import write_atomically
 from anymamba.checkpoint.names import to_transformers_name
-from anymamba.checkpoint.quantized import FORMAT, quantized_bits, quantized_shapes
-from anymamba.checkpoint.reading import Checkpoint, canonical_names, open_checkpoint
-from anymamba.checkpoint.safetensors_header import SafetensorsHeader, TensorRecord, read_header
-from anymamba.checkpoint.safetensors_writing import TensorBytes, write_safetensors
+from anymamba.checkpoint.quantized_folder import FORMAT, quantized_bits, quantized_shapes
+from anymamba.checkpoint.safetensors.header import SafetensorsHeader, TensorRecord, read_header
+from anymamba.checkpoint.safetensors.writer import TensorBytes, write_safetensors
 from anymamba.checkpoint.shapes import ModelShape, check_tensors, expected_shapes, model_shape
 from anymamba.checkpoint.state_file import (
     StateFile,
@@ -30,7 +31,6 @@ from anymamba.checkpoint.state_file import (
     state_metadata,
 )
 from anymamba.checkpoint.torch_weights import load_stored_tensors, load_torch_state_dict
-from anymamba.checkpoint.writing import write_atomically
 
 __all__ = [
     "FORMAT",

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from anymamba.checkpoint.json_object import read_json_object
+from anymamba.checkpoint.io.json_object import read_json_object
+from anymamba.checkpoint.io.messages import listed, shown
 from anymamba.checkpoint.shapes import model_shape
-from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["LAYER_FIELDS", "MODEL_FIELDS", "Layout", "read_config", "translate_config"]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anymamba.checkpoint.io.messages import listed, shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.wording import listed, shown
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["ModelShape", "check_tensors", "expected_shapes", "model_shape"]

@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.paths import user_path
-from anymamba.checkpoint.safetensors_header import SafetensorsHeader, TensorRecord, read_header
+from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.safetensors.header import SafetensorsHeader, TensorRecord, read_header
 from anymamba.checkpoint.shapes import model_shape
-from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError, StateError
 
 __all__ = [

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.checkpoint.checkpoint import Checkpoint, canonical_names, check_shard
 from anymamba.checkpoint.files import WeightFiles
+from anymamba.checkpoint.io.messages import shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.reading import Checkpoint, canonical_names, check_shard
-from anymamba.checkpoint.safetensors_header import read_header
+from anymamba.checkpoint.safetensors.header import read_header
 from anymamba.checkpoint.shapes import check_tensors, expected_shapes, model_shape
-from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
         open_checkpoint,
         resolve,
     )
-    from anymamba.checkpoint.quantized import quantized_bits, quantized_shapes
+    from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 
     checkpoint = open_checkpoint(resolve(model, offline=offline))
     shape = model_shape(checkpoint.config)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.json_object import MAX_JSON_BYTES, read_json_object
+from anymamba.checkpoint.gguf.files import find_gguf
+from anymamba.checkpoint.io.json_object import MAX_JSON_BYTES, read_json_object
 from anymamba.errors import CheckpointError
-from anymamba.runtime.gguf_files import find_gguf
 
 __all__ = ["ChatTemplate", "Message", "find_template"]
 
@@ -70,7 +70,7 @@ def find_template(place: Path) -> ChatTemplate | None:
 
 def template_of_gguf(file: Path) -> ChatTemplate | None:
     """The template in a GGUF file, whose special tokens are places in its vocabulary."""
-    from anymamba.runtime.gguf_parts import read_gguf_files
+    from anymamba.checkpoint.gguf.parts import read_gguf_files
 
     values = read_gguf_files(file).metadata
     source = values.get("tokenizer.chat_template")

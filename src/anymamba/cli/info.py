@@ -55,8 +55,8 @@ def describe(
         from anymamba.cli import about_machine
 
         return about_machine.describe(), about_machine.as_text
-    from anymamba.checkpoint.paths import user_path
-    from anymamba.runtime.gguf_files import find_gguf
+    from anymamba.checkpoint.gguf.files import find_gguf
+    from anymamba.checkpoint.io.paths import user_path
 
     file = user_path(model)
     gguf = find_gguf(file)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from anymamba.checkpoint.wording import escaped
+from anymamba.checkpoint.io.messages import escaped
 
 __all__ = ["Output", "forget", "open_missing", "say", "tell", "tell_error", "write"]
 

@@ -45,10 +45,10 @@ def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Outp
     """
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
+    from anymamba.checkpoint.tokenizer.reader import read_tokenizer
     from anymamba.runtime.loading import generation_config
     from anymamba.runtime.streaming import TextStream
     from anymamba.runtime.suggested_sampling import suggested_sampling
-    from anymamba.runtime.tokenizer_reading import read_tokenizer
 
     refuse_others(arguments)
     folder = resolve(arguments.model or bundled_model(), offline=arguments.offline)

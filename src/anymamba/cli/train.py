@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def settings_of(arguments: argparse.Namespace) -> Any:
     """The settings; a run that goes on has those that it began with."""
-    from anymamba.checkpoint.paths import user_path
+    from anymamba.checkpoint.io.paths import user_path
     from anymamba.errors import InputError
     from anymamba.training.settings import PRESETS, Settings, settings_from
 

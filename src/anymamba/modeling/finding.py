@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.checkpoint import resolve
-from anymamba.checkpoint.json_object import read_json_object
-from anymamba.checkpoint.paths import user_path
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.io.json_object import read_json_object
+from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import CheckpointError, MissingDependencyError
 from anymamba.modeling.loading_arguments import take_place
 from anymamba.torch_gguf import find_mamba_gguf, hub_pattern

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from anymamba.checkpoint import Checkpoint, canonical_names, check_tensors
-from anymamba.checkpoint.quantized import quantized_bits, quantized_shapes
+from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 from anymamba.errors import InputError
 from anymamba.modeling.loading_arguments import make_config
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear, put_quantized_layers

@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.io.messages import shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError
 from anymamba.runtime.adapter_reading import Adapter, Change
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 from anymamba.runtime.kinds import check_kind, convert
 from anymamba.runtime.weights import Weights
 
 if TYPE_CHECKING:
-    from anymamba.runtime.quantization import Tensor
+    from anymamba.checkpoint.quantization.arithmetic import Tensor
 
 __all__ = ["check_fits", "merge_adapter", "merged"]
 
@@ -149,7 +149,7 @@ def check_fits(adapter: Adapter, tensors: Mapping[str, Any]) -> None:
 def _wide(tensor: Tensor) -> NDArray[np.float32]:
     if isinstance(tensor, np.ndarray):
         return to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
-    from anymamba.runtime.quantization import dequantize
+    from anymamba.checkpoint.quantization.arithmetic import dequantize
 
     return dequantize(tensor)
 
@@ -162,7 +162,7 @@ def _stored(name: str, wide: NDArray[np.float32], before: Tensor, kind: str) -> 
         return convert({name: wide}, kind)[name]
     if kind != "auto":
         convert({name: before}, kind)  # refuses other bits, as it does without an adapter
-    from anymamba.runtime.quantization import quantize
+    from anymamba.checkpoint.quantization.arithmetic import quantize
 
     return quantize(wide, before.bits, before.group, symmetric=before.symmetric, name=name)
 

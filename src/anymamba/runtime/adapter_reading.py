@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import bytes_digest, to_transformers_name
-from anymamba.checkpoint.json_object import read_json_object
-from anymamba.checkpoint.paths import user_path
-from anymamba.checkpoint.wording import listed, shown
+from anymamba.checkpoint.dtypes import to_float32
+from anymamba.checkpoint.finite import check_finite
+from anymamba.checkpoint.io.json_object import read_json_object
+from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.mmap import FileMap
 from anymamba.errors import CheckpointError
-from anymamba.runtime.bfloat16 import to_float32
-from anymamba.runtime.finite import check_finite
-from anymamba.runtime.mapping import FileMap
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "Adapter", "Change", "base_model_of", "read_adapter"]
 

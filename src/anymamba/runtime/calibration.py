@@ -25,11 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import expected_shapes, model_shape
+from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.errors import InputError
-from anymamba.runtime.bfloat16 import to_bfloat16
-from anymamba.runtime.layerwise import Layer, check_computable, epsilon_of, normed
-from anymamba.runtime.quantization import (
+from anymamba.checkpoint.quantization.arithmetic import (
     Bits,
     QuantizedArray,
     check_weight,
@@ -42,6 +40,8 @@ from anymamba.runtime.quantization import (
     scales_of,
     values_of,
 )
+from anymamba.errors import InputError
+from anymamba.runtime.layerwise import Layer, check_computable, epsilon_of, normed
 
 __all__ = [
     "Recipe",

@@ -17,17 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import Layout, expected_shapes, model_shape
-from anymamba.checkpoint.json_object import parse_json_object
+from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.finite import check_finite
+from anymamba.checkpoint.gguf.names import is_gguf, is_matrix
+from anymamba.checkpoint.gguf.writer import GGUF_WEIGHTS, write_gguf
+from anymamba.checkpoint.io.json_object import parse_json_object
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.safetensors_stream import SafetensorsStream, TensorPlan
+from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
+from anymamba.checkpoint.source import Source, open_source
 from anymamba.errors import ConfigError
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
-from anymamba.runtime.finite import check_finite
-from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
-from anymamba.runtime.gguf_names import is_gguf, is_matrix
-from anymamba.runtime.gguf_writing import GGUF_WEIGHTS, write_gguf
 from anymamba.runtime.layouts import config_of_layout, name_in_layout, repeats_head
-from anymamba.runtime.sources import Source, open_source
 
 __all__ = ["FOLDER_WEIGHTS", "LAYOUTS", "convert", "write_files"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import check_identity
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.io.messages import shown
 from anymamba.errors import InputError, StateError
 from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.generation import Generation, Piece, Writer, write_batch, write_text

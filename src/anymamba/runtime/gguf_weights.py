@@ -7,13 +7,13 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from anymamba.checkpoint import bytes_digest
-from anymamba.runtime.gguf_reading import read_gguf
+from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.runtime.kinds import check_kind, convert
 from anymamba.runtime.weights import Weights
 
 if TYPE_CHECKING:
-    from anymamba.runtime.gguf_reading import GgufModel, GgufTensors
-    from anymamba.runtime.quantization import Tensor
+    from anymamba.checkpoint.gguf.reader import GgufModel, GgufTensors
+    from anymamba.checkpoint.quantization.arithmetic import Tensor
 
 __all__ = ["load_gguf_weights"]
 

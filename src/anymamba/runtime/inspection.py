@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import model_shape
+from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.checkpoint.names import EMBEDDINGS
 from anymamba.errors import InputError
-from anymamba.runtime.finite import say_what_is_broken
 from anymamba.runtime.kinds import convert
 from anymamba.runtime.layerwise import Layer, Selected
 from anymamba.runtime.native import core

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import core
-from anymamba.runtime.quantization import QuantizedArray
 
 __all__ = ["Layer", "Matrix", "Selected", "check_computable", "epsilon_of", "linear", "normed"]
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.arithmetic import check_matmul_dtype
 from anymamba.checkpoint import open_checkpoint, resolve
-from anymamba.checkpoint.json_object import read_json_object
-from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.gguf.files import find_gguf
+from anymamba.checkpoint.io.json_object import read_json_object
+from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError
 from anymamba.runtime.adapter import merge_adapter
 from anymamba.runtime.adapter_reading import Adapter, base_model_of, read_adapter
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.gguf_files import find_gguf
 from anymamba.runtime.kinds import check_kind
 from anymamba.runtime.native import wanted_threads
 from anymamba.runtime.suggested_sampling import suggested_sampling
-from anymamba.runtime.tokenizer_reading import read_tokenizer, tokenizer_from_json
 from anymamba.runtime.weights import load_weights
 
 if TYPE_CHECKING:

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
+from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.source import Source, companions_in, open_source
 from anymamba.errors import ConfigError
 from anymamba.runtime.adapter import check_fits, merged
 from anymamba.runtime.adapter_reading import Adapter, read_adapter
-from anymamba.runtime.bfloat16 import to_float32
 from anymamba.runtime.convert import FOLDER_WEIGHTS, write_files
-from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
 from anymamba.runtime.loading import model_of
-from anymamba.runtime.sources import Source, companions_in, open_source
 
 __all__ = ["merge"]
 

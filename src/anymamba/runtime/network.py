@@ -17,14 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.arithmetic import check_matmul_dtype, matmul_dtype_from_environment
+from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.blocks import Blocks
-from anymamba.runtime.finite import say_what_is_broken
 from anymamba.runtime.native import core, wanted_threads
 
 if TYPE_CHECKING:
-    from anymamba.runtime.quantization import Tensor
+    from anymamba.checkpoint.quantization.arithmetic import Tensor
     from anymamba.runtime.weights import Weights
 
 __all__ = ["STRETCH_TOKENS", "Network"]

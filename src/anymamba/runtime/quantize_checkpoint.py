@@ -7,10 +7,10 @@ in model.safetensors in place of each large `<module>.weight`
     <module>.weight_scales   BF16   (n, k / group)
     <module>.weight_minima   BF16   (n, k / group), with an offset only
 
-as `anymamba.runtime.quantization` describes them. Large are `in_proj`, `out_proj`, the embeddings
-and an untied head. `x_proj` and `dt_proj` are small and sensitive, and stay bfloat16, as do large
-matrices whose rows the group does not divide. All else becomes float32. `docs/quantization.md`
-has the measurements behind this.
+as `anymamba.checkpoint.quantization.arithmetic` describes them. Large are `in_proj`, `out_proj`,
+the embeddings and an untied head. `x_proj` and `dt_proj` are small and sensitive, and stay
+bfloat16, as do large matrices whose rows the group does not divide. All else becomes float32.
+`docs/quantization.md` has the measurements behind this.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import FORMAT, expected_shapes
+from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.finite import check_finite
+from anymamba.checkpoint.io.messages import listed, shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.safetensors_stream import SafetensorsStream, TensorPlan
-from anymamba.checkpoint.wording import listed, shown
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, check_format
+from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
+from anymamba.checkpoint.source import Source, open_source
+from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError, ConfigError, InputError
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 from anymamba.runtime.calibration import Recipe, calibrate, check_readable, windows_of
-from anymamba.runtime.finite import check_finite
-from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
 from anymamba.runtime.layouts import config_of_layout
 from anymamba.runtime.native import core, wanted_threads
-from anymamba.runtime.quantization import QuantizedArray, check_format
-from anymamba.runtime.sources import Source, open_source
 from anymamba.runtime.tokenizer import TextCodec
-from anymamba.runtime.tokenizer_reading import read_tokenizer, tokenizer_from_json
 
 __all__ = ["quantize_checkpoint"]
 

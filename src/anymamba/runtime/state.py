@@ -20,11 +20,11 @@ from anymamba.checkpoint import (
     write_atomically,
     write_safetensors,
 )
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.mmap import FileMap
 from anymamba.errors import InputError, StateError
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.identity import Identity
-from anymamba.runtime.mapping import FileMap
 
 __all__ = ["State", "load_state"]
 

@@ -21,14 +21,14 @@ from anymamba.checkpoint import (
     check_tensors,
     expected_shapes,
 )
+from anymamba.checkpoint.mmap import FileMap
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.quantized import quantized_bits, quantized_shapes
+from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 from anymamba.errors import CheckpointError, ConfigError
 from anymamba.runtime.kinds import check_kind, convert
-from anymamba.runtime.mapping import FileMap
 
 if TYPE_CHECKING:
-    from anymamba.runtime.quantization import Tensor
+    from anymamba.checkpoint.quantization.arithmetic import Tensor
 
 __all__ = ["Weights", "load_weights"]
 
@@ -155,7 +155,7 @@ def _assembled(
     tensors: dict[str, Tensor] = {}
     for name, array in stored.items():
         if name.endswith("weight_q"):
-            from anymamba.runtime.quantization import QuantizedArray
+            from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
 
             whole = name.removesuffix("_q")
             n, k = shapes[whole]

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import BackendError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import resolve
-from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
+from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import ConfigError, InputError, TrainingError
 from anymamba.modeling import MambaForCausalLM
 from anymamba.modeling.adapters import patch_peft
-from anymamba.runtime.folder_writing import check_apart, check_destination, write_folder
 from anymamba.training.finetune_checkpoints import facts_of, place_beside, resumable
 from anymamba.training.instructions import (
     DEFAULT_TEMPLATE,

@@ -7,9 +7,9 @@ import os
 import torch
 from torch import nn
 
+from anymamba.checkpoint.finite import broken_tensor
 from anymamba.errors import ConfigError
 from anymamba.modeling import MambaForCausalLM
-from anymamba.runtime.finite import broken_tensor
 
 __all__ = ["check_weights", "open_trainable"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import ConfigError, InputError
 from anymamba.modeling import MambaConfig, MambaForCausalLM
 from anymamba.training.data import TokenRow, texts_of, tokenize

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.paths import user_path
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
 

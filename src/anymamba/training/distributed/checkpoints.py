@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from anymamba.checkpoint.paths import user_path
-from anymamba.checkpoint.writing import flush_to_disk
+from anymamba.checkpoint.io.atomic_file import flush_to_disk
+from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import CheckpointError
 from anymamba.modeling.causal_lm import MambaForCausalLM
 from anymamba.modeling.config import MambaConfig

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from anymamba.checkpoint import TensorRecord
-from anymamba.checkpoint.wording import listed, shown
+from anymamba.checkpoint.gguf.files import PART
+from anymamba.checkpoint.gguf.header import GgufHeader, read_gguf_header
+from anymamba.checkpoint.io.messages import listed, shown
 from anymamba.errors import CheckpointError
-from anymamba.runtime.gguf_files import PART
-from anymamba.runtime.gguf_header import GgufHeader, read_gguf_header
 
 __all__ = ["read_gguf_files"]
 

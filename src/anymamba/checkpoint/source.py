@@ -21,14 +21,14 @@ from anymamba.checkpoint import (
     open_checkpoint,
     resolve,
 )
+from anymamba.checkpoint.gguf.files import find_gguf
+from anymamba.checkpoint.gguf.reader import GgufModel, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
-from anymamba.checkpoint.json_object import MAX_JSON_BYTES, parse_json_object
+from anymamba.checkpoint.io.json_object import MAX_JSON_BYTES, parse_json_object
+from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.mmap import TYPES, FileMap
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.paths import user_path
 from anymamba.errors import CheckpointError, MissingDependencyError
-from anymamba.runtime.gguf_files import find_gguf
-from anymamba.runtime.gguf_reading import GgufModel, read_gguf
-from anymamba.runtime.mapping import TYPES, FileMap
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 from anymamba.checkpoint.files import WEIGHT_NAMES
-from anymamba.checkpoint.wording import listed, shown
+from anymamba.checkpoint.gguf.names import is_gguf
+from anymamba.checkpoint.io.messages import listed, shown
 from anymamba.errors import CheckpointError
-from anymamba.runtime.gguf_names import is_gguf
 
 __all__ = ["PART", "find_gguf"]
 

@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.dtypes import to_bfloat16
+from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, pack, row_blocks
 from anymamba.errors import CheckpointError, MissingDependencyError
-from anymamba.runtime.bfloat16 import to_bfloat16
-from anymamba.runtime.quantization import QuantizedArray, pack, row_blocks
 
 if TYPE_CHECKING:
     from anymamba.checkpoint import TensorRecord

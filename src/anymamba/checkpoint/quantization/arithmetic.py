@@ -30,8 +30,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.errors import ConfigError, InputError
-from anymamba.runtime.bfloat16 import to_bfloat16, to_float32
 
 __all__ = [
     "GROUPS",

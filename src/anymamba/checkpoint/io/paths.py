@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.io.messages import shown
 from anymamba.errors import AnyMambaError, CheckpointError
 
 __all__ = ["user_path"]

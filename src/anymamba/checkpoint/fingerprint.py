@@ -14,15 +14,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from anymamba.checkpoint.io.messages import shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD, to_transformers_name
-from anymamba.checkpoint.wording import shown
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-    from anymamba.checkpoint.reading import Checkpoint
-    from anymamba.checkpoint.safetensors_header import TensorRecord
+    from anymamba.checkpoint.checkpoint import Checkpoint
+    from anymamba.checkpoint.safetensors.header import TensorRecord
 
 __all__ = ["bytes_digest", "checkpoint_digest", "state_dict_digest"]
 

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_atomically
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.dtypes import to_float32
+from anymamba.checkpoint.finite import check_finite
+from anymamba.checkpoint.gguf.blocks import import_gguf
+from anymamba.checkpoint.gguf.names import is_matrix, to_gguf_name
+from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_tokenizer
+from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.tokenizer.reader import tokenizer_from_json
 from anymamba.errors import ConfigError
-from anymamba.runtime.bfloat16 import to_float32
-from anymamba.runtime.finite import check_finite
-from anymamba.runtime.gguf_blocks import import_gguf
-from anymamba.runtime.gguf_names import is_matrix, to_gguf_name
-from anymamba.runtime.gguf_tokenizer import WHOLE, llama_tokenizer
-from anymamba.runtime.tokenizer_reading import tokenizer_from_json
 
 __all__ = ["GGUF_WEIGHTS", "write_gguf"]
 

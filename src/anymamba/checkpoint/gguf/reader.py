@@ -20,17 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import TensorRecord, check_tensors, expected_shapes, model_shape
+from anymamba.checkpoint.dtypes import to_float32
+from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN, kept_blocks, widened
+from anymamba.checkpoint.gguf.header import GgufHeader
+from anymamba.checkpoint.gguf.names import from_gguf_name, is_matrix
+from anymamba.checkpoint.gguf.parts import read_gguf_files
+from anymamba.checkpoint.gguf.tokenizer import CHAT_TEMPLATE, tokenizer_json
+from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.mmap import check_whole
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
 from anymamba.errors import CheckpointError, ConfigError
-from anymamba.runtime.bfloat16 import to_float32
-from anymamba.runtime.gguf_blocks import KEPT, PLAIN, kept_blocks, widened
-from anymamba.runtime.gguf_header import GgufHeader
-from anymamba.runtime.gguf_names import from_gguf_name, is_matrix
-from anymamba.runtime.gguf_parts import read_gguf_files
-from anymamba.runtime.gguf_tokenizer import CHAT_TEMPLATE, tokenizer_json
-from anymamba.runtime.mapping import check_whole
-from anymamba.runtime.quantization import QuantizedArray
 
 __all__ = ["GgufModel", "GgufTensors", "read_gguf"]
 
@@ -84,7 +84,7 @@ def read_gguf(
 
     Example:
         >>> import tempfile
-        >>> from anymamba.runtime.gguf_writing import write_gguf
+        >>> from anymamba.checkpoint.gguf.writer import write_gguf
         >>> config = {"vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 1}
         >>> tensors = {n: np.ones(s, np.float32) for n, s in expected_shapes(config).items()}
         >>> file = os.path.join(tempfile.mkdtemp(), "model.gguf")

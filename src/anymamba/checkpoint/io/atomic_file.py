@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from anymamba.checkpoint.paths import user_path
+from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import CheckpointError
 
 __all__ = ["cannot_write", "flush_to_disk", "write_atomically"]

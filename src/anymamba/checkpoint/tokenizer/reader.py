@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.paths import user_path
-from anymamba.checkpoint.wording import escaped
+from anymamba.checkpoint.io.messages import escaped
+from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.tokenizer.limits import check_limits
 from anymamba.errors import CheckpointError
-from anymamba.runtime.tokenizer_limits import check_limits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from anymamba.checkpoint import TensorRecord
-from anymamba.checkpoint.wording import listed, shown
+from anymamba.checkpoint.gguf.blocks import OTHER_TYPES, TYPES
+from anymamba.checkpoint.io.messages import listed, shown
 from anymamba.errors import CheckpointError
-from anymamba.runtime.gguf_blocks import OTHER_TYPES, TYPES
 
 __all__ = ["MAX_HEADER_BYTES", "GgufHeader", "read_gguf_header"]
 

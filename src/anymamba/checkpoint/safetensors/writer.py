@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymamba.checkpoint.safetensors_stream import SafetensorsStream
+from anymamba.checkpoint.safetensors.stream import SafetensorsStream
 
 __all__ = ["TensorBytes", "write_safetensors"]
 

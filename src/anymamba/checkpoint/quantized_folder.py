@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anymamba.checkpoint.io.messages import shown
 from anymamba.checkpoint.shapes import expected_shapes
-from anymamba.checkpoint.wording import shown
 from anymamba.errors import ConfigError
 
 __all__ = ["FORMAT", "quantized_bits", "quantized_shapes"]

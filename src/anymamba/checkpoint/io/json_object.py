@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.wording import shown
+from anymamba.checkpoint.io.messages import shown
 from anymamba.errors import CheckpointError
 
 __all__ = ["MAX_JSON_BYTES", "parse_json_object", "read_json_object"]

@@ -1,0 +1,1 @@
+"""The safetensors format: headers, and writing in one pass."""

@@ -1,0 +1,1 @@
+"""Reading a tokenizer.json, within limits, because it comes from a stranger."""
