@@ -22,9 +22,9 @@ if TYPE_CHECKING:
         unregister,
     )
     from anymamba.runtime.engine import Engine
+    from anymamba.runtime.generation.sampling import Sampling
     from anymamba.runtime.loading import load
-    from anymamba.runtime.sampling import Sampling
-    from anymamba.runtime.state import State
+    from anymamba.runtime.state.state import State
 
 __version__ = "0.1.0"
 
@@ -37,8 +37,8 @@ _HOME_OF = {
     "MambaModel": "anymamba.modeling",
     "MambaOutput": "anymamba.modeling",
     "MambaPreTrainedModel": "anymamba.modeling",
-    "Sampling": "anymamba.runtime.sampling",
-    "State": "anymamba.runtime.state",
+    "Sampling": "anymamba.runtime.generation.sampling",
+    "State": "anymamba.runtime.state.state",
     "load": "anymamba.runtime.loading",
     "register": "anymamba.modeling",
     "unregister": "anymamba.modeling",

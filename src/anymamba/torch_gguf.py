@@ -78,7 +78,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> from anymamba.assets import bundled_model
-        >>> from anymamba.runtime.convert import convert
+        >>> from anymamba.runtime.convert.conversion import convert
         >>> file = convert(bundled_model(), tempfile.mkdtemp() + "/model.gguf", "gguf")
         >>> gguf_config(Path(file))["num_hidden_layers"]
         7
@@ -106,7 +106,7 @@ def gguf_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Example:
         >>> import tempfile
         >>> from anymamba.assets import bundled_model
-        >>> from anymamba.runtime.convert import convert
+        >>> from anymamba.runtime.convert.conversion import convert
         >>> file = convert(bundled_model(), tempfile.mkdtemp() + "/model.gguf", "gguf")
         >>> gguf_state_dict(Path(file))["backbone.norm_f.weight"].shape
         torch.Size([256])

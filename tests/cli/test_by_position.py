@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import anymamba as package
-from anymamba.runtime.positions import loss_by_position
+from anymamba.runtime.analysis.losses_by_position import loss_by_position
 
 from .conftest import Command
 

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from anymamba.assets import bundled_model
-from anymamba.runtime.convert import convert
-from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
+from anymamba.runtime.convert.conversion import convert
+from anymamba.runtime.convert.quantizing import quantize_checkpoint
 
 from .conftest import VOCABULARY, WIDTH, Command, write_model
 

@@ -15,7 +15,7 @@ import anymamba.cli
 from anymamba.checkpoint.io.messages import escaped
 from anymamba.cli import output
 from anymamba.cli.table import columns, table
-from anymamba.runtime.convert import convert
+from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.loading import load
 
 ESCAPE = "\x1b]0;x\x07\x1b[31m\x9b2J\r\u202e"

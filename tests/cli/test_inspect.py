@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import anymamba as package
-from anymamba.runtime.inspection import inspect
+from anymamba.runtime.analysis.inspection import inspect
 
 from .conftest import Command
 

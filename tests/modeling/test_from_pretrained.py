@@ -20,8 +20,8 @@ from anymamba import MambaConfig, MambaForCausalLM, MambaModel, MambaPreTrainedM
 from anymamba.checkpoint import open_checkpoint
 from anymamba.errors import CheckpointError, HubError, InputError
 from anymamba.modeling.loading_arguments import FILES, PASSED_ON, PLACE, REFUSED
-from anymamba.runtime.convert import convert
-from anymamba.runtime.weights import load_weights
+from anymamba.runtime.convert.conversion import convert
+from anymamba.runtime.weights.weights import load_weights
 from tests.modeling.small import assert_same, small_model, words
 from tests.modeling.test_loading import write_minimal, write_original
 

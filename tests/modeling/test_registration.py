@@ -30,7 +30,7 @@ from anymamba.modeling import (
 )
 from anymamba.modeling.adapters import untie_head
 from anymamba.modeling.registration import CONFIG_MAPPING
-from anymamba.runtime.convert import convert
+from anymamba.runtime.convert.conversion import convert
 from tests.modeling.small import small_model
 from tests.modeling.test_loading import write_minimal, write_original
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from anymamba.checkpoint.quantization.arithmetic import quantize
 from anymamba.errors import AnyMambaError
-from anymamba.runtime.convert import convert
+from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.loading import load
 from tests.runtime import gguf_by_hand, tiny_files

@@ -19,8 +19,8 @@ import anymamba
 from anymamba import MambaConfig, MambaForCausalLM, load
 from anymamba.checkpoint.gguf.names import is_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, StateError
-from anymamba.runtime.adapter_reading import read_adapter
-from anymamba.runtime.merge import merge
+from anymamba.runtime.adapters.adapter_file import read_adapter
+from anymamba.runtime.convert.merging import merge
 
 TARGETS = ["x_proj", "embeddings", "in_proj", "out_proj"]
 IDS = [1, 50, 7, 7, 33, 12]
@@ -163,7 +163,7 @@ def test_the_storage_is_that_of_the_merged_model(
 def test_quantized_weights_are_merged_as_the_numbers_they_stand_for(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
+    from anymamba.runtime.convert.quantizing import quantize_checkpoint
 
     small = quantize_checkpoint(base, tmp_path / "small", weights="int8", group=64)
     engine = load(small, adapter=adapter)
@@ -180,7 +180,7 @@ def test_quantized_weights_are_merged_as_the_numbers_they_stand_for(
 
 def test_a_gguf_model_takes_an_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    from anymamba.runtime.convert import convert
+    from anymamba.runtime.convert.conversion import convert
 
     file = convert(base, tmp_path / "model.gguf", "gguf", "f32")
     assert is_gguf(file)

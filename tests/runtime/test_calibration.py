@@ -19,7 +19,8 @@ from anymamba.checkpoint.quantization.arithmetic import (
     quantized_product,
 )
 from anymamba.errors import ConfigError, InputError
-from anymamba.runtime.calibration import (
+from anymamba.runtime.analysis.layerwise import Layer, linear, normed
+from anymamba.runtime.convert.calibration import (
     Recipe,
     calibrate,
     round_with_feedback,
@@ -27,8 +28,7 @@ from anymamba.runtime.calibration import (
     second_moment,
     windows_of,
 )
-from anymamba.runtime.layerwise import Layer, linear, normed
-from anymamba.runtime.weights import load_weights
+from anymamba.runtime.weights.weights import load_weights
 
 from .small import CONFIG, assert_close, reference_logits, small_weights, words
 

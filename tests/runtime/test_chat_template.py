@@ -11,9 +11,9 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from anymamba.errors import CheckpointError, InputError, MissingDependencyError
-from anymamba.runtime import chat_template
-from anymamba.runtime.chat_rendering import MOST_CHARACTERS, MOST_COPIES
-from anymamba.runtime.chat_template import render
+from anymamba.runtime.chat import template as chat_template
+from anymamba.runtime.chat.rendering import MOST_CHARACTERS, MOST_COPIES
+from anymamba.runtime.chat.template import render
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -213,7 +213,7 @@ def test_the_template_gets_plain_strings():
 def test_without_jinja_the_error_says_what_to_install():
     program = (
         "import sys; sys.modules['jinja2'] = None\n"
-        "from anymamba.runtime.chat_template import render\n"
+        "from anymamba.runtime.chat.template import render\n"
         "from anymamba.errors import MissingDependencyError\n"
         "try: render('', [], True, {})\n"
         "except MissingDependencyError as error: print(error)\n"
@@ -240,7 +240,7 @@ def test_a_jinja_with_a_broken_sandbox_is_refused(monkeypatch, version, safe):
 
 
 def test_jinja_is_imported_only_to_render():
-    program = "import sys, anymamba.runtime.chat_template; print(*sys.modules)"
+    program = "import sys, anymamba.runtime.chat.template; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

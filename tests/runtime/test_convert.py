@@ -19,7 +19,7 @@ from anymamba.checkpoint import checkpoint_digest, open_checkpoint
 from anymamba.checkpoint.gguf.names import is_matrix
 from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, MissingDependencyError
-from anymamba.runtime.convert import convert
+from anymamba.runtime.convert.conversion import convert
 
 from . import gguf_by_hand, tiny_files
 from .small import write_small
@@ -451,7 +451,7 @@ def test_the_new_folder_has_the_usual_rights(source: Path) -> None:
 # Kills itself at the n-th change to the file system below the folder, and says when it got through.
 KILLED = """
 import os, signal, sys
-from anymamba.runtime.convert import convert
+from anymamba.runtime.convert.conversion import convert
 source, destination, layout, count = sys.argv[1:]
 left = int(count)
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}

@@ -177,7 +177,7 @@ def test_an_end_token_has_no_text(bundled: Engine) -> None:
 
 
 def test_settings_by_name_go_before_those_of_sampling(bundled: Engine) -> None:
-    from anymamba.runtime.sampling import Sampling
+    from anymamba.runtime.generation.sampling import Sampling
 
     sampling = Sampling(temperature=2.0, seed=1, max_new_tokens=5)
     changed = bundled.generate("ROMEO:", sampling=sampling, temperature=0)
@@ -346,7 +346,7 @@ def test_a_state_predicts_the_first_token_too(engine: Engine) -> None:
 def test_logits_of_a_long_text_are_never_there_together(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from anymamba.runtime import reading
+    from anymamba.runtime import prefill as reading
 
     monkeypatch.setattr(reading, "_MOST_LOGITS", 61 * 10)
     most = 0

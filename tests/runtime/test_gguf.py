@@ -23,7 +23,7 @@ from anymamba.checkpoint.gguf.tokenizer import tokenizer_json
 from anymamba.checkpoint.gguf.writer import GGUF_WEIGHTS, write_gguf
 from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
-from anymamba.runtime.gguf_weights import load_gguf_weights
+from anymamba.runtime.weights.gguf import load_gguf_weights
 
 from . import gguf_by_hand, tiny_files
 from .tiny_files import CONFIG, TEXT, one_line
@@ -696,11 +696,11 @@ def test_torch_is_not_imported(file: Path) -> None:
     gguf_by_hand.write(file, "Q8_0")
     program = (
         "import sys\n"
-        "from anymamba.runtime.gguf_weights import load_gguf_weights\n"
+        "from anymamba.runtime.weights.gguf import load_gguf_weights\n"
         "load_gguf_weights(sys.argv[1])\n"
         "assert 'gguf' not in sys.modules\n"
         "load_gguf_weights(sys.argv[1], 'f32')\n"
-        "from anymamba.runtime.convert import convert\n"
+        "from anymamba.runtime.convert.conversion import convert\n"
         "convert(sys.argv[1], sys.argv[1] + '.folder')\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
     )

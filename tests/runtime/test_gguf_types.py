@@ -15,9 +15,9 @@ from anymamba.checkpoint.gguf.files import find_gguf
 from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
-from anymamba.runtime.convert import convert
-from anymamba.runtime.gguf_weights import load_gguf_weights
-from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
+from anymamba.runtime.convert.conversion import convert
+from anymamba.runtime.convert.quantizing import quantize_checkpoint
+from anymamba.runtime.weights.gguf import load_gguf_weights
 
 from . import gguf_by_hand, tiny_files
 from .tiny_files import one_line

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from anymamba.checkpoint import source as sources
 from anymamba.errors import CheckpointError
-from anymamba.runtime.convert import convert
+from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.loading import load
 
 from . import gguf_by_hand, tiny_files
@@ -108,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 WRITER = """
 import sys
 from anymamba.runtime import sources
-from anymamba.runtime.convert import convert
+from anymamba.runtime.convert.conversion import convert
 for i in range(int(sys.argv[3])):
     convert(sys.argv[1], sys.argv[2], "gguf", ("f32", "q8_0")[i % 2], overwrite=True)
 """

@@ -25,8 +25,8 @@ def test_importing() -> None:
     assert not loaded_by("import anymamba") & (TORCH | LIBRARIES | {"numpy"})
     script = (
         "import pkgutil, importlib, anymamba.runtime as runtime\n"
-        "for module in pkgutil.iter_modules(runtime.__path__):\n"
-        "    importlib.import_module(f'anymamba.runtime.{module.name}')"
+        "for module in pkgutil.walk_packages(runtime.__path__, 'anymamba.runtime.'):\n"
+        "    importlib.import_module(module.name)"
     )
     assert not loaded_by(script) & (TORCH | LIBRARIES)
 

@@ -9,7 +9,7 @@ import pytest
 
 import anymamba
 from anymamba.errors import InputError
-from anymamba.runtime.inspection import Inspection, inspect
+from anymamba.runtime.analysis.inspection import Inspection, inspect
 
 from .small import write_small
 
@@ -124,7 +124,9 @@ def test_shares_and_averages(found: Inspection) -> None:
 def test_channels_in_blocks_are_the_same(
     folder: Any, ids: list[int], found: Inspection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("anymamba.runtime.inspection._BLOCK", 5 * LENGTH * 7)  # 7 of 48 channels
+    monkeypatch.setattr(
+        "anymamba.runtime.analysis.inspection._BLOCK", 5 * LENGTH * 7
+    )  # 7 of 48 channels
     again = inspect(anymamba.load(folder), ids, ages=[3, 5])
     # The same float64 numbers added in another order.
     np.testing.assert_allclose(again.left_yal, found.left_yal, rtol=1e-12)

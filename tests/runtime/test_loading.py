@@ -215,7 +215,7 @@ def test_two_processes_share_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["auto", "f32"])
 def test_a_gguf_file(tmp_path: Path, kind: str) -> None:
     from anymamba.assets import bundled_model
-    from anymamba.runtime.convert import convert
+    from anymamba.runtime.convert.conversion import convert
 
     convert(bundled_model(), tmp_path / "model.gguf", "gguf")
     engine, own = anymamba.load(tmp_path / "model.gguf", kind), anymamba.load(weights="f32")

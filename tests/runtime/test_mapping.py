@@ -14,7 +14,7 @@ import pytest
 from anymamba.checkpoint import read_header
 from anymamba.checkpoint.mmap import FileMap
 from anymamba.errors import CheckpointError
-from anymamba.runtime.convert import convert
+from anymamba.runtime.convert.conversion import convert
 
 from .small import write_small
 

@@ -9,8 +9,8 @@ import pytest
 
 import anymamba
 from anymamba.errors import InputError
+from anymamba.runtime.analysis.losses_by_position import helpful_context, loss_by_position
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.positions import helpful_context, loss_by_position
 
 from .small import words, write_small
 

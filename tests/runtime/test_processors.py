@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, LogitsProcessorList, MambaConfig, MambaForCausalLM
 from transformers.generation import logits_process as theirs
 
-from anymamba.runtime import processors as ours
-from anymamba.runtime.sampling import Sampler, Sampling
+from anymamba.runtime.generation import logits_processors as ours
+from anymamba.runtime.generation.sampling import Sampler, Sampling
 
 # A float32 sum of at most 300 probabilities differs by less than this in another order.
 SUM = 1e-5

@@ -21,10 +21,10 @@ from anymamba.checkpoint import expected_shapes, open_checkpoint, read_header
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, InputError
-from anymamba.runtime.calibration import Recipe, calibrate
-from anymamba.runtime.convert import convert
-from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
-from anymamba.runtime.weights import load_weights
+from anymamba.runtime.convert.calibration import Recipe, calibrate
+from anymamba.runtime.convert.conversion import convert
+from anymamba.runtime.convert.quantizing import quantize_checkpoint
+from anymamba.runtime.weights.weights import load_weights
 
 from . import tiny_files
 from .small import words, write_small
@@ -251,7 +251,7 @@ def test_overwriting(source: Path, tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
+from anymamba.runtime.convert.quantizing import quantize_checkpoint
 
 def die(done, total):
     if done == total // 2:

@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from anymamba.errors import InputError
-from anymamba.runtime.sampling import Sampled, Sampler, Sampling
+from anymamba.runtime.generation.sampling import Sampled, Sampler, Sampling
 
 LOGITS = np.float32([0.5, 2, -1, 1.5, 2, 0])
 
@@ -319,7 +319,7 @@ def test_greedy_takes_no_time():
 
 
 def test_what_is_not_needed_is_not_imported():
-    program = "import sys, anymamba.runtime.sampling; print(*sys.modules)"
+    program = "import sys, anymamba.runtime.generation.sampling; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

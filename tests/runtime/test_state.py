@@ -262,7 +262,7 @@ def test_a_failed_save_leaves_the_old_file(
         path.write_bytes(b"half")
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("anymamba.runtime.state.write_safetensors", fails)
+    monkeypatch.setattr("anymamba.runtime.state.state.write_safetensors", fails)
     with pytest.raises(OSError, match="the disk is full"):
         engine.feed(state, [1]).save(tmp_path / "a.state")
     assert [file.name for file in tmp_path.iterdir()] == ["a.state"]

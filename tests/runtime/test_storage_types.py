@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from anymamba import _core
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize, quantize
-from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.network import Network
-from anymamba.runtime.weights import Weights
+from anymamba.runtime.state.batch_state import Blocks
+from anymamba.runtime.weights.weights import Weights
 
 from .small import CONFIG, WHOLE_MODEL, reference_logits, rounded, small_weights, words
 

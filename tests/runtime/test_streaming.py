@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from anymamba.assets import bundled_model
 from anymamba.checkpoint.tokenizer.reader import read_tokenizer
 from anymamba.errors import InputError
-from anymamba.runtime.streaming import TextStream
+from anymamba.runtime.generation.detokenizer import TextStream
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

@@ -14,7 +14,7 @@ from anymamba.checkpoint import TensorBytes, checkpoint_digest, open_checkpoint,
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize, quantize
 from anymamba.errors import CheckpointError, ConfigError
-from anymamba.runtime.weights import load_weights
+from anymamba.runtime.weights.weights import load_weights
 
 from .small import CONFIG, small_weights, write_small
 

@@ -21,7 +21,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anymamba.assets import bundled_model
-from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
+from anymamba.runtime.convert.quantizing import quantize_checkpoint
 from anymamba.training.finetune import FinetuneSettings, finetune
 from anymamba.training.run import train
 from tests.cli.conftest import write_model

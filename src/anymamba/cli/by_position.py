@@ -15,7 +15,7 @@ from anymamba.cli.values import integer
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
-    from anymamba.runtime.positions import Stretch
+    from anymamba.runtime.analysis.losses_by_position import Stretch
 
 __all__ = ["add_position_arguments", "refuse_alone", "run_by_position"]
 
@@ -56,7 +56,7 @@ def run_by_position(arguments: argparse.Namespace, text: str) -> None:
     """Score the windows, draw, and print."""
     from anymamba.cli.pictures import check_picture, write_file
     from anymamba.cli.progress import Steps
-    from anymamba.runtime.positions import helpful_context, loss_by_position
+    from anymamba.runtime.analysis.losses_by_position import helpful_context, loss_by_position
 
     plot = None
     if arguments.plot is not None:

@@ -39,7 +39,7 @@ class ChatTemplate:
             CheckpointError: the template is broken.
             MissingDependencyError: Jinja is not installed.
         """
-        from anymamba.runtime.chat_template import render
+        from anymamba.runtime.chat.template import render
 
         return render(self.source, messages, True, self.special_tokens)
 

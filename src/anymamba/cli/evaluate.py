@@ -120,8 +120,8 @@ def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.gguf.files import find_gguf
     from anymamba.checkpoint.io.paths import user_path
-    from anymamba.runtime.convert import convert
-    from anymamba.runtime.merge import merge
+    from anymamba.runtime.convert.conversion import convert
+    from anymamba.runtime.convert.merging import merge
 
     model, adapter, offline = arguments.model, arguments.adapter, arguments.offline
     with tempfile.TemporaryDirectory() as scratch:

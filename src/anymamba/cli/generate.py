@@ -30,7 +30,7 @@ from anymamba.cli.values import integer
 from anymamba.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from anymamba.runtime.generation import Piece
+    from anymamba.runtime.generation.token_generator import Piece
 
 __all__ = ["add_arguments", "run"]
 

@@ -24,7 +24,7 @@ from anymamba.cli.quiet import quiet
 if TYPE_CHECKING:
     from anymamba.cli.progress import Progress
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.state import State
+    from anymamba.runtime.state.state import State
 
 __all__ = ["add_arguments", "run"]
 

@@ -88,7 +88,7 @@ def look(arguments: argparse.Namespace, text: str) -> Inspected:
     """
     from anymamba.cli.inspected import Inspected, names_of
     from anymamba.cli.progress import Steps
-    from anymamba.runtime.inspection import inspect
+    from anymamba.runtime.analysis.inspection import inspect
 
     engine = open_engine(arguments)
     ids = engine.tokenize(text)

@@ -12,8 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from anymamba.runtime.analysis.inspection import Inspection
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.inspection import Inspection
 
 __all__ = ["Inspected", "names_of"]
 

@@ -11,7 +11,7 @@ from anymamba.errors import StateError
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.state import State
+    from anymamba.runtime.state.state import State
 
 __all__ = [
     "beginning_state",

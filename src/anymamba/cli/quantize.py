@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.checkpoint.atomic_folder import check_apart, check_destination
     from anymamba.cli.progress import Steps
     from anymamba.cli.text_files import read_once, read_text
-    from anymamba.runtime.quantize_checkpoint import quantize_checkpoint
+    from anymamba.runtime.convert.quantizing import quantize_checkpoint
 
     arguments.source, arguments.destination = places_of(arguments)
     read_once([arguments.score, arguments.calibrate])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from anymamba import MambaForCausalLM
     from anymamba.cli.output import Output
-    from anymamba.runtime.streaming import TextStream
+    from anymamba.runtime.generation.detokenizer import TextStream
 
 __all__ = ["continue_with_torch"]
 
@@ -46,9 +46,9 @@ def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Outp
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.tokenizer.reader import read_tokenizer
+    from anymamba.runtime.generation.detokenizer import TextStream
+    from anymamba.runtime.generation.generation_config import suggested_sampling
     from anymamba.runtime.loading import generation_config
-    from anymamba.runtime.streaming import TextStream
-    from anymamba.runtime.suggested_sampling import suggested_sampling
 
     refuse_others(arguments)
     folder = resolve(arguments.model or bundled_model(), offline=arguments.offline)

@@ -15,13 +15,13 @@ from anymamba.checkpoint.io.json_object import read_json_object
 from anymamba.checkpoint.io.paths import user_path
 from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError
-from anymamba.runtime.adapter import merge_adapter
-from anymamba.runtime.adapter_reading import Adapter, base_model_of, read_adapter
+from anymamba.runtime.adapters.adapter_file import Adapter, base_model_of, read_adapter
+from anymamba.runtime.adapters.merging import merge_adapter
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.kinds import check_kind
+from anymamba.runtime.generation.generation_config import suggested_sampling
 from anymamba.runtime.native import wanted_threads
-from anymamba.runtime.suggested_sampling import suggested_sampling
-from anymamba.runtime.weights import load_weights
+from anymamba.runtime.weights.weight_types import check_kind
+from anymamba.runtime.weights.weights import load_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -153,7 +153,7 @@ def _load_gguf(
     named: str | os.PathLike[str] | None,
     computing: tuple[int | None, str | None],
 ) -> Engine:
-    from anymamba.runtime.gguf_weights import load_gguf_weights
+    from anymamba.runtime.weights.gguf import load_gguf_weights
 
     stored = weights if adapter is None else "auto"
     loaded, model = load_gguf_weights(path, stored, tokenizer=named is None)

@@ -20,12 +20,12 @@ from anymamba.arithmetic import check_matmul_dtype, matmul_dtype_from_environmen
 from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, ConfigError, InputError
-from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.native import core, wanted_threads
+from anymamba.runtime.state.batch_state import Blocks
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization.arithmetic import Tensor
-    from anymamba.runtime.weights import Weights
+    from anymamba.runtime.weights.weights import Weights
 
 __all__ = ["STRETCH_TOKENS", "Network"]
 

@@ -178,7 +178,7 @@ def quantize(
         symmetric: whether zero lies in the middle; else each group has a minimum.
         clip: which share of its range a group keeps, above 0 and at most 1: one for all, or
             (n, k / group). What lies outside becomes the nearest number that there is.
-            `anymamba.runtime.calibration.search_clip` finds good ones.
+            `anymamba.runtime.convert.calibration.search_clip` finds good ones.
         name: what is quantized, for messages.
 
     Returns:

@@ -23,8 +23,8 @@ from anymamba.checkpoint import (
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.mmap import FileMap
 from anymamba.errors import InputError, StateError
-from anymamba.runtime.blocks import Blocks
-from anymamba.runtime.identity import Identity
+from anymamba.runtime.state.batch_state import Blocks
+from anymamba.runtime.state.fingerprint import Identity
 
 __all__ = ["State", "load_state"]
 

@@ -31,7 +31,7 @@ _INSTALL = "pip install 'anymamba[chat]'"
 # The path first, so that nothing is imported from the folder that the user happens to be in.
 _PROGRAM = (
     "import sys; sys.path[:] = sys.argv[1:]; "
-    "from anymamba.runtime.chat_rendering import main; main()"
+    "from anymamba.runtime.chat.rendering import main; main()"
 )
 
 

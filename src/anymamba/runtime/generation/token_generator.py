@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from anymamba.runtime.blocks import Blocks
+from anymamba.runtime.generation.detokenizer import TextStream
+from anymamba.runtime.generation.sampling import Sampler, Sampling
 from anymamba.runtime.network import Network
-from anymamba.runtime.sampling import Sampler, Sampling
-from anymamba.runtime.streaming import TextStream
+from anymamba.runtime.state.batch_state import Blocks
 
 __all__ = ["Generation", "Piece", "StoppedBy", "Writer", "write_batch", "write_text"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from anymamba.checkpoint.io.messages import shown
 from anymamba.errors import CheckpointError, InputError
-from anymamba.runtime.sampling import Sampling
+from anymamba.runtime.generation.sampling import Sampling
 
 __all__ = ["suggested_sampling"]
 

@@ -27,7 +27,7 @@ from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
 from anymamba.errors import ConfigError
-from anymamba.runtime.layouts import config_of_layout, name_in_layout, repeats_head
+from anymamba.runtime.convert.layouts import config_of_layout, name_in_layout, repeats_head
 
 __all__ = ["FOLDER_WEIGHTS", "LAYOUTS", "convert", "write_files"]
 

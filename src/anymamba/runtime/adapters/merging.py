@@ -23,9 +23,9 @@ from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.io.messages import shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError
-from anymamba.runtime.adapter_reading import Adapter, Change
-from anymamba.runtime.kinds import check_kind, convert
-from anymamba.runtime.weights import Weights
+from anymamba.runtime.adapters.adapter_file import Adapter, Change
+from anymamba.runtime.weights.weight_types import check_kind, convert
+from anymamba.runtime.weights.weights import Weights
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization.arithmetic import Tensor
@@ -54,7 +54,7 @@ def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Wei
         >>> from pathlib import Path
         >>> from anymamba.assets import bundled_model
         >>> from anymamba.checkpoint import open_checkpoint
-        >>> from anymamba.runtime.weights import load_weights
+        >>> from anymamba.runtime.weights.weights import load_weights
         >>> weights = load_weights(open_checkpoint(bundled_model()))
         >>> table = weights.tensors["backbone.embeddings.weight"]
         >>> v, d = table.shape

@@ -25,7 +25,7 @@ from anymamba.checkpoint.mmap import FileMap
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 from anymamba.errors import CheckpointError, ConfigError
-from anymamba.runtime.kinds import check_kind, convert
+from anymamba.runtime.weights.weight_types import check_kind, convert
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization.arithmetic import Tensor

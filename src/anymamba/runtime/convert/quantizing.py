@@ -35,8 +35,8 @@ from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
 from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError, ConfigError, InputError
-from anymamba.runtime.calibration import Recipe, calibrate, check_readable, windows_of
-from anymamba.runtime.layouts import config_of_layout
+from anymamba.runtime.convert.calibration import Recipe, calibrate, check_readable, windows_of
+from anymamba.runtime.convert.layouts import config_of_layout
 from anymamba.runtime.native import core, wanted_threads
 from anymamba.runtime.tokenizer import TextCodec
 

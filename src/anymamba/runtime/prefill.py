@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.runtime.blocks import Blocks
 from anymamba.runtime.network import STRETCH_TOKENS, Network
+from anymamba.runtime.state.batch_state import Blocks
 
 __all__ = ["Progress", "read_texts", "read_with_logits"]
 

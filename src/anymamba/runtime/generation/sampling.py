@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from anymamba.checkpoint.io.messages import shown
 from anymamba.errors import InputError
-from anymamba.runtime.processors import (
+from anymamba.runtime.generation.logits_processors import (
     add_bias,
     check_numbers,
     keep_min_p,
@@ -29,7 +29,7 @@ from anymamba.runtime.processors import (
     penalize_repetition,
     with_temperature,
 )
-from anymamba.runtime.sampling_settings import Constraint, Sampling
+from anymamba.runtime.generation.sampling_settings import Constraint, Sampling
 
 __all__ = ["Constraint", "Sampled", "Sampler", "Sampling"]
 

@@ -41,7 +41,7 @@ from anymamba.checkpoint.quantization.arithmetic import (
     values_of,
 )
 from anymamba.errors import InputError
-from anymamba.runtime.layerwise import Layer, check_computable, epsilon_of, normed
+from anymamba.runtime.analysis.layerwise import Layer, check_computable, epsilon_of, normed
 
 __all__ = [
     "Recipe",

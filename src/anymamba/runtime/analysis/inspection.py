@@ -25,13 +25,13 @@ from anymamba.checkpoint import model_shape
 from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.checkpoint.names import EMBEDDINGS
 from anymamba.errors import InputError
-from anymamba.runtime.kinds import convert
-from anymamba.runtime.layerwise import Layer, Selected
+from anymamba.runtime.analysis.layerwise import Layer, Selected
 from anymamba.runtime.native import core
+from anymamba.runtime.weights.weight_types import convert
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.weights import Weights
+    from anymamba.runtime.weights.weights import Weights
 
 __all__ = ["Inspection", "inspect"]
 

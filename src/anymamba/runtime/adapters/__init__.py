@@ -1,0 +1,1 @@
+"""LoRA adapters: reading them and merging them into weights."""

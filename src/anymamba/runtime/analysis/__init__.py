@@ -1,0 +1,1 @@
+"""What a model does with a text: selection, step sizes, memory, loss by position."""

@@ -1,0 +1,1 @@
+"""From logits to text: sampling, stopping, detokenizing as the tokens come."""
