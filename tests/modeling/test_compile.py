@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anymamba import MambaCache, MambaConfig, MambaForCausalLM, ops
 from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
-from anymamba.ops.ssd_blocked import run_backward, run_forward
+from anymamba.ops.ssd.chunked import run_backward, run_forward
 from tests.modeling.small import assert_same, small_model, words
 
 MASKS = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0]])

@@ -23,7 +23,8 @@ from anymamba.errors import InputError
 from anymamba.modeling import fused
 from anymamba.modeling.fused import MOST_ROWS, why_not_fused
 from anymamba.modeling.model import MambaMixer, MambaRMSNorm
-from anymamba.ops import backends, scan_native
+from anymamba.ops import backends
+from anymamba.ops.scan import native as scan_native
 from tests.modeling.small import assert_same, small_model, words
 from tests.ops.running import natively
 from tests.ops.tolerance import assert_contract, assert_gradients
@@ -180,7 +181,7 @@ def test_the_state_space_is_computed_in_float32(
         seen.append(arguments)
         return real(x_ble, **arguments)
 
-    monkeypatch.setitem(backends._loaded, "anymamba.ops.scan_native:selective_scan", spy)
+    monkeypatch.setitem(backends._loaded, "anymamba.ops.scan.native:selective_scan", spy)
     model = lively_model().to(dtype)
     cache = MambaCache(model.config, 2, dtype)
     with torch.no_grad(), ops.backend("cpu"):

@@ -20,7 +20,7 @@ from anymamba.checkpoint.quantization.arithmetic import dequantize, quantize
 from anymamba.errors import BackendError, InputError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.quantized import QuantizedLinear
-from anymamba.ops.quantized_linear_reference import widened
+from anymamba.ops.quantized_linear.reference import widened
 from tests.modeling.small import assert_same, small_model, words
 from tests.ops.tolerance import assert_contract
 

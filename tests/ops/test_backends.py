@@ -62,13 +62,13 @@ def test_every_backend_is_listed_with_a_reason() -> None:
 
 def test_the_fallback_is_taken_where_no_kernel_is(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
-    real = importlib.import_module("anymamba.ops.scan_mambapy").selective_scan
+    real = importlib.import_module("anymamba.ops.scan.mambapy").selective_scan
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         taken.append("mambapy")
         return real(*args, **kwargs)
 
-    monkeypatch.setitem(backends._loaded, "anymamba.ops.scan_mambapy:selective_scan", spy)
+    monkeypatch.setitem(backends._loaded, "anymamba.ops.scan.mambapy:selective_scan", spy)
     monkeypatch.setattr(backends, "PREFERENCE", ("mambapy", "reference"))
     ops.selective_scan(**scan_inputs(1, 2, 2, 2))
     assert not taken
@@ -132,10 +132,10 @@ def _stand_ins() -> dict[str, ModuleType]:
 def test_the_cuda_adapters_speak_the_packages_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in _stand_ins().items():
         monkeypatch.setitem(sys.modules, name, module)
-    for name in ("anymamba.ops.scan_cuda", "anymamba.ops.conv_cuda"):
+    for name in ("anymamba.ops.scan.mamba_ssm", "anymamba.ops.conv.mamba_ssm"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    scan = importlib.import_module("anymamba.ops.scan_cuda").selective_scan
-    conv = importlib.import_module("anymamba.ops.conv_cuda").causal_conv1d
+    scan = importlib.import_module("anymamba.ops.scan.mamba_ssm").selective_scan
+    conv = importlib.import_module("anymamba.ops.conv.mamba_ssm").causal_conv1d
     inputs = scan_inputs(2, 9, 8, 4)
     expected, expected_last = ops.selective_scan(
         **inputs, return_last_state=True, backend="reference"
@@ -147,7 +147,7 @@ def test_the_cuda_adapters_speak_the_packages_layout(monkeypatch: pytest.MonkeyP
     x, weight, bias = torch.randn(2, 9, 8), torch.randn(8, 4), torch.randn(8)
     y, _ = conv(x, weight, bias, "silu", None, False, None, False)
     assert_contract(y, ops.causal_conv1d(x, weight, bias, "silu", backend="reference"))
-    for name in ("anymamba.ops.scan_cuda", "anymamba.ops.conv_cuda"):
+    for name in ("anymamba.ops.scan.mamba_ssm", "anymamba.ops.conv.mamba_ssm"):
         sys.modules.pop(name)
 
 
@@ -161,7 +161,7 @@ def test_the_cuda_adapters_speak_the_packages_layout(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_what_cuda_cannot_do_has_a_reason(change: dict[str, Any], reason: str) -> None:
-    from anymamba.ops.cuda_limits import reason_against
+    from anymamba.ops.mamba_ssm_limits import reason_against
 
     arguments: dict[str, Any] = {
         "initial_state": None,

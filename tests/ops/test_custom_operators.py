@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from anymamba import ops
-from anymamba.ops import conv_native, linear_native, norm_native, scan_native
+from anymamba.ops.conv import native as conv_native
+from anymamba.ops.linear import native as linear_native
+from anymamba.ops.norm import native as norm_native
+from anymamba.ops.scan import native as scan_native
 from tests.ops.tolerance import assert_contract, assert_gradient
 
 OPERATORS = torch.ops.anymamba

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anymamba import ops
 from anymamba.errors import InputError
-from anymamba.ops.scan_reference import linear_recurrence
+from anymamba.ops.scan.reference import linear_recurrence
 from tests.ops.inputs import scan_inputs
 from tests.ops.tolerance import assert_contract
 
@@ -202,7 +202,7 @@ def test_gradients_are_the_numerical_derivatives(reverse: bool, groups: int | No
 def test_the_gradients_are_those_of_the_sequential_scan(
     shape: tuple[int, ...],
 ) -> None:
-    from anymamba.ops.scan_reference import selective_scan_sequential
+    from anymamba.ops.scan.reference import selective_scan_sequential
 
     inputs = scan_inputs(*shape)
     tensors = [v.requires_grad_() for v in inputs.values() if isinstance(v, Tensor)]

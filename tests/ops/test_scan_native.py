@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anymamba import _core, ops
 from anymamba.errors import BackendError
-from anymamba.ops.scan_reference import selective_scan_sequential
+from anymamba.ops.scan.reference import selective_scan_sequential
 from tests.ops.inputs import HALVES, LAYOUTS, TYPES, gradients, leaves, scan_inputs
 from tests.ops.running import natively
 from tests.ops.tolerance import assert_contract, assert_gradients

@@ -17,7 +17,7 @@ from torch import Tensor
 from anymamba.errors import InputError
 from anymamba.ops import selective_scan, ssd
 from anymamba.ops.segments import segments_of
-from anymamba.ops.ssd_reference import ssd_sequential
+from anymamba.ops.ssd.reference import ssd_sequential
 from tests.ops.inputs import HALVES, LAYOUTS, gradients, leaves
 from tests.ops.tolerance import assert_contract, assert_gradients
 

@@ -19,7 +19,7 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_update,
 )
 from anymamba.errors import InputError
-from anymamba.ops.plain import why_not_plain
+from anymamba.ops.fusable import why_not_plain
 
 if TYPE_CHECKING:
     from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams

@@ -35,7 +35,7 @@ from anymamba.modeling.model import (
 from anymamba.modeling.outputs import MambaCausalLMOutput
 from anymamba.modeling.packing import check_mask
 from anymamba.modeling.renaming import takes_cache_params
-from anymamba.ops.plain import project
+from anymamba.ops.fusable import project
 from anymamba.ops.tracing import values_are_known
 
 __all__ = ["MambaForCausalLM"]

@@ -21,8 +21,8 @@ from anymamba.errors import InputError
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS
+from anymamba.ops.fusable import call_attributes, why_not_plain
 from anymamba.ops.native import core
-from anymamba.ops.plain import call_attributes, why_not_plain
 from anymamba.ops.tracing import runs_now
 
 if TYPE_CHECKING:

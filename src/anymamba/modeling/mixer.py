@@ -18,7 +18,7 @@ from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
-from anymamba.ops.plain import fusable, project, why_not_plain
+from anymamba.ops.fusable import fusable, project, why_not_plain
 
 __all__ = ["MambaMixer"]
 

@@ -26,7 +26,7 @@ from anymamba.modeling.outputs import MambaOutput
 from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.backends import BACKENDS
-from anymamba.ops.plain import fusable
+from anymamba.ops.fusable import fusable
 
 __all__ = [
     "MambaBlock",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.ops import quantized_linear
-from anymamba.ops.plain import fusable
-from anymamba.ops.quantized_linear_reference import widened
+from anymamba.ops.fusable import fusable
+from anymamba.ops.quantized_linear.reference import widened
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear", "put_quantized_layers"]
 

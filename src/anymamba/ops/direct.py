@@ -11,9 +11,9 @@ from torch import Tensor
 
 from anymamba.ops.backends import native_is_chosen
 from anymamba.ops.checks import ACTIVATIONS
-from anymamba.ops.conv_native import causal_conv1d_update
+from anymamba.ops.conv.native import causal_conv1d_update
 from anymamba.ops.native import TYPES
-from anymamba.ops.scan_native import selective_state_update
+from anymamba.ops.scan.native import selective_state_update
 from anymamba.ops.tracing import runs_now
 
 __all__ = ["conv_step", "scan_step"]

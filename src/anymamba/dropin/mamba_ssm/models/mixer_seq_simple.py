@@ -33,7 +33,7 @@ from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import rms_norm_fn as rms_n
 from anymamba.dropin.mamba_ssm.utils.generation import GenerationMixin
 from anymamba.dropin.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 from anymamba.errors import CheckpointError, ConfigError
-from anymamba.ops.plain import project
+from anymamba.ops.fusable import project
 
 __all__ = ["MambaLMHeadModel", "MixerModel", "create_block"]
 

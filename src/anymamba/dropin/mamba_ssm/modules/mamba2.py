@@ -34,7 +34,7 @@ from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
     mamba_split_conv1d_scan_combined,
 )
 from anymamba.errors import ConfigError, InputError, NotIncludedError
-from anymamba.ops.plain import project
+from anymamba.ops.fusable import project
 
 if TYPE_CHECKING:
     from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams

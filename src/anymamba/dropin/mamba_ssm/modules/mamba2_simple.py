@@ -32,7 +32,7 @@ from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
     mamba_split_conv1d_scan_combined,
 )
 from anymamba.errors import ConfigError
-from anymamba.ops.plain import project
+from anymamba.ops.fusable import project
 
 __all__ = ["Mamba2Simple"]
 

@@ -44,7 +44,7 @@ from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import layer_norm_fn as lay
 from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import rms_norm_fn as rms_norm_fn
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from anymamba.errors import ConfigError
-from anymamba.ops.plain import project
+from anymamba.ops.fusable import project
 
 if TYPE_CHECKING:
     from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams

@@ -22,7 +22,7 @@ from anymamba.dropin.layer_states import (
 )
 from anymamba.dropin.rotary import RotaryEmbedding
 from anymamba.errors import ConfigError, InputError
-from anymamba.ops.plain import project
+from anymamba.ops.fusable import project
 
 if TYPE_CHECKING:
     from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams

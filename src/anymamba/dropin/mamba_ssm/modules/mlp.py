@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anymamba.dropin.forks import explained
-from anymamba.ops.plain import project
+from anymamba.ops.fusable import project
 
 __all__ = ["GatedMLP"]
 

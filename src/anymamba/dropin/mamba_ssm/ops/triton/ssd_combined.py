@@ -27,7 +27,7 @@ from anymamba.dropin.mamba_ssm.ops.triton.k_activations import swiglu
 from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
-from anymamba.ops.ssd_reference import ssd_sequential
+from anymamba.ops.ssd.reference import ssd_sequential
 
 __all__ = [
     "MambaChunkScanCombinedFn",

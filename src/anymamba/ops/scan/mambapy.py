@@ -8,7 +8,7 @@ import torch
 from mambapy.pscan import pscan
 from torch import Tensor
 
-from anymamba.ops import scan_reference
+from anymamba.ops.scan import reference as scan_reference
 
 __all__ = ["selective_scan"]
 

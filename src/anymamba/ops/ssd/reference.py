@@ -20,7 +20,7 @@ def ssd_sequential(
     initial_states: Tensor | None,
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition; arguments and returns as in `anymamba.ops.ssd_operator.ssd_blocked`."""
+    """The definition; arguments and returns as in `ssd.custom_operator.ssd_blocked`."""
     wide = torch.promote_types(x_blhp.dtype, torch.float32)
     (b, l, h, p), (g, n) = x_blhp.shape, B_blgn.shape[2:]
     x, dt, A = x_blhp.to(wide), dt_blh.to(wide), A_h.to(wide)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.ops import norm_reference
 from anymamba.ops.derivatives import register_second_derivatives
 from anymamba.ops.native import core
+from anymamba.ops.norm import reference as norm_reference
 
 __all__ = ["rms_norm"]
 

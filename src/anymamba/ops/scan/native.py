@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.ops import scan_reference
 from anymamba.ops.derivatives import register_second_derivatives
 from anymamba.ops.native import core, handed, segment_table
+from anymamba.ops.scan import reference as scan_reference
 from anymamba.ops.segments import Segments, segments_from_table
 from anymamba.ops.tracing import runs_now
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anymamba.ops.native import core
-from anymamba.ops.quantized_linear_reference import widened
+from anymamba.ops.quantized_linear.reference import widened
 
 __all__ = ["quantized_linear"]
 

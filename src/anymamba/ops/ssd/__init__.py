@@ -19,7 +19,7 @@ from torch import Tensor
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
 from anymamba.ops.segments import segments_of
-from anymamba.ops.ssd_operator import CHUNK_STEPS, ssd_blocked
+from anymamba.ops.ssd.custom_operator import CHUNK_STEPS, ssd_blocked
 from anymamba.ops.tracing import copy_for_backward
 
 __all__ = ["ssd"]

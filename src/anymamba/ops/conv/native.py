@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymamba.ops import conv_reference
+from anymamba.ops.conv import reference as conv_reference
 from anymamba.ops.derivatives import register_second_derivatives
 from anymamba.ops.native import core, handed, segment_table
 from anymamba.ops.segments import Segments, segments_from_table

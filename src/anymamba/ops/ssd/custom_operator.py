@@ -10,8 +10,8 @@ from torch import Tensor
 from anymamba.ops.derivatives import register_second_derivatives
 from anymamba.ops.native import segment_table
 from anymamba.ops.segments import Segments, segments_from_table
-from anymamba.ops.ssd_blocked import CHUNK_STEPS, Gradients, run_backward, run_forward
-from anymamba.ops.ssd_reference import ssd_sequential
+from anymamba.ops.ssd.chunked import CHUNK_STEPS, Gradients, run_backward, run_forward
+from anymamba.ops.ssd.reference import ssd_sequential
 from anymamba.ops.tracing import is_transformed
 
 __all__ = ["CHUNK_STEPS", "ssd_blocked"]
