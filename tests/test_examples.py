@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 
 import anymamba
-from anymamba.originals import PACKAGES
+from anymamba.upstream import PACKAGES
 
 NAMES = [found.name for found in pkgutil.walk_packages(anymamba.__path__, "anymamba.")]
 # What has examples of its own public names, besides all modules of `checkpoint`.

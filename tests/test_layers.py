@@ -32,7 +32,7 @@ LIGHT = (
     "__main__.py",
     "arithmetic.py",
     "errors.py",
-    "originals.py",
+    "upstream.py",
     "processors.py",
     "dropin/__init__.py",
     "dropin/dispatch.py",

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from anymamba import dropin
-from anymamba.originals import NAMES
+from anymamba.upstream import NAMES
 
 PAGE = Path(__file__).parents[2] / "docs" / "drop-in.md"
 ROW = re.compile(r"^\| `([^`]+)` \| (.*) \|$", flags=re.MULTILINE)

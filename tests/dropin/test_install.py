@@ -17,7 +17,7 @@ import pytest
 from anymamba import dropin
 from anymamba.dropin import dispatch
 from anymamba.errors import AnyMambaError, InputError, MissingModuleError
-from anymamba.originals import NAMES, PACKAGES, import_original, is_original_installed
+from anymamba.upstream import NAMES, PACKAGES, import_original, is_original_installed
 
 # Other tests may have imported such models; one test looks for this warning, in a fresh process.
 pytestmark = pytest.mark.filterwarnings("ignore:Transformers imported its:RuntimeWarning")

@@ -24,7 +24,7 @@ from anymamba.dropin.mamba_ssm.ops.triton import (
     ssd_combined,
 )
 from anymamba.errors import ArgumentError, MissingModuleError, NotIncludedError
-from anymamba.originals import NAMES
+from anymamba.upstream import NAMES
 from tests.ops.tolerance import assert_contract, assert_gradient
 
 

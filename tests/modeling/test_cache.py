@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache
 
 from anymamba.errors import InputError, StateError
 from anymamba.modeling.cache import MambaCache, model_identity
-from anymamba.modeling.causal_lm import MambaForCausalLM
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.model import MambaModel
+from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+from anymamba.modeling.mamba.model import MambaModel
 
 N_LAYER, E, N, K = 3, 16, 5, 4
 CONFIG = MambaConfig(

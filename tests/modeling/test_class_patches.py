@@ -14,7 +14,7 @@ from transformers.activations import SiLUActivation
 
 from anymamba import MambaForCausalLM, MambaModel
 from anymamba.modeling.fused import why_not_fused
-from anymamba.modeling.model import MambaBlock, MambaMixer, MambaRMSNorm
+from anymamba.modeling.mamba.model import MambaBlock, MambaMixer, MambaRMSNorm
 from tests.modeling.small import assert_same, small_model, words
 
 IDS = words(2, 9)

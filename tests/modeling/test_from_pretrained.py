@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from anymamba import MambaConfig, MambaForCausalLM, MambaModel, MambaPreTrainedModel
 from anymamba.checkpoint import open_checkpoint
 from anymamba.errors import CheckpointError, HubError, InputError
-from anymamba.modeling.loading_arguments import FILES, PASSED_ON, PLACE, REFUSED
+from anymamba.modeling.loading.arguments import FILES, PASSED_ON, PLACE, REFUSED
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.weights.weights import load_weights
 from tests.modeling.small import assert_same, small_model, words

@@ -28,10 +28,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from anymamba import MambaCache, MambaForCausalLM
-from anymamba.modeling import multinomial as drawing
-from anymamba.modeling.generation import NativeLoop, why_not_native_loop
-from anymamba.modeling.logits_processors import process, replaced
-from anymamba.modeling.multinomial import draws_like_torch, multinomial
+from anymamba.modeling.generation import multinomial as drawing
+from anymamba.modeling.generation.logits_processors import process, replaced
+from anymamba.modeling.generation.loop import NativeLoop, why_not_native_loop
+from anymamba.modeling.generation.multinomial import draws_like_torch, multinomial
 from tests.modeling.small import small_model, words
 
 MODEL = small_model(seed=3, eos_token_id=None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.modeling import MambaConfig, MambaForCausalLM
-from anymamba.modeling.model import MambaBlock, MambaMixer, MambaRMSNorm
+from anymamba.modeling.mamba.model import MambaBlock, MambaMixer, MambaRMSNorm
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 EVERYTHING = {

@@ -22,7 +22,7 @@ from anymamba import MambaCache, MambaForCausalLM, _core, ops
 from anymamba.errors import InputError
 from anymamba.modeling import fused
 from anymamba.modeling.fused import MOST_ROWS, why_not_fused
-from anymamba.modeling.model import MambaMixer, MambaRMSNorm
+from anymamba.modeling.mamba.model import MambaMixer, MambaRMSNorm
 from anymamba.ops import backends
 from anymamba.ops.scan import native as scan_native
 from tests.modeling.small import assert_same, small_model, words

@@ -10,7 +10,7 @@ import torch
 
 from anymamba import MambaCache
 from anymamba.errors import InputError
-from anymamba.modeling.outputs import MambaCausalLMOutput, MambaOutput
+from anymamba.modeling.mamba.outputs import MambaCausalLMOutput, MambaOutput
 from tests.modeling.small import assert_same, small_model, words
 
 MODEL = small_model()

@@ -14,8 +14,8 @@ from transformers.models.mamba import configuration_mamba
 from transformers.models.mamba import modeling_mamba as theirs
 
 from anymamba import MambaCache, MambaConfig, MambaForCausalLM, MambaModel
-from anymamba.modeling import model as ours
-from anymamba.modeling import outputs
+from anymamba.modeling.mamba import model as ours
+from anymamba.modeling.mamba import outputs
 from tests.modeling.small import assert_same, small_model, words
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

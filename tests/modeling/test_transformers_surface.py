@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from anymamba import MambaForCausalLM, MambaModel
-from anymamba.modeling.loading_arguments import FILES, PASSED_ON, PLACE, REFUSED
+from anymamba.modeling.loading.arguments import FILES, PASSED_ON, PLACE, REFUSED
 from tests.modeling.small import assert_same, small_model, words
 
 IDS = words(2, 9)

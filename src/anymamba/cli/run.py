@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from anymamba.cli.output import tell
 from anymamba.errors import InputError
-from anymamba.originals import PACKAGES
+from anymamba.upstream import PACKAGES
 
 __all__ = ["add_arguments", "run"]
 

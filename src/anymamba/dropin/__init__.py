@@ -13,7 +13,7 @@ from anymamba.dropin.dispatch import answering
 from anymamba.dropin.finder import Finder
 from anymamba.dropin.metadata import DistributionsFinder
 from anymamba.errors import InputError
-from anymamba.originals import NAMES, PACKAGES, is_left_alone, is_original_installed, keep_apart
+from anymamba.upstream import NAMES, PACKAGES, is_left_alone, is_original_installed, keep_apart
 
 __all__ = ["install", "is_installed", "uninstall"]
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import ParamSpec, TypeVar
 
 from anymamba.dropin.forks import explained
-from anymamba.originals import import_original
+from anymamba.upstream import import_original
 
 __all__ = ["answering", "by_device"]
 

@@ -13,7 +13,7 @@ from types import ModuleType
 from anymamba.dropin.dispatch import OURS, answering
 from anymamba.dropin.forks import OWN_PACKAGE, fork_of
 from anymamba.errors import MissingModuleError
-from anymamba.originals import NAMES, import_original, is_left_alone, is_loading
+from anymamba.upstream import NAMES, import_original, is_left_alone, is_loading
 
 __all__ = ["Finder"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 
-from anymamba.originals import PACKAGES, is_left_alone, is_loading
+from anymamba.upstream import PACKAGES, is_left_alone, is_loading
 
 __all__ = ["DistributionsFinder", "version_of"]
 

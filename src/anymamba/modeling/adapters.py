@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from anymamba.modeling.causal_lm import MambaForCausalLM
-from anymamba.modeling.model import MambaPreTrainedModel
+from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+from anymamba.modeling.mamba.model import MambaPreTrainedModel
 
 __all__ = ["patch_peft", "untie_head"]
 

@@ -21,7 +21,7 @@ from transformers.activations import ACT2FN
 from anymamba.checkpoint.config import translate_config
 from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import ConfigError
-from anymamba.torch_gguf import find_mamba_gguf, gguf_config
+from anymamba.modeling.gguf import find_mamba_gguf, gguf_config
 
 __all__ = ["INIT_SCHEMES", "MambaConfig", "read_config_dict"]
 

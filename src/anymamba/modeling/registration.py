@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForPreTrainin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from anymamba.modeling.adapters import patch_peft
-from anymamba.modeling.causal_lm import MambaForCausalLM
 from anymamba.modeling.config import MambaConfig, read_config_dict
-from anymamba.modeling.model import MambaModel, MambaPreTrainedModel
+from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+from anymamba.modeling.mamba.model import MambaModel, MambaPreTrainedModel
 
 __all__ = ["register", "unregister"]
 
@@ -58,7 +58,7 @@ def register() -> None:
         >>> register()
         >>> config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)
         >>> type(AutoModelForCausalLM.from_config(config)).__module__
-        'anymamba.modeling.causal_lm'
+        'anymamba.modeling.mamba.causal_lm'
         >>> unregister()
     """
     if _undo:

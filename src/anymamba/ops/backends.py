@@ -22,7 +22,7 @@ import torch
 
 from anymamba.errors import BackendError
 from anymamba.ops.tracing import is_transformed
-from anymamba.originals import PACKAGES, is_original_installed
+from anymamba.upstream import PACKAGES, is_original_installed
 
 __all__ = ["Chosen", "available_backends", "backend", "implementation", "native_is_chosen"]
 

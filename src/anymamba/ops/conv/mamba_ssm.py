@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from anymamba.ops.segments import Segments
-from anymamba.originals import import_original
+from anymamba.upstream import import_original
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from anymamba.ops.segments import Segments
-from anymamba.originals import import_original
+from anymamba.upstream import import_original
 
 __all__ = ["selective_scan", "selective_state_update"]
 

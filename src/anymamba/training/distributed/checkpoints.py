@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from anymamba.checkpoint.io.atomic_file import flush_to_disk
 from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import CheckpointError
-from anymamba.modeling.causal_lm import MambaForCausalLM
 from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
 
 __all__ = ["export_sharded", "load_sharded", "save_sharded"]
 

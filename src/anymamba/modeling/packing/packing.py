@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from anymamba.errors import InputError
-from anymamba.modeling.padding import PaddedBatch, pad_batch
+from anymamba.modeling.packing.padding import PaddedBatch, pad_batch
 from anymamba.ops.tracing import values_are_known
 
 __all__ = ["Layout", "PackedBatch", "check_mask", "next_tokens", "pack_batch"]

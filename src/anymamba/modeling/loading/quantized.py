@@ -12,9 +12,9 @@ from transformers import GenerationConfig
 from anymamba.checkpoint import Checkpoint, canonical_names, check_tensors
 from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 from anymamba.errors import InputError
-from anymamba.modeling.loading_arguments import make_config
+from anymamba.modeling.loading.arguments import make_config
+from anymamba.modeling.loading.tensor_names import ties_head
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear, put_quantized_layers
-from anymamba.modeling.tensor_names import ties_head
 
 __all__ = ["is_ours", "load_quantized"]
 

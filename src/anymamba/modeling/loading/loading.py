@@ -25,16 +25,21 @@ from anymamba.checkpoint.torch_weights import (
     load_named_tensors,
 )
 from anymamba.errors import CheckpointError, InputError
-from anymamba.modeling.finding import Found, find_model, load_adapter
-from anymamba.modeling.loading_arguments import (
+from anymamba.modeling.gguf import gguf_config, gguf_state_dict
+from anymamba.modeling.loading.arguments import (
     PASSED_ON,
     make_config,
     own_config,
     refuse_arguments,
 )
-from anymamba.modeling.loading_quantized import is_ours, load_quantized
-from anymamba.modeling.tensor_names import is_of_mamba, own_names, rename_state_dict, ties_head
-from anymamba.torch_gguf import gguf_config, gguf_state_dict
+from anymamba.modeling.loading.find import Found, find_model, load_adapter
+from anymamba.modeling.loading.quantized import is_ours, load_quantized
+from anymamba.modeling.loading.tensor_names import (
+    is_of_mamba,
+    own_names,
+    rename_state_dict,
+    ties_head,
+)
 
 __all__ = ["FromAnyLayout"]
 
@@ -252,7 +257,7 @@ def _refuse_missing(model: Any, info: Mapping[str, Any], where: object) -> None:
     Raises:
         CheckpointError: the message names the tensors.
     """
-    from anymamba.modeling.model import MambaModel
+    from anymamba.modeling.mamba.model import MambaModel
 
     missing = set(info["missing_keys"])
     needed = [HEAD] if ties_head(type(model)) else []

@@ -23,11 +23,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
-from anymamba.modeling.logits_processors import process, softmax
-from anymamba.modeling.multinomial import multinomial
+from anymamba.modeling.generation.logits_processors import process, softmax
+from anymamba.modeling.generation.multinomial import multinomial
 
 if TYPE_CHECKING:
-    from anymamba.modeling.causal_lm import MambaForCausalLM
+    from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
 
 __all__ = ["NativeLoop", "records_methods", "why_not_direct", "why_not_loop", "why_not_native_loop"]
 

@@ -18,22 +18,22 @@ from anymamba.errors import InputError
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.generation import (
+from anymamba.modeling.generation.loop import (
     NativeLoop,
     records_methods,
     why_not_direct,
     why_not_loop,
 )
-from anymamba.modeling.kept_positions import at_kept, check_kept, targets_of
-from anymamba.modeling.model import (
+from anymamba.modeling.mamba.model import (
     MambaModel,
     MambaPreTrainedModel,
     check_cache,
     check_cache_position,
     check_no_attention,
 )
-from anymamba.modeling.outputs import MambaCausalLMOutput
-from anymamba.modeling.packing import check_mask
+from anymamba.modeling.mamba.outputs import MambaCausalLMOutput
+from anymamba.modeling.packing.kept_positions import at_kept, check_kept, targets_of
+from anymamba.modeling.packing.packing import check_mask
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.fusable import project
 from anymamba.ops.tracing import values_are_known

@@ -12,8 +12,8 @@ from anymamba.checkpoint.io.json_object import read_json_object
 from anymamba.checkpoint.io.messages import shown
 from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import CheckpointError, MissingDependencyError
-from anymamba.modeling.loading_arguments import take_place
-from anymamba.torch_gguf import find_mamba_gguf, hub_pattern
+from anymamba.modeling.gguf import find_mamba_gguf, hub_pattern
+from anymamba.modeling.loading.arguments import take_place
 
 __all__ = ["Found", "find_model", "load_adapter"]
 

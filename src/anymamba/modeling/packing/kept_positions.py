@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.modeling_utils import slice_logits_to_keep
 
 from anymamba.errors import InputError
-from anymamba.modeling.packing import next_tokens, pack_batch
+from anymamba.modeling.packing.packing import next_tokens, pack_batch
 
 __all__ = ["at_kept", "check_kept", "targets_of"]
 

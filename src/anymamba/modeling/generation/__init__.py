@@ -1,0 +1,1 @@
+"""`generate` in a loop of our own, with Transformers' results."""

@@ -1,0 +1,1 @@
+"""`from_pretrained`: finding, reading and checking weights in every layout and format."""

@@ -1,0 +1,1 @@
+"""Mamba with Transformers' interface: configuration, layers, model, language model."""
