@@ -55,13 +55,13 @@ WITH_EXAMPLES = {
     "runtime.tokenizer",
     "checkpoint.tokenizer.reader",
     "runtime.weights.weights",
-    "training.arguments",
-    "training.data",
-    "training.dropout",
-    "training.finetune",
-    "training.instructions",
+    "training.pretrain.arguments",
+    "training.data.documents",
+    "training.pretrain.dropout",
+    "training.finetune.run",
+    "training.data.instructions",
     "training.settings",
-    "training.tokenizers",
+    "training.data.tokenizers",
 }
 
 

@@ -10,10 +10,17 @@ import torch
 
 from anymamba import MambaConfig, MambaForCausalLM
 from anymamba.errors import ConfigError, InputError
-from anymamba.training.data import TokenRow, held_out, read_dataset, read_texts, texts_of, tokenize
-from anymamba.training.packing import Rows, collate, windows_side_by_side
-from anymamba.training.tokenizers import END_OF_TEXT, open_tokenizer
-from anymamba.training.validation import loss_of_stream, loss_of_windows
+from anymamba.training.data.documents import (
+    TokenRow,
+    held_out,
+    read_dataset,
+    read_texts,
+    texts_of,
+    tokenize,
+)
+from anymamba.training.data.packing import Rows, collate, windows_side_by_side
+from anymamba.training.data.tokenizers import END_OF_TEXT, open_tokenizer
+from anymamba.training.pretrain.validation import loss_of_stream, loss_of_windows
 from tests.training.small import small
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from anymamba.errors import InputError
-from anymamba.training.data import read_texts
-from anymamba.training.instructions import dataset_examples, read_examples
+from anymamba.training.data.documents import read_texts
+from anymamba.training.data.instructions import dataset_examples, read_examples
 
 TALK = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "I, \u00e9."}]
 LINES = [{"messages": TALK}, {"messages": TALK}]

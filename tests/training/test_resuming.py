@@ -16,11 +16,11 @@ import torch
 
 from anymamba import MambaForCausalLM
 from anymamba.errors import AnyMambaError, InputError, TrainingError
-from anymamba.training.report import read_metrics
-from anymamba.training.run import train
-from anymamba.training.safety import checkpoints_in
+from anymamba.training.lifecycle.report import read_metrics
+from anymamba.training.lifecycle.safety import checkpoints_in
+from anymamba.training.pretrain.run import train
+from anymamba.training.pretrain.trainer import MambaTrainer
 from anymamba.training.settings import Settings
-from anymamba.training.trainer import MambaTrainer
 from tests.training.small import small
 
 STEPS = 60
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     whole = settings_in(tmp_path / "whole", "random")
     train(whole)
     settings = settings_in(tmp_path / "full", "random")
-    from anymamba.training import trainer
+    from anymamba.training.pretrain import trainer
 
     publish = trainer.publish
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

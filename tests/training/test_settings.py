@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from anymamba.errors import ConfigError
-from anymamba.training.arguments import rate_at
+from anymamba.training.pretrain.arguments import rate_at
 from anymamba.training.settings import PRESETS, Settings, read_yaml, settings_from
 
 

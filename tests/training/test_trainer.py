@@ -12,12 +12,12 @@ from transformers import MambaForCausalLM as TransformersMamba
 
 from anymamba import MambaForCausalLM
 from anymamba.errors import ConfigError, InputError, TrainingError
-from anymamba.training.data import held_out, tokenize
-from anymamba.training.report import read_metrics
-from anymamba.training.run import new_model, train
+from anymamba.training.data.documents import held_out, tokenize
+from anymamba.training.data.tokenizers import open_tokenizer
+from anymamba.training.lifecycle.report import read_metrics
+from anymamba.training.pretrain.run import new_model, train
+from anymamba.training.pretrain.trainer import MambaTrainer
 from anymamba.training.settings import Settings
-from anymamba.training.tokenizers import open_tokenizer
-from anymamba.training.trainer import MambaTrainer
 from tests.training.small import TEXT, small
 
 

@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     let_waiting_threads_sleep()
     with quiet():
         try:
-            from anymamba.training.run import train
+            from anymamba.training.pretrain.run import train
         except ImportError as error:
             raise MissingDependencyError(
                 f"training needs the package {error.name!r}: pip install 'anymamba[train]'"

@@ -168,8 +168,8 @@ def harness_model(
     from transformers.utils.logging import disable_progress_bar
 
     from anymamba.modeling import MambaForCausalLM
-    from anymamba.training.opening import check_weights
-    from anymamba.training.tokenizers import stored_tokenizer
+    from anymamba.training.data.tokenizers import stored_tokenizer
+    from anymamba.training.load_trainable import check_weights
 
     disable_progress_bar()  # of loading weights
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import InputError
-from anymamba.training.data import JSON_ENDINGS, open_dataset, read_texts, values_in
+from anymamba.training.data.documents import JSON_ENDINGS, open_dataset, read_texts, values_in
 
 __all__ = ["DEFAULT_TEMPLATE", "Example", "dataset_examples", "is_conversation", "read_examples"]
 

@@ -28,18 +28,18 @@ from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import ConfigError, InputError, TrainingError
 from anymamba.modeling import MambaForCausalLM
 from anymamba.modeling.adapters import patch_peft
-from anymamba.training.finetune_checkpoints import facts_of, place_beside, resumable
-from anymamba.training.instructions import (
+from anymamba.training.data.instructions import (
     DEFAULT_TEMPLATE,
     Example,
     dataset_examples,
     is_conversation,
     read_examples,
 )
-from anymamba.training.opening import open_trainable
-from anymamba.training.safety import StopSignals, last_checkpoint
+from anymamba.training.data.tokenizers import stored_tokenizer
+from anymamba.training.finetune.checkpoints import facts_of, place_beside, resumable
+from anymamba.training.lifecycle.safety import StopSignals, last_checkpoint
+from anymamba.training.load_trainable import open_trainable
 from anymamba.training.settings import HIGHEST_SEED
-from anymamba.training.tokenizers import stored_tokenizer
 
 __all__ = ["METHODS", "TARGETS", "FinetuneSettings", "finetune"]
 
@@ -288,7 +288,7 @@ def _trainer(
     from datasets import Dataset
     from trl import SFTConfig
 
-    from anymamba.training.finetune_trainer import CheckpointingTrainer
+    from anymamba.training.finetune.trainer import CheckpointingTrainer
 
     on_gpu = torch.cuda.is_available()
     arguments = SFTConfig(

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymamba.errors import InputError, TrainingError
-from anymamba.training.instructions import Example
-from anymamba.training.resuming import check_whole
-from anymamba.training.safety import last_checkpoint
+from anymamba.training.data.instructions import Example
+from anymamba.training.lifecycle.resume import check_whole
+from anymamba.training.lifecycle.safety import last_checkpoint
 
 if TYPE_CHECKING:
-    from anymamba.training.finetune import FinetuneSettings
+    from anymamba.training.finetune.run import FinetuneSettings
 
 __all__ = ["RUN_FILE", "facts_of", "place_beside", "resumable"]
 

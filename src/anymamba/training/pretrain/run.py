@@ -19,18 +19,17 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import ConfigError, InputError
 from anymamba.modeling import MambaConfig, MambaForCausalLM
-from anymamba.training.data import TokenRow, texts_of, tokenize
-from anymamba.training.dropout import residual_dropout
-from anymamba.training.opening import open_trainable
-from anymamba.training.report import (
+from anymamba.training.data.documents import TokenRow, texts_of, tokenize
+from anymamba.training.data.tokenizers import open_tokenizer
+from anymamba.training.lifecycle.report import (
     ConsoleReport,
     MetricsFile,
     draw_losses,
     read_metrics,
     tensorboard_callback,
 )
-from anymamba.training.resuming import check_same_settings
-from anymamba.training.safety import (
+from anymamba.training.lifecycle.resume import check_same_settings
+from anymamba.training.lifecycle.safety import (
     CANNOT_WRITE,
     PARTIAL,
     StopSignals,
@@ -38,10 +37,11 @@ from anymamba.training.safety import (
     not_written,
     publish,
 )
+from anymamba.training.load_trainable import open_trainable
+from anymamba.training.pretrain.dropout import residual_dropout
+from anymamba.training.pretrain.trainer import MambaTrainer
+from anymamba.training.pretrain.validation import loss_of_stream, loss_of_windows
 from anymamba.training.settings import Settings, settings_from
-from anymamba.training.tokenizers import open_tokenizer
-from anymamba.training.trainer import MambaTrainer
-from anymamba.training.validation import loss_of_stream, loss_of_windows
 
 __all__ = ["CONFIG_FILE", "Outcome", "train"]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from anymamba.errors import InputError
-from anymamba.training.data import TokenRow
+from anymamba.training.data.documents import TokenRow
 
 __all__ = ["Rows", "collate", "windows_side_by_side"]
 

@@ -23,14 +23,20 @@ from transformers.trainer_callback import PrinterCallback
 
 from anymamba.errors import TrainingError
 from anymamba.modeling import MambaCache, MambaForCausalLM
-from anymamba.training.arguments import rate_at, training_arguments
-from anymamba.training.data import TokenRow
-from anymamba.training.packing import Rows, collate
-from anymamba.training.progress import Progress
-from anymamba.training.resuming import check_resumable
-from anymamba.training.safety import CANNOT_WRITE, PARTIAL, keep_last, not_written, publish
+from anymamba.training.data.documents import TokenRow
+from anymamba.training.data.packing import Rows, collate
+from anymamba.training.lifecycle.progress import Progress
+from anymamba.training.lifecycle.resume import check_resumable
+from anymamba.training.lifecycle.safety import (
+    CANNOT_WRITE,
+    PARTIAL,
+    keep_last,
+    not_written,
+    publish,
+)
+from anymamba.training.pretrain.arguments import rate_at, training_arguments
+from anymamba.training.pretrain.validation import loss_of_windows, summed_loss
 from anymamba.training.settings import Settings
-from anymamba.training.validation import loss_of_windows, summed_loss
 
 __all__ = ["MambaTrainer", "decays"]
 

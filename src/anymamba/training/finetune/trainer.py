@@ -9,8 +9,14 @@ from typing import Any
 
 from trl import SFTTrainer
 
-from anymamba.training.finetune_checkpoints import RUN_FILE
-from anymamba.training.safety import CANNOT_WRITE, PARTIAL, keep_last, not_written, publish
+from anymamba.training.finetune.checkpoints import RUN_FILE
+from anymamba.training.lifecycle.safety import (
+    CANNOT_WRITE,
+    PARTIAL,
+    keep_last,
+    not_written,
+    publish,
+)
 
 __all__ = ["CheckpointingTrainer"]
 

@@ -13,7 +13,7 @@ from anymamba.checkpoint.io.json_object import read_json_object
 from anymamba.checkpoint.io.messages import listed, shown
 from anymamba.checkpoint.safetensors.header import read_header
 from anymamba.errors import CheckpointError, TrainingError
-from anymamba.training.progress import FILE_NAME, Progress
+from anymamba.training.lifecycle.progress import FILE_NAME, Progress
 from anymamba.training.settings import Settings
 
 __all__ = ["check_resumable", "check_same_settings", "check_whole"]

@@ -1,0 +1,1 @@
+"""Training a model further, or an adapter of it."""

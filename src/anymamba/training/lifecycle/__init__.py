@@ -1,0 +1,1 @@
+"""What every training run shares: atomic checkpoints, signals, resuming, its report."""
