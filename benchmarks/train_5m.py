@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from anymamba.cli.waiting_threads import let_waiting_threads_sleep
+from anymamba.cli.openmp import let_waiting_threads_sleep
 
 let_waiting_threads_sleep()  # as `anymamba train` does, before PyTorch is there
 

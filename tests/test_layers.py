@@ -97,7 +97,13 @@ def test_light_rooms_import_no_torch(room: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["anymamba", "anymamba.cli.main", "anymamba.cli.run", "anymamba.checkpoint", "anymamba.dropin"],
+    [
+        "anymamba",
+        "anymamba.cli.main",
+        "anymamba.cli.commands.run",
+        "anymamba.checkpoint",
+        "anymamba.dropin",
+    ],
 )
 def test_an_import_brings_in_nothing_heavy(module: str) -> None:
     script = f"import sys, {module}; print(*sys.modules)"

@@ -6,9 +6,9 @@ import pytest
 
 from anymamba.assets import bundled_model
 from anymamba.cli import speed as module
-from anymamba.cli.bench import default_threads
+from anymamba.cli.commands.evaluation.bench import default_threads
 from anymamba.cli.speed import Effort, measure
-from anymamba.cli.table import columns
+from anymamba.cli.terminal.table import columns
 from anymamba.runtime.loading import load
 
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 4, "--repeats", 1)

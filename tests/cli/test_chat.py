@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from anymamba.cli.chat_template import ChatTemplate
-from anymamba.cli.conversation import Conversation
+from anymamba.cli.chat.conversation import Conversation
+from anymamba.cli.chat.template import ChatTemplate
 from anymamba.errors import InputError
 from anymamba.runtime.loading import load
 
@@ -139,7 +139,7 @@ def test_a_terminal_is_told_and_the_chat_goes_on(tiny, monkeypatch, anymamba):
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr("anymamba.cli.chat_input.line_reader", lambda history: read_line)
+    monkeypatch.setattr("anymamba.cli.chat.input.line_reader", lambda history: read_line)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     done = anymamba("chat", "--model", tiny, "--temperature", 0, "--max-new-tokens", 6, "--json")
     assert answers(done) == [greedy(tiny, "To be", 6)]
@@ -345,7 +345,7 @@ def test_a_line_that_is_no_text_does_not_end_a_chat_on_a_terminal(tiny, monkeypa
             raise line
         return line
 
-    monkeypatch.setattr("anymamba.cli.chat_input.line_reader", lambda history: read_line)
+    monkeypatch.setattr("anymamba.cli.chat.input.line_reader", lambda history: read_line)
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     done = anymamba("chat", "--model", tiny, "--temperature", 0, "--max-new-tokens", 6, "--json")
     assert "not UTF-8" in done.err

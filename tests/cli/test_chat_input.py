@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from anymamba.cli.chat_input import line_reader, messages, read_typed_line, remember
+from anymamba.cli.chat.input import line_reader, messages, read_typed_line, remember
 from anymamba.errors import InputError
 
 

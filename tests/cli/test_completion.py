@@ -9,7 +9,7 @@ import pytest
 
 from anymamba.cli.completion_scripts import SCRIPTS
 from anymamba.cli.main import COMMANDS, build_parser
-from anymamba.cli.model_options import WEIGHTS
+from anymamba.cli.options.model import WEIGHTS
 
 BASH = shutil.which("bash")
 

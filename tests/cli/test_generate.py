@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from anymamba.assets import bundled_model
-from anymamba.cli.opening import open_engine
+from anymamba.cli.load_engine import open_engine
 
 from .conftest import write_model
 from .reference import greedy
@@ -274,7 +274,7 @@ def test_weights_are_held_as_asked_for(kind, monkeypatch, anymamba):
         engines.append(open_engine(arguments))
         return engines[-1]
 
-    monkeypatch.setattr("anymamba.cli.generate.open_engine", look)
+    monkeypatch.setattr("anymamba.cli.commands.text.generate.open_engine", look)
     result = anymamba(
         "generate", "ROMEO:", "--weights", kind, "--threads", 1, "--max-new-tokens", 4, "--json"
     )
@@ -291,7 +291,7 @@ def test_types_may_have_pytorch_s_names(dtype, kind, monkeypatch, anymamba):
         asked.append(arguments.weights)
         return open_engine(arguments)
 
-    monkeypatch.setattr("anymamba.cli.generate.open_engine", look)
+    monkeypatch.setattr("anymamba.cli.commands.text.generate.open_engine", look)
     assert anymamba("generate", "R", "--dtype", dtype, "--max-new-tokens", 1).status == 0
     assert asked == [kind]
 

@@ -13,8 +13,8 @@ import pytest
 
 import anymamba.cli
 from anymamba.checkpoint.io.messages import escaped
-from anymamba.cli import output
-from anymamba.cli.table import columns, table
+from anymamba.cli.terminal import output
+from anymamba.cli.terminal.table import columns, table
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.loading import load
 
@@ -137,7 +137,7 @@ def test_every_character_that_a_terminal_obeys_is_escaped():
 
 def test_commands_print_through_say_or_as_json():
     """json.dumps escapes by itself; all else may hold what came out of a file."""
-    for file in sorted(Path(anymamba.cli.__path__[0]).glob("*.py")):
+    for file in sorted(Path(anymamba.cli.__path__[0]).rglob("*.py")):
         if file.name == "output.py":
             continue
         for node in ast.walk(ast.parse(file.read_text())):

@@ -13,8 +13,8 @@ import torch
 
 from anymamba import MambaCache, MambaConfig, MambaForCausalLM, __version__
 from anymamba.assets import bundled_model
-from anymamba.cli import about_machine
-from anymamba.cli.sizes import size
+from anymamba.cli.describe import machine as about_machine
+from anymamba.cli.terminal.sizes import size
 from anymamba.errors import CheckpointError
 from anymamba.ops import available_backends
 

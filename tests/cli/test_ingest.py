@@ -102,7 +102,7 @@ def test_the_mark_of_the_beginning_stands_there_once(tmp_path, anymamba):
 
 
 def test_figures_and_progress_go_to_standard_error(book, tmp_path, monkeypatch, anymamba):
-    monkeypatch.setattr("anymamba.cli.progress.SECONDS_IN_FILE", 0.0)
+    monkeypatch.setattr("anymamba.cli.terminal.progress.SECONDS_IN_FILE", 0.0)
     state = tmp_path / "a.state"
     done = anymamba("ingest", book, "--save-state", state)
     *progress, figures = done.err.splitlines()
@@ -131,7 +131,7 @@ def test_mistakes_are_found_before_anything_is_read(book, tmp_path, monkeypatch,
     def never(*arguments):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("anymamba.cli.ingest.open_engine", never)
+    monkeypatch.setattr("anymamba.cli.commands.text.ingest.open_engine", never)
     state = tmp_path / "a.state"
     assert (
         "missing.txt"

@@ -85,7 +85,7 @@ def test_without_matplotlib_a_page_that_needs_nothing(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anymamba: Command
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("anymamba.cli.inspect.find_spec", lambda name: None)
+    monkeypatch.setattr("anymamba.cli.commands.text.inspect.find_spec", lambda name: None)
     assert "picture: inspection.html" in anymamba("inspect", TEXT, "--model", tiny).out
     text = (tmp_path / "inspection.html").read_text("utf-8")
     page = Page()
@@ -102,7 +102,7 @@ def test_without_matplotlib_a_page_that_needs_nothing(
 def test_a_named_png_without_matplotlib(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anymamba: Command
 ) -> None:
-    monkeypatch.setattr("anymamba.cli.pictures.find_spec", lambda name: None)
+    monkeypatch.setattr("anymamba.cli.terminal.plot_file.find_spec", lambda name: None)
     done = anymamba("inspect", TEXT, "--picture", tmp_path / "a.png")
     assert "pip install matplotlib" in done.complaint
     assert ".html" in done.complaint

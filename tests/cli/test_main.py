@@ -186,7 +186,7 @@ def test_a_prompt_may_be_a_command_s_name():
         "import sys\n"
         "from anymamba.cli.main import main\n"
         "status = main(['generate', 'chat', '--max-new-tokens', '1'])\n"
-        "assert 'anymamba.cli.chat' not in sys.modules\n"
+        "assert 'anymamba.cli.commands.text.chat' not in sys.modules\n"
         "sys.exit(status)\n"
     )
     assert python(program).returncode == 0

@@ -9,7 +9,7 @@ import pytest
 
 import anymamba as package
 from anymamba.checkpoint import expected_shapes
-from anymamba.cli.known_models import KNOWN_MODELS, KnownModel
+from anymamba.cli.describe.known_models import KNOWN_MODELS, KnownModel
 from anymamba.cli.main import build_parser
 from tests.checkpoint.by_hand import write_model
 from tests.checkpoint.hub_stand_in import Hub, serve

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 
-from anymamba.cli import progress
-from anymamba.cli.progress import Progress
+from anymamba.cli.terminal import progress
+from anymamba.cli.terminal.progress import Progress
 
 
 class Full(io.StringIO):

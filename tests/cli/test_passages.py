@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anymamba.cli.passages import Passage, passages_in
+from anymamba.cli.text.passages import Passage, passages_in
 from anymamba.errors import InputError
 
 TEXTS = ["to be or not", "one line\n\nanother  word ", "déjà vu"]

@@ -6,9 +6,9 @@ from itertools import permutations
 
 import pytest
 
+from anymamba.cli.commands.training.train import settings_of
 from anymamba.cli.main import build_parser
-from anymamba.cli.model_options import places_of
-from anymamba.cli.train import settings_of
+from anymamba.cli.options.model import places_of
 from anymamba.errors import InputError
 
 COMMANDS = {"quantize": "--model", "convert": "--model", "merge": "--adapter"}

@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from anymamba.cli import progress as module
-from anymamba.cli.progress import Progress, Steps, clock
+from anymamba.cli.terminal import progress as module
+from anymamba.cli.terminal.progress import Progress, Steps, clock
 
 
 class Terminal(io.StringIO):

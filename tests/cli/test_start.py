@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from anymamba.cli.main import COMMANDS
+from anymamba.cli.main import COMMANDS, module_of
 
 # What takes long to import, or is not there in a plain installation.
 SLOW = {
@@ -33,7 +33,7 @@ def imported_by(*arguments, before=""):
 
 
 def other_commands(modules, command):
-    return {f"anymamba.cli.{name}" for name in COMMANDS if name != command} & modules
+    return {module_of(name) for name in COMMANDS if name != command} & modules
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from anymamba.cli.output import write
+from anymamba.cli.terminal.output import write
 
 from .conftest import buffered
 

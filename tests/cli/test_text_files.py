@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anymamba.cli import text_files
-from anymamba.cli.text_files import read_blocks, read_text, size_of
+from anymamba.cli.text import files as text_files
+from anymamba.cli.text.files import read_blocks, read_text, size_of
 from anymamba.errors import InputError
 
 

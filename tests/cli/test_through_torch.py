@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anymamba import MambaForCausalLM
-from anymamba.cli import generate
+from anymamba.cli.commands.text import generate
 
 from .conftest import write_model
 from .reference import greedy

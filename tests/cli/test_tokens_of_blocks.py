@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from anymamba.assets import bundled_model
-from anymamba.cli import tokens_of_blocks as module
-from anymamba.cli.tokens_of_blocks import tokens_of_blocks
+from anymamba.cli.text import streaming_tokenizer as module
+from anymamba.cli.text.streaming_tokenizer import tokens_of_blocks
 
 TRAINING = [
     "To be, or not to be: that's the question, isn't it?\n\nWe'll see; they'd said so.\n" * 3,

@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from anymamba.cli.values import integer, number
+from anymamba.cli.options.argument_types import integer, number
 
 
 @pytest.mark.parametrize(("text", "value"), [("1", 1), ("30", 30), (" 7 ", 7)])

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from anymamba.cli.opening import beginning_tokens, model_name, open_engine
-from anymamba.cli.output import say
-from anymamba.cli.quiet import quiet
-from anymamba.cli.values import integer
+from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
+from anymamba.cli.options.argument_types import integer
+from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def refuse_alone(arguments: argparse.Namespace) -> None:
 
 def run_by_position(arguments: argparse.Namespace, text: str) -> None:
     """Score the windows, draw, and print."""
-    from anymamba.cli.pictures import check_picture, write_file
-    from anymamba.cli.progress import Steps
+    from anymamba.cli.terminal.plot_file import check_picture, write_file
+    from anymamba.cli.terminal.progress import Steps
     from anymamba.runtime.analysis.losses_by_position import helpful_context, loss_by_position
 
     plot = None
@@ -82,7 +82,7 @@ def run_by_position(arguments: argparse.Namespace, text: str) -> None:
 
 def as_text(stretches: Sequence[Stretch], helpful: int) -> str:
     """A table, and what it says."""
-    from anymamba.cli.table import columns
+    from anymamba.cli.terminal.table import columns
 
     rows = [["tokens before", "nats per token", "", "gain", "", "predictions"]]
     for part in stretches:

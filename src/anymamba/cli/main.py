@@ -1,6 +1,6 @@
 """The `anymamba` command: finds the command that was asked for, and says what went wrong.
 
-Each command is a module of this package with two functions, `add_arguments(parser)` and
+Each command is a module of `anymamba.cli.commands` with two functions, `add_arguments(parser)` and
 `run(arguments)`. Only the chosen one is imported, and none imports what is slow before it must,
 because a person waits for each of these imports.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from anymamba import __version__
-from anymamba.cli.output import forget, open_missing, tell, tell_error
+from anymamba.cli.terminal.output import forget, open_missing, tell, tell_error
 from anymamba.errors import AnyMambaError, InputError
 
 COMMANDS = {
@@ -39,6 +39,14 @@ COMMANDS = {
     "quantize": "store a model with 8- or 4-bit weights",
     "convert": "store a model in another layout",
     "completion": "print a script that lets a shell complete commands",
+}
+
+# In which folder of `commands` a command lies, if not in `commands` itself.
+FOLDERS = {
+    "evaluation": ("bench", "evaluate", "lambada", "score"),
+    "models": ("convert", "download", "info", "merge", "models", "quantize"),
+    "text": ("chat", "generate", "ingest", "inspect"),
+    "training": ("finetune", "train"),
 }
 
 EXIT_FAILURE = 2
@@ -173,7 +181,13 @@ def run_command(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if asked is None:
         parser.error("a command is missing")
-    import_module(f"anymamba.cli.{arguments.command}").run(arguments)
+    import_module(module_of(arguments.command)).run(arguments)
+
+
+def module_of(command: str) -> str:
+    """The full name of a command's module."""
+    folder = next((f"{name}." for name, commands in FOLDERS.items() if command in commands), "")
+    return f"anymamba.cli.commands.{folder}{command}"
 
 
 def build_parser(complete: Collection[str]) -> Parser:
@@ -194,7 +208,7 @@ def build_parser(complete: Collection[str]) -> Parser:
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name in complete:
-            import_module(f"anymamba.cli.{name}").add_arguments(parser)
+            import_module(module_of(name)).add_arguments(parser)
     return top
 
 

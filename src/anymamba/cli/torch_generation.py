@@ -9,15 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from anymamba.cli.continuation import Continuation
-from anymamba.cli.sampling_options import sampling_settings
+from anymamba.cli.options.sampling import sampling_settings
+from anymamba.cli.text.continuation import Continuation
 from anymamba.errors import BackendError, InputError
 
 if TYPE_CHECKING:
     import torch
 
     from anymamba import MambaForCausalLM
-    from anymamba.cli.output import Output
+    from anymamba.cli.terminal.output import Output
     from anymamba.runtime.generation.detokenizer import TextStream
 
 __all__ = ["continue_with_torch"]

@@ -1,0 +1,165 @@
+"""`anymamba lambada`: how often a model knows the last word of a passage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
+from anymamba.cli.options.argument_types import finite, integer
+from anymamba.cli.options.model import add_model_arguments, add_weights_arguments
+from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.silence import quiet
+from anymamba.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from anymamba.cli.terminal.progress import Progress
+    from anymamba.cli.text.passages import Passage
+    from anymamba.runtime.engine import Engine
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Test a model on the last words of passages, as the LAMBADA benchmark does (Paperno et al. 2016).
+FILE has a JSON object with a "text" a line. A word counts as known if each of its tokens is the
+likeliest after those before it. Perplexity is that of whole words.
+"""
+EXAMPLES = """\
+examples:
+  anymamba lambada lambada_test.jsonl --model state-spaces/mamba-130m-hf
+  anymamba lambada lambada_test.jsonl --model ./my-model --weights int4 --limit 500 --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba lambada`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("file", metavar="FILE", help="JSON lines; - is standard input")
+    parser.add_argument(
+        "--limit", type=integer(1), metavar="N", help="take the first N passages only"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_model_arguments(parser)
+    add_weights_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Test, and print."""
+    from anymamba.cli.terminal.progress import Progress
+    from anymamba.cli.terminal.table import table
+    from anymamba.cli.text.files import read_blocks, size_of
+    from anymamba.cli.text.passages import passages_in
+
+    reader = Counter()
+    total = size_of([arguments.file]) if arguments.limit is None else None
+    passages = islice(
+        passages_in(read_blocks(arguments.file, reader.add), arguments.file), arguments.limit
+    )
+    with quiet():
+        engine = open_engine(arguments)
+        with Progress(total, visible=not arguments.quiet) as progress:
+            result = test(engine, passages, progress, reader)
+    facts = {"model": model_name(arguments), "weights": engine.weights_kind} | result.as_json()
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    right = f"{facts['accuracy']:.4f} ({result.right:,} of {result.passages:,})"
+    rows = [("accuracy", right), ("perplexity", f"{result.perplexity:.2f}")]
+    say(table(rows))
+
+
+@dataclass
+class Counter:
+    """How many bytes of the file were read."""
+
+    count: int = 0
+
+    def add(self, more: int) -> None:
+        """Count more."""
+        self.count += more
+
+
+@dataclass
+class Result:
+    """What came of the passages so far."""
+
+    passages: int = 0
+    right: int = 0
+    nats: float = 0.0
+
+    @property
+    def perplexity(self) -> float:
+        """Among how many equally likely words the model would have chosen."""
+        from anymamba.runtime.scoring import perplexity_of
+
+        return perplexity_of(self.nats / self.passages)
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures."""
+        return {
+            "passages": self.passages,
+            "right": self.right,
+            "accuracy": self.right / self.passages,
+            "perplexity": finite(self.perplexity),
+        }
+
+
+def test(
+    engine: Engine, passages: Iterable[Passage], progress: Progress, reader: Counter
+) -> Result:
+    """Let the model predict the last word of each passage.
+
+    Raises:
+        InputError: there are no passages.
+    """
+    result = Result()
+    tokens = 0
+    for passage in passages:
+        known, nats, length = predict(engine, passage)
+        result.passages += 1
+        result.right += known
+        result.nats += nats
+        tokens += length
+        progress.show(reader.count, tokens)
+    if not result.passages:
+        raise InputError("there are no passages to test on")
+    return result
+
+
+def predict(engine: Engine, passage: Passage) -> tuple[bool, float, int]:
+    """Whether the model knows a last word, its surprise in nats, and how many tokens it read.
+
+    The word's tokens are those that the whole passage has beyond the context's.
+    """
+    before = beginning_tokens(engine)
+    whole = engine.tokenize(passage.context + passage.last_word, special=False)
+    length = min(len(engine.tokenize(passage.context, special=False)), len(whole) - 1)
+    context, word = before + whole[:length], whole[length:]
+    state = engine.feed(engine.state(), context)
+    assert state.logits is not None
+    first_v = state.logits.copy()
+    known, nats = True, 0.0
+    for logits_v, token in zip([first_v, *engine.logits(word[:-1], state)], word, strict=True):
+        known = known and int(logits_v.argmax()) == token
+        nats += log_of_sum(logits_v) - float(logits_v[token])
+    return known, nats, len(context) + len(word)
+
+
+def log_of_sum(logits_v: NDArray[np.float32]) -> float:
+    """What is taken from logits to make log-probabilities of them."""
+    import numpy as np
+
+    from anymamba.runtime.generation.logits_processors import check_numbers
+
+    largest = logits_v.max()
+    check_numbers(largest)
+    return float(largest) + math.log(np.exp(logits_v - largest).sum(dtype=np.float64))

@@ -1,0 +1,119 @@
+"""`anymamba score`: how well a model predicts a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from anymamba.cli.by_position import add_position_arguments, refuse_alone, run_by_position
+from anymamba.cli.load_engine import model_name, open_engine
+from anymamba.cli.options.argument_types import finite
+from anymamba.cli.options.model import (
+    add_adapter_argument,
+    add_model_arguments,
+    add_weights_arguments,
+)
+from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.silence import quiet
+from anymamba.errors import InputError
+
+if TYPE_CHECKING:
+    from anymamba.runtime.engine import Engine
+
+__all__ = ["add_arguments", "run", "score_text"]
+
+DESCRIPTION = """\
+Tell how well a model predicts a text: each token from all tokens before it. The first token is
+predicted only where the tokenizer puts one before it, and does not count otherwise. Perplexity
+depends on the tokenizer; bits per byte compare models with different ones.
+"""
+EXAMPLES = """\
+examples:
+  anymamba score book.txt
+  anymamba score book.txt --weights int4 --json
+  tail -c 100000 book.txt | anymamba score - --model ./my-model
+  anymamba score book.txt --by-position --window 2048 --stride 256 --plot losses.png
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba score`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("file", metavar="FILE", help="UTF-8 text; - is standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_position_arguments(parser)
+    add_model_arguments(parser)
+    add_adapter_argument(parser)
+    add_weights_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Score, and print."""
+    from anymamba.cli.terminal.table import table
+    from anymamba.cli.text.files import read_text
+
+    if not arguments.by_position:
+        refuse_alone(arguments)
+    text = read_text(arguments.file)
+    if arguments.by_position:
+        run_by_position(arguments, text)
+        return
+    with quiet():
+        engine = open_engine(arguments)
+        figures = score_text(engine, text)
+    if arguments.json:
+        facts = {"model": model_name(arguments), "weights": engine.weights_kind}
+        figures["perplexity"] = finite(figures["perplexity"])
+        print(json.dumps(facts | figures))
+        return
+    per_byte = figures["bits_per_byte"]
+    rows = [
+        ("perplexity", f"{figures['perplexity']:.4f}"),
+        ("nats per token", f"{figures['nats_per_token']:.4f}"),
+        ("bits per token", f"{figures['bits_per_token']:.4f}"),
+        ("bits per byte", "no bytes to count" if per_byte is None else f"{per_byte:.4f}"),
+        ("tokens", f"{figures['tokens']:,} predicted, {figures['bytes']:,} bytes"),
+    ]
+    say(table(rows))
+
+
+def score_text(engine: Engine, text: str) -> dict[str, Any]:
+    """A model's figures for a text.
+
+    Raises:
+        InputError: the text is too short for any token to be predicted.
+    """
+    score = engine.score(text)
+    predicted = len(score.logprobs)
+    if not predicted:
+        raise InputError("the text is too short to be scored: nothing predicts its first token")
+    count = predicted_bytes(engine, text, score.ids, predicted)
+    return {
+        "perplexity": score.perplexity,
+        "nats": score.nats,
+        "nats_per_token": score.nats / predicted,
+        "bits_per_token": score.nats / predicted / math.log(2),
+        "bits_per_byte": score.nats / count / math.log(2) if count > 0 else None,
+        "tokens": predicted,
+        "bytes": count,
+    }
+
+
+def predicted_bytes(engine: Engine, text: str, ids: list[int], predicted: int) -> int:
+    """How many bytes of a text its last tokens stand for: what comes before them was given.
+
+    Where the cut is within a character, the bytes left of it, three at most, are shown as
+    U+FFFD, one each.
+    """
+    data = text.encode("utf-8")
+    for skip_special in (False, True):
+        end = engine.detokenize(ids[len(ids) - predicted :], skip_special)
+        for strays in range(4):
+            count = len(end[strays:].encode("utf-8")) + strays
+            if count <= len(data) and data[len(data) - count :].decode(errors="replace") == end:
+                return count
+    # The tokenizer rewrites texts, as by dropping accents.
+    given = engine.detokenize(ids[: len(ids) - predicted])
+    return max(0, len(data) - len(given.encode("utf-8")))

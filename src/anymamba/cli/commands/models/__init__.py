@@ -1,0 +1,1 @@
+"""Commands about models on disk and on the hub."""

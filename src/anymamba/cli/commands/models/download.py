@@ -1,0 +1,71 @@
+"""`anymamba download`: fetch a model from the hub, once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+from anymamba.cli.options.model import add_offline_argument
+from anymamba.cli.terminal.silence import quiet
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Download a model from the Hugging Face hub, with a progress bar, to where all commands and Python
+look for it by its name. Only the files that AnyMamba reads are fetched, and pickled weights only
+where there are no others. What was downloaded before is not fetched again, and a download that was
+interrupted goes on. `anymamba models` lists models to begin with.
+"""
+EXAMPLES = """\
+examples:
+  anymamba download state-spaces/mamba-130m-hf
+  anymamba generate "Mamba is" -m state-spaces/mamba-130m-hf --offline
+
+HF_HUB_CACHE moves the place, HF_TOKEN opens private models, HF_ENDPOINT names another hub.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba download`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("model", metavar="ID", help="a name on the hub, such as owner/model")
+    parser.add_argument("--revision", metavar="NAME", help="a branch, tag or commit")
+    add_offline_argument(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Download, and say where it is."""
+    from anymamba.checkpoint import open_checkpoint, resolve
+    from anymamba.cli.terminal.output import say, tell
+    from anymamba.cli.terminal.sizes import bytes_in, size
+
+    if not arguments.json:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+    with quiet():
+        folder = resolve(arguments.model, revision=arguments.revision, offline=arguments.offline)
+        checkpoint = open_checkpoint(folder)  # what is broken shows now, and not on first use
+    count = bytes_in(folder)
+    facts = {
+        "model": arguments.model,
+        "folder": str(folder),
+        "bytes": count,
+        "pickled": checkpoint.pickled,
+    }
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    say(f"{folder}: {size(count)}")
+    if checkpoint.pickled:
+        tell(
+            "its weights are pickled; make a folder that loads at once: "
+            f"anymamba convert {arguments.model} ./{folder_name(arguments.model)}"
+        )
+    else:
+        tell(f'try it: anymamba generate "Mamba is" -m {arguments.model}')
+
+
+def folder_name(model: str) -> str:
+    """A local name for a model on the hub."""
+    return model.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,231 @@
+"""`anymamba run`: run a Python program in which AnyMamba stands for `mamba_ssm`."""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import io
+import runpy
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from anymamba.cli.terminal.output import tell
+from anymamba.errors import InputError
+from anymamba.upstream import PACKAGES
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Run a Python program as `python` would, with imports of mamba_ssm and causal_conv1d answered by
+AnyMamba. Where these packages are installed, calls with CUDA tensors still go to them. A package of
+that name in the program's own folder is left alone, and AnyMamba answers its compiled extensions.
+Without CUDA, a program that names the device "cuda" gets the CPU, and is told so once.
+"""
+EXAMPLES = """\
+examples:
+  anymamba run train.py --epochs 3
+  anymamba run -m package.module --help
+  anymamba run --own mamba_ssm vision.py    a fork is installed: leave it alone
+  anymamba run --force compare.py
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba run`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.usage = (
+        "anymamba run [-h] [--force] [--own PACKAGE] (SCRIPT | -m MODULE) [ARGUMENTS ...]"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="stand for every package of these names: take calls with CUDA tensors, too, and pass "
+        "over packages in the program's folder",
+    )
+    parser.add_argument(
+        "--own",
+        action="append",
+        default=[],
+        choices=PACKAGES,
+        metavar="PACKAGE",
+        help="leave an installed mamba_ssm or causal_conv1d alone, a fork for example, and answer "
+        "its compiled extensions only",
+    )
+    parser.add_argument(
+        "-m",
+        dest="module",
+        nargs=argparse.REMAINDER,
+        metavar="MODULE",
+        help="run a module, as python -m does; the rest are its arguments",
+    )
+    parser.add_argument(
+        "script",
+        nargs=argparse.REMAINDER,
+        metavar="FILE",
+        help="a script, folder or zip file; the rest are its arguments",
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Install the drop-in, and be the program from here on.
+
+    Raises:
+        InputError: there is no such program.
+        SystemExit: the program has ended.
+    """
+    words = arguments.module or arguments.script
+    if not words:
+        what = "a script" if arguments.module is None else "a module after -m"
+        raise InputError(f"anymamba run needs {what} (see anymamba run --help)")
+    program, folder = module(words[0]) if arguments.module else script(words[0])
+    from anymamba import dropin
+
+    dropin.install(force=arguments.force, own=packages_of_its_own(arguments, folder))
+    if "torch" in sys.modules:
+        put_cuda_on_the_cpu()
+    else:
+        sys.meta_path.insert(0, CudaOnCpuFromTorchOn())
+    sys.argv[:] = words
+    # The first place is the folder of the `anymamba` command, unless Python was told to have none.
+    if not sys.flags.safe_path:
+        sys.path[0] = folder
+    sys.modules["__main__"] = main = ModuleType("__main__")
+    vars(main).update(__builtins__=builtins, __annotations__={})
+    undisturbed(program)
+
+
+def packages_of_its_own(arguments: argparse.Namespace, folder: str) -> set[str]:
+    """The packages to leave alone: those asked for, and those beside the program, told in a line.
+
+    Args:
+        arguments: of the command.
+        folder: the first place where the program finds modules.
+    """
+    specs = {name: PathFinder.find_spec(name, [folder]) for name in PACKAGES}
+    # A folder without modules, a clone for example, is passed over by Python, too.
+    beside = [name for name, spec in specs.items() if spec is not None and spec.has_location]
+    for name in beside:
+        if arguments.force:
+            tell(f"anymamba: the program's own {name}, a fork perhaps, is passed over: --force")
+        else:
+            tell(
+                f"anymamba: {name} is the program's own, from {folder}; AnyMamba answers its "
+                "compiled extensions (--force takes AnyMamba's)"
+            )
+    return {*arguments.own, *([] if arguments.force else beside)}
+
+
+class CudaOnCpuFromTorchOn(MetaPathFinder):
+    """Finds torch, and puts "cuda" on the CPU as soon as it is imported.
+
+    Not earlier, because programs set variables of the environment that PyTorch reads when it is
+    imported.
+    """
+
+    waiting = True
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        """How to load torch, at its first import; None for all else."""
+        if fullname != "torch" or not self.waiting:
+            return None
+        self.waiting = False
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = ThenCudaOnCpu(spec.loader)
+        return spec
+
+
+class ThenCudaOnCpu(Loader):
+    """Loads torch as another loader does, and then lets the CPU stand for CUDA where none is."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """The module, still empty."""
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Import torch."""
+        spec = module.__spec__
+        assert spec is not None
+        # What looks at the module's loader sees its own, resource readers for example.
+        module.__loader__ = spec.loader = self.loader
+        self.loader.exec_module(module)
+        put_cuda_on_the_cpu()
+
+
+def put_cuda_on_the_cpu() -> None:
+    """Let the CPU stand for CUDA from now on, where PyTorch has none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        from anymamba.dropin.cuda_on_cpu import CudaOnCpu
+
+        CudaOnCpu(lambda line: tell(f"anymamba: {line}")).__enter__()
+
+
+Program = Callable[[], object]
+
+
+def module(name: str) -> tuple[Program, str]:
+    """What runs a module, and the first place where it finds others."""
+    # Python's own function for `-m`, which looks for the module when it is called.
+    program: Callable[[str], object] = runpy._run_module_as_main  # type: ignore[attr-defined]
+    return lambda: program(name), str(Path.cwd())
+
+
+def script(name: str) -> tuple[Program, str]:
+    """What runs a script, and the first place where it finds others.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = Path(name)
+    if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
+        as_main: Callable[..., object] = runpy._run_module_as_main  # type: ignore[attr-defined]
+        return lambda: as_main("__main__", alter_argv=False), str(path.absolute())
+    try:
+        with io.open_code(str(path.absolute())) as file:
+            source = file.read()
+    except OSError as error:
+        raise InputError(f"cannot open the program {name!r}: {error.strerror}") from None
+    return lambda: as_script(source, str(path.absolute())), str(path.resolve().parent)
+
+
+def as_script(source: bytes, file: str) -> None:
+    """Run the text of a script in the module `__main__`."""
+    names = vars(sys.modules["__main__"])
+    names.update(
+        __file__=file,
+        __loader__=SourceFileLoader("__main__", file),
+        __cached__=None,
+    )
+    exec(compile(source, file, "exec", dont_inherit=True), names)
+
+
+def undisturbed(program: Program) -> NoReturn:
+    """Let a program end as under Python: how it ended is told by it, not by this command."""
+    try:
+        program()
+    except Exception as error:
+        fail(error, 1)
+    except KeyboardInterrupt as error:
+        fail(error, 130)
+    raise SystemExit
+
+
+def fail(error: BaseException, status: int) -> NoReturn:
+    """Show the traceback of a program without the frames of this file, and end."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
+    raise SystemExit(status)

@@ -1,0 +1,138 @@
+"""`anymamba ingest`: read texts of any length into a state, once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from anymamba.cli.load_engine import (
+    beginning_state,
+    beginning_tokens,
+    check_writable,
+    model_name,
+    open_engine,
+)
+from anymamba.cli.options.model import add_model_arguments, add_weights_arguments
+from anymamba.cli.summary import peak_memory, rate
+from anymamba.cli.terminal.output import tell
+from anymamba.cli.terminal.silence import quiet
+
+if TYPE_CHECKING:
+    from anymamba.cli.terminal.progress import Progress
+    from anymamba.runtime.engine import Engine
+    from anymamba.runtime.state.state import State
+
+__all__ = ["add_arguments", "run"]
+
+DESCRIPTION = """\
+Read texts into a state and store it. The state has the same size however long the texts are, and
+so has the memory that reading takes. `generate --state` and `chat --state` continue from it at
+once. Files are read one after another with nothing between them; - is standard input.
+"""
+EXAMPLES = """\
+examples:
+  anymamba ingest book.txt --save-state book.state
+  anymamba ingest part1.txt part2.txt --save-state both.state --model ./my-model
+  tail -n 1000 log.txt | anymamba ingest - --state book.state --save-state more.state
+"""
+
+STRETCH_TOKENS = 2048
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `anymamba ingest`."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text, or -")
+    parser.add_argument("--save-state", required=True, metavar="FILE", help="where the state goes")
+    parser.add_argument("--state", metavar="FILE", help="the state to go on from")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    add_model_arguments(parser)
+    add_weights_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Read, store, and tell how it went."""
+    from anymamba.cli.terminal.progress import Progress
+    from anymamba.cli.text.files import read_once, size_of
+
+    check_writable(arguments.save_state)
+    read_once(arguments.files)
+    total = size_of(arguments.files)
+    with quiet():
+        engine = open_engine(arguments)
+        state = beginning_state(engine, arguments.state)
+        start = time.perf_counter()
+        with Progress(total, visible=not arguments.quiet) as progress:
+            reader = Reader(engine, state, progress)
+            for name in arguments.files:
+                reader.read(name)
+        seconds = time.perf_counter() - start
+        state.save(arguments.save_state)
+    figures = {
+        "tokens": reader.tokens,
+        "bytes": reader.bytes,
+        "tokens_per_second": rate(reader.tokens, seconds),
+        "peak_memory_bytes": peak_memory(),
+    }
+    report(arguments, figures)
+
+
+class Reader:
+    """Feeds files to a state, and counts.
+
+    Args:
+        engine: the model.
+        state: advanced in place.
+        progress: told after each stretch of tokens.
+    """
+
+    def __init__(self, engine: Engine, state: State, progress: Progress) -> None:
+        self.bytes = 0
+        self.tokens = 0
+        self._fed_bytes = 0
+        self._engine = engine
+        self._state = state
+        self._progress = progress
+
+    def read(self, name: str) -> None:
+        """Feed one file."""
+        from anymamba.cli.text.files import read_blocks
+        from anymamba.cli.text.streaming_tokenizer import texts_of_blocks
+
+        if self._state.token_count == 0:
+            self._feed(beginning_tokens(self._engine), 0)
+        encode = partial(self._engine.tokenize, special=False)
+        for text in texts_of_blocks(read_blocks(name, self._count), encode):
+            self._feed(encode(text), len(text.encode("utf-8")))
+
+    def _feed(self, tokens: Sequence[int], size: int) -> None:
+        # In stretches, between which progress is shown: that of the model, as the file itself is
+        # read far ahead of it.
+        for start in range(0, len(tokens), STRETCH_TOKENS):
+            stretch = tokens[start : start + STRETCH_TOKENS]
+            self._engine.feed(self._state, stretch)
+            self.tokens += len(stretch)
+            share = (start + len(stretch)) / len(tokens)
+            self._progress.show(self._fed_bytes + int(size * share), self.tokens)
+        self._fed_bytes += size
+
+    def _count(self, size: int) -> None:
+        self.bytes += size
+
+
+def report(arguments: argparse.Namespace, figures: dict[str, float | int | None]) -> None:
+    """Tell what was read and where it is."""
+    if arguments.json:
+        result = {"model": model_name(arguments), "state": arguments.save_state}
+        print(json.dumps(result | {"figures": figures}))
+        return
+    speed, memory = figures["tokens_per_second"], figures["peak_memory_bytes"]
+    parts = [f"read: {figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else "")]
+    if memory is not None:
+        parts.append(f"peak memory: {memory / 1e6:.0f} MB")
+    tell("; ".join([*parts, f"state: {arguments.save_state}"]))

@@ -1,0 +1,1 @@
+"""The parts of `anymamba info` and `anymamba models`."""

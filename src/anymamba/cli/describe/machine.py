@@ -1,0 +1,112 @@
+"""What `anymamba info` says about an installation."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+from anymamba import __version__
+from anymamba.arithmetic import matmul_dtype_from_environment
+from anymamba.cli.terminal.table import table
+from anymamba.errors import AnyMambaError, MissingDependencyError
+
+__all__ = ["as_text", "describe"]
+
+
+def describe() -> dict[str, Any]:
+    """Versions, backends and the bundled model. A part that is missing says what to install.
+
+    Raises:
+        BackendError: `ANYMAMBA_BACKEND` asks for a backend that there is not.
+    """
+    torch_version, backends = torch_and_backends()
+    return {
+        "anymamba": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "torch": torch_version,
+        "native_core": native_core(),
+        "backend": chosen_backend() if backends else None,
+        "backends": backends,
+        "drop_in": drop_in(),
+        "bundled_model": bundled_folder(),
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    left_out = {"backends"} if facts["backend"] else {"backends", "backend"}
+    rows = [(name.replace("_", " "), facts[name]) for name in facts if name not in left_out]
+    parts = [table(rows)]
+    if facts["backends"]:
+        marks = {True: "yes", False: "no"}
+        backends = [
+            (f"  {backend['name']}", f"{marks[backend['available']]:3}  {backend['reason']}")
+            for backend in facts["backends"]
+        ]
+        parts += ["backends", table(backends)]
+    return "\n".join(parts)
+
+
+def torch_and_backends() -> tuple[str, list[dict[str, Any]]]:
+    """PyTorch's version, and the backends of the operators that run on it."""
+    missing = "not installed: pip install 'anymamba[torch]'"
+    try:
+        import torch
+    except ImportError as error:
+        # Anything but its absence is a broken installation, about which the message says more.
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        return missing if absent else f"broken: {error}", []
+    try:
+        from anymamba.ops import available_backends
+    except ImportError as error:
+        return f"{torch.__version__}, but the operators lack a package: {error}", []
+    rows = available_backends()
+    return torch.__version__, [
+        {"name": name, "available": available, "reason": reason} for name, available, reason in rows
+    ]
+
+
+def native_core() -> str:
+    """The instruction set and the type of matrix products, or why there is no native core."""
+    from anymamba.runtime.native import core
+
+    try:
+        isa = core().isa()
+    except MissingDependencyError:
+        return "not built: a C++ compiler (GCC or Clang) was not found at installation"
+    return f"{isa}; bfloat16 weights are multiplied in {matmul_dtype_from_environment()}"
+
+
+def chosen_backend() -> str:
+    """The backend that `ANYMAMBA_BACKEND` asks for.
+
+    Raises:
+        BackendError: there is none of that name, or it cannot run here.
+    """
+    from anymamba.ops import backend
+
+    return str(backend())
+
+
+def drop_in() -> str:
+    """Whether AnyMamba answers the imports of `mamba_ssm` and `causal_conv1d` in this process."""
+    from anymamba.dropin import is_installed
+    from anymamba.dropin.dispatch import answering
+
+    if not is_installed():
+        return "off: anymamba run, or anymamba.dropin.install() in a program, turns it on"
+    others = f"; CUDA tensors go to {' and '.join(sorted(answering))}" if answering else ""
+    return f"active: mamba_ssm and causal_conv1d are AnyMamba's{others}"
+
+
+def bundled_folder() -> str:
+    """Where the bundled model is, or why it is not."""
+    from anymamba.assets import bundled_model
+
+    try:
+        return str(bundled_model())
+    except AnyMambaError as error:
+        return f"not available: {error}"

@@ -1,0 +1,136 @@
+"""What `anymamba info MODEL` says about a model. Needs no PyTorch and loads no weights."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from anymamba.cli.terminal.sizes import size
+from anymamba.cli.terminal.table import table
+
+if TYPE_CHECKING:
+    from anymamba.checkpoint import Checkpoint, ModelShape
+
+__all__ = ["as_text", "describe"]
+
+# safetensors' names of types.
+_BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_FLOAT32 = 4
+
+
+def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
+    """The architecture, the sizes and the files of a model in a folder or on the hub.
+
+    Args:
+        model: a folder, or a name on the hub.
+        offline: whether to use what was downloaded before, and no network.
+
+    Raises:
+        CheckpointError: it is not there, or its files are broken or do not fit together.
+    """
+    from anymamba.checkpoint import (
+        check_tensors,
+        expected_shapes,
+        model_shape,
+        open_checkpoint,
+        resolve,
+    )
+    from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
+
+    checkpoint = open_checkpoint(resolve(model, offline=offline))
+    shape = model_shape(checkpoint.config)
+    expected = expected_shapes(checkpoint.config)
+    bits = quantized_bits(checkpoint.config)
+    if not checkpoint.pickled:  # of a pickle the shapes are not known
+        found = {name: record.shape for name, record in checkpoint.tensors.items()}
+        stored = quantized_shapes(checkpoint.config, found) if bits else expected
+        check_tensors(found, stored, checkpoint.folder)
+    return {
+        "model": model,
+        "folder": str(checkpoint.folder),
+        "layout": checkpoint.layout,
+        "architecture": architecture(shape),
+        "parameters": sum(math.prod(dimensions) for dimensions in expected.values()),
+        "quantization": checkpoint.config["quantization_config"] if bits else None,
+        "dtypes": stored_types(checkpoint),
+        "state_bytes": state_bytes(shape, checkpoint),
+        "files": files(checkpoint.folder),
+    }
+
+
+def architecture(shape: ModelShape) -> dict[str, Any]:
+    """The sizes that make the model, in Transformers' names."""
+    return {
+        "hidden_size": shape.d_model,
+        "num_hidden_layers": shape.n_layer,
+        "intermediate_size": shape.d_inner,
+        "state_size": shape.d_state,
+        "time_step_rank": shape.dt_rank,
+        "conv_kernel": shape.d_conv,
+        "vocab_size": shape.vocab_size,
+        "use_bias": shape.bias,
+        "use_conv_bias": shape.conv_bias,
+        "tie_word_embeddings": shape.tied,
+    }
+
+
+def stored_types(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many numbers are stored in each type; empty where only loading would tell."""
+    counts: Counter[str] = Counter()
+    for record in checkpoint.tensors.values():
+        counts[record.dtype] += math.prod(record.shape)
+    return dict(counts)
+
+
+def state_bytes(shape: ModelShape, checkpoint: Checkpoint) -> dict[str, int]:
+    """What the memory of one sequence takes, however long it is.
+
+    The convolution's window has the type that most weights have, unless these are quantized; the
+    state is float32 always.
+    """
+    types = stored_types(checkpoint)
+    commonest = max(types, key=types.__getitem__) if types else "F32"
+    channels = shape.n_layer * shape.d_inner
+    window = channels * shape.d_conv * _BYTES_OF.get(commonest, _FLOAT32)
+    state = channels * shape.d_state * _FLOAT32
+    return {"conv_states": window, "ssm_states": state, "total": window + state}
+
+
+def files(folder: Path) -> list[dict[str, Any]]:
+    """The folder's files and their sizes in bytes."""
+    found = sorted(path for path in folder.iterdir() if path.is_file())
+    return [{"name": path.name, "bytes": path.stat().st_size} for path in found]
+
+
+def quantization_in_words(fields: dict[str, Any] | None) -> str:
+    """How the large weights are stored."""
+    if fields is None:
+        return "no"
+    kind = "symmetric" if fields.get("symmetric", True) else "with an offset"
+    return f"{fields['bits']} bits in groups of {fields.get('group_size', '?')}, {kind}"
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The same for people."""
+    types = ", ".join(f"{name} ({count:,})" for name, count in facts["dtypes"].items())
+    state = facts["state_bytes"]
+    rows: list[tuple[str, object]] = [
+        ("model", facts["model"]),
+        ("folder", facts["folder"]),
+        ("layout", facts["layout"]),
+        ("parameters", f"{facts['parameters']:,}"),
+        ("stored as", types or "a pickle, which does not tell before it is loaded"),
+        ("quantized", quantization_in_words(facts["quantization"])),
+        (
+            "state",
+            f"{size(state['total'])} a sequence, at any length (convolution windows "
+            f"{size(state['conv_states'])}, states {size(state['ssm_states'])})",
+        ),
+    ]
+    parts = [table(rows), "architecture"]
+    parts.append(table([(f"  {name}", value) for name, value in facts["architecture"].items()]))
+    parts.append("files")
+    parts.append(table([(f"  {file['name']}", size(file["bytes"])) for file in facts["files"]]))
+    return "\n".join(parts)

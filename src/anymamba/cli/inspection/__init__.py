@@ -1,0 +1,1 @@
+"""What `anymamba inspect` writes: a result, a figure, a page."""

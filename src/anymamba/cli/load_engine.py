@@ -1,0 +1,110 @@
+"""The engine that the options ask for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from anymamba.errors import StateError
+
+if TYPE_CHECKING:
+    from anymamba.runtime.engine import Engine
+    from anymamba.runtime.state.state import State
+
+__all__ = [
+    "beginning_state",
+    "beginning_tokens",
+    "check_writable",
+    "model_name",
+    "open_engine",
+    "tokenizer_place",
+]
+
+
+def open_engine(arguments: argparse.Namespace) -> Engine:
+    """The runtime's engine for the options of `model_options`."""
+    from anymamba.cli.terminal.output import tell
+    from anymamba.runtime.loading import load
+
+    engine = load(
+        arguments.model,
+        weights=arguments.weights,
+        threads=arguments.threads,
+        matmul_dtype=arguments.matmul_dtype,
+        adapter=adapter_of(arguments),
+        tokenizer=arguments.tokenizer,
+        offline=arguments.offline,
+    )
+    if engine.weights.remark is not None:
+        tell(f"anymamba: {engine.weights.remark}")
+    return engine
+
+
+def adapter_of(arguments: argparse.Namespace) -> str | None:
+    """The adapter, for commands that take one."""
+    folder: str | None = getattr(arguments, "adapter", None)
+    return folder
+
+
+def tokenizer_place(arguments: argparse.Namespace) -> Path:
+    """The folder or file that the tokenizer comes from."""
+    from anymamba.checkpoint import resolve
+    from anymamba.checkpoint.gguf.files import find_gguf
+    from anymamba.checkpoint.io.paths import user_path
+    from anymamba.runtime.loading import model_of
+
+    if arguments.tokenizer is not None:
+        return user_path(arguments.tokenizer)
+    adapter = adapter_of(arguments)
+    if adapter is not None and (user_path(adapter) / "tokenizer.json").is_file():
+        return user_path(adapter)
+    model = model_of(arguments.model, adapter)
+    file = find_gguf(user_path(model))
+    return file or resolve(model, offline=arguments.offline)
+
+
+def model_name(arguments: argparse.Namespace) -> str:
+    """What the output calls the model."""
+    if arguments.model is None:
+        return adapter_of(arguments) or "bundled"
+    return str(arguments.model)
+
+
+def beginning_state(engine: Engine, file: str | None) -> State:
+    """The state in a file, or an empty one."""
+    return engine.state() if file is None else engine.load_state(file)
+
+
+def beginning_tokens(engine: Engine) -> list[int]:
+    """The tokens that the tokenizer puts before a text; with most there are none."""
+    plain, marked = engine.tokenize("a", special=False), engine.tokenize("a")
+    places = range(len(marked) - len(plain) + 1)
+    start = next((at for at in places if marked[at : at + len(plain)] == plain), 0)
+    return marked[:start]
+
+
+def check_writable(file: str | None) -> None:
+    """Refuse a place for a state before the work that would go into it.
+
+    Raises:
+        StateError: its folder does not exist or is closed to us, or it is no file.
+    """
+    from anymamba.checkpoint.io.paths import user_path
+
+    if file is None:
+        return
+    target = Path(os.path.realpath(user_path(file, StateError)))
+    folder = target.parent
+    if not folder.is_dir():
+        raise StateError(f"cannot write {file!r}: the folder {str(folder)!r} does not exist")
+    if target.is_dir():
+        raise StateError(f"cannot write {file!r}: it is a folder; give a file in it")
+    if target.exists() and not target.is_file():
+        raise StateError(f"cannot write {file!r}: it is not a file; give another name")
+    if not os.access(folder, os.W_OK):
+        raise StateError(
+            f"cannot write {file!r}: you may not write to the folder {str(folder)!r}; choose "
+            "another place"
+        )

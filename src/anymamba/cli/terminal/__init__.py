@@ -1,0 +1,1 @@
+"""Writing to a terminal: output, progress, tables, sizes."""

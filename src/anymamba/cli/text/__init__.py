@@ -1,0 +1,1 @@
+"""Reading a user's texts: files, prompts, passages."""

@@ -1,0 +1,99 @@
+"""`anymamba generate --prompts FILE`: continue many prompts side by side, JSON lines in and out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from anymamba.cli.load_engine import beginning_state, open_engine
+from anymamba.cli.options.sampling import sampling_settings
+from anymamba.cli.terminal.output import tell, write
+from anymamba.cli.text.files import check_text, read_blocks
+from anymamba.cli.text.passages import lines_of
+from anymamba.errors import BackendError, InputError
+
+if TYPE_CHECKING:
+    from anymamba.runtime.engine import Engine
+
+__all__ = ["continue_prompts"]
+
+ROWS = 16
+ANSWER = {"text", "new_tokens", "ended_by"}
+
+
+def continue_prompts(arguments: argparse.Namespace) -> None:
+    """Write one JSON line for each prompt, in their order, as soon as its batch is done.
+
+    All prompts are read and checked first, so that a mistake in the last line costs no work.
+
+    Raises:
+        InputError: a line is no prompt, or an option makes no sense here.
+    """
+    refuse_others(arguments)
+    records = list(records_in(arguments.prompts))
+    engine = open_engine(arguments)
+    settings = sampling_settings(arguments, engine.suggested_sampling)
+    state = beginning_state(engine, arguments.state)
+    start, new_tokens = time.perf_counter(), 0
+    pending = iter(enumerate(records))
+    while batch := list(islice(pending, arguments.batch or ROWS)):
+        first = batch[0][0]
+        # Prompt i draws with the seed of the options plus i, in whichever batch it is.
+        settings["seed"] = arguments.seed + first
+        prompts = [record["prompt"] for _, record in batch]
+        for record, result in zip(
+            (record for _, record in batch),
+            engine.generate_batch(prompts, state=state, **settings),
+            strict=True,
+        ):
+            new_tokens += len(result.ids)
+            answer = {"text": result.text, "new_tokens": result.ids, "ended_by": result.stopped_by}
+            write(json.dumps(record | answer) + "\n")
+    report(engine, len(records), new_tokens, time.perf_counter() - start)
+
+
+def refuse_others(arguments: argparse.Namespace) -> None:
+    """Refuse options that say something about a single prompt, or need PyTorch."""
+    if arguments.device != "cpu":
+        raise BackendError("--prompts needs the native core and --device cpu")
+    for name, nothing in (("prompt", None), ("echo", False), ("save_state", None), ("json", False)):
+        if getattr(arguments, name) != nothing:
+            shown = "PROMPT" if name == "prompt" else "--" + name.replace("_", "-")
+            raise InputError(f"{shown} and --prompts exclude each other: give one of them")
+
+
+def records_in(name: str) -> Iterator[dict[str, Any]]:
+    """Each line's object with its prompt; a line that is a JSON string is a prompt too."""
+    for number, line in enumerate(lines_of(read_blocks(name)), start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {name!r}"
+        try:
+            value = json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not JSON: {error}") from None
+        record = {"prompt": value} if isinstance(value, str) else value
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(prompt, str) or not prompt:
+            raise InputError(
+                f'{where} is neither a text nor an object with a "prompt", which must not be empty'
+            )
+        if taken := sorted(ANSWER & record.keys()):
+            raise InputError(f"{where} has a field {taken[0]!r}, which the answer has: rename it")
+        check_text(prompt, where)
+        yield record
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity, which Python reads, and which would come out as no JSON."""
+    raise ValueError(f"{name} is no number there")
+
+
+def report(engine: Engine, prompts: int, new_tokens: int, seconds: float) -> None:
+    """Tell the figures."""
+    speed = f", {new_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
+    tell(f"{prompts} prompts; new: {new_tokens} tokens{speed}; {engine.weights_kind} weights")
