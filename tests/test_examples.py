@@ -24,7 +24,7 @@ WITH_EXAMPLES = {
     "dropin.mamba_ssm.ops.triton.selective_state_update",
     "dropin.mamba_ssm.ops.triton.softplus",
     "dropin.mamba_ssm.ops.triton.ssd_combined",
-    "dropin.rows",
+    "dropin.common.rows",
     "ops.ssd",
     "runtime.adapters.merging",
     "runtime.adapters.adapter_file",

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba import ops
+from anymamba.dropin.common.gradients import filled, gradients
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.gradients import filled, gradients
 
 __all__ = ["_mamba_chunk_scan_combined_bwd", "_mamba_chunk_scan_combined_fwd"]
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymamba.dropin.common.gradients import filled, gradients
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.gradients import filled, gradients
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import scan_from, selective_scan_fn
 
 __all__ = ["bwd", "fwd"]

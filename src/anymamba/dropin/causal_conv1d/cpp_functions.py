@@ -14,8 +14,8 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_fn,
     causal_conv1d_update,
 )
+from anymamba.dropin.common.gradients import filled, gradients
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.gradients import filled, gradients
 
 __all__ = [
     "causal_conv1d_bwd_function",

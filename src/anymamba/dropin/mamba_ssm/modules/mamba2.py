@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
-from anymamba.dropin.forks import explained
-from anymamba.dropin.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.layer_states import (
+from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
+from anymamba.dropin.common.layer_states import (
     CachedStates,
     States,
     all_plain,
@@ -27,6 +26,7 @@ from anymamba.dropin.layer_states import (
     one_token,
     step_bias,
 )
+from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (

@@ -11,14 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from anymamba.dropin.forks import explained
-from anymamba.dropin.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.layer_states import (
+from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
+from anymamba.dropin.common.layer_states import (
     all_plain,
     at_least_float32,
     convolve,
     step_bias,
 )
+from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.modules.mamba2 import (
     NO_LIMIT,
     check_heads,

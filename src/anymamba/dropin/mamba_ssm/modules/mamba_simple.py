@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from anymamba.dropin.borrowed import rearrange as rearrange
-from anymamba.dropin.borrowed import repeat as repeat
 from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_fn as causal_conv1d_fn,
 )
 from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_update as causal_conv1d_update,
 )
-from anymamba.dropin.forks import explained
-from anymamba.dropin.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.layer_states import (
+from anymamba.dropin.common.borrowed import rearrange as rearrange
+from anymamba.dropin.common.borrowed import repeat as repeat
+from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
+from anymamba.dropin.common.layer_states import (
     CachedStates,
     States,
     all_plain,
@@ -34,6 +33,7 @@ from anymamba.dropin.layer_states import (
     one_token,
     step_bias,
 )
+from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.modules.block import Block as BlockWithMLP
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
     mamba_inner_fn,

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anymamba.dropin.forks import explained
-from anymamba.dropin.layer_states import (
+from anymamba.dropin.common.layer_states import (
     convolve,
     convolve_step,
     last_inputs,
     one_token,
 )
-from anymamba.dropin.rotary import RotaryEmbedding
+from anymamba.dropin.common.rotary import RotaryEmbedding
+from anymamba.dropin.forks import explained
 from anymamba.errors import ConfigError, InputError
 from anymamba.ops.fusable import project
 

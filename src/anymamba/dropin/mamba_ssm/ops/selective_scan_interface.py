@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba import ops
-from anymamba.dropin.borrowed import rearrange as rearrange
-from anymamba.dropin.borrowed import repeat as repeat
 from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_fn,
     causal_conv1d_ref,
 )
+from anymamba.dropin.common.borrowed import rearrange as rearrange
+from anymamba.dropin.common.borrowed import repeat as repeat
 from anymamba.dropin.dispatch import by_device
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.generation.streamers import TextStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from anymamba.dropin.sampling import (
+from anymamba.dropin.common.sampling import (
     modify_logit_for_repetition_penalty,
     modify_logits_for_min_p_filtering,
     modify_logits_for_top_k_filtering,

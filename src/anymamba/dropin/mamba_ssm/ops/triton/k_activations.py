@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymamba.dropin.common.gradients import filled, gradients
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.gradients import filled, gradients
 
 __all__ = ["SwiGLU", "swiglu"]
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anymamba import ops
+from anymamba.dropin.common.gradients import filled, gradients
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.gradients import filled, gradients
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba import ops
+from anymamba.dropin.common.rows import update_rows
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.rows import update_rows
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
 from anymamba.ops.direct import scan_step
