@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from anymamba import load
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import open_checkpoint, state_identity
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize
-from anymamba.runtime.convert.calibration import Recipe, calibrate, windows_of
+from anymamba.checkpoint.quantization import QuantizedArray, dequantize
+from anymamba.runtime.convert import Recipe, calibrate, windows_of
 from anymamba.runtime.network import Network
-from anymamba.runtime.state.batch_state import Blocks
-from anymamba.runtime.weights.weights import Weights, load_weights
+from anymamba.runtime.state import Blocks
+from anymamba.runtime.weights import Weights, load_weights
 from common.machine import describe
 from common.options import options_from, parser
 from common.results import finish

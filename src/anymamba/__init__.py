@@ -22,9 +22,9 @@ if TYPE_CHECKING:
         unregister,
     )
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.generation.sampling import Sampling
+    from anymamba.runtime.generation import Sampling
     from anymamba.runtime.loading import load
-    from anymamba.runtime.state.state import State
+    from anymamba.runtime.state import State
 
 __version__ = "0.1.0"
 

@@ -17,11 +17,16 @@ from anymamba.checkpoint.config import Layout, read_config
 from anymamba.checkpoint.files import find_weight_files
 from anymamba.checkpoint.fingerprint import bytes_digest, checkpoint_digest, state_dict_digest
 from anymamba.checkpoint.hub import resolve
-from anymamba.checkpoint.io.atomic_file import write_atomically
+from anymamba.checkpoint.io import write_atomically
 from anymamba.checkpoint.names import to_transformers_name
 from anymamba.checkpoint.quantized_folder import FORMAT, quantized_bits, quantized_shapes
-from anymamba.checkpoint.safetensors.header import SafetensorsHeader, TensorRecord, read_header
-from anymamba.checkpoint.safetensors.writer import TensorBytes, write_safetensors
+from anymamba.checkpoint.safetensors import (
+    SafetensorsHeader,
+    TensorBytes,
+    TensorRecord,
+    read_header,
+    write_safetensors,
+)
 from anymamba.checkpoint.shapes import ModelShape, check_tensors, expected_shapes, model_shape
 from anymamba.checkpoint.state_file import (
     StateFile,

@@ -10,9 +10,7 @@ from pathlib import Path
 
 from anymamba.checkpoint.files import SAFETENSORS_NAMES
 from anymamba.checkpoint.hub import SMALL_FILES
-from anymamba.checkpoint.io.atomic_file import cannot_write, flush_to_disk
-from anymamba.checkpoint.io.messages import listed, shown
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import cannot_write, flush_to_disk, listed, shown, user_path
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["check_apart", "check_destination", "write_folder"]

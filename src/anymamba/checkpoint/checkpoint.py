@@ -11,10 +11,9 @@ from typing import Any
 
 from anymamba.checkpoint.config import Layout, read_config
 from anymamba.checkpoint.files import WeightFiles, find_weight_files
-from anymamba.checkpoint.io.messages import listed, shown
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import listed, shown, user_path
 from anymamba.checkpoint.names import to_transformers_name
-from anymamba.checkpoint.safetensors.header import TensorRecord, read_header
+from anymamba.checkpoint.safetensors import TensorRecord, read_header
 from anymamba.errors import CheckpointError
 
 __all__ = ["Checkpoint", "canonical_names", "check_shard", "open_checkpoint"]

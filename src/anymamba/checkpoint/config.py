@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from anymamba.checkpoint.io.json_object import read_json_object
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import listed, read_json_object, shown
 from anymamba.checkpoint.shapes import model_shape
 from anymamba.errors import CheckpointError, ConfigError
 

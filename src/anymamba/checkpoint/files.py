@@ -6,8 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymamba.checkpoint.io.json_object import read_json_object
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import listed, read_json_object, shown
 from anymamba.errors import CheckpointError
 
 __all__ = ["SAFETENSORS_NAMES", "WEIGHT_NAMES", "WeightFiles", "find_weight_files"]

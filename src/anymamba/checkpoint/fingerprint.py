@@ -14,7 +14,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD, to_transformers_name
 from anymamba.errors import CheckpointError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from anymamba.checkpoint.checkpoint import Checkpoint
-    from anymamba.checkpoint.safetensors.header import TensorRecord
+    from anymamba.checkpoint.safetensors import TensorRecord
 
 __all__ = ["bytes_digest", "checkpoint_digest", "state_dict_digest"]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from anymamba.checkpoint.quantization.arithmetic import Tensor
+    from anymamba.checkpoint.quantization import Tensor
 
 __all__ = ["broken_tensor", "check_finite", "count_nonfinite", "say_what_is_broken"]
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import user_path
 from anymamba.errors import CheckpointError, HubError
 
 __all__ = ["SMALL_FILES", "resolve"]

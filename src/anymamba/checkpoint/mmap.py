@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import SafetensorsHeader, TensorRecord
-from anymamba.checkpoint.io.messages import shown
-from anymamba.checkpoint.safetensors.header import header_of
+from anymamba.checkpoint.io import shown
+from anymamba.checkpoint.safetensors import header_of
 from anymamba.errors import CheckpointError
 
 __all__ = ["TYPES", "FileMap", "check_whole"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import listed, shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, ConfigError
 

@@ -21,11 +21,9 @@ from anymamba.checkpoint import (
     open_checkpoint,
     resolve,
 )
-from anymamba.checkpoint.gguf.files import find_gguf
-from anymamba.checkpoint.gguf.reader import GgufModel, read_gguf
+from anymamba.checkpoint.gguf import GgufModel, find_gguf, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
-from anymamba.checkpoint.io.json_object import MAX_JSON_BYTES, parse_json_object
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, user_path
 from anymamba.checkpoint.mmap import TYPES, FileMap
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, MissingDependencyError

@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.io.messages import shown
-from anymamba.checkpoint.io.paths import user_path
-from anymamba.checkpoint.safetensors.header import SafetensorsHeader, TensorRecord, read_header
+from anymamba.checkpoint.io import shown, user_path
+from anymamba.checkpoint.safetensors import SafetensorsHeader, TensorRecord, read_header
 from anymamba.checkpoint.shapes import model_shape
 from anymamba.errors import CheckpointError, StateError
 

@@ -15,7 +15,7 @@ from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
-    from anymamba.runtime.analysis.losses_by_position import Stretch
+    from anymamba.runtime.analysis import Stretch
 
 __all__ = ["add_position_arguments", "refuse_alone", "run_by_position"]
 
@@ -56,7 +56,7 @@ def run_by_position(arguments: argparse.Namespace, text: str) -> None:
     """Score the windows, draw, and print."""
     from anymamba.cli.terminal.plot_file import check_picture, write_file
     from anymamba.cli.terminal.progress import Steps
-    from anymamba.runtime.analysis.losses_by_position import helpful_context, loss_by_position
+    from anymamba.runtime.analysis import helpful_context, loss_by_position
 
     plot = None
     if arguments.plot is not None:

@@ -11,7 +11,7 @@ from anymamba.errors import StateError
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.state.state import State
+    from anymamba.runtime.state import State
 
 __all__ = [
     "beginning_state",
@@ -51,8 +51,8 @@ def adapter_of(arguments: argparse.Namespace) -> str | None:
 def tokenizer_place(arguments: argparse.Namespace) -> Path:
     """The folder or file that the tokenizer comes from."""
     from anymamba.checkpoint import resolve
-    from anymamba.checkpoint.gguf.files import find_gguf
-    from anymamba.checkpoint.io.paths import user_path
+    from anymamba.checkpoint.gguf import find_gguf
+    from anymamba.checkpoint.io import user_path
     from anymamba.runtime.loading import model_of
 
     if arguments.tokenizer is not None:
@@ -91,7 +91,7 @@ def check_writable(file: str | None) -> None:
     Raises:
         StateError: its folder does not exist or is closed to us, or it is no file.
     """
-    from anymamba.checkpoint.io.paths import user_path
+    from anymamba.checkpoint.io import user_path
 
     if file is None:
         return

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from anymamba import MambaForCausalLM
     from anymamba.cli.terminal.output import Output
-    from anymamba.runtime.generation.detokenizer import TextStream
+    from anymamba.runtime.generation import TextStream
 
 __all__ = ["continue_with_torch"]
 
@@ -45,9 +45,8 @@ def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Outp
     """
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
-    from anymamba.checkpoint.tokenizer.reader import read_tokenizer
-    from anymamba.runtime.generation.detokenizer import TextStream
-    from anymamba.runtime.generation.generation_config import suggested_sampling
+    from anymamba.checkpoint.tokenizer import read_tokenizer
+    from anymamba.runtime.generation import TextStream, suggested_sampling
     from anymamba.runtime.loading import generation_config
 
     refuse_others(arguments)

@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
-from anymamba.modeling.mamba.model import MambaPreTrainedModel
+from anymamba.modeling.mamba import MambaForCausalLM, MambaPreTrainedModel
 
 __all__ = ["patch_peft", "untie_head"]
 

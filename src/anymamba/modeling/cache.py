@@ -32,7 +32,7 @@ from anymamba.modeling.layer_state import LayerState
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.state.state import State
+    from anymamba.runtime.state import State
 
 __all__ = ["MambaCache", "config_of", "model_identity"]
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from anymamba.checkpoint.config import translate_config
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError
 from anymamba.modeling.gguf import find_mamba_gguf, gguf_config
 

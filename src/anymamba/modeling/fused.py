@@ -28,7 +28,7 @@ from anymamba.ops.tracing import runs_now
 if TYPE_CHECKING:
     from anymamba.modeling.cache import MambaCache
     from anymamba.modeling.config import MambaConfig
-    from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+    from anymamba.modeling.mamba import MambaForCausalLM
 
 __all__ = ["CHUNK_TOKENS", "MOST_ROWS", "Table", "fits", "table_of", "why_not_fused"]
 
@@ -114,7 +114,7 @@ def why_not_fused(model: MambaForCausalLM) -> str | None:
 
 def _parts(model: MambaForCausalLM) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
     """Every module of the model, with the class that belongs in its place."""
-    from anymamba.modeling.mamba.model import MambaBlock, MambaMixer, MambaModel, MambaRMSNorm
+    from anymamba.modeling.mamba import MambaBlock, MambaMixer, MambaModel, MambaRMSNorm
 
     yield "lm_head", model.lm_head, _kind(model.lm_head, nn.Linear)
     yield "backbone", model.backbone, MambaModel

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
+    from anymamba.checkpoint.quantization import QuantizedArray
 
 __all__ = ["find_mamba_gguf", "gguf_config", "gguf_state_dict", "hub_pattern"]
 
@@ -37,8 +37,7 @@ def find_mamba_gguf(place: Path) -> Path | None:
     Example:
         >>> find_mamba_gguf(Path("state-spaces/mamba-130m-hf"))
     """
-    from anymamba.checkpoint.gguf.files import find_gguf
-    from anymamba.checkpoint.gguf.header import read_gguf_header
+    from anymamba.checkpoint.gguf import find_gguf, read_gguf_header
 
     path = None if (place / "config.json").is_file() else find_gguf(place)
     if path is None or not path.is_file():
@@ -78,12 +77,12 @@ def gguf_config(path: Path) -> dict[str, Any]:
     Example:
         >>> import tempfile
         >>> from anymamba.assets import bundled_model
-        >>> from anymamba.runtime.convert.conversion import convert
+        >>> from anymamba.runtime.convert import convert
         >>> file = convert(bundled_model(), tempfile.mkdtemp() + "/model.gguf", "gguf")
         >>> gguf_config(Path(file))["num_hidden_layers"]
         7
     """
-    from anymamba.checkpoint.gguf.reader import read_gguf
+    from anymamba.checkpoint.gguf import read_gguf
 
     config = read_gguf(path, tokenizer=False).config
     return {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **config}
@@ -106,12 +105,12 @@ def gguf_state_dict(path: Path) -> dict[str, torch.Tensor]:
     Example:
         >>> import tempfile
         >>> from anymamba.assets import bundled_model
-        >>> from anymamba.runtime.convert.conversion import convert
+        >>> from anymamba.runtime.convert import convert
         >>> file = convert(bundled_model(), tempfile.mkdtemp() + "/model.gguf", "gguf")
         >>> gguf_state_dict(Path(file))["backbone.norm_f.weight"].shape
         torch.Size([256])
     """
-    from anymamba.checkpoint.gguf.reader import read_gguf
+    from anymamba.checkpoint.gguf import read_gguf
 
     tensors = read_gguf(path, tokenizer=False).tensors
     return {name: _to_torch(tensors[name]) for name in tensors}

@@ -16,8 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from anymamba.modeling.adapters import patch_peft
 from anymamba.modeling.config import MambaConfig, read_config_dict
-from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
-from anymamba.modeling.mamba.model import MambaModel, MambaPreTrainedModel
+from anymamba.modeling.mamba import MambaForCausalLM, MambaModel, MambaPreTrainedModel
 
 __all__ = ["register", "unregister"]
 

@@ -11,12 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import check_identity
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.errors import InputError, StateError
-from anymamba.runtime.generation.sampling import Sampler, Sampling
-from anymamba.runtime.generation.token_generator import (
+from anymamba.runtime.generation import (
     Generation,
     Piece,
+    Sampler,
+    Sampling,
     Writer,
     write_batch,
     write_text,
@@ -24,11 +25,9 @@ from anymamba.runtime.generation.token_generator import (
 from anymamba.runtime.network import Network
 from anymamba.runtime.prefill import Progress, read_texts, read_with_logits
 from anymamba.runtime.scoring import Score, score_ids
-from anymamba.runtime.state.batch_state import Blocks
-from anymamba.runtime.state.fingerprint import Identity
-from anymamba.runtime.state.state import State, load_state
+from anymamba.runtime.state import Blocks, Identity, State, load_state
 from anymamba.runtime.tokenizer import TextCodec
-from anymamba.runtime.weights.weights import Weights
+from anymamba.runtime.weights import Weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.arithmetic import check_matmul_dtype
 from anymamba.checkpoint import open_checkpoint, resolve
-from anymamba.checkpoint.gguf.files import find_gguf
-from anymamba.checkpoint.io.json_object import read_json_object
-from anymamba.checkpoint.io.paths import user_path
-from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
+from anymamba.checkpoint.gguf import find_gguf
+from anymamba.checkpoint.io import read_json_object, user_path
+from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError
-from anymamba.runtime.adapters.adapter_file import Adapter, base_model_of, read_adapter
-from anymamba.runtime.adapters.merging import merge_adapter
+from anymamba.runtime.adapters import Adapter, base_model_of, merge_adapter, read_adapter
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation.generation_config import suggested_sampling
+from anymamba.runtime.generation import suggested_sampling
 from anymamba.runtime.native import wanted_threads
-from anymamba.runtime.weights.weight_types import check_kind
-from anymamba.runtime.weights.weights import load_weights
+from anymamba.runtime.weights import check_kind, load_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -153,7 +150,7 @@ def _load_gguf(
     named: str | os.PathLike[str] | None,
     computing: tuple[int | None, str | None],
 ) -> Engine:
-    from anymamba.runtime.weights.gguf import load_gguf_weights
+    from anymamba.runtime.weights import load_gguf_weights
 
     stored = weights if adapter is None else "auto"
     loaded, model = load_gguf_weights(path, stored, tokenizer=named is None)

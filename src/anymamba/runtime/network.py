@@ -21,11 +21,11 @@ from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.native import core, wanted_threads
-from anymamba.runtime.state.batch_state import Blocks
+from anymamba.runtime.state import Blocks
 
 if TYPE_CHECKING:
-    from anymamba.checkpoint.quantization.arithmetic import Tensor
-    from anymamba.runtime.weights.weights import Weights
+    from anymamba.checkpoint.quantization import Tensor
+    from anymamba.runtime.weights import Weights
 
 __all__ = ["STRETCH_TOKENS", "Network"]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.runtime.network import STRETCH_TOKENS, Network
-from anymamba.runtime.state.batch_state import Blocks
+from anymamba.runtime.state import Blocks
 
 __all__ = ["Progress", "read_texts", "read_with_logits"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.runtime.generation.logits_processors import check_numbers
+from anymamba.runtime.generation import check_numbers
 from anymamba.runtime.network import Network
 from anymamba.runtime.prefill import read_with_logits
-from anymamba.runtime.state.batch_state import Blocks
+from anymamba.runtime.state import Blocks
 
 __all__ = ["Score", "perplexity_of", "score_ids"]
 

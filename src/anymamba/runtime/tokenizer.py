@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.tokenizer.reader import HELP, raise_if_foreign, reason_of
+from anymamba.checkpoint.tokenizer import HELP, raise_if_foreign, reason_of
 from anymamba.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class TextCodec:
 
     Example:
         >>> from anymamba.assets import bundled_model
-        >>> from anymamba.checkpoint.tokenizer.reader import read_tokenizer
+        >>> from anymamba.checkpoint.tokenizer import read_tokenizer
         >>> codec = TextCodec(lambda: read_tokenizer(bundled_model()))
         >>> codec.encode("Hi", special=True), codec.decode([72, 105])
         ([72, 105], 'Hi')

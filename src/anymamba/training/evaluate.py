@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import user_path
 from anymamba.errors import BackendError, InputError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def harness_model(
     from transformers.utils.logging import disable_progress_bar
 
     from anymamba.modeling import MambaForCausalLM
-    from anymamba.training.data.tokenizers import stored_tokenizer
+    from anymamba.training.data import stored_tokenizer
     from anymamba.training.load_trainable import check_weights
 
     disable_progress_bar()  # of loading weights

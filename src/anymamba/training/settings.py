@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.io.messages import shown
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import shown, user_path
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
 

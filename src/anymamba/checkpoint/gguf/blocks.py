@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint.dtypes import to_bfloat16
-from anymamba.checkpoint.io.messages import shown
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, pack, row_blocks
+from anymamba.checkpoint.io import shown
+from anymamba.checkpoint.quantization import QuantizedArray, pack, row_blocks
 from anymamba.errors import CheckpointError, MissingDependencyError
 
 if TYPE_CHECKING:

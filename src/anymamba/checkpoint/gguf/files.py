@@ -7,7 +7,7 @@ from pathlib import Path
 
 from anymamba.checkpoint.files import WEIGHT_NAMES
 from anymamba.checkpoint.gguf.names import is_gguf
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError
 
 __all__ = ["PART", "find_gguf"]

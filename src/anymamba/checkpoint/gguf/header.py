@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from anymamba.checkpoint import TensorRecord
 from anymamba.checkpoint.gguf.blocks import OTHER_TYPES, TYPES
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError
 
 __all__ = ["MAX_HEADER_BYTES", "GgufHeader", "read_gguf_header"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from anymamba.checkpoint import TensorRecord
 from anymamba.checkpoint.gguf.files import PART
 from anymamba.checkpoint.gguf.header import GgufHeader, read_gguf_header
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError
 
 __all__ = ["read_gguf_files"]

@@ -26,10 +26,10 @@ from anymamba.checkpoint.gguf.header import GgufHeader
 from anymamba.checkpoint.gguf.names import from_gguf_name, is_matrix
 from anymamba.checkpoint.gguf.parts import read_gguf_files
 from anymamba.checkpoint.gguf.tokenizer import CHAT_TEMPLATE, tokenizer_json
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.mmap import check_whole
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
+from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["GgufModel", "GgufTensors", "read_gguf"]

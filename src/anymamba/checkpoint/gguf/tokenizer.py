@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError
 
 __all__ = ["CHAT_TEMPLATE", "WHOLE", "llama_tokenizer", "tokenizer_json"]

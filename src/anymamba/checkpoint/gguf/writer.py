@@ -20,8 +20,8 @@ from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
 from anymamba.checkpoint.gguf.names import is_matrix, to_gguf_name
 from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_tokenizer
-from anymamba.checkpoint.io.messages import shown
-from anymamba.checkpoint.tokenizer.reader import tokenizer_from_json
+from anymamba.checkpoint.io import shown
+from anymamba.checkpoint.tokenizer import tokenizer_from_json
 from anymamba.errors import ConfigError
 
 __all__ = ["GGUF_WEIGHTS", "write_gguf"]

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-from anymamba.checkpoint.io.json_object import MAX_JSON_BYTES, parse_json_object
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import MAX_JSON_BYTES, listed, parse_json_object, shown
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.io.messages import escaped
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import escaped, user_path
 from anymamba.checkpoint.tokenizer.limits import check_limits
 from anymamba.errors import CheckpointError
 

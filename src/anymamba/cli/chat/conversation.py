@@ -12,8 +12,8 @@ from anymamba.errors import InputError
 if TYPE_CHECKING:
     from anymamba.cli.chat.template import ChatTemplate, Message
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.generation.token_generator import Piece
-    from anymamba.runtime.state.state import State
+    from anymamba.runtime.generation import Piece
+    from anymamba.runtime.state import State
 
 __all__ = ["Conversation", "Reply"]
 

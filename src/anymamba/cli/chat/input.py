@@ -93,7 +93,7 @@ def remember(readline: object, history: str) -> None:
     import atexit
     from typing import Any, cast
 
-    from anymamba.checkpoint.io.paths import user_path
+    from anymamba.checkpoint.io import user_path
 
     lines = cast(Any, readline)
     path = user_path(history, InputError)

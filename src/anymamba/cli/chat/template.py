@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.gguf.files import find_gguf
-from anymamba.checkpoint.io.json_object import MAX_JSON_BYTES, read_json_object
+from anymamba.checkpoint.gguf import find_gguf
+from anymamba.checkpoint.io import MAX_JSON_BYTES, read_json_object
 from anymamba.errors import CheckpointError
 
 __all__ = ["ChatTemplate", "Message", "find_template"]
@@ -39,7 +39,7 @@ class ChatTemplate:
             CheckpointError: the template is broken.
             MissingDependencyError: Jinja is not installed.
         """
-        from anymamba.runtime.chat.template import render
+        from anymamba.runtime.chat import render
 
         return render(self.source, messages, True, self.special_tokens)
 
@@ -70,7 +70,7 @@ def find_template(place: Path) -> ChatTemplate | None:
 
 def template_of_gguf(file: Path) -> ChatTemplate | None:
     """The template in a GGUF file, whose special tokens are places in its vocabulary."""
-    from anymamba.checkpoint.gguf.parts import read_gguf_files
+    from anymamba.checkpoint.gguf import read_gguf_files
 
     values = read_gguf_files(file).metadata
     source = values.get("tokenizer.chat_template")

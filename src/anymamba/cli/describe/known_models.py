@@ -54,7 +54,7 @@ class KnownModel:
             >>> KNOWN_MODELS[0].weight_bytes("f32") == 4 * KNOWN_MODELS[0].parameters
             True
         """
-        from anymamba.runtime.weights.weight_types import bytes_of
+        from anymamba.runtime.weights import bytes_of
 
         return sum(bytes_of(name, shape, weights) for name, shape in self._shapes().items())
 

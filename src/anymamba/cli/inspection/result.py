@@ -12,7 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from anymamba.runtime.analysis.inspection import Inspection
+    from anymamba.runtime.analysis import Inspection
     from anymamba.runtime.engine import Engine
 
 __all__ = ["Inspected", "names_of"]

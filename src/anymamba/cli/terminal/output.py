@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from anymamba.checkpoint.io.messages import escaped
+from anymamba.checkpoint.io import escaped
 
 __all__ = ["Output", "forget", "open_missing", "say", "tell", "tell_error", "write"]
 

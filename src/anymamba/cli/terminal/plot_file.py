@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from anymamba.checkpoint.io.atomic_file import write_atomically
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import user_path, write_atomically
 from anymamba.errors import InputError, MissingDependencyError
 
 __all__ = ["check_picture", "write_file"]

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO
 
-from anymamba.checkpoint.io.messages import not_text
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import not_text, user_path
 from anymamba.errors import InputError
 
 __all__ = ["STANDARD_INPUT", "check_text", "read_blocks", "read_once", "read_text", "size_of"]

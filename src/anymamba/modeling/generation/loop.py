@@ -27,7 +27,7 @@ from anymamba.modeling.generation.logits_processors import process, softmax
 from anymamba.modeling.generation.multinomial import multinomial
 
 if TYPE_CHECKING:
-    from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+    from anymamba.modeling.mamba import MambaForCausalLM
 
 __all__ = ["NativeLoop", "records_methods", "why_not_direct", "why_not_loop", "why_not_native_loop"]
 

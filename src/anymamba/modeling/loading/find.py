@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.checkpoint import resolve
-from anymamba.checkpoint.io.json_object import read_json_object
-from anymamba.checkpoint.io.messages import shown
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import read_json_object, shown, user_path
 from anymamba.errors import CheckpointError, MissingDependencyError
 from anymamba.modeling.gguf import find_mamba_gguf, hub_pattern
 from anymamba.modeling.loading.arguments import take_place

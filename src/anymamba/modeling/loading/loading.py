@@ -257,7 +257,7 @@ def _refuse_missing(model: Any, info: Mapping[str, Any], where: object) -> None:
     Raises:
         CheckpointError: the message names the tensors.
     """
-    from anymamba.modeling.mamba.model import MambaModel
+    from anymamba.modeling.mamba import MambaModel
 
     missing = set(info["missing_keys"])
     needed = [HEAD] if ties_head(type(model)) else []

@@ -1,1 +1,22 @@
 """Mamba with Transformers' interface: configuration, layers, model, language model."""
+
+from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+from anymamba.modeling.mamba.model import (
+    MambaBlock,
+    MambaMixer,
+    MambaModel,
+    MambaPreTrainedModel,
+    MambaRMSNorm,
+)
+from anymamba.modeling.mamba.outputs import MambaCausalLMOutput, MambaOutput
+
+__all__ = [
+    "MambaBlock",
+    "MambaCausalLMOutput",
+    "MambaForCausalLM",
+    "MambaMixer",
+    "MambaModel",
+    "MambaOutput",
+    "MambaPreTrainedModel",
+    "MambaRMSNorm",
+]

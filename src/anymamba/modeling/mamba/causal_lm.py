@@ -18,7 +18,7 @@ from anymamba.errors import InputError
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.generation.loop import (
+from anymamba.modeling.generation import (
     NativeLoop,
     records_methods,
     why_not_direct,
@@ -32,8 +32,7 @@ from anymamba.modeling.mamba.model import (
     check_no_attention,
 )
 from anymamba.modeling.mamba.outputs import MambaCausalLMOutput
-from anymamba.modeling.packing.kept_positions import at_kept, check_kept, targets_of
-from anymamba.modeling.packing.packing import check_mask
+from anymamba.modeling.packing import at_kept, check_kept, check_mask, targets_of
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.fusable import project
 from anymamba.ops.tracing import values_are_known

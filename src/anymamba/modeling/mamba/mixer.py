@@ -16,7 +16,7 @@ from anymamba import ops
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.layer_state import LayerState
-from anymamba.modeling.packing.packing import Layout, pack_batch
+from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.fusable import fusable, project, why_not_plain
 

@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import bytes_digest, to_transformers_name
 from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.finite import check_finite
-from anymamba.checkpoint.io.json_object import read_json_object
-from anymamba.checkpoint.io.messages import listed, shown
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import listed, read_json_object, shown, user_path
 from anymamba.checkpoint.mmap import FileMap
 from anymamba.errors import CheckpointError
 

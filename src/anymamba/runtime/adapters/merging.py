@@ -20,15 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError
 from anymamba.runtime.adapters.adapter_file import Adapter, Change
-from anymamba.runtime.weights.weight_types import check_kind, convert
-from anymamba.runtime.weights.weights import Weights
+from anymamba.runtime.weights import Weights, check_kind, convert
 
 if TYPE_CHECKING:
-    from anymamba.checkpoint.quantization.arithmetic import Tensor
+    from anymamba.checkpoint.quantization import Tensor
 
 __all__ = ["check_fits", "merge_adapter", "merged"]
 
@@ -54,7 +53,7 @@ def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Wei
         >>> from pathlib import Path
         >>> from anymamba.assets import bundled_model
         >>> from anymamba.checkpoint import open_checkpoint
-        >>> from anymamba.runtime.weights.weights import load_weights
+        >>> from anymamba.runtime.weights import load_weights
         >>> weights = load_weights(open_checkpoint(bundled_model()))
         >>> table = weights.tensors["backbone.embeddings.weight"]
         >>> v, d = table.shape
@@ -149,7 +148,7 @@ def check_fits(adapter: Adapter, tensors: Mapping[str, Any]) -> None:
 def _wide(tensor: Tensor) -> NDArray[np.float32]:
     if isinstance(tensor, np.ndarray):
         return to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
-    from anymamba.checkpoint.quantization.arithmetic import dequantize
+    from anymamba.checkpoint.quantization import dequantize
 
     return dequantize(tensor)
 
@@ -162,7 +161,7 @@ def _stored(name: str, wide: NDArray[np.float32], before: Tensor, kind: str) -> 
         return convert({name: wide}, kind)[name]
     if kind != "auto":
         convert({name: before}, kind)  # refuses other bits, as it does without an adapter
-    from anymamba.checkpoint.quantization.arithmetic import quantize
+    from anymamba.checkpoint.quantization import quantize
 
     return quantize(wide, before.bits, before.group, symmetric=before.symmetric, name=name)
 

@@ -27,11 +27,11 @@ from anymamba.checkpoint.names import EMBEDDINGS
 from anymamba.errors import InputError
 from anymamba.runtime.analysis.layerwise import Layer, Selected
 from anymamba.runtime.native import core
-from anymamba.runtime.weights.weight_types import convert
+from anymamba.runtime.weights import convert
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.weights.weights import Weights
+    from anymamba.runtime.weights import Weights
 
 __all__ = ["Inspection", "inspect"]
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
+from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import core
 

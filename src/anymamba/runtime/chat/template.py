@@ -17,7 +17,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from anymamba.checkpoint.io.messages import escaped, shown
+from anymamba.checkpoint.io import escaped, shown
 from anymamba.errors import CheckpointError, InputError, MissingDependencyError
 
 __all__ = ["MOST_SECONDS", "render"]

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import expected_shapes, model_shape
 from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.quantization.arithmetic import (
+from anymamba.checkpoint.quantization import (
     Bits,
     QuantizedArray,
     check_weight,
@@ -41,7 +41,7 @@ from anymamba.checkpoint.quantization.arithmetic import (
     values_of,
 )
 from anymamba.errors import InputError
-from anymamba.runtime.analysis.layerwise import Layer, check_computable, epsilon_of, normed
+from anymamba.runtime.analysis import Layer, check_computable, epsilon_of, normed
 
 __all__ = [
     "Recipe",

@@ -20,11 +20,10 @@ from anymamba.checkpoint import Layout, expected_shapes, model_shape
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.finite import check_finite
-from anymamba.checkpoint.gguf.names import is_gguf, is_matrix
-from anymamba.checkpoint.gguf.writer import GGUF_WEIGHTS, write_gguf
-from anymamba.checkpoint.io.json_object import parse_json_object
+from anymamba.checkpoint.gguf import GGUF_WEIGHTS, is_gguf, is_matrix, write_gguf
+from anymamba.checkpoint.io import parse_json_object
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
+from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
 from anymamba.errors import ConfigError
 from anymamba.runtime.convert.layouts import config_of_layout, name_in_layout, repeats_head

@@ -7,7 +7,7 @@ from typing import Any
 
 from anymamba.checkpoint import Layout, ModelShape, model_shape
 from anymamba.checkpoint.config import LAYER_FIELDS, MODEL_FIELDS
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.errors import ConfigError
 
 __all__ = ["config_of_layout", "name_in_layout", "repeats_head"]

@@ -16,8 +16,7 @@ from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.source import Source, companions_in, open_source
 from anymamba.errors import ConfigError
-from anymamba.runtime.adapters.adapter_file import Adapter, read_adapter
-from anymamba.runtime.adapters.merging import check_fits, merged
+from anymamba.runtime.adapters import Adapter, check_fits, merged, read_adapter
 from anymamba.runtime.convert.conversion import FOLDER_WEIGHTS, write_files
 from anymamba.runtime.loading import model_of
 

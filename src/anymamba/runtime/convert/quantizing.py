@@ -28,12 +28,12 @@ from anymamba.checkpoint import FORMAT, expected_shapes
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.finite import check_finite
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import listed, shown
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, check_format
-from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
+from anymamba.checkpoint.quantization import QuantizedArray, check_format
+from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
-from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
+from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.convert.calibration import Recipe, calibrate, check_readable, windows_of
 from anymamba.runtime.convert.layouts import config_of_layout

@@ -1,1 +1,26 @@
 """From logits to text: sampling, stopping, detokenizing as the tokens come."""
+
+from anymamba.runtime.generation.detokenizer import TextStream
+from anymamba.runtime.generation.generation_config import suggested_sampling
+from anymamba.runtime.generation.logits_processors import check_numbers
+from anymamba.runtime.generation.sampling import Sampler, Sampling
+from anymamba.runtime.generation.token_generator import (
+    Generation,
+    Piece,
+    Writer,
+    write_batch,
+    write_text,
+)
+
+__all__ = [
+    "Generation",
+    "Piece",
+    "Sampler",
+    "Sampling",
+    "TextStream",
+    "Writer",
+    "check_numbers",
+    "suggested_sampling",
+    "write_batch",
+    "write_text",
+]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.errors import InputError
 from anymamba.runtime.generation.logits_processors import (
     add_bias,

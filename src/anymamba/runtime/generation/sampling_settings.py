@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:

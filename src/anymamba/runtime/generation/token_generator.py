@@ -11,7 +11,7 @@ import numpy as np
 from anymamba.runtime.generation.detokenizer import TextStream
 from anymamba.runtime.generation.sampling import Sampler, Sampling
 from anymamba.runtime.network import Network
-from anymamba.runtime.state.batch_state import Blocks
+from anymamba.runtime.state import Blocks
 
 __all__ = ["Generation", "Piece", "StoppedBy", "Writer", "write_batch", "write_text"]
 

@@ -7,13 +7,13 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from anymamba.checkpoint import bytes_digest
-from anymamba.checkpoint.gguf.reader import read_gguf
+from anymamba.checkpoint.gguf import read_gguf
 from anymamba.runtime.weights.weight_types import check_kind, convert
 from anymamba.runtime.weights.weights import Weights
 
 if TYPE_CHECKING:
-    from anymamba.checkpoint.gguf.reader import GgufModel, GgufTensors
-    from anymamba.checkpoint.quantization.arithmetic import Tensor
+    from anymamba.checkpoint.gguf import GgufModel, GgufTensors
+    from anymamba.checkpoint.quantization import Tensor
 
 __all__ = ["load_gguf_weights"]
 
@@ -50,7 +50,7 @@ def load_gguf_weights(
         >>> import tempfile
         >>> from pathlib import Path
         >>> from anymamba.assets import bundled_model
-        >>> from anymamba.runtime.convert.conversion import convert
+        >>> from anymamba.runtime.convert import convert
         >>> file = Path(tempfile.mkdtemp()) / "model.gguf"
         >>> _ = convert(bundled_model(), file, "gguf", "q8_0")
         >>> weights, model = load_gguf_weights(file)

@@ -26,7 +26,7 @@ from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.errors import ConfigError
 
 if TYPE_CHECKING:
-    from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, Tensor
+    from anymamba.checkpoint.quantization import QuantizedArray, Tensor
 
 __all__ = ["KINDS", "bytes_of", "check_kind", "convert"]
 
@@ -109,7 +109,7 @@ def _converted(name: str, tensor: Tensor, kind: str, group: int) -> Tensor:
 
 def _from_quantized(name: str, tensor: QuantizedArray, kind: str, group: int) -> Tensor:
     if kind not in _BITS:
-        from anymamba.checkpoint.quantization.arithmetic import dequantize
+        from anymamba.checkpoint.quantization import dequantize
 
         return _converted(name, dequantize(tensor), kind, group)
     if tensor.bits == _BITS[kind]:
@@ -123,7 +123,7 @@ def _from_quantized(name: str, tensor: QuantizedArray, kind: str, group: int) ->
 
 def _quantized(name: str, tensor: NDArray[Any], kind: str, group: int) -> Tensor:
     if _is_quantized(name, tensor.shape, group):
-        from anymamba.checkpoint.quantization.arithmetic import quantize
+        from anymamba.checkpoint.quantization import quantize
 
         return quantize(_widened(tensor), bits=cast(Any, _BITS[kind]), group=group, name=name)
     if name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES)):

@@ -28,7 +28,7 @@ from anymamba.errors import CheckpointError, ConfigError
 from anymamba.runtime.weights.weight_types import check_kind, convert
 
 if TYPE_CHECKING:
-    from anymamba.checkpoint.quantization.arithmetic import Tensor
+    from anymamba.checkpoint.quantization import Tensor
 
 __all__ = ["Weights", "load_weights"]
 
@@ -155,7 +155,7 @@ def _assembled(
     tensors: dict[str, Tensor] = {}
     for name, array in stored.items():
         if name.endswith("weight_q"):
-            from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
+            from anymamba.checkpoint.quantization import QuantizedArray
 
             whole = name.removesuffix("_q")
             n, k = shapes[whole]

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from anymamba.checkpoint.io.messages import listed, not_text
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import listed, not_text, user_path
 from anymamba.errors import InputError
 from anymamba.training.settings import Settings
 

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from anymamba.checkpoint.io.messages import shown
+from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["END_OF_TEXT", "byte_tokenizer", "open_tokenizer", "stored_tokenizer", "train_bpe"]

@@ -29,11 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from anymamba.checkpoint.io.atomic_file import flush_to_disk
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import flush_to_disk, user_path
 from anymamba.errors import CheckpointError
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+from anymamba.modeling.mamba import MambaForCausalLM
 
 __all__ = ["export_sharded", "load_sharded", "save_sharded"]
 

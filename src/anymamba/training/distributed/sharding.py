@@ -8,8 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from anymamba.errors import InputError
-from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
-from anymamba.modeling.mamba.model import MambaBlock
+from anymamba.modeling.mamba import MambaBlock, MambaForCausalLM
 from anymamba.training.distributed.states import check_started
 
 __all__ = ["shard"]

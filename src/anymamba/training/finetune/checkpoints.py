@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymamba.errors import InputError, TrainingError
-from anymamba.training.data.instructions import Example
-from anymamba.training.lifecycle.resume import check_whole
-from anymamba.training.lifecycle.safety import last_checkpoint
+from anymamba.training.data import Example
+from anymamba.training.lifecycle import check_whole, last_checkpoint
 
 if TYPE_CHECKING:
     from anymamba.training.finetune.run import FinetuneSettings

@@ -24,20 +24,20 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, TrainerCallba
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import resolve
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError, InputError, TrainingError
 from anymamba.modeling import MambaForCausalLM
 from anymamba.modeling.adapters import patch_peft
-from anymamba.training.data.instructions import (
+from anymamba.training.data import (
     DEFAULT_TEMPLATE,
     Example,
     dataset_examples,
     is_conversation,
     read_examples,
+    stored_tokenizer,
 )
-from anymamba.training.data.tokenizers import stored_tokenizer
 from anymamba.training.finetune.checkpoints import facts_of, place_beside, resumable
-from anymamba.training.lifecycle.safety import StopSignals, last_checkpoint
+from anymamba.training.lifecycle import StopSignals, last_checkpoint
 from anymamba.training.load_trainable import open_trainable
 from anymamba.training.settings import HIGHEST_SEED
 

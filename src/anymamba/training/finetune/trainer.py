@@ -10,7 +10,7 @@ from typing import Any
 from trl import SFTTrainer
 
 from anymamba.training.finetune.checkpoints import RUN_FILE
-from anymamba.training.lifecycle.safety import (
+from anymamba.training.lifecycle import (
     CANNOT_WRITE,
     PARTIAL,
     keep_last,

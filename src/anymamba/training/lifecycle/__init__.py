@@ -1,1 +1,39 @@
 """What every training run shares: atomic checkpoints, signals, resuming, its report."""
+
+from anymamba.training.lifecycle.progress import Progress
+from anymamba.training.lifecycle.report import (
+    ConsoleReport,
+    MetricsFile,
+    draw_losses,
+    read_metrics,
+    tensorboard_callback,
+)
+from anymamba.training.lifecycle.resume import check_resumable, check_same_settings, check_whole
+from anymamba.training.lifecycle.safety import (
+    CANNOT_WRITE,
+    PARTIAL,
+    StopSignals,
+    keep_last,
+    last_checkpoint,
+    not_written,
+    publish,
+)
+
+__all__ = [
+    "CANNOT_WRITE",
+    "PARTIAL",
+    "ConsoleReport",
+    "MetricsFile",
+    "Progress",
+    "StopSignals",
+    "check_resumable",
+    "check_same_settings",
+    "check_whole",
+    "draw_losses",
+    "keep_last",
+    "last_checkpoint",
+    "not_written",
+    "publish",
+    "read_metrics",
+    "tensorboard_callback",
+]

@@ -9,9 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from anymamba.checkpoint.io.json_object import read_json_object
-from anymamba.checkpoint.io.messages import listed, shown
-from anymamba.checkpoint.safetensors.header import read_header
+from anymamba.checkpoint.io import listed, read_json_object, shown
+from anymamba.checkpoint.safetensors import read_header
 from anymamba.errors import CheckpointError, TrainingError
 from anymamba.training.lifecycle.progress import FILE_NAME, Progress
 from anymamba.training.settings import Settings

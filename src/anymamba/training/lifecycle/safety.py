@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from safetensors import SafetensorError
 
-from anymamba.checkpoint.io.atomic_file import flush_to_disk
+from anymamba.checkpoint.io import flush_to_disk
 from anymamba.errors import TrainingError
 
 __all__ = [

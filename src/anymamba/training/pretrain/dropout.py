@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+from anymamba.modeling.mamba import MambaForCausalLM
 
 __all__ = ["residual_dropout"]
 

@@ -16,26 +16,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError, InputError
 from anymamba.modeling import MambaConfig, MambaForCausalLM
-from anymamba.training.data.documents import TokenRow, texts_of, tokenize
-from anymamba.training.data.tokenizers import open_tokenizer
-from anymamba.training.lifecycle.report import (
-    ConsoleReport,
-    MetricsFile,
-    draw_losses,
-    read_metrics,
-    tensorboard_callback,
-)
-from anymamba.training.lifecycle.resume import check_same_settings
-from anymamba.training.lifecycle.safety import (
+from anymamba.training.data import TokenRow, open_tokenizer, texts_of, tokenize
+from anymamba.training.lifecycle import (
     CANNOT_WRITE,
     PARTIAL,
+    ConsoleReport,
+    MetricsFile,
     StopSignals,
+    check_same_settings,
+    draw_losses,
     last_checkpoint,
     not_written,
     publish,
+    read_metrics,
+    tensorboard_callback,
 )
 from anymamba.training.load_trainable import open_trainable
 from anymamba.training.pretrain.dropout import residual_dropout

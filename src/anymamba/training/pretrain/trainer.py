@@ -23,13 +23,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from anymamba.errors import TrainingError
 from anymamba.modeling import MambaCache, MambaForCausalLM
-from anymamba.training.data.documents import TokenRow
-from anymamba.training.data.packing import Rows, collate
-from anymamba.training.lifecycle.progress import Progress
-from anymamba.training.lifecycle.resume import check_resumable
-from anymamba.training.lifecycle.safety import (
+from anymamba.training.data import Rows, TokenRow, collate
+from anymamba.training.lifecycle import (
     CANNOT_WRITE,
     PARTIAL,
+    Progress,
+    check_resumable,
     keep_last,
     not_written,
     publish,

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from anymamba.training.data.documents import TokenRow
-from anymamba.training.data.packing import collate, cut, windows_side_by_side
+from anymamba.training.data import TokenRow, collate, cut, windows_side_by_side
 
 __all__ = ["Loss", "loss_of_stream", "loss_of_windows", "summed_loss"]
 

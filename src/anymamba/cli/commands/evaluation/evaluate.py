@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Test, and print."""
-    from anymamba.checkpoint.io.paths import user_path
+    from anymamba.checkpoint.io import user_path
 
     with network_allowed(not arguments.offline), model_folder(arguments) as model:
         from anymamba.training.evaluate import evaluate
@@ -118,10 +118,9 @@ def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     """The model's folder: for the time being, of a GGUF file and of a model with its adapter."""
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
-    from anymamba.checkpoint.gguf.files import find_gguf
-    from anymamba.checkpoint.io.paths import user_path
-    from anymamba.runtime.convert.conversion import convert
-    from anymamba.runtime.convert.merging import merge
+    from anymamba.checkpoint.gguf import find_gguf
+    from anymamba.checkpoint.io import user_path
+    from anymamba.runtime.convert import convert, merge
 
     model, adapter, offline = arguments.model, arguments.adapter, arguments.offline
     with tempfile.TemporaryDirectory() as scratch:

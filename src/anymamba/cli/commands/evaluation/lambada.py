@@ -158,7 +158,7 @@ def log_of_sum(logits_v: NDArray[np.float32]) -> float:
     """What is taken from logits to make log-probabilities of them."""
     import numpy as np
 
-    from anymamba.runtime.generation.logits_processors import check_numbers
+    from anymamba.runtime.generation import check_numbers
 
     largest = logits_v.max()
     check_numbers(largest)

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Convert, and say where it is."""
     from anymamba.cli.terminal.sizes import bytes_in, size
-    from anymamba.runtime.convert.conversion import convert
+    from anymamba.runtime.convert import convert
 
     source, destination = places_of(arguments)
     is_gguf = destination.lower().endswith(".gguf")

@@ -55,8 +55,8 @@ def describe(
         from anymamba.cli.describe import machine as about_machine
 
         return about_machine.describe(), about_machine.as_text
-    from anymamba.checkpoint.gguf.files import find_gguf
-    from anymamba.checkpoint.io.paths import user_path
+    from anymamba.checkpoint.gguf import find_gguf
+    from anymamba.checkpoint.io import user_path
 
     file = user_path(model)
     gguf = find_gguf(file)

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Merge, and say where it is."""
     from anymamba.cli.terminal.sizes import bytes_in, size
-    from anymamba.runtime.convert.merging import merge
+    from anymamba.runtime.convert import merge
 
     adapter, destination = places_of(arguments)
     with quiet():

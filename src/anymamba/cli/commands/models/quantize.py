@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.checkpoint.atomic_folder import check_apart, check_destination
     from anymamba.cli.terminal.progress import Steps
     from anymamba.cli.text.files import read_once, read_text
-    from anymamba.runtime.convert.quantizing import quantize_checkpoint
+    from anymamba.runtime.convert import quantize_checkpoint
 
     arguments.source, arguments.destination = places_of(arguments)
     read_once([arguments.score, arguments.calibrate])
@@ -113,8 +113,8 @@ def run(arguments: argparse.Namespace) -> None:
 def place_of(arguments: argparse.Namespace) -> Path:
     """Where the source is, downloaded if need be."""
     from anymamba.checkpoint import resolve
-    from anymamba.checkpoint.gguf.files import find_gguf
-    from anymamba.checkpoint.io.paths import user_path
+    from anymamba.checkpoint.gguf import find_gguf
+    from anymamba.checkpoint.io import user_path
 
     file = find_gguf(user_path(arguments.source))
     return file or resolve(arguments.source, offline=arguments.offline)
@@ -123,7 +123,7 @@ def place_of(arguments: argparse.Namespace) -> Path:
 def weight_bytes_in(place: Path) -> int:
     """The bytes of a model's weight files."""
     from anymamba.checkpoint import open_checkpoint
-    from anymamba.checkpoint.gguf.parts import read_gguf_files
+    from anymamba.checkpoint.gguf import read_gguf_files
 
     if place.is_file():
         return sum(len(data) for data in read_gguf_files(place).data.values())

@@ -30,7 +30,7 @@ from anymamba.cli.text.prompt import prompt_from
 from anymamba.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from anymamba.runtime.generation.token_generator import Piece
+    from anymamba.runtime.generation import Piece
 
 __all__ = ["add_arguments", "run"]
 

@@ -24,7 +24,7 @@ from anymamba.cli.terminal.silence import quiet
 if TYPE_CHECKING:
     from anymamba.cli.terminal.progress import Progress
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.state.state import State
+    from anymamba.runtime.state import State
 
 __all__ = ["add_arguments", "run"]
 

@@ -88,7 +88,7 @@ def look(arguments: argparse.Namespace, text: str) -> Inspected:
     """
     from anymamba.cli.inspection.result import Inspected, names_of
     from anymamba.cli.terminal.progress import Steps
-    from anymamba.runtime.analysis.inspection import inspect
+    from anymamba.runtime.analysis import inspect
 
     engine = open_engine(arguments)
     ids = engine.tokenize(text)

@@ -175,7 +175,7 @@ def import_finetune() -> Callable[..., dict[str, Any]]:
         import trl  # noqa: F401
         from transformers.utils import logging
 
-        from anymamba.training.finetune.run import finetune
+        from anymamba.training.finetune import finetune
     except ModuleNotFoundError as error:
         raise MissingDependencyError(
             f"`anymamba finetune` needs the package {error.name!r}, which is not installed: "
@@ -189,7 +189,7 @@ def import_finetune() -> Callable[..., dict[str, Any]]:
 def settings_of(arguments: argparse.Namespace) -> Any:
     """The settings that the options name."""
     from anymamba.cli.text.files import read_text
-    from anymamba.training.finetune.run import FinetuneSettings
+    from anymamba.training.finetune import FinetuneSettings
 
     template = arguments.chat_template
     return FinetuneSettings(

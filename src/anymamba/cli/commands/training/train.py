@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     let_waiting_threads_sleep()
     with quiet():
         try:
-            from anymamba.training.pretrain.run import train
+            from anymamba.training.pretrain import train
         except ImportError as error:
             raise MissingDependencyError(
                 f"training needs the package {error.name!r}: pip install 'anymamba[train]'"
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def settings_of(arguments: argparse.Namespace) -> Any:
     """The settings; a run that goes on has those that it began with."""
-    from anymamba.checkpoint.io.paths import user_path
+    from anymamba.checkpoint.io import user_path
     from anymamba.errors import InputError
     from anymamba.training.settings import PRESETS, Settings, settings_from
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.checkpoint import write_atomically
-from anymamba.checkpoint.io.messages import listed, shown
+from anymamba.checkpoint.io import listed, shown
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.models.config_mamba import MambaConfig
 from anymamba.dropin.mamba_ssm.modules.block import Block, add_norm

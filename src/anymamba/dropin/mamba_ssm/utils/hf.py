@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from anymamba.checkpoint import find_weight_files, load_stored_tensors, resolve
-from anymamba.checkpoint.io.json_object import read_json_object
+from anymamba.checkpoint.io import read_json_object
 
 __all__ = ["load_config_hf", "load_state_dict_hf"]
 
