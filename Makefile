@@ -17,7 +17,7 @@ STAMP := .venv/.complete
 
 setup: $(STAMP)
 
-SOURCES := pyproject.toml CMakeLists.txt $(wildcard core/*.cpp core/*.h core/bindings/*)
+SOURCES := pyproject.toml CMakeLists.txt $(wildcard core/*/*.cpp core/*/*.h)
 
 # torch is named with its version, because a bare name may bring gigabytes of CUDA libraries.
 $(STAMP): $(SOURCES)

@@ -95,7 +95,7 @@ def wheel_without_core(source_archive: Path, tmp_path_factory: pytest.TempPathFa
 def test_the_source_archive_holds_the_core_and_no_leftovers(source_archive: Path) -> None:
     with tarfile.open(source_archive) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    core = {str(path.relative_to(ROOT)) for path in (ROOT / "core").glob("*.*")}
+    core = {str(path.relative_to(ROOT)) for path in (ROOT / "core").rglob("*.*")}
     assert core <= names
     assert {"CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"} <= names
     # Sources only: no builds, no environments.

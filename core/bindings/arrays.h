@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-#include "model.h"
+#include "kernels/kernels.h"
+#include "model/model.h"
 
 namespace nb = nanobind;
 

@@ -1,11 +1,11 @@
 // A whole model: reading prompts, and decoding token by token.
 #include <vector>
 
-#include "arrays.h"
-#include "gil.h"
-#include "modules.h"
-#include "prefill.h"
-#include "step.h"
+#include "bindings/arrays.h"
+#include "bindings/gil.h"
+#include "bindings/modules.h"
+#include "model/prefill.h"
+#include "model/step.h"
 
 namespace anymamba::bindings {
 namespace {

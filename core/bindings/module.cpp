@@ -3,11 +3,11 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "arrays.h"
-#include "gil.h"
-#include "bandwidth.h"
-#include "modules.h"
-#include "threads.h"
+#include "bindings/arrays.h"
+#include "bindings/gil.h"
+#include "base/bandwidth.h"
+#include "bindings/modules.h"
+#include "base/threads.h"
 
 namespace anymamba::bindings {
 namespace {

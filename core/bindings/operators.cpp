@@ -1,10 +1,10 @@
 // The kernels as functions on arrays.
 #include <vector>
 
-#include "arrays.h"
-#include "gil.h"
-#include "modules.h"
-#include "scratch_memory.h"
+#include "bindings/arrays.h"
+#include "bindings/gil.h"
+#include "bindings/modules.h"
+#include "base/scratch_memory.h"
 
 namespace anymamba::bindings {
 namespace {

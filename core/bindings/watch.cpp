@@ -4,8 +4,8 @@
 #include <utility>
 #include <vector>
 
-#include "arrays.h"
-#include "modules.h"
+#include "bindings/arrays.h"
+#include "bindings/modules.h"
 
 namespace anymamba::bindings {
 namespace {

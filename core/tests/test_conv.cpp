@@ -1,7 +1,7 @@
 // The convolution against loops in double: forward, backward, and one step at a time.
 #include <algorithm>
 
-#include "check.h"
+#include "tests/check.h"
 
 using namespace anymamba;
 using namespace anymamba::test;

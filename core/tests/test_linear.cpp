@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-#include "threads.h"
+#include "kernels/kernels.h"
+#include "base/threads.h"
 
 namespace {
 

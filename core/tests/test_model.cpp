@@ -2,9 +2,9 @@
 // Against what the model should compute it is tested from Python.
 #include <memory>
 
-#include "check.h"
-#include "prefill.h"
-#include "step.h"
+#include "tests/check.h"
+#include "model/prefill.h"
+#include "model/step.h"
 
 using namespace anymamba;
 using namespace anymamba::test;

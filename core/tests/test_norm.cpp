@@ -1,5 +1,5 @@
 // RMSNorm against loops in double, forward and backward.
-#include "check.h"
+#include "tests/check.h"
 
 using namespace anymamba;
 using namespace anymamba::test;

@@ -1,5 +1,5 @@
 // Products with quantized weights against loops over whole numbers.
-#include "check.h"
+#include "tests/check.h"
 
 using namespace anymamba;
 using namespace anymamba::test;

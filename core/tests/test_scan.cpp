@@ -1,7 +1,7 @@
 // The scan's kernels against plain loops in double precision, over shapes, strides and options.
 #include <random>
 
-#include "check.h"
+#include "tests/check.h"
 
 using namespace anymamba;
 using namespace anymamba::test;

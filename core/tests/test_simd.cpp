@@ -1,5 +1,5 @@
 // The elementary functions over the whole range of float32, and the conversions of all halves.
-#include "check.h"
+#include "tests/check.h"
 
 using namespace anymamba;
 using namespace anymamba::test;

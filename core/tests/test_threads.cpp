@@ -7,8 +7,8 @@
 #include <chrono>
 #include <thread>
 
-#include "check.h"
-#include "pace.h"
+#include "tests/check.h"
+#include "base/pace.h"
 
 using namespace anymamba;
 using namespace anymamba::test;

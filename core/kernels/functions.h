@@ -1,0 +1,35 @@
+// Declarations of one instruction set's kernels.
+#pragma once
+
+#include "kernels/conv.h"
+#include "kernels/linear.h"
+#include "kernels/norm.h"
+#include "kernels/quantized.h"
+#include "kernels/scan.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+
+void scan(const Scan&, const ScanResult&);
+void scan_backward(const Scan&, const ScanGradients&);
+void scan_step(const ScanStep&, std::int64_t first, std::int64_t last);
+void conv(const Conv&, const ConvResult&);
+void conv_backward(const Conv&, const ConvGradients&);
+void conv_step(const ConvStep&, std::int64_t first, std::int64_t last);
+void norm(const Norm&, const NormResult&);
+void norm_backward(const Norm&, const NormGradients&);
+void product(const Product&);
+void few_rows(const FewRows&, std::int64_t first, std::int64_t last);
+void quantize_rows(const float* x, std::int64_t row_stride, const QuantizedRows& out,
+                   std::int64_t first, std::int64_t last);
+void few_quantized_rows(const FewQuantizedRows&, std::int64_t first, std::int64_t last);
+void quantized_product(const QuantizedProduct&);
+void widen_quantized(const QuantizedWeight&, std::int64_t row, std::int64_t k, float* y);
+void rates(const void* x, DType type, float* y, std::int64_t count);
+void widen(const void* x, DType type, float* y, std::int64_t count);
+void apply_exp(const float* x, float* y, std::int64_t count);
+void apply_exp2(const float* x, float* y, std::int64_t count);
+void apply_silu(const float* x, float* y, std::int64_t count);
+void apply_softplus(const float* x, float* y, std::int64_t count);
+void convert(const void* x, DType from, void* y, DType to, std::int64_t count);
+
+}  // namespace anymamba::ANYMAMBA_ISA

@@ -1,0 +1,549 @@
+// Matrix products of any size; those of few rows go to few_rows.
+//
+// The blocked product follows Goto and van de Geijn. Of its two operands one is read a number at a
+// time and broadcast ("left", in rows), the other by whole vectors ("right", in columns). A block
+// of the left operand is packed for L2 and read once for each panel of the right one, which is
+// packed just before, for L1; both become float32 whatever they are stored in. A micro-kernel keeps
+// a tile of c in registers over one cut of k. How k is cut depends on k alone, and every number of
+// c is summed in the order of k by one worker, in tiles of any size in the same way: results are
+// the same for any number of threads and any cut of c.
+#include "kernels/functions.h"
+#include "simd/integers.h"
+#include "simd/lanes.h"
+#include "simd/scratch.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+namespace {
+
+using std::int64_t;
+
+#if defined(__AVX512BF16__)
+constexpr bool kMultipliesPairs = true;  // of bfloat16 numbers, with sums in float32
+#else
+constexpr bool kMultipliesPairs = false;
+#endif
+
+// A tile of c is kTileRows x kTileVectors vectors: as many registers as leave room for one row of
+// the right panel and the broadcast number.
+constexpr int kTileRows = W == 16 ? 14 : W == 8 ? 6 : 4;
+constexpr int kTileVectors = 2;
+constexpr int kTileColumns = kTileVectors * W;
+constexpr int kDepth = 384;  // of k at a time: fewer passes over c against panels that leave L1
+constexpr int kBlockRows = 40 * kTileRows;  // of the left operand in L2
+constexpr int kRowPadding = 16;  // floats: keeps packed rows from falling into the same cache sets
+static_assert((kBlockRows * (kDepth + kRowPadding) + kTileColumns * kDepth) * 4 + 256 <= kProductScratch);
+constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of a block summed beside c
+constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
+constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
+constexpr int64_t kFewRows = 16, kFewRowsDepth = 1 << 15;  // beyond these, blocked
+
+// ---------------------------------------------------------------------------------------------
+// The blocked product.
+
+// One factor: `lane` is the stride along the rows of the left or the columns of the right operand,
+// `depth` the stride along k.
+struct Operand {
+  const void* data;
+  DType type;
+  int64_t lane, depth;
+};
+
+struct Job {
+  int64_t rows, columns, depth;
+  Operand left, right;
+  Matrix c;
+  const float* bias;  // (columns,) or null
+  bool accumulate;
+  bool pairs = false;
+};
+
+// Two bfloat16 neighbours along k as one number of 32 bits, where the processor multiplies such
+// pairs: half as many of them, moved and packed as floats are. Only the sums know the difference.
+bool multiplies_pairs(const Operand& left, const Operand& right, int64_t depth) {
+  const auto in_pairs = [](const Operand& o) {
+    return o.type == DType::bf16 && o.depth == 1 && o.lane % 2 == 0 &&
+           reinterpret_cast<std::uintptr_t>(o.data) % 4 == 0;
+  };
+  return kMultipliesPairs && in_pairs(left) && in_pairs(right) && depth % 2 == 0;
+}
+
+Job as_pairs(Job job) {
+  for (Operand* operand : {&job.left, &job.right}) {
+    operand->type = DType::f32;
+    operand->lane /= 2;
+  }
+  job.depth /= 2;
+  job.pairs = true;
+  return job;
+}
+
+ANYMAMBA_INLINE F sum_of_products(F a, F b, F sum, bool pairs) {
+#if defined(__AVX512BF16__)
+  if (pairs) return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#endif
+  (void)pairs;
+  return fma(a, b, sum);
+}
+
+// A stretch of c.
+struct Block {
+  int64_t first_row, last_row, first_column, last_column;
+};
+
+// Left rows as the micro-kernel reads them: number p of row i is data[i * lane + p * depth].
+struct LeftPanel {
+  const float* data;
+  int64_t lane, depth;
+};
+
+// What the tiles of one panel fetch into L2 for the next panel while they compute. It is spread
+// over the loop of each tile, for a burst of fetches would block it. There are `all` stretches of
+// memory; a tile takes `count` of them, each in `steps` steps of `step` bytes.
+struct Fetch {
+  const char* data;
+  int64_t all, count, stride, steps, step;
+};
+
+// tile (rows, columns) of c = left (rows, depth) right (depth, vectors * W) + bias + old c.
+struct Tile {
+  LeftPanel left;
+  const float* right;
+  int64_t depth;
+  float* c;
+  int64_t c_stride;
+  const float* bias;
+  bool add_old;
+  bool pairs;
+  Fetch fetch;
+};
+
+template <int R, int V, bool pairs>
+void micro_kernel(const Tile& tile) {
+  constexpr int kGroups = (R + 2) / 3;  // three rows share a pointer: x86 has few of them
+  const int64_t lane = tile.left.lane, step = tile.left.depth;
+  const float *left[kGroups], *right = tile.right;
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) left[g] = tile.left.data + 3 * g * lane;
+  // The tile's memory arrives during the sums. Each row of it may touch one line more than V.
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    __builtin_prefetch(tile.c + r * tile.c_stride, 1);
+    __builtin_prefetch(tile.c + r * tile.c_stride + V * W - 1, 1);
+  }
+  F sums[R][V] = {};
+  const char* stretch = tile.fetch.data;
+  for (int64_t p = 0; p < tile.depth; stretch += tile.fetch.stride) {
+    const int64_t stop = smaller(p + tile.fetch.steps, tile.depth);
+    const char* fetch = stretch;
+    const int64_t fetch_step = tile.fetch.step;
+    for (; p < stop; ++p) {
+      __builtin_prefetch(fetch, 0, 2);
+      fetch += fetch_step;
+      F b[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) b[v] = load(right + v * W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const F a = splat(left[r / 3][r % 3 * lane]);
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[r][v] = sum_of_products(a, b[v], sums[r][v], pairs);
+      }
+#pragma GCC unroll 8
+      for (int g = 0; g < kGroups; ++g) left[g] += step;
+      right += V * W;
+    }
+  }
+  const int64_t c_stride = tile.c_stride;
+  float* c = tile.c;
+  const float* bias = tile.bias;
+  const bool add_old = tile.add_old;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r, c += c_stride)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      F sum = sums[r][v];
+      if (bias != nullptr) sum += load(bias + v * W);
+      if (add_old) sum += load(c + v * W);
+      store(c + v * W, sum);
+    }
+}
+
+template <int R, int V, bool pairs>
+ANYMAMBA_INLINE void micro_kernel_of(int64_t rows, const Tile& tile) {
+  if (rows >= R) return micro_kernel<R, V, pairs>(tile);
+  if constexpr (R > 1) micro_kernel_of<R - 1, V, pairs>(rows, tile);
+}
+
+template <bool pairs>
+ANYMAMBA_INLINE void run_micro_kernel_of(int64_t rows, int vectors, const Tile& tile) {
+  if (vectors == 2) micro_kernel_of<kTileRows, 2, pairs>(rows, tile);
+  else micro_kernel_of<kTileRows, 1, pairs>(rows, tile);
+}
+
+void run_micro_kernel(int64_t rows, int vectors, const Tile& tile) {
+  if (kMultipliesPairs && tile.pairs) run_micro_kernel_of<kMultipliesPairs>(rows, vectors, tile);
+  else run_micro_kernel_of<false>(rows, vectors, tile);
+}
+
+// A tile of less than whole vectors is computed beside c.
+void run_partial_tile(int64_t rows, int vectors, int64_t columns, const Tile& tile) {
+  alignas(64) float sums[kTileRows * kTileColumns];
+  Tile beside = tile;
+  beside.c = sums;
+  beside.c_stride = kTileColumns;
+  beside.bias = nullptr;
+  beside.add_old = false;
+  run_micro_kernel(rows, vectors, beside);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) {
+      float* c = tile.c + i * tile.c_stride + j;
+      float sum = sums[i * kTileColumns + j];
+      if (tile.bias != nullptr) sum += tile.bias[j];
+      if (tile.add_old) sum += *c;
+      *c = sum;
+    }
+}
+
+// Rows of the left operand along k become rows of floats; otherwise panels of kTileRows rows are
+// interleaved, number p of each row in the panel beside the next row's.
+template <DType type>
+LeftPanel pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_t first_depth,
+                    int64_t depth, float* packed) {
+  const int64_t start = first_row * left.lane + first_depth * left.depth;
+  if (left.depth == 1) {
+    const int64_t stride = round_up(depth, 16) + kRowPadding, size = size_of(type);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t from = start + i * left.lane;
+      float* to = packed + i * stride;
+      const int64_t ahead = i + 4 < rows ? 4 * left.lane : 0;
+      int64_t p = 0;
+      for (; p + W <= depth; p += W) {
+        __builtin_prefetch(static_cast<const char*>(left.data) + (from + ahead + p) * size);
+        store(to + p, read_vector(left.data, type, from + p));
+      }
+      for (; p < depth; ++p) to[p] = read(left.data, type, from + p);
+    }
+    return {packed, stride, 1};
+  }
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const int64_t from = start + i * left.lane;
+    float* to = packed + i * depth;
+    if (i + kTileRows <= rows && left.lane == 1) {
+      for (int64_t p = 0; p < depth; ++p)
+        for (int r = 0; r < kTileRows; ++r)
+          to[p * kTileRows + r] = read(left.data, type, from + p * left.depth + r);
+    } else {
+      const int64_t count = smaller(kTileRows, rows - i);
+      for (int64_t p = 0; p < depth; ++p)
+        for (int64_t r = 0; r < count; ++r)
+          to[p * kTileRows + r] =
+              read(left.data, type, from + p * left.depth + r * left.lane);
+    }
+  }
+  return {packed, 1, kTileRows};
+}
+
+// panel (depth, width) = right (first_depth.., first_column..), zeros behind the last column.
+template <DType type>
+void pack_right(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
+                int64_t depth, int64_t width, float* panel) {
+  const int64_t start = first_column * right.lane + first_depth * right.depth;
+  int64_t j = 0;
+  if (right.lane == 1) {
+    const int64_t whole = columns / W * W;
+    for (int64_t p = 0; p < depth; ++p)
+      for (j = 0; j < whole; j += W)
+        store(panel + p * width + j, read_vector(right.data, type, start + p * right.depth + j));
+    j = whole;
+  } else if (right.depth == 1) {
+    for (; j + W <= columns; j += W) {
+      const int64_t from = start + j * right.lane;
+      int64_t p = 0;
+      for (; p + W <= depth; p += W) {
+        F v[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) v[i] = read_vector(right.data, type, from + i * right.lane + p);
+        transpose(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(panel + (p + i) * width + j, v[i]);
+      }
+      for (; p < depth; ++p)
+        for (int i = 0; i < W; ++i)
+          panel[p * width + j + i] = read(right.data, type, from + i * right.lane + p);
+    }
+  }
+  for (; j < width; ++j)
+    for (int64_t p = 0; p < depth; ++p)
+      panel[p * width + j] =
+          j < columns ? read(right.data, type, start + p * right.depth + j * right.lane) : 0.0f;
+}
+
+// The fetches, over `tiles` tiles, of what pack_right will read.
+Fetch plan_fetches(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
+                   int64_t depth, int64_t tiles) {
+  const int64_t size = static_cast<int64_t>(size_of(right.type));
+  const int64_t lane = right.lane * size, step = right.depth * size;
+  const int64_t start = first_column * lane + first_depth * step;
+  const bool along_depth = right.depth == 1;
+  const int64_t all = along_depth ? columns : depth;
+  const int64_t count = ceil_div(all, smaller(tiles, all));
+  const int64_t steps = ceil_div(depth, smaller(count, depth));
+  const int64_t bytes = (along_depth ? depth : columns) * size;
+  const int64_t stride = along_depth ? lane : step;
+  return {static_cast<const char*>(right.data) + start, all, count, stride, steps,
+          ceil_div(bytes, steps)};
+}
+
+// c (block) = sums (rows, stride) + biases + the old c.
+void finish(const Job& job, const Block& block, const float* sums, int64_t stride) {
+  const Matrix& c = job.c;
+  const int64_t rows = block.last_row - block.first_row;
+  const int64_t columns = block.last_column - block.first_column;
+  const float* bias = job.bias ? job.bias + block.first_column : nullptr;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t start =
+        (block.first_row + i) * c.row_stride + block.first_column * c.column_stride;
+    int64_t j = 0;
+    if (c.column_stride == 1)
+      for (; j + W <= columns; j += W) {
+        F sum = load(sums + i * stride + j);
+        if (bias != nullptr) sum += load(bias + j);
+        if (job.accumulate) sum += read_vector(c.data, c.type, start + j);
+        write_vector(c.data, c.type, start + j, sum);
+      }
+    for (; j < columns; ++j) {
+      const int64_t index = start + j * c.column_stride;
+      float sum = sums[i * stride + j];
+      if (bias != nullptr) sum += bias[j];
+      if (job.accumulate) sum += read(c.data, c.type, index);
+      write(c.data, c.type, index, sum);
+    }
+  }
+}
+
+// Whether tiles are summed in c itself.
+bool sums_in_place(const Job& job) {
+  return job.c.type == DType::f32 && job.c.column_stride == 1;
+}
+
+struct Packing {
+  decltype(&pack_left<DType::f32>) left;
+  decltype(&pack_right<DType::f32>) right;
+};
+
+Packing packing_of(const Job& job) {
+  const auto left = job.left.type == DType::f32    ? pack_left<DType::f32>
+                    : job.left.type == DType::bf16 ? pack_left<DType::bf16>
+                                                   : pack_left<DType::f16>;
+  const auto right = job.right.type == DType::f32    ? pack_right<DType::f32>
+                     : job.right.type == DType::bf16 ? pack_right<DType::bf16>
+                                                     : pack_right<DType::f16>;
+  return {left, right};
+}
+
+// Where the tiles of a block are summed: in c, or in scratch if c is not made of rows of floats.
+struct Sums {
+  float* data;
+  int64_t stride;
+  const float* bias;
+  bool add_old;
+};
+
+// sums (rows, columns) = left (rows, depth) panel (depth, columns), for the columns of one panel.
+void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t columns,
+               int64_t depth, const Sums& sums, bool pairs, const Fetch& fetch) {
+  const int vectors = static_cast<int>(ceil_div(columns, W));
+  Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old,
+               pairs, fetch};
+  for (int64_t i = 0, stretch = 0; i < rows; i += kTileRows, stretch += fetch.count) {
+    tile.left.data = left.data + i * (left.lane == 1 ? depth : left.lane);
+    tile.c = sums.data + i * sums.stride;
+    const int64_t first_stretch = smaller(stretch, fetch.all - fetch.count);
+    tile.fetch.data = fetch.data + first_stretch * fetch.stride;
+    const int64_t tile_rows = smaller(kTileRows, rows - i);
+    if (columns % W == 0) run_micro_kernel(tile_rows, vectors, tile);
+    else run_partial_tile(tile_rows, vectors, columns, tile);
+  }
+}
+
+// How k is cut: it depends on nothing else, or sums would.
+int64_t depth_step_of(const Job& job) {
+  return round_up(ceil_div(job.depth, ceil_div(job.depth, kDepth)), 16);
+}
+
+// A block of rows in L2.
+int64_t row_step_of(int64_t rows) {
+  return round_up(ceil_div(rows, ceil_div(rows, kBlockRows)), kTileRows);
+}
+
+// The most floats that a block of so many rows or fewer takes: of packed rows, of a panel, and of sums beside c.
+struct BlockScratch {
+  int64_t left, panel, sums;
+  BlockScratch(const Job& job, int64_t rows, int64_t columns)
+      : left(smaller(kBlockRows, round_up(rows, kTileRows)) * (depth_step_of(job) + kRowPadding)),
+        panel(kTileColumns * depth_step_of(job)),
+        sums(sums_in_place(job) ? 0 : rows * round_up(columns, 16)) {}
+  int64_t bytes() const {
+    return Scratch<float>::in_arena(left) + Scratch<float>::in_arena(panel) +
+           Scratch<float>::in_arena(sums);
+  }
+};
+
+void run_block(const Job& job, const Block& block) {
+  const Packing packing = packing_of(job);
+  const int64_t rows = block.last_row - block.first_row;
+  const int64_t columns = block.last_column - block.first_column;
+  const int64_t row_step = row_step_of(rows), depth_step = depth_step_of(job);
+  const bool in_place = sums_in_place(job);
+  const int64_t stride = in_place ? job.c.row_stride : round_up(columns, 16);
+  const BlockScratch sizes(job, rows, columns);
+  const Scratch<float> beside(sizes.sums), left(sizes.left), panel(sizes.panel);
+  float* c = in_place ? static_cast<float*>(job.c.data) : static_cast<float*>(beside);
+  if (in_place) c += block.first_row * stride + block.first_column;
+
+  for (int64_t p = 0; p < job.depth; p += depth_step) {
+    const int64_t depth = smaller(depth_step, job.depth - p);
+    for (int64_t i = 0; i < rows; i += row_step) {
+      const int64_t part = smaller(row_step, rows - i);
+      const LeftPanel packed = packing.left(job.left, block.first_row + i, part, p, depth, left);
+      for (int64_t j = 0; j < columns; j += kTileColumns) {
+        const int64_t width = smaller(kTileColumns, columns - j), column = block.first_column + j;
+        packing.right(job.right, column, width, p, depth, round_up(width, W), panel);
+        const int64_t next = j + kTileColumns < columns ? kTileColumns : 0;
+        const int64_t next_width = smaller(kTileColumns, columns - j - next);
+        const Fetch fetch = plan_fetches(job.right, column + next, next_width, p, depth,
+                                         ceil_div(part, kTileRows));
+        const float* bias = in_place && p == 0 && job.bias != nullptr ? job.bias + column : nullptr;
+        const Sums sums = {c + i * stride + j, stride, bias, p > 0 || (in_place && job.accumulate)};
+        run_panel(packed, part, panel, width, depth, sums, job.pairs, fetch);
+      }
+    }
+  }
+  if (!in_place) finish(job, block, c, stride);
+}
+
+// Without any k the sums are zeros.
+void run_empty(const Job& job) {
+  for (int64_t i = 0; i < job.rows; ++i)
+    for (int64_t j = 0; j < job.columns; ++j) {
+      const int64_t index = i * job.c.row_stride + j * job.c.column_stride;
+      float sum = job.accumulate ? read(job.c.data, job.c.type, index) : 0.0f;
+      if (job.bias != nullptr) sum += job.bias[j];
+      write(job.c.data, job.c.type, index, sum);
+    }
+}
+
+// The size of the blocks for at least `tasks` of them, as far as they can be had. The left operand
+// is packed again for each block of columns, the right one, which costs more, for each of rows.
+Block first_block(const Job& job, int64_t tasks) {
+  int64_t rows = job.rows, columns = job.columns;
+  if (!sums_in_place(job)) {
+    rows = smaller(rows, kSumsRows);
+    columns = smaller(columns, kSumsColumns);
+  }
+  while (ceil_div(job.rows, rows) * ceil_div(job.columns, columns) < tasks) {
+    if (rows > 4 * columns && rows > kTileRows)
+      rows = round_up(ceil_div(rows, 2), kTileRows);
+    else if (columns > kTileColumns)
+      columns = round_up(ceil_div(columns, 2), kTileColumns);
+    else
+      break;
+  }
+  return {0, rows, 0, columns};
+}
+
+void run_blocks(const Job& job) {
+  const int64_t worth = 2 * job.rows * job.columns * job.depth / kTaskFlops;
+  const int64_t tasks = larger(1, smaller(2 * Threads::count(), worth));
+  const Block size = first_block(job, tasks);
+  const int64_t row_blocks = ceil_div(job.rows, size.last_row);
+  const int64_t blocks = row_blocks * ceil_div(job.columns, size.last_column);
+  const auto run = [&](int64_t task) {
+    const int64_t row = task % row_blocks * size.last_row;
+    const int64_t column = task / row_blocks * size.last_column;
+    run_block(job, {row, smaller(row + size.last_row, job.rows), column,
+                    smaller(column + size.last_column, job.columns)});
+  };
+  const int64_t bytes = BlockScratch(job, size.last_row, size.last_column).bytes();
+  if (tasks > 1) return parallel_for(blocks, bytes, run);
+  reserve_scratch(bytes);
+  for (int64_t task = 0; task < blocks; ++task) run(task);
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------
+// Few rows of the left operand, spread over the workers by weight rows.
+
+namespace {
+
+bool are_floats(const Operand& left) { return left.type == DType::f32 && left.depth == 1; }
+
+// Left rows as rows of floats: themselves where they are, in x (rows, depth) otherwise.
+LeftPanel rows_of_floats(const Operand& left, int64_t rows, int64_t depth, float* x) {
+  if (are_floats(left)) return {static_cast<const float*>(left.data), left.lane, 1};
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t p = 0; p < depth; ++p)
+      x[i * depth + p] = read(left.data, left.type, i * left.lane + p * left.depth);
+  return {x, depth, 1};
+}
+
+bool suits_few_rows(const Job& job) {
+  return job.rows <= kFewRows && job.right.depth == 1 && job.depth <= kFewRowsDepth;
+}
+
+// The floats of sums beside c for some of its columns.
+int64_t few_sums(const Job& job, int64_t columns) {
+  return sums_in_place(job) && !job.accumulate ? 0 : job.rows * columns;
+}
+
+// The columns [first, last) of c.
+void run_few_rows(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
+  const bool in_place = sums_in_place(job) && !job.accumulate;
+  const int64_t size = static_cast<int64_t>(size_of(job.right.type));
+  const Scratch<float> beside(few_sums(job, last - first));
+  FewRows few;
+  few.k = job.depth;
+  few.weight = static_cast<const char*>(job.right.data) + first * job.right.lane * size;
+  few.type = job.right.type;
+  few.weight_row_stride = job.right.lane;
+  few.bias = in_place && job.bias != nullptr ? job.bias + first : nullptr;
+  few.x = x.data;
+  few.x_row_stride = x.lane;
+  few.y = in_place ? static_cast<float*>(job.c.data) + first
+                   : static_cast<float*>(beside);
+  few.y_row_stride = in_place ? job.c.row_stride : last - first;
+  few.m = static_cast<int>(job.rows);
+  few_rows(few, 0, last - first);
+  if (!in_place) finish(job, {0, job.rows, first, last}, few.y, few.y_row_stride);
+}
+
+void run_few_rows(const Job& job) {
+  const Scratch<float> widened(are_floats(job.left) ? 0 : job.rows * job.depth);
+  const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth, widened);
+  const int64_t worth = job.columns * job.depth / kTaskWeights;
+  const int64_t most = larger(1, smaller(2 * Threads::count(), worth));
+  const int64_t stretch = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kFewRows);
+  const int64_t tasks = ceil_div(job.columns, stretch);
+  const auto run = [&](int64_t task) {
+    run_few_rows(job, x, task * stretch, smaller((task + 1) * stretch, job.columns));
+  };
+  if (most > 1)
+    return parallel_for(tasks, Scratch<float>::in_arena(few_sums(job, stretch)), run);
+  for (int64_t task = 0; task < tasks; ++task) run(task);
+}
+
+}  // namespace
+
+void product(const Product& p) {
+  if (p.m <= 0 || p.n <= 0) return;
+  const Job job = {p.m, p.n, p.k,
+                   {p.a.data, p.a.type, p.a.row_stride, p.a.column_stride},
+                   {p.b.data, p.b.type, p.b.column_stride, p.b.row_stride},
+                   p.c, p.bias, p.accumulate};
+  if (p.k <= 0) run_empty(job);
+  else if (suits_few_rows(job)) run_few_rows(job);
+  else run_blocks(multiplies_pairs(job.left, job.right, job.depth) ? as_pairs(job) : job);
+}
+
+}  // namespace anymamba::ANYMAMBA_ISA

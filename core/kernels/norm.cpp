@@ -1,0 +1,146 @@
+// RMSNorm over rows, with the residual addition before it, forward and backward.
+//
+//   s = x + residual        normed = s r weight,  r = 1 / sqrt(mean(s^2) + eps)
+//
+// Each row passes through a buffer of floats, so that any type is read and written once, and the
+// outputs may lie where the inputs did.
+#include "kernels/norm.h"
+
+#include "kernels/functions.h"
+#include "simd/scratch.h"
+#include "simd/simd.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+namespace {
+
+constexpr std::int64_t kRows = 16;   // rows of one piece of work
+constexpr std::int64_t kParts = 16;  // sums over rows are taken in at most this many parts
+
+std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
+
+// Rows are padded with zeros to whole vectors in buffers, which leaves sums as they are.
+std::int64_t padded(std::int64_t d) { return (d + W - 1) / W * W; }
+
+// buffer (padded(d),) = one row, zeros behind it.
+void load_row(float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) {
+  const std::int64_t start = row * rows.row_stride;
+  with_type(rows.type, [=](auto type) {
+    const DType known = decltype(type)::value;
+    std::int64_t i = 0;
+    for (; i + W <= d; i += W) store(buffer + i, read_vector(rows.data, known, start + i));
+    for (; i < d; ++i) buffer[i] = read(rows.data, known, start + i);
+    for (; i < padded(d); ++i) buffer[i] = 0;
+  });
+}
+
+void add_row(float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) {
+  const std::int64_t start = row * rows.row_stride;
+  with_type(rows.type, [=](auto type) {
+    const DType known = decltype(type)::value;
+    std::int64_t i = 0;
+    for (; i + W <= d; i += W)
+      store(buffer + i, load(buffer + i) + read_vector(rows.data, known, start + i));
+    for (; i < d; ++i) buffer[i] += read(rows.data, known, start + i);
+  });
+}
+
+void store_row(const float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) {
+  const std::int64_t start = row * rows.row_stride;
+  with_type(rows.type, [=](auto type) {
+    const DType known = decltype(type)::value;
+    std::int64_t i = 0;
+    for (; i + W <= d; i += W) write_vector(rows.data, known, start + i, load(buffer + i));
+    for (; i < d; ++i) write(rows.data, known, start + i, buffer[i]);
+  });
+}
+
+// sum_i a_i b_i over whole vectors, in four interleaved parts.
+float dot(const float* a, const float* b, std::int64_t count) {
+  F s0{}, s1{}, s2{}, s3{};
+  std::int64_t i = 0;
+  for (; i + 4 * W <= count; i += 4 * W) {
+    s0 = fma(load(a + i), load(b + i), s0);
+    s1 = fma(load(a + i + W), load(b + i + W), s1);
+    s2 = fma(load(a + i + 2 * W), load(b + i + 2 * W), s2);
+    s3 = fma(load(a + i + 3 * W), load(b + i + 3 * W), s3);
+  }
+  for (; i < count; i += W) s0 = fma(load(a + i), load(b + i), s0);
+  return sum((s0 + s1) + (s2 + s3));
+}
+
+// s (padded(d),) is overwritten; weight (padded(d),).
+void norm_row(const Norm& norm, const NormResult& result, float* s, const float* weight,
+              std::int64_t row) {
+  const std::int64_t d = norm.d, whole = padded(d);
+  load_row(s, norm.x, row, d);
+  if (norm.residual.data != nullptr) add_row(s, norm.residual, row, d);
+  if (result.total.data != nullptr) store_row(s, result.total, row, d);
+  const float scale =
+      1.0f / __builtin_sqrtf(dot(s, s, whole) / static_cast<float>(d) + norm.eps);
+  if (result.scale != nullptr) result.scale[row] = scale;
+  for (std::int64_t i = 0; i < whole; i += W)
+    store(s + i, load(s + i) * splat(scale) * load(weight + i));
+  store_row(s, result.normed, row, d);
+}
+
+// With g = dnormed * weight:  ds = r (g - s r^2 mean(g s)) + dtotal;  sums (padded(d),) of
+// dweight += dnormed s r.
+void back_row(const Norm& norm, const NormGradients& gradients, float* s, float* g,
+              const float* weight, float* sums, std::int64_t row) {
+  const std::int64_t d = norm.d, whole = padded(d);
+  const float r = gradients.scale[row];
+  load_row(s, gradients.sum, row, d);
+  load_row(g, gradients.normed, row, d);
+  for (std::int64_t i = 0; i < whole; i += W) {
+    const F dnormed = load(g + i);
+    store(sums + i, fma(dnormed, load(s + i) * splat(r), load(sums + i)));
+    store(g + i, dnormed * load(weight + i));
+  }
+  // r s stays of order one where s alone may be far from it.
+  const float mean = dot(g, s, whole) * r / static_cast<float>(d);
+  for (std::int64_t i = 0; i < whole; i += W)
+    store(g + i, splat(r) * (load(g + i) - load(s + i) * splat(r) * splat(mean)));
+  if (gradients.total.data != nullptr) add_row(g, gradients.total, row, d);
+  store_row(g, gradients.x, row, d);
+}
+
+}  // namespace
+
+void norm(const Norm& norm, const NormResult& result) {
+  const std::int64_t whole = padded(norm.d);
+  if (norm.d == 0) return;
+  const std::int64_t items = (norm.rows + kRows - 1) / kRows;
+  parallel_for(items, 2 * Scratch<float>::in_arena(whole), [&](std::int64_t item) {
+    const Scratch<float> s(whole), weight(whole);
+    load_row(weight, {const_cast<float*>(norm.weight), DType::f32, 0}, 0, norm.d);
+    for (std::int64_t row = item * kRows; row < smaller((item + 1) * kRows, norm.rows); ++row)
+      norm_row(norm, result, s, weight, row);
+  });
+}
+
+void norm_backward(const Norm& norm, const NormGradients& gradients) {
+  const std::int64_t d = norm.d, whole = padded(d), pieces = (norm.rows + kRows - 1) / kRows;
+  const std::int64_t parts = smaller(pieces, kParts);
+  const Scratch<float> sums(parts * whole);
+  // Each part sums over its rows piece by piece, sums (parts, padded(d)).
+  const std::int64_t bytes = 4 * Scratch<float>::in_arena(whole);
+  parallel_for(d == 0 ? 0 : parts, bytes, [&](std::int64_t part) {
+    float* const total = sums + part * whole;
+    const Scratch<float> s(whole), g(whole), weight(whole), own(whole);
+    load_row(weight, {const_cast<float*>(norm.weight), DType::f32, 0}, 0, d);
+    for (std::int64_t i = 0; i < whole; ++i) total[i] = 0;
+    for (std::int64_t piece = pieces * part / parts; piece < pieces * (part + 1) / parts; ++piece) {
+      for (std::int64_t i = 0; i < whole; ++i) own[i] = 0;
+      for (std::int64_t row = piece * kRows; row < smaller((piece + 1) * kRows, norm.rows); ++row)
+        back_row(norm, gradients, s, g, weight, own, row);
+      for (std::int64_t i = 0; i < whole; ++i) total[i] += own[i];
+    }
+  });
+  for (std::int64_t i = 0; i < d; ++i) {
+    float total = 0;
+    for (std::int64_t part = 0; part < parts; ++part) total += sums[part * whole + i];
+    gradients.weight[i] = total;
+  }
+}
+
+}  // namespace anymamba::ANYMAMBA_ISA

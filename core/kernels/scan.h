@@ -1,0 +1,88 @@
+// The selective scan, forward and backward, and one step of it.
+//
+//   h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = (C_t h_t + D x_t) silu(z_t)
+//
+// Letters: b rows, l steps, e channels, n states a channel, g groups of B and C, s segments.
+#pragma once
+
+#include "base/types.h"
+
+namespace anymamba {
+
+// B or C, (rows, steps, groups, states).
+struct Projection {
+  void* data = nullptr;
+  DType type = DType::f32;
+  std::int64_t row_stride = 0;
+  std::int64_t step_stride = 0;
+  std::int64_t group_stride = 0;
+  std::int64_t state_stride = 0;
+};
+
+struct Scan {
+  std::int64_t e = 0, n = 0, groups = 1;
+  Segments segments;
+  Tensor3 x, delta, z;              // z may be absent
+  Projection B, C;
+  const float* A = nullptr;         // (e, n), contiguous
+  const float* D = nullptr;         // (e,) or null
+  const float* delta_bias = nullptr;  // (e,) or null
+  bool softplus = false;
+  const float* initial = nullptr;   // states that state_in counts, (., e, n), or null for zeros
+};
+
+// What the forward pass leaves.
+struct ScanResult {
+  Tensor3 y;
+  float* last = nullptr;         // states that state_out counts, (., e, n), or null
+  float* checkpoints = nullptr;  // scan_checkpoint_floats(...) floats for the backward pass, or null
+};
+
+// Gradients in and out. Absent outputs are not written. All float outputs are overwritten, with
+// zeros where no segment is. With `initial`, no two segments may begin from the same state.
+struct ScanGradients {
+  Tensor3 y;                      // given
+  const float* last = nullptr;    // given, like ScanResult::last, or null
+  const float* checkpoints = nullptr;  // from the forward pass
+  Tensor3 x, delta, z;            // z absent where the scan has none
+  float* B = nullptr;             // (b, l, g, n) contiguous; rows and steps as the segments say
+  float* C = nullptr;
+  std::int64_t rows = 0, steps = 0;  // b and l of B and C here
+  float* A = nullptr;             // (e, n)
+  float* D = nullptr;             // (e,) or null
+  float* delta_bias = nullptr;    // (e,) or null
+  float* initial = nullptr;       // like Scan::initial, or null; every entry is written
+  std::int64_t n_states = 0;      // entries of initial and last
+};
+
+// One step for a batch: the state changes in place.
+struct ScanStep {
+  std::int64_t b = 0, e = 0, n = 0, groups = 1;
+  Tensor3 x, delta, z, y;         // one step each; step_stride unused
+  Projection B, C;
+  const float* A = nullptr;
+  const float* D = nullptr;
+  const float* delta_bias = nullptr;
+  bool softplus = false;
+  float* state = nullptr;         // (b, e, n), row stride below, contiguous inside a row
+  std::int64_t state_row_stride = 0;
+};
+
+// Steps that a kernel works through at a time. The forward pass leaves the state before each chunk
+// of each segment, from which the backward pass recomputes those inside: l * e * n / 32 floats.
+inline constexpr int kScanChunk = 32;
+
+inline std::int64_t scan_chunks(const Segments& segments, std::int64_t segment) {
+  const std::int64_t steps = segments.stops[segment] - segments.starts[segment];
+  return (steps + kScanChunk - 1) / kScanChunk;
+}
+
+// The scratch memory of a worker in the forward pass.
+constexpr std::int64_t scan_worker_scratch(std::int64_t n) {
+  return 4 * (3 * 64 * kScanChunk + 2 * kScanChunk * n + 2 * 64 * n + 2 * 64) + 64;
+}
+
+// Floats that the backward pass needs. The same for every instruction set.
+std::int64_t scan_checkpoint_floats(const Scan& scan);
+
+}  // namespace anymamba

@@ -1,0 +1,11 @@
+#include "kernels/scan.h"
+
+namespace anymamba {
+
+std::int64_t scan_checkpoint_floats(const Scan& scan) {
+  std::int64_t chunks = 0;
+  for (std::int64_t s = 0; s < scan.segments.count; ++s) chunks += scan_chunks(scan.segments, s);
+  return chunks * scan.e * scan.n;
+}
+
+}  // namespace anymamba

@@ -1,0 +1,94 @@
+// A whole model as pointers to its weights, and the states of a batch. Letters: b rows, d model
+// width, e inner width, n states, r rank of the step size, k convolution width, v vocabulary.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "base/types.h"
+
+namespace anymamba {
+
+// A weight of shape (n, k), rows contiguous; where it is quantized, `quantized` has it instead.
+struct Weight {
+  const void* data = nullptr;
+  DType type = DType::f32;
+  std::int64_t row_stride = 0;
+  QuantizedWeight quantized;
+};
+
+// A small tensor without gaps, of any storage type; may be absent.
+struct Array {
+  const void* data = nullptr;
+  DType type = DType::f32;
+};
+
+// The model's own memory: what follows from it (A from A_log, float32 from bfloat16) is computed
+// anew at each call, so that no change of a weight can go unnoticed. A alone may be given beside
+// A_log, by an owner whose weights never change.
+struct Layer {
+  Array norm;           // (d,)
+  Weight in_proj;       // (2e, d)
+  Array in_proj_bias;   // (2e,) or absent
+  Array conv_weight;    // (e, k)
+  Array conv_bias;      // (e,) or absent
+  Weight x_proj;        // (r + 2n, e)
+  Weight dt_proj;       // (e, r)
+  Array dt_bias;        // (e,) or absent
+  Array A_log;          // (e, n)
+  const float* A = nullptr;  // (e, n), what rates() makes of A_log, or null
+  Array D;              // (e,)
+  Weight out_proj;      // (d, e)
+  Array out_proj_bias;  // (d,) or absent
+};
+
+struct Model {
+  std::int64_t v = 0, d = 0, e = 0, n = 0, r = 0, k = 0;
+  float eps = 0;
+  Weight embeddings;                   // (v, d)
+  Weight head;                         // (v, d)
+  Array norm;                          // (d,)
+  std::vector<Layer> layers;
+};
+
+// The states of a batch, as the cache lays them out: contiguous blocks (layers, b, e, k) and
+// (layers, b, e, n).
+struct States {
+  void* conv = nullptr;
+  DType conv_type = DType::f32;
+  float* ssm = nullptr;
+};
+
+// The item at an index of an array.
+inline const void* at(Array array, std::int64_t index) {
+  return static_cast<const char*>(array.data) + index * static_cast<std::int64_t>(size_of(array.type));
+}
+
+// Numbers [first, first + count) of a small tensor as floats: where they lie, or widened into
+// `buffer`. Indexed from number 0 either way; null where the tensor is absent.
+inline const float* floats(Array array, float* buffer, std::int64_t first, std::int64_t count) {
+  if (array.data == nullptr) return nullptr;
+  if (array.type == DType::f32) return static_cast<const float*>(array.data);
+  kernels().widen(at(array, first), array.type, buffer + first, count);
+  return buffer;
+}
+
+// What a product with a weight reads its activations as. With `bf16_products` those of bfloat16
+// weights are rounded to bfloat16; else, and for all other weights, they are float32.
+inline DType operand_type(const Weight& weight, bool bf16_products) {
+  const bool rounds =
+      bf16_products && weight.quantized.bits == 0 && weight.type == DType::bf16;
+  return rounds ? DType::bf16 : DType::f32;
+}
+
+// hidden (count, d): the embeddings of tokens.
+void embed(const Model& model, const std::int64_t* tokens, std::int64_t count, float* hidden);
+
+// The convolution windows of a layer, as the cache lays them out.
+Window window_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
+
+// Its states (b, e, n).
+float* states_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
+
+}  // namespace anymamba

@@ -1,0 +1,15 @@
+// One token for each row of a batch through the whole model, in one call: decoding at the speed of
+// reading the weights once.
+#pragma once
+
+#include "model/model.h"
+
+namespace anymamba {
+
+// tokens (b,) in [0, v); hidden (b, d) instead where tokens is null. logits (b, v).
+// Both states advance in place. `bf16_products`: see operand_type.
+void decode_step(const Model& model, const States& states, std::int64_t b,
+                 const std::int64_t* tokens, const float* hidden, float* logits,
+                 bool bf16_products = false);
+
+}  // namespace anymamba

@@ -1,0 +1,389 @@
+// Vectors of float for one instruction set, through the compiler's vector extensions.
+//
+// This header is compiled once for each instruction set (ANYMAMBA_ISA is avx512, avx2 or
+// portable), each in a namespace of its own, so that no inline function built for one is ever
+// linked into another. Kernels must not use templates of the standard library for that reason.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+// GCC 12 warns of the deliberately undefined registers inside its own intrinsics.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#if !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
+#include "base/types.h"
+
+#ifndef ANYMAMBA_ISA
+#error "compile with -DANYMAMBA_ISA=avx512, avx2 or portable"
+#endif
+
+namespace anymamba::ANYMAMBA_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int W = 16;  // floats a vector
+#elif defined(__AVX2__)
+inline constexpr int W = 8;
+#else
+inline constexpr int W = 4;
+#endif
+
+typedef float F __attribute__((vector_size(W * 4)));
+typedef std::int32_t I __attribute__((vector_size(W * 4)));
+typedef std::uint32_t U __attribute__((vector_size(W * 4)));
+typedef std::uint16_t H __attribute__((vector_size(W * 2)));
+
+#define ANYMAMBA_INLINE static inline __attribute__((always_inline))
+
+ANYMAMBA_INLINE F splat(float x) { return x - F{}; }
+
+ANYMAMBA_INLINE F load(const float* p) {
+  F v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+ANYMAMBA_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
+
+// The first `count` floats, zeros behind them.
+ANYMAMBA_INLINE F load_some(const float* p, int count) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+#else
+  F v{};
+  __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * 4);
+  return v;
+#endif
+}
+
+ANYMAMBA_INLINE void store_some(float* p, F v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), (__m512)v);
+#else
+  __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * 4);
+#endif
+}
+
+// One rounding where the instruction set has it. Spelled out, because the compiler contracts
+// a * b + c only where the product has no other use.
+ANYMAMBA_INLINE F fma(F a, F b, F c) {
+#if defined(__AVX512F__)
+  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+ANYMAMBA_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
+
+ANYMAMBA_INLINE float sum(F v) {
+  float total = 0;
+  for (int i = 0; i < W; ++i) total += v[i];
+  return total;
+}
+
+// bfloat16 is the upper half of a float32; rounding is to nearest, ties to even, NaN stays NaN.
+ANYMAMBA_INLINE float from_bf16(std::uint16_t h) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(h) << 16;
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+ANYMAMBA_INLINE std::uint16_t to_bf16(float x) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// IEEE half precision in integer arithmetic, for machines without conversion instructions.
+ANYMAMBA_INLINE float from_f16_bits(std::uint16_t h) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
+  const std::uint32_t exponent = (h >> 10) & 0x1fu, mantissa = h & 0x3ffu;
+  std::uint32_t bits;
+  if (exponent == 0x1f) {
+    bits = sign | 0x7f800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u);
+  } else if (exponent != 0) {
+    bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
+  } else {
+    float x = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+    __builtin_memcpy(&bits, &x, 4);
+    bits |= sign;
+  }
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+ANYMAMBA_INLINE std::uint16_t to_f16_bits(float x) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  const std::uint32_t sign = (bits >> 16) & 0x8000u;
+  bits &= 0x7fffffffu;
+  if (bits > 0x7f800000u)
+    return static_cast<std::uint16_t>(sign | 0x7e00u | ((bits >> 13) & 0x3ffu));
+  if (bits >= 0x47800000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
+  if (bits < 0x38800000u) {  // a subnormal half: let float addition do the rounding
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    std::uint32_t rounded;
+    __builtin_memcpy(&rounded, &magnitude, 4);
+    return static_cast<std::uint16_t>(sign | (rounded - 0x3f000000u));
+  }
+  const std::uint32_t rounded = bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u);
+  return static_cast<std::uint16_t>(sign | (rounded >> 13));
+}
+
+#if defined(__AVX2__)
+ANYMAMBA_INLINE float from_f16(std::uint16_t h) { return _cvtsh_ss(h); }
+ANYMAMBA_INLINE std::uint16_t to_f16(float x) {
+  return static_cast<std::uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+ANYMAMBA_INLINE float from_f16(std::uint16_t h) { return from_f16_bits(h); }
+ANYMAMBA_INLINE std::uint16_t to_f16(float x) { return to_f16_bits(x); }
+#endif
+
+// With the intrinsics' masked forms, for GCC 12 takes a detour over two halves when it widens by
+// itself, and warns of the unmasked forms' undefined operand.
+ANYMAMBA_INLINE F load_bf16(const std::uint16_t* p) {
+#if defined(__AVX512F__)
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
+#else
+  H h;
+  __builtin_memcpy(&h, p, sizeof h);
+  const U bits = __builtin_convertvector(h, U) << 16;
+  return (F)bits;
+#endif
+}
+
+// The first `count` numbers, zeros behind them.
+ANYMAMBA_INLINE F load_some_bf16(const std::uint16_t* p, int count) {
+#if defined(__AVX512F__)
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
+  const __m256i halves = _mm256_maskz_loadu_epi16(mask, p);
+  return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
+#else
+  std::uint16_t some[W] = {};
+  __builtin_memcpy(some, p, static_cast<std::size_t>(count) * 2);
+  return load_bf16(some);
+#endif
+}
+
+ANYMAMBA_INLINE void store_bf16(std::uint16_t* p, F v) {
+  const U bits = (U)v;
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U quiet = (bits >> 16) | 0x40u;
+  const H h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, H);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+ANYMAMBA_INLINE F load_f16(const std::uint16_t* p) {
+#if defined(__AVX512F__)
+  return (F)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  F v;
+  for (int i = 0; i < W; ++i) v[i] = from_f16(p[i]);
+  return v;
+#endif
+}
+
+ANYMAMBA_INLINE void store_f16(std::uint16_t* p, F v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < W; ++i) p[i] = to_f16(v[i]);
+#endif
+}
+
+// One number of a tensor, as float.
+ANYMAMBA_INLINE float read(const void* p, DType type, std::int64_t index) {
+  switch (type) {
+    case DType::f32: return static_cast<const float*>(p)[index];
+    case DType::bf16: return from_bf16(static_cast<const std::uint16_t*>(p)[index]);
+    case DType::f16: break;
+  }
+  return from_f16(static_cast<const std::uint16_t*>(p)[index]);
+}
+
+ANYMAMBA_INLINE void write(void* p, DType type, std::int64_t index, float x) {
+  switch (type) {
+    case DType::f32: static_cast<float*>(p)[index] = x; return;
+    case DType::bf16: static_cast<std::uint16_t*>(p)[index] = to_bf16(x); return;
+    case DType::f16: break;
+  }
+  static_cast<std::uint16_t*>(p)[index] = to_f16(x);
+}
+
+// W neighbouring numbers as floats.
+ANYMAMBA_INLINE F read_vector(const void* p, DType type, std::int64_t index) {
+  switch (type) {
+    case DType::f32: return load(static_cast<const float*>(p) + index);
+    case DType::bf16: return load_bf16(static_cast<const std::uint16_t*>(p) + index);
+    case DType::f16: break;
+  }
+  return load_f16(static_cast<const std::uint16_t*>(p) + index);
+}
+
+ANYMAMBA_INLINE void write_vector(void* p, DType type, std::int64_t index, F v) {
+  switch (type) {
+    case DType::f32: store(static_cast<float*>(p) + index, v); return;
+    case DType::bf16: store_bf16(static_cast<std::uint16_t*>(p) + index, v); return;
+    case DType::f16: break;
+  }
+  store_f16(static_cast<std::uint16_t*>(p) + index, v);
+}
+
+// Calls f with the type as a constant, f(Constant<DType, type>{}), so that loops inside f know it.
+template <class T, T V>
+struct Constant {
+  static constexpr T value = V;
+};
+
+template <class Function>
+ANYMAMBA_INLINE void with_type(DType type, const Function& f) {
+  switch (type) {
+    case DType::f32: f(Constant<DType, DType::f32>{}); return;
+    case DType::bf16: f(Constant<DType, DType::bf16>{}); return;
+    case DType::f16: f(Constant<DType, DType::f16>{}); return;
+  }
+}
+
+// Adding and subtracting 1.5 * 2^23 rounds to an integer, which the low bits of the sum hold.
+inline constexpr float kRounder = 12582912.0f;
+
+// 2^x: x = k + g with |g| <= 1/2, a polynomial for 2^g, and k added to the exponent. Nearest, not
+// floor, so that a decay just below 1 comes from a small g and is rounded only once: over a long
+// sequence its error counts as often as it is applied.
+// NaN stays NaN, +inf gives +inf, -inf gives 0. Without AVX-512, results below 2^-126 are 0.
+ANYMAMBA_INLINE F exp2_of(F x) {
+#if defined(__AVX512F__)
+  // The instruction leaves 0 of an infinity, so that k is the infinity then.
+  const F g = (F)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const F k = x - g;
+#else
+  const F c = x > splat(128.0f) ? splat(128.0f) : x;
+  const F shifted = c + splat(kRounder);
+  const F g = c - (shifted - splat(kRounder));
+#endif
+  F p = splat(0.00015353366f);
+  p = fma(p, g, splat(0.0013398874f));
+  p = fma(p, g, splat(0.009618437f));
+  p = fma(p, g, splat(0.055503324f));
+  p = fma(p, g, splat(0.24022648f));
+  p = fma(p, g, splat(0.6931472f));
+  p = fma(p, g, splat(1.0f));
+#if defined(__AVX512F__)
+  return (F)_mm512_scalef_ps((__m512)p, (__m512)k);
+#else
+  // From -126 to 128 the exponent's field neither runs under nor over: at 128, p is at most 1.
+  const F scaled = (F)((U)p + ((U)shifted << 23));
+  return select(x >= splat(-126.0f), scaled, select(x == x, F{}, x));
+#endif
+}
+
+// v * 2^k for whole k within +-250, subnormal and infinite results included.
+ANYMAMBA_INLINE F scale_of(F v, F k) {
+#if defined(__AVX512F__)
+  return (F)_mm512_scalef_ps((__m512)v, (__m512)k);
+#else
+  const I whole = __builtin_convertvector(k, I);
+  const I half = whole >> 1;
+  return v * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+#endif
+}
+
+// e^x = p * 2^k, for |x| up to 120 or so.
+struct Power {
+  F p, k;
+};
+
+ANYMAMBA_INLINE Power power_of(F x) {
+  const F t = x * splat(1.44269504088896341f);
+#if defined(__AVX512F__)
+  const F k = (F)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const F k = (t + splat(kRounder)) - splat(kRounder);
+#endif
+  // log(2) in two parts: the first has 10 bits, so that its product with k is exact.
+  const F f = fma(-k, splat(-2.12194440e-4f), fma(-k, splat(0.693359375f), x));
+  F p = splat(0.001381461f);
+  p = fma(p, f, splat(0.00836871f));
+  p = fma(p, f, splat(0.04166839f));
+  p = fma(p, f, splat(0.16666521f));
+  p = fma(p, f, splat(0.49999994f));
+  p = fma(p, f, splat(1.0f));
+  p = fma(p, f, splat(1.0f));
+  return {p, k};
+}
+
+// x, not below `low` and not above `high`. NaN stays NaN.
+ANYMAMBA_INLINE F clamp(F x, float low, float high) {
+  const F above = x < splat(low) ? splat(low) : x;
+  return above > splat(high) ? splat(high) : above;
+}
+
+inline constexpr float kLog2e = 1.44269504088896341f;
+
+// e^x over the whole range, subnormal results included.
+ANYMAMBA_INLINE F exp_of(F x) {
+  const Power e = power_of(clamp(x, -110.0f, 90.0f));
+  return scale_of(e.p, e.k);
+}
+
+// Below -87 its subnormal results are 0.
+ANYMAMBA_INLINE F sigmoid_of(F x) { return splat(1.0f) / (splat(1.0f) + exp_of(-x)); }
+
+// x / (1 + e^-x). With e^-x = p 2^k this is x / (2^-k + p) * 2^-k, where nothing overflows on the
+// way to results near 1e-37. Goes to -0 at -inf.
+ANYMAMBA_INLINE F silu_of(F x) {
+  const F c = x < splat(-120.0f) ? splat(-120.0f) : x;
+  const Power e = power_of(c > splat(80.0f) ? splat(-80.0f) : -c);
+  return scale_of(c / (scale_of(splat(1.0f), -e.k) + e.p), -e.k);
+}
+
+// The derivative of silu, s (1 + x (1 - s)) with s = sigmoid(x); 1 - s without cancellation.
+ANYMAMBA_INLINE F silu_slope_of(F x) {
+  const F c = clamp(x, -120.0f, 120.0f);
+  const F e = exp_of(c < F{} ? c : -c);
+  const F large = splat(1.0f) / (splat(1.0f) + e), small = e * large;
+  const I negative = c < F{};
+  return select(negative, small, large) * fma(c, select(negative, large, small), splat(1.0f));
+}
+
+// log(1 + y) for y in [0, 1]: 2 s + s^3 P(s^2) with s = y / (2 + y). As 2 s is y - s y, the error
+// of s enters only through the smaller part.
+ANYMAMBA_INLINE F log1p_of(F y) {
+  const F s = y / (splat(2.0f) + y), q = s * s;
+  F p = splat(0.2802446f);
+  p = fma(p, q, splat(0.27999142f));
+  p = fma(p, q, splat(0.400217f));
+  p = fma(p, q, splat(0.6666641f));
+  return fma(-s, fma(-q, p, y), y);
+}
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|).
+ANYMAMBA_INLINE F softplus_of(F x) {
+  const F magnitude = x < F{} ? -x : x;
+  return log1p_of(exp_of(-magnitude)) + (x > F{} ? x : F{});
+}
+
+}  // namespace anymamba::ANYMAMBA_ISA
