@@ -6,6 +6,8 @@ transformers nor numpy.
 
 from __future__ import annotations
 
+import sys
+
 # As typing has it, whose import takes longer than all else here.
 TYPE_CHECKING = False
 
@@ -84,3 +86,18 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _RenamedModules:
+    """Finds modules by their names of release 0.1, after all other finders."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> object:
+        if not name.startswith("anymamba."):
+            return None
+        from anymamba.renamed import find_renamed
+
+        return find_renamed(name)
+
+
+sys.meta_path.append(_RenamedModules)  # type: ignore[arg-type]

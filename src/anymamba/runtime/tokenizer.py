@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint.tokenizer import HELP, raise_if_foreign, reason_of
 from anymamba.errors import CheckpointError, InputError
+from anymamba.renamed import old_names
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -134,3 +135,6 @@ def _has_pattern(*parts: Any) -> bool:
     It may take seconds for a few characters.
     """
     return any(part is not None and b'"Regex":' in part.__getstate__() for part in parts)
+
+
+__getattr__ = old_names(__name__)

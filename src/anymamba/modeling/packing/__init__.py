@@ -2,6 +2,7 @@
 
 from anymamba.modeling.packing.kept_positions import at_kept, check_kept, targets_of
 from anymamba.modeling.packing.packing import Layout, check_mask, next_tokens, pack_batch
+from anymamba.renamed import old_names
 
 __all__ = [
     "Layout",
@@ -12,3 +13,5 @@ __all__ = [
     "pack_batch",
     "targets_of",
 ]
+
+__getattr__ = old_names(__name__)

@@ -1,5 +1,6 @@
 """From logits to text: sampling, stopping, detokenizing as the tokens come."""
 
+from anymamba.renamed import old_names
 from anymamba.runtime.generation.detokenizer import TextStream
 from anymamba.runtime.generation.generation_config import suggested_sampling
 from anymamba.runtime.generation.logits_processors import check_numbers
@@ -24,3 +25,5 @@ __all__ = [
     "write_batch",
     "write_text",
 ]
+
+__getattr__ = old_names(__name__)

@@ -1,5 +1,6 @@
 """From files of text to batches of tokens."""
 
+from anymamba.renamed import old_names
 from anymamba.training.data.documents import TokenRow, texts_of, tokenize
 from anymamba.training.data.instructions import (
     DEFAULT_TEMPLATE,
@@ -27,3 +28,5 @@ __all__ = [
     "tokenize",
     "windows_side_by_side",
 ]
+
+__getattr__ = old_names(__name__)

@@ -1,0 +1,217 @@
+"""Names of release 0.1 that have others now. They go on working for one release, with a warning.
+
+`import anymamba` only notes where to look: this table is read once someone imports an old module.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["MODULES", "NAMES", "find_renamed", "old_names"]
+
+MODULES = {
+    "checkpoint.digest": "checkpoint.fingerprint",
+    "checkpoint.json_object": "checkpoint.io.json_object",
+    "checkpoint.paths": "checkpoint.io.paths",
+    "checkpoint.quantized": "checkpoint.quantized_folder",
+    "checkpoint.reading": "checkpoint.checkpoint",
+    "checkpoint.safetensors_header": "checkpoint.safetensors.header",
+    "checkpoint.safetensors_stream": "checkpoint.safetensors.stream",
+    "checkpoint.safetensors_writing": "checkpoint.safetensors.writer",
+    "checkpoint.wording": "checkpoint.io.messages",
+    "checkpoint.writing": "checkpoint.io.atomic_file",
+    "dropin.borrowed": "dropin.common.borrowed",
+    "dropin.gradients": "dropin.common.gradients",
+    "dropin.layer_sizes": "dropin.common.layer_sizes",
+    "dropin.layer_states": "dropin.common.layer_states",
+    "dropin.rotary": "dropin.common.rotary",
+    "dropin.rows": "dropin.common.rows",
+    "dropin.sampling": "dropin.common.sampling",
+    "modeling.causal_lm": "modeling.mamba.causal_lm",
+    "modeling.finding": "modeling.loading.find",
+    "modeling.kept_positions": "modeling.packing.kept_positions",
+    "modeling.loading_arguments": "modeling.loading.arguments",
+    "modeling.loading_quantized": "modeling.loading.quantized",
+    "modeling.logits_processors": "modeling.generation.logits_processors",
+    "modeling.mixer": "modeling.mamba.mixer",
+    "modeling.model": "modeling.mamba.model",
+    "modeling.multinomial": "modeling.generation.multinomial",
+    "modeling.outputs": "modeling.mamba.outputs",
+    "modeling.padding": "modeling.packing.padding",
+    "modeling.tensor_names": "modeling.loading.tensor_names",
+    "ops.conv_cuda": "ops.conv.mamba_ssm",
+    "ops.conv_native": "ops.conv.native",
+    "ops.conv_reference": "ops.conv.reference",
+    "ops.cuda_limits": "ops.mamba_ssm_limits",
+    "ops.linear_native": "ops.linear.native",
+    "ops.linear_reference": "ops.linear.reference",
+    "ops.norm_native": "ops.norm.native",
+    "ops.norm_reference": "ops.norm.reference",
+    "ops.plain": "ops.fusable",
+    "ops.quantized_linear_native": "ops.quantized_linear.native",
+    "ops.quantized_linear_reference": "ops.quantized_linear.reference",
+    "ops.scan_cuda": "ops.scan.mamba_ssm",
+    "ops.scan_mambapy": "ops.scan.mambapy",
+    "ops.scan_native": "ops.scan.native",
+    "ops.scan_reference": "ops.scan.reference",
+    "ops.ssd_blocked": "ops.ssd.chunked",
+    "ops.ssd_operator": "ops.ssd.custom_operator",
+    "ops.ssd_reference": "ops.ssd.reference",
+    "originals": "upstream",
+    "runtime.adapter": "runtime.adapters.merging",
+    "runtime.adapter_reading": "runtime.adapters.adapter_file",
+    "runtime.bfloat16": "checkpoint.dtypes",
+    "runtime.blocks": "runtime.state.batch_state",
+    "runtime.calibration": "runtime.convert.calibration",
+    "runtime.chat_rendering": "runtime.chat.rendering",
+    "runtime.chat_template": "runtime.chat.template",
+    "runtime.finite": "checkpoint.finite",
+    "runtime.folder_writing": "checkpoint.atomic_folder",
+    "runtime.gguf_blocks": "checkpoint.gguf.blocks",
+    "runtime.gguf_files": "checkpoint.gguf.files",
+    "runtime.gguf_header": "checkpoint.gguf.header",
+    "runtime.gguf_names": "checkpoint.gguf.names",
+    "runtime.gguf_parts": "checkpoint.gguf.parts",
+    "runtime.gguf_reading": "checkpoint.gguf.reader",
+    "runtime.gguf_tokenizer": "checkpoint.gguf.tokenizer",
+    "runtime.gguf_weights": "runtime.weights.gguf",
+    "runtime.gguf_writing": "checkpoint.gguf.writer",
+    "runtime.identity": "runtime.state.fingerprint",
+    "runtime.inspection": "runtime.analysis.inspection",
+    "runtime.kinds": "runtime.weights.weight_types",
+    "runtime.layerwise": "runtime.analysis.layerwise",
+    "runtime.layouts": "runtime.convert.layouts",
+    "runtime.mapping": "checkpoint.mmap",
+    "runtime.merge": "runtime.convert.merging",
+    "runtime.positions": "runtime.analysis.losses_by_position",
+    "runtime.processors": "runtime.generation.logits_processors",
+    "runtime.quantization": "checkpoint.quantization.arithmetic",
+    "runtime.quantize_checkpoint": "runtime.convert.quantizing",
+    "runtime.reading": "runtime.prefill",
+    "runtime.sampling": "runtime.generation.sampling",
+    "runtime.sampling_settings": "runtime.generation.sampling_settings",
+    "runtime.sources": "checkpoint.source",
+    "runtime.streaming": "runtime.generation.detokenizer",
+    "runtime.suggested_sampling": "runtime.generation.generation_config",
+    "runtime.tokenizer_limits": "checkpoint.tokenizer.limits",
+    "torch_gguf": "modeling.gguf",
+    "training.arguments": "training.pretrain.arguments",
+    "training.dropout": "training.pretrain.dropout",
+    "training.finetune_checkpoints": "training.finetune.checkpoints",
+    "training.finetune_trainer": "training.finetune.trainer",
+    "training.instructions": "training.data.instructions",
+    "training.opening": "training.load_trainable",
+    "training.packing": "training.data.packing",
+    "training.progress": "training.lifecycle.progress",
+    "training.report": "training.lifecycle.report",
+    "training.resuming": "training.lifecycle.resume",
+    "training.run": "training.pretrain.run",
+    "training.safety": "training.lifecycle.safety",
+    "training.tokenizers": "training.data.tokenizers",
+    "training.trainer": "training.pretrain.trainer",
+    "training.validation": "training.pretrain.validation",
+}
+"""Old modules and what they are called now, both without `anymamba.` in front."""
+
+NAMES = {
+    "modeling.packing": {"PackedBatch": "modeling.packing.packing:PackedBatch"},
+    "runtime.convert": {
+        "FOLDER_WEIGHTS": "runtime.convert.conversion:FOLDER_WEIGHTS",
+        "LAYOUTS": "runtime.convert.conversion:LAYOUTS",
+        "write_files": "runtime.convert.conversion:write_files",
+    },
+    "runtime.generation": {"StoppedBy": "runtime.generation.token_generator:StoppedBy"},
+    "runtime.tokenizer": {
+        "read_tokenizer": "checkpoint.tokenizer:read_tokenizer",
+        "tokenizer_from_json": "checkpoint.tokenizer:tokenizer_from_json",
+    },
+    "training.data": {
+        "held_out": "training.data.documents:held_out",
+        "open_dataset": "training.data.documents:open_dataset",
+        "read_dataset": "training.data.documents:read_dataset",
+        "read_texts": "training.data.documents:read_texts",
+    },
+    "training.finetune": {
+        "METHODS": "training.finetune.run:METHODS",
+        "TARGETS": "training.finetune.run:TARGETS",
+    },
+}
+"""By module, old names in it, and where they are now: a module and the name there."""
+
+
+def find_renamed(name: str) -> ModuleSpec | None:
+    """Find an old module: its spec gives out the module that took its place.
+
+    Args:
+        name: a module's full name.
+
+    Returns:
+        None where no old module is called so.
+
+    Example:
+        >>> find_renamed("anymamba.runtime.mapping").name
+        'anymamba.runtime.mapping'
+    """
+    new = MODULES.get(name.removeprefix("anymamba."))
+    return None if new is None else ModuleSpec(name, _Renamed(f"anymamba.{new}"))
+
+
+class _Renamed(Loader):
+    """Loads a module under its old name: it is the same module, of which there is one."""
+
+    def __init__(self, new: str) -> None:
+        self._new = new
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        _warn(spec.name, self._new)
+        module = import_module(self._new)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Importing gave the module the old name's spec.
+        module.__spec__ = self._spec
+
+
+def old_names(module: str) -> Callable[[str], object]:
+    """What a module takes as its `__getattr__` to go on answering to old names.
+
+    Args:
+        module: its full name.
+
+    Example:
+        >>> old_names("anymamba.runtime.tokenizer")("nothing")
+        Traceback (most recent call last):
+            ...
+        AttributeError: module 'anymamba.runtime.tokenizer' has no attribute 'nothing'
+    """
+    known = NAMES[module.removeprefix("anymamba.")]
+
+    def find(name: str) -> object:
+        if name not in known:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, new = known[name].partition(":")
+        _warn(f"{module}.{name}", f"anymamba.{home}.{new}")
+        return getattr(import_module(f"anymamba.{home}"), new)
+
+    return find
+
+
+def _warn(old: str, new: str) -> None:
+    # Between here and the program that asked lie this file and the import system. `warn` does not
+    # count the frames of the latter's frozen part.
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and _is_machinery(frame.f_code.co_filename):
+        frame = frame.f_back
+        level += not frame.f_code.co_filename.startswith("<frozen importlib")
+    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=level)
+
+
+def _is_machinery(file: str) -> bool:
+    return file == __file__ or "importlib" in file
