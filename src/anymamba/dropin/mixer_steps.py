@@ -104,8 +104,6 @@ def step(
         return None
     if hidden_states is None or torch.is_grad_enabled() or not _is_one_token(hidden_states):
         return None
-    if not native_is_chosen() or torch.is_autocast_enabled("cpu"):
-        return None
     index = mixer.layer_idx
     window_bek = cache.get_conv_state(index, state_idx=0)
     state_ben = cache.get_recurrent_state(index, state_idx=0)
@@ -148,6 +146,8 @@ def why_not_fused(mixer: nn.Module) -> str | None:
         return f"the forward of {kind.__name__} is not the drop-in's: replaced, or switched off"
     if not native_is_chosen():
         return BACKENDS["cpu"].missing() or f"the backend {backend()!r} is chosen"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
     module = sys.modules[kind.__module__]
     for name, function in zip(_FUNCTIONS, _functions[kind], strict=True):
         if getattr(module, name) is not function:
