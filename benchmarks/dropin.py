@@ -1,7 +1,8 @@
 """How many times faster are Transformers' own models with the drop-in for `mamba_ssm`?
 
-Without it they run on Transformers' PyTorch code. A model decides when it is imported, so that the
-two sides are two processes, which take turns.
+Without it they run on Transformers' PyTorch code. With it, a decode step of all but Mamba-2 is one
+native call for each mixer; norms, attention, experts and the head stay PyTorch's. A model decides
+when it is imported, so that the two sides are two processes, which take turns.
 """
 
 from __future__ import annotations

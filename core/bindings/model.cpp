@@ -10,8 +10,87 @@
 namespace anymamba::bindings {
 namespace {
 
-// A model's weights as one table of checked pointers, which keeps the arrays alive.
-class PyModel {
+// Weights as one table of checked pointers, which keeps the arrays alive.
+class WeightTable {
+ protected:
+  // Of a weight given as an array, or as a dict of what a quantized one is made of.
+  std::int64_t rows_of(const nb::object& given) {
+    nb::dict parts;
+    if (nb::try_cast<nb::dict>(given, parts)) return extent(array(parts, "q"), 0);
+    In found;
+    if (!nb::try_cast<In>(given, found)) refuse("a weight is not an array");
+    return extent(found, 0);
+  }
+
+  Weight weight(const char* name, const nb::object& given, std::int64_t n, std::int64_t k) {
+    nb::dict parts;
+    if (nb::try_cast<nb::dict>(given, parts)) {
+      Weight weight;
+      weight.quantized =
+          quantized_weight(name, array(parts, "q"), array(parts, "scales"), maybe(parts, "minima"), n, k);
+      return weight;
+    }
+    In found;
+    if (!nb::try_cast<In>(given, found)) refuse(std::string(name) + " is not an array");
+    kept_.push_back(found);
+    return dense_weight(name, found, n, k);
+  }
+
+  Weight weight(const nb::dict& layer, const char* name, std::int64_t n, std::int64_t k) {
+    if (!layer.contains(name)) refuse(std::string(name) + " is missing");
+    return weight(name, nb::borrow(layer[name]), n, k);
+  }
+
+  In array(const nb::dict& layer, const char* name) {
+    std::optional<In> found = maybe(layer, name);
+    if (!found) refuse(std::string(name) + " is missing");
+    return *found;
+  }
+
+  std::optional<In> maybe(const nb::dict& layer, const char* name) {
+    if (!layer.contains(name) || layer[name].is_none()) return std::nullopt;
+    In found;
+    if (!nb::try_cast<In>(layer[name], found)) refuse(std::string(name) + " is not an array");
+    kept_.push_back(found);
+    return found;
+  }
+
+  void add(const nb::dict& given, bool with_norm) {
+    Layer layer;
+    if (model_.layers.empty()) {
+      model_.e = extent(array(given, "A_log"), 0);
+      model_.n = extent(array(given, "A_log"), 1);
+      model_.k = extent(array(given, "conv_weight"), 1);
+      if (!given.contains("x_proj")) refuse("x_proj is missing");
+      model_.r = rows_of(nb::borrow(given["x_proj"])) - 2 * model_.n;
+      if (model_.r < 0) refuse("x_proj has fewer rows than two for each state");
+    }
+    const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
+    if (with_norm) layer.norm = small("norm", array(given, "norm"), {d});
+    layer.in_proj = weight(given, "in_proj", 2 * e, d);
+    layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
+    layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {e, model_.k});
+    layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {e});
+    layer.x_proj = weight(given, "x_proj", r + 2 * n, e);
+    if (given.contains("dt_norm")) {
+      layer.dt_norm = small("dt_norm", array(given, "dt_norm"), {r});
+      layer.B_norm = small("B_norm", array(given, "B_norm"), {n});
+      layer.C_norm = small("C_norm", array(given, "C_norm"), {n});
+    }
+    layer.dt_proj = weight(given, "dt_proj", e, r);
+    layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {e});
+    layer.A_log = small("A_log", array(given, "A_log"), {e, n});
+    layer.D = small("D", array(given, "D"), {e});
+    layer.out_proj = weight(given, "out_proj", d, e);
+    layer.out_proj_bias = small("out_proj_bias", maybe(given, "out_proj_bias"), {d});
+    model_.layers.push_back(layer);
+  }
+
+  Model model_;
+  std::vector<In> kept_;
+};
+
+class PyModel : WeightTable {
  public:
   PyModel(const nb::object& embeddings, const nb::object& head, const In& norm, float eps,
           const nb::list& layers, bool constant) {
@@ -25,7 +104,7 @@ class PyModel {
     for (const nb::handle layer : layers) {
       nb::dict given;
       if (!nb::try_cast<nb::dict>(layer, given)) refuse("a layer is not a dict of arrays");
-      add(given);
+      add(given, true);
     }
     if (constant) keep_rates();
   }
@@ -107,74 +186,6 @@ class PyModel {
     return ids;
   }
 
-  // Of a weight given as an array, or as a dict of what a quantized one is made of.
-  std::int64_t rows_of(const nb::object& given) {
-    nb::dict parts;
-    if (nb::try_cast<nb::dict>(given, parts)) return extent(array(parts, "q"), 0);
-    In found;
-    if (!nb::try_cast<In>(given, found)) refuse("a weight is not an array");
-    return extent(found, 0);
-  }
-
-  Weight weight(const char* name, const nb::object& given, std::int64_t n, std::int64_t k) {
-    nb::dict parts;
-    if (nb::try_cast<nb::dict>(given, parts)) {
-      Weight weight;
-      weight.quantized =
-          quantized_weight(name, array(parts, "q"), array(parts, "scales"), maybe(parts, "minima"), n, k);
-      return weight;
-    }
-    In found;
-    if (!nb::try_cast<In>(given, found)) refuse(std::string(name) + " is not an array");
-    kept_.push_back(found);
-    return dense_weight(name, found, n, k);
-  }
-
-  Weight weight(const nb::dict& layer, const char* name, std::int64_t n, std::int64_t k) {
-    if (!layer.contains(name)) refuse(std::string(name) + " is missing");
-    return weight(name, nb::borrow(layer[name]), n, k);
-  }
-
-  In array(const nb::dict& layer, const char* name) {
-    std::optional<In> found = maybe(layer, name);
-    if (!found) refuse(std::string(name) + " is missing");
-    return *found;
-  }
-
-  std::optional<In> maybe(const nb::dict& layer, const char* name) {
-    if (!layer.contains(name) || layer[name].is_none()) return std::nullopt;
-    In found;
-    if (!nb::try_cast<In>(layer[name], found)) refuse(std::string(name) + " is not an array");
-    kept_.push_back(found);
-    return found;
-  }
-
-  void add(const nb::dict& given) {
-    Layer layer;
-    if (model_.layers.empty()) {
-      model_.e = extent(array(given, "A_log"), 0);
-      model_.n = extent(array(given, "A_log"), 1);
-      model_.k = extent(array(given, "conv_weight"), 1);
-      if (!given.contains("x_proj")) refuse("x_proj is missing");
-      model_.r = rows_of(nb::borrow(given["x_proj"])) - 2 * model_.n;
-      if (model_.r < 0) refuse("x_proj has fewer rows than two for each state");
-    }
-    const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
-    layer.norm = small("norm", array(given, "norm"), {d});
-    layer.in_proj = weight(given, "in_proj", 2 * e, d);
-    layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
-    layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {e, model_.k});
-    layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {e});
-    layer.x_proj = weight(given, "x_proj", r + 2 * n, e);
-    layer.dt_proj = weight(given, "dt_proj", e, r);
-    layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {e});
-    layer.A_log = small("A_log", array(given, "A_log"), {e, n});
-    layer.D = small("D", array(given, "D"), {e});
-    layer.out_proj = weight(given, "out_proj", d, e);
-    layer.out_proj_bias = small("out_proj_bias", maybe(given, "out_proj_bias"), {d});
-    model_.layers.push_back(layer);
-  }
-
   // A of all layers, once and for all.
   void keep_rates() {
     const std::int64_t size = model_.e * model_.n;
@@ -187,9 +198,29 @@ class PyModel {
     }
   }
 
-  Model model_;
-  std::vector<In> kept_;
   std::vector<float> rates_;
+};
+
+// One layer's mixer, for models that are not ours throughout.
+class PyMixer : WeightTable {
+ public:
+  PyMixer(const nb::dict& layer, std::int64_t d, float eps) {
+    model_.d = d;
+    model_.mixer_eps = eps;
+    add(layer, false);
+  }
+
+  // x and y (b, d); conv (b, e, k), ssm (b, e, n).
+  void step(const In& x, const Out& conv, const Out& ssm, const Out& y, bool bf16_products) const {
+    const std::int64_t b = extent(x, 0);
+    const Rows given = rows("x", x, {b, model_.d}), wanted = rows("y", y, {b, model_.d});
+    check_shape("conv", conv, {b, model_.e, model_.k});
+    if (!is_contiguous(conv)) refuse("conv must be contiguous");
+    const States states = {pointer(conv), type_of("conv", conv),
+                           floats("ssm", ssm, {b, model_.e, model_.n})};
+    const WithoutGil unlocked;
+    mixer_step(model_, states, given, wanted, b, bf16_products);
+  }
 };
 
 }  // namespace
@@ -207,6 +238,13 @@ void add_model(nb::module_& m) {
            nb::arg("offsets"), nb::arg("positions"), nb::arg("conv"), nb::arg("ssm"),
            nb::arg("logits"), nb::arg("bf16_products") = false,
            "The tokens of several sequences; the states advance in place.");
+  nb::class_<PyMixer>(m, "Mixer", "The weights of one layer's mixer as one table of checked pointers.")
+      .def(nb::init<const nb::dict&, std::int64_t, float>(), nb::arg("layer"), nb::arg("d"),
+           nb::arg("eps") = 0.0f,
+           "`eps` is that of dt_norm, B_norm and C_norm, which a layer may have.")
+      .def("step", &PyMixer::step, nb::arg("x"), nb::arg("conv"), nb::arg("ssm"), nb::arg("y"),
+           nb::arg("bf16_products") = false,
+           "One token for each row; the states advance in place.");
 }
 
 }  // namespace anymamba::bindings

@@ -21,7 +21,10 @@ constexpr int rows_at_once() {
 }
 constexpr int kVectorsAtOnce = W == 16 ? 6 : 4;
 constexpr int64_t kChunkBytes = 128 << 10;  // of weights, in L2
-constexpr int64_t kAhead = 4096;            // bytes to fetch ahead in a single stream
+// How far ahead a single stream is fetched, in bytes: into L2, which can wait for more lines at a
+// time than L1 can.
+constexpr int64_t kAhead = 8192;
+constexpr int64_t kLine = 64;
 
 // What is left of row times vector from column p on, and the row's bias.
 template <DType type>
@@ -44,11 +47,16 @@ void one_vector(const FewRows& few, int64_t first, int64_t last) {
     F sums[W] = {};
     for (int64_t r = 0; r < rows; ++r) {
       F sum{};
-      for (int64_t p = 0; p < whole; p += W) {
+      int64_t p = 0;
+      for (; p + 2 * W <= whole; p += 2 * W) {
         const char* from = weight + r * stride + p * size;
-        __builtin_prefetch(from + kAhead);
+        for (int64_t byte = 0; byte < 2 * W * size; byte += kLine)
+          __builtin_prefetch(from + byte + kAhead, 0, 2);
         sum = fma(read_vector(from, type, 0), load(few.x + p), sum);
+        sum = fma(read_vector(from, type, W), load(few.x + p + W), sum);
       }
+      if (p < whole)
+        sum = fma(read_vector(weight + r * stride + p * size, type, 0), load(few.x + p), sum);
       sums[r] = sum;
     }
     float totals[W];

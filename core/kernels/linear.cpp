@@ -204,6 +204,37 @@ void run_partial_tile(int64_t rows, int vectors, int64_t columns, const Tile& ti
     }
 }
 
+// Numbers [0, count) of a stretch of neighbours from `from` on, as floats. A count that the compiler
+// knows becomes a few moves.
+template <DType type>
+ANYMAMBA_INLINE void read_stretch(float* to, const void* data, int64_t from, int64_t count) {
+  if constexpr (type == DType::f32)
+    __builtin_memcpy(to, static_cast<const float*>(data) + from,
+                     static_cast<std::size_t>(count) * sizeof(float));
+  else
+    for (int64_t r = 0; r < count; ++r) to[r] = read(data, type, from + r);
+}
+
+// Panels of kTileRows rows that are neighbours in memory. A few steps of k at a time go through all
+// panels, so that each line of cache is read once, however far apart the steps lie: at a power of
+// two they share few sets.
+template <DType type>
+void interleave_neighbours(const Operand& left, int64_t start, int64_t rows, int64_t depth,
+                           float* packed) {
+  constexpr int64_t kSteps = 8;
+  for (int64_t first = 0; first < depth; first += kSteps) {
+    const int64_t last = smaller(depth, first + kSteps);
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      float* to = packed + i * depth + first * kTileRows;
+      int64_t from = start + i + first * left.depth;
+      const bool whole = i + kTileRows <= rows;
+      for (int64_t p = first; p < last; ++p, to += kTileRows, from += left.depth)
+        if (whole) read_stretch<type>(to, left.data, from, kTileRows);
+        else read_stretch<type>(to, left.data, from, rows - i);
+    }
+  }
+}
+
 // Rows of the left operand along k become rows of floats; otherwise panels of kTileRows rows are
 // interleaved, number p of each row in the panel beside the next row's.
 template <DType type>
@@ -225,20 +256,16 @@ LeftPanel pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_
     }
     return {packed, stride, 1};
   }
+  if (left.lane == 1) {
+    interleave_neighbours<type>(left, start, rows, depth, packed);
+    return {packed, 1, kTileRows};
+  }
   for (int64_t i = 0; i < rows; i += kTileRows) {
-    const int64_t from = start + i * left.lane;
+    const int64_t from = start + i * left.lane, count = smaller(kTileRows, rows - i);
     float* to = packed + i * depth;
-    if (i + kTileRows <= rows && left.lane == 1) {
-      for (int64_t p = 0; p < depth; ++p)
-        for (int r = 0; r < kTileRows; ++r)
-          to[p * kTileRows + r] = read(left.data, type, from + p * left.depth + r);
-    } else {
-      const int64_t count = smaller(kTileRows, rows - i);
-      for (int64_t p = 0; p < depth; ++p)
-        for (int64_t r = 0; r < count; ++r)
-          to[p * kTileRows + r] =
-              read(left.data, type, from + p * left.depth + r * left.lane);
-    }
+    for (int64_t p = 0; p < depth; ++p)
+      for (int64_t r = 0; r < count; ++r)
+        to[p * kTileRows + r] = read(left.data, type, from + p * left.depth + r * left.lane);
   }
   return {packed, 1, kTileRows};
 }

@@ -257,18 +257,19 @@ ANYMAMBA_INLINE void advance(const Chunk& k, std::int64_t i, int c, float* decay
   for (int t = 0; t < k.steps; ++t) {
     const F delta = load(k.delta + t * k.columns + c), dx = load(k.dx + t * k.columns + c);
     const float *B = k.B + t * k.n + i, *C = k.C + t * k.n + i;
-    F u = load(k.u + t * k.columns + c);
+    F sum{};
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const F decay = exp2_of(delta * A[j]);
       h[j] = fma(decay, h[j], dx * splat(B[j]));
-      u = fma(h[j], splat(C[j]), u);
+      sum = j == 0 ? h[j] * splat(C[j]) : fma(h[j], splat(C[j]), sum);
       if (kKeep) {
         store(decays + (t * M + j) * W, decay);
         store(states + ((t + 1) * M + j) * W, h[j]);
       }
     }
-    store(k.u + t * k.columns + c, u);
+    float* u = k.u + t * k.columns + c;
+    store(u, load(u) + sum);
   }
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j) store(k.h + (i + j) * k.columns + c, h[j]);
@@ -441,22 +442,22 @@ ANYMAMBA_INLINE void retreat(const Backward& f, std::int64_t i, int c) {
     const int at = t * k.columns + c;
     const F delta = load(k.delta + at), dx = load(k.dx + at), du = load(f.du + at);
     const float *B = k.B + t * k.n + i, *C = k.C + t * k.n + i;
-    F ddx = load(f.ddx + at), ddelta = load(f.ddelta + at);
+    F ddx{}, ddelta{};
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const int here = (t * M + j) * W;
       const F g = fma(splat(C[j]), du, carry[j]);
       store(f.dB + here, fma(g, dx, load(f.dB + here)));
       store(f.dC + here, fma(h[j], du, load(f.dC + here)));
-      ddx = fma(g, splat(B[j]), ddx);
+      ddx = j == 0 ? g * splat(B[j]) : fma(g, splat(B[j]), ddx);
       carry[j] = g * load(f.decays + here);
       h[j] = load(f.states + here);
       const F ddelta_A = carry[j] * h[j];
-      ddelta = fma(A[j], ddelta_A, ddelta);
+      ddelta = j == 0 ? A[j] * ddelta_A : fma(A[j], ddelta_A, ddelta);
       dA[j] = fma(delta, ddelta_A, dA[j]);
     }
-    store(f.ddx + at, ddx);
-    store(f.ddelta + at, ddelta);
+    store(f.ddx + at, load(f.ddx + at) + ddx);
+    store(f.ddelta + at, load(f.ddelta + at) + ddelta);
   }
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j) {

@@ -34,6 +34,7 @@ struct Layer {
   Array conv_weight;    // (e, k)
   Array conv_bias;      // (e,) or absent
   Weight x_proj;        // (r + 2n, e)
+  Array dt_norm, B_norm, C_norm;  // (r,), (n,), (n,): RMSNorms before dt_proj and the scan, or absent
   Weight dt_proj;       // (e, r)
   Array dt_bias;        // (e,) or absent
   Array A_log;          // (e, n)
@@ -46,6 +47,7 @@ struct Layer {
 struct Model {
   std::int64_t v = 0, d = 0, e = 0, n = 0, r = 0, k = 0;
   float eps = 0;
+  float mixer_eps = 0;                 // of dt_norm, B_norm and C_norm
   Weight embeddings;                   // (v, d)
   Weight head;                         // (v, d)
   Array norm;                          // (d,)

@@ -122,11 +122,14 @@ struct Buffers {
 // and rounded vectors.
 struct Own {
   float *normed;  // (b, d): every worker's own, which is cheaper than waiting for one
-  float *norm, *in_proj_bias, *conv_weight, *conv_bias, *dt_bias, *A, *D, *out_proj_bias;
+  float *rBC;     // (b, r + 2n), normed: as above
+  float *norm, *dt_norm, *B_norm, *C_norm;
+  float *in_proj_bias, *conv_weight, *conv_bias, *dt_bias, *A, *D, *out_proj_bias;
   Rounded rounded;
   Own(const Model& m, std::int64_t b, bool bf16_products, Arena& memory)
-      : normed(memory.floats(b * m.d)), norm(memory.floats(m.d)),
-        in_proj_bias(memory.floats(2 * m.e)), conv_weight(memory.floats(m.e * m.k)),
+      : normed(memory.floats(b * m.d)), rBC(memory.floats(b * (m.r + 2 * m.n))),
+        norm(memory.floats(m.d)), dt_norm(memory.floats(m.r)), B_norm(memory.floats(m.n)),
+        C_norm(memory.floats(m.n)), in_proj_bias(memory.floats(2 * m.e)), conv_weight(memory.floats(m.e * m.k)),
         conv_bias(memory.floats(m.e)), dt_bias(memory.floats(m.e)), A(memory.floats(m.e * m.n)),
         D(memory.floats(m.e)), out_proj_bias(memory.floats(m.d)),
         rounded(b, widest(m), bf16_products, memory) {}
@@ -137,14 +140,14 @@ struct Own {
     constexpr std::int64_t kVector = 16, kNormRows = 16;
     Arena counted;
     Own(m, b, bf16_products, counted);
-    for (std::int64_t row = 0; row < b; row += kNormRows) counted.floats(2 * (m.d + 2 * kVector));
+    for (std::int64_t row = 0; row < b; row += kNormRows) counted.floats(2 * (widest(m) + 2 * kVector));
     counted.floats(2 * b * (widest(m) / Rounded::kSmallestGroup + kVector));
     counted.floats(2 * (m.n + kVector));
     return counted.used();
   }
 
  private:
-  static std::int64_t widest(const Model& m) { return std::max({m.d, m.e, m.r}); }
+  static std::int64_t widest(const Model& m) { return std::max({m.d, m.e, m.r, m.n}); }
 };
 
 std::int64_t bytes_of(const Weight& weight, std::int64_t n, std::int64_t k) {
@@ -182,45 +185,71 @@ class Step {
   void run(int worker, int workers, Barrier& barrier, Own& own) {
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
-      const Span channels = share(m_.e, worker, workers);
-      norm(layer.norm, own);
-      convolve(layer, index, own, channels);
-      const Span narrow = share(wide(), worker, workers, 4);
-      Ahead to_x_proj(layer.x_proj, m_.e, narrow);
-      barrier.wait([&] { to_x_proj.fetch(1); });
-      project(layer.x_proj, {buf_.x.data(), b_, m_.e, m_.e, own.rounded}, nullptr, buf_.rBC.data(),
-              wide(), narrow);
-      Ahead to_dt_proj(layer.dt_proj, m_.r, channels);
-      barrier.wait([&] { to_dt_proj.fetch(1); });
       const Span rows = share(m_.d, worker, workers);
-      Ahead to_out_proj(layer.out_proj, m_.e, rows);
-      scan(layer, index, own, channels);
-      barrier.wait([&] { to_out_proj.fetch(1); });
-      add_back(layer, own, rows);
+      norm({buf_.hidden.data(), DType::f32, m_.d}, m_.d, layer.norm, own.norm, m_.eps,
+           {own.normed, DType::f32, m_.d});
+      mix(index, worker, workers, barrier, own);
+      add_back(rows);
       Ahead to_next = index + 1 < m_.layers.size()
-          ? Ahead(m_.layers[index + 1].in_proj, m_.d, channels)
+          ? Ahead(m_.layers[index + 1].in_proj, m_.d, share(m_.e, worker, workers))
           : Ahead(m_.head, m_.d, share(m_.v, worker, workers));
       barrier.wait([&] { to_next.fetch(1); });
     }
-    norm(m_.norm, own);
+    norm({buf_.hidden.data(), DType::f32, m_.d}, m_.d, m_.norm, own.norm, m_.eps,
+         {own.normed, DType::f32, m_.d});
     project(m_.head, {own.normed, b_, m_.d, m_.d, own.rounded}, nullptr, logits_, m_.v,
             share(m_.v, worker, workers));
+  }
+
+  // `change` (b, d): a layer's mixer of `normed`, of which this worker computes its own columns.
+  void mix(std::size_t index, int worker, int workers, Barrier& barrier, Own& own) {
+    const Layer& layer = m_.layers[index];
+    const Span channels = share(m_.e, worker, workers);
+    convolve(layer, index, own, channels);
+    const Span narrow = share(wide(), worker, workers, 4);
+    Ahead to_x_proj(layer.x_proj, m_.e, narrow);
+    barrier.wait([&] { to_x_proj.fetch(1); });
+    project(layer.x_proj, {buf_.x.data(), b_, m_.e, m_.e, own.rounded}, nullptr, buf_.rBC.data(),
+            wide(), narrow);
+    Ahead to_dt_proj(layer.dt_proj, m_.r, channels);
+    barrier.wait([&] { to_dt_proj.fetch(1); });
+    const Span rows = share(m_.d, worker, workers);
+    Ahead to_out_proj(layer.out_proj, m_.e, rows);
+    scan(layer, index, own, channels, normed_rBC(layer, own));
+    barrier.wait([&] { to_out_proj.fetch(1); });
+    const float* bias = floats(layer.out_proj_bias, own.out_proj_bias, rows.first, rows.last - rows.first);
+    project(layer.out_proj, {buf_.y.data(), b_, m_.e, m_.e, own.rounded}, bias,
+            buf_.change.data(), m_.d, rows);
   }
 
  private:
   std::int64_t wide() const { return m_.r + 2 * m_.n; }
 
-  // normed (b, d) from hidden (b, d).
-  void norm(Array weight, Own& own) {
+  // normed (b, width) from x (b, width); `buffer` is for the weight.
+  void norm(const Rows& x, std::int64_t width, Array weight, float* buffer, float eps,
+            const Rows& normed) {
     Norm norm;
     norm.rows = b_;
-    norm.d = m_.d;
-    norm.x = {buf_.hidden.data(), DType::f32, m_.d};
-    norm.weight = floats(weight, own.norm, 0, m_.d);
-    norm.eps = m_.eps;
+    norm.d = width;
+    norm.x = x;
+    norm.weight = floats(weight, buffer, 0, width);
+    norm.eps = eps;
     NormResult result;
-    result.normed = {own.normed, DType::f32, m_.d};
+    result.normed = normed;
     kernels_.norm(norm, result);
+  }
+
+  // What x_proj gave, (b, r + 2n); after the layer's norms, where it has them.
+  float* normed_rBC(const Layer& layer, Own& own) {
+    if (layer.dt_norm.data == nullptr) return buf_.rBC.data();
+    const auto norm_part = [&](std::int64_t first, std::int64_t width, Array weight, float* buffer) {
+      norm({buf_.rBC.data() + first, DType::f32, wide()}, width, weight, buffer, m_.mixer_eps,
+           {own.rBC + first, DType::f32, wide()});
+    };
+    norm_part(0, m_.r, layer.dt_norm, own.dt_norm);
+    norm_part(m_.r, m_.n, layer.B_norm, own.B_norm);
+    norm_part(m_.r + m_.n, m_.n, layer.C_norm, own.C_norm);
+    return own.rBC;
   }
 
   // x and z of this worker's channels, then the convolution of x.
@@ -248,7 +277,7 @@ class Step {
   // The step size of this worker's channels, then their state space with D and gate. One row goes
   // through some channels at a time, so that reading the next ones' numbers and computing overlap;
   // of more rows each keeps to its own stretch of memory.
-  void scan(const Layer& layer, std::size_t index, Own& own, Span channels) {
+  void scan(const Layer& layer, std::size_t index, Own& own, Span channels, float* rBC) {
     const std::int64_t width = channels.last - channels.first;
     ScanStep scan;
     scan.b = b_;
@@ -258,8 +287,8 @@ class Step {
     scan.delta = rows_of(buf_.delta.data(), m_.e);
     scan.z = rows_of(buf_.xz.data() + m_.e, 2 * m_.e);
     scan.y = rows_of(buf_.y.data(), m_.e);
-    scan.B = {buf_.rBC.data() + m_.r, DType::f32, wide(), 0, 0, 1};
-    scan.C = {buf_.rBC.data() + m_.r + m_.n, DType::f32, wide(), 0, 0, 1};
+    scan.B = {rBC + m_.r, DType::f32, wide(), 0, 0, 1};
+    scan.C = {rBC + m_.r + m_.n, DType::f32, wide(), 0, 0, 1};
     scan.A = layer.A != nullptr ? layer.A : own.A;
     scan.D = floats(layer.D, own.D, channels.first, width);
     scan.delta_bias = floats(layer.dt_bias, own.dt_bias, channels.first, width);
@@ -272,7 +301,7 @@ class Step {
       const Span next{some.last, std::min(some.last + block, channels.last)};
       fetch(layer.A != nullptr ? Array{layer.A, DType::f32} : layer.A_log, next);
       fetch({scan.state, DType::f32}, next);
-      project(layer.dt_proj, {buf_.rBC.data(), b_, m_.r, wide(), own.rounded}, nullptr,
+      project(layer.dt_proj, {rBC, b_, m_.r, wide(), own.rounded}, nullptr,
               buf_.delta.data(), m_.e, some);
       const std::int64_t start = some.first * m_.n;
       if (layer.A == nullptr)
@@ -289,11 +318,8 @@ class Step {
       __builtin_prefetch(p);
   }
 
-  // hidden += out_proj(y), for this worker's rows of out_proj.
-  void add_back(const Layer& layer, Own& own, Span rows) {
-    const float* bias = floats(layer.out_proj_bias, own.out_proj_bias, rows.first, rows.last - rows.first);
-    project(layer.out_proj, {buf_.y.data(), b_, m_.e, m_.e, own.rounded}, bias,
-            buf_.change.data(), m_.d, rows);
+  // hidden += change, for this worker's columns.
+  void add_back(Span rows) {
     for (std::int64_t row = 0; row < b_; ++row)
       for (std::int64_t i = rows.first; i < rows.last; ++i)
         buf_.hidden[row * m_.d + i] += buf_.change[row * m_.d + i];
@@ -327,6 +353,28 @@ void decode_step(const Model& model, const States& state, std::int64_t b,
         step.run(worker, workers, barrier, own);
       },
       workers_worth(model, b));
+}
+
+void mixer_step(const Model& model, const States& state, const Rows& x, const Rows& y,
+                std::int64_t b, bool bf16_products) {
+  if (b == 0) return;
+  Buffers buffers(model, b);
+  Step step(model, state, b, buffers, nullptr, bf16_products);
+  parallel_region(
+      Own::bytes(model, b, bf16_products),
+      [&](int worker, int workers, Barrier& barrier, Arena& memory) {
+        Own own(model, b, bf16_products, memory);
+        for (std::int64_t row = 0; row < b; ++row)
+          kernels().widen(at({x.data, x.type}, row * x.row_stride), x.type, own.normed + row * model.d,
+                          model.d);
+        step.mix(0, worker, workers, barrier, own);
+      },
+      workers_worth(model, b));
+  for (std::int64_t row = 0; row < b; ++row) {
+    const auto offset = row * y.row_stride * static_cast<std::int64_t>(size_of(y.type));
+    kernels().convert(buffers.change.data() + row * model.d, DType::f32,
+                      static_cast<char*>(y.data) + offset, y.type, model.d);
+  }
 }
 
 }  // namespace anymamba

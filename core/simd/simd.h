@@ -85,6 +85,27 @@ ANYMAMBA_INLINE F fma(F a, F b, F c) {
 
 ANYMAMBA_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
 
+// x where that is not above `high`. NaN stays NaN, which is the instruction's second operand.
+ANYMAMBA_INLINE F at_most(F x, float high) {
+#if defined(__AVX512F__)
+  return (F)_mm512_min_ps((__m512)splat(high), (__m512)x);
+#elif defined(__AVX2__)
+  return (F)_mm256_min_ps((__m256)splat(high), (__m256)x);
+#else
+  return x > splat(high) ? splat(high) : x;
+#endif
+}
+
+ANYMAMBA_INLINE F at_least(F x, float low) {
+#if defined(__AVX512F__)
+  return (F)_mm512_max_ps((__m512)splat(low), (__m512)x);
+#elif defined(__AVX2__)
+  return (F)_mm256_max_ps((__m256)splat(low), (__m256)x);
+#else
+  return x < splat(low) ? splat(low) : x;
+#endif
+}
+
 ANYMAMBA_INLINE float sum(F v) {
   float total = 0;
   for (int i = 0; i < W; ++i) total += v[i];
@@ -280,7 +301,7 @@ ANYMAMBA_INLINE F exp2_of(F x) {
   const F g = (F)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const F k = x - g;
 #else
-  const F c = x > splat(128.0f) ? splat(128.0f) : x;
+  const F c = at_most(x, 128.0f);
   const F shifted = c + splat(kRounder);
   const F g = c - (shifted - splat(kRounder));
 #endif
@@ -296,7 +317,9 @@ ANYMAMBA_INLINE F exp2_of(F x) {
 #else
   // From -126 to 128 the exponent's field neither runs under nor over: at 128, p is at most 1.
   const F scaled = (F)((U)p + ((U)shifted << 23));
-  return select(x >= splat(-126.0f), scaled, select(x == x, F{}, x));
+  // By bits, which is faster than to select: 0 below, and NaN as it came.
+  const I in_range = x >= splat(-126.0f), is_nan = x != x;
+  return (F)(((I)scaled & in_range) | ((I)x & is_nan));
 #endif
 }
 
@@ -337,8 +360,7 @@ ANYMAMBA_INLINE Power power_of(F x) {
 
 // x, not below `low` and not above `high`. NaN stays NaN.
 ANYMAMBA_INLINE F clamp(F x, float low, float high) {
-  const F above = x < splat(low) ? splat(low) : x;
-  return above > splat(high) ? splat(high) : above;
+  return at_most(at_least(x, low), high);
 }
 
 inline constexpr float kLog2e = 1.44269504088896341f;
@@ -355,8 +377,8 @@ ANYMAMBA_INLINE F sigmoid_of(F x) { return splat(1.0f) / (splat(1.0f) + exp_of(-
 // x / (1 + e^-x). With e^-x = p 2^k this is x / (2^-k + p) * 2^-k, where nothing overflows on the
 // way to results near 1e-37. Goes to -0 at -inf.
 ANYMAMBA_INLINE F silu_of(F x) {
-  const F c = x < splat(-120.0f) ? splat(-120.0f) : x;
-  const Power e = power_of(c > splat(80.0f) ? splat(-80.0f) : -c);
+  const F c = at_least(x, -120.0f);
+  const Power e = power_of(-at_most(c, 80.0f));
   return scale_of(c / (scale_of(splat(1.0f), -e.k) + e.p), -e.k);
 }
 

@@ -224,6 +224,22 @@ void test_borders() {
   check_product(600, 500, 400);
 }
 
+// a transposed, as in the gradient of a weight: its panels hold rows that are neighbours, whole ones
+// and the last, for a few steps of k at a time.
+void test_transposed_left() {
+  int count = 0;
+  for (const int64_t m : {17, 27, 28, 29, 41, 159, 161, 239, 241, 559, 561, 575})
+    for (const int64_t k : {1, 7, 8, 9, 23, 385}) {
+      Options o;
+      o.a = static_cast<DType>(++count % 3);
+      o.a_layout = Layout::columns, o.b_layout = Layout::rows;
+      o.offset = count % 2;
+      check_product(m, 33, k, o);
+      o.a = DType::f32, o.accumulate = true;
+      check_product(m, 20, k, o);
+    }
+}
+
 void test_types_and_strides() {
   const DType types[] = {DType::f32, DType::bf16, DType::f16};
   int count = 0;
@@ -335,6 +351,7 @@ void test_nested() {
 int main() {
   test_sizes();
   test_borders();
+  test_transposed_left();
   test_types_and_strides();
   test_not_finite();
   test_few_rows();

@@ -116,6 +116,14 @@ def test_the_programs_threads_and_exit_functions_still_see_it(folder: Path) -> N
     assert outcome([*RUN, "program.py"], folder) == (0, "True\n", "")
 
 
+@pytest.mark.parametrize("option", [[], ["--no-decode-steps"]])
+def test_decode_steps_have_a_switch(option: list[str], folder: Path) -> None:
+    (folder / "program.py").write_text(
+        "import sys\nprint('MixersFinder' in [type(f).__name__ for f in sys.meta_path])\n"
+    )
+    assert outcome([*RUN, *option, "program.py"], folder) == (0, f"{not option}\n", "")
+
+
 def test_the_drop_in_is_active(folder: Path) -> None:
     (folder / "program.py").write_text(
         "import importlib.metadata, anymamba.dropin, causal_conv1d, sys\n"

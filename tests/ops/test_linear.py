@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from anymamba import ops
 from anymamba.errors import InputError
+from anymamba.ops.fusable import project_halves
 from tests.ops.inputs import LAYOUTS, TYPES, gradients, leaves
 from tests.ops.tolerance import assert_contract, assert_gradients
 
@@ -177,3 +179,37 @@ def test_the_number_of_threads_changes_no_bit(
     for threads in (2, 4):
         for actual, expected in zip(bits_with(threads), alone, strict=True):
             assert torch.equal(actual, expected)
+
+
+@every_backend
+@pytest.mark.parametrize("bias", [False, True])
+def test_halves_are_those_of_the_whole(bias: bool) -> None:
+    layer = torch.nn.Linear(37, 2 * 23, bias=bias)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 41, 37, generator=generator, requires_grad=True)
+    halves = project_halves(layer, x)
+    with torch.no_grad():  # one product
+        whole = project_halves(layer, x)
+    for half, part in zip(halves, whole, strict=True):
+        # Sums have one order; only the reference leaves the choice of one to PyTorch.
+        torch.testing.assert_close(half.detach(), part, rtol=0, atol=1e-5)
+
+    weights = [torch.randn(half.shape, generator=generator) for half in halves]
+    inputs = [x, *layer.parameters()]
+    found = torch.autograd.grad(halves, inputs, weights)
+    exact = copy.deepcopy(layer).double()
+    x64 = x.detach().double().requires_grad_()
+    product = exact(x64) * torch.cat(weights, -1).double()
+    expected = torch.autograd.grad(product.sum(), [x64, *exact.parameters()])
+    for gradient, wanted in zip(found, expected, strict=True):
+        # 1e-4 of the largest, as for all gradients.
+        bound = 1e-4 * max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=bound)
+
+
+def test_a_layer_with_a_hook_is_called_once_for_both_halves() -> None:
+    layer, calls = torch.nn.Linear(3, 4), []
+    layer.register_forward_hook(lambda module, inputs, output: calls.append(output))
+    first, second = project_halves(layer, torch.ones(2, 3))
+    assert len(calls) == 1
+    assert torch.equal(torch.cat([first, second], -1), calls[0])

@@ -12,18 +12,20 @@ from collections.abc import Collection
 from anymamba.dropin.dispatch import answering
 from anymamba.dropin.finder import Finder
 from anymamba.dropin.metadata import DistributionsFinder
+from anymamba.dropin.transformers_finder import MixersFinder, give_back, take_again
 from anymamba.errors import InputError
 from anymamba.upstream import NAMES, PACKAGES, is_left_alone, is_original_installed, keep_apart
 
 __all__ = ["install", "is_installed", "uninstall"]
 
 _finders = (Finder(), DistributionsFinder())
+_mixers_finder = MixersFinder()
 
 # One of these is among the globals of each Transformers model that uses the packages.
 _LOOKED_UP = ("causal_conv1d_fn", "selective_scan_fn", "mamba_chunk_scan_combined")
 
 
-def install(force: bool = False, *, own: Collection[str] = ()) -> None:
+def install(force: bool = False, *, own: Collection[str] = (), decode_steps: bool = True) -> None:
     """Answer imports of `mamba_ssm` and `causal_conv1d` with AnyMamba, in this process.
 
     Where an original package is installed, calls whose tensors are on CUDA go on to it, and so do
@@ -37,6 +39,9 @@ def install(force: bool = False, *, own: Collection[str] = ()) -> None:
         force: whether to take calls with CUDA tensors as well.
         own: packages that the program brings itself, such as a fork of `mamba_ssm`: they are left
             alone, and their extensions answered.
+        decode_steps: whether the mixers of Transformers' Mamba, Falcon-Mamba and Jamba take plain
+            decode steps on a CPU in one native call. For this the forward of their classes is
+            replaced when Transformers imports them. Not with packages of the program's own.
 
     Raises:
         InputError: `own` names neither of the two packages.
@@ -54,6 +59,7 @@ def install(force: bool = False, *, own: Collection[str] = ()) -> None:
     own = _packages(own)
     if is_installed() and own != {name for name in PACKAGES if is_left_alone(name)}:
         uninstall()
+    _take_decode_steps(decode_steps and not own)
     if not is_installed():
         _warn_of_models_imported_before()
         keep_apart(True, leave=own)
@@ -76,6 +82,7 @@ def uninstall() -> None:
     """
     answering.clear()
     sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in _finders]
+    _take_decode_steps(False)
     keep_apart(False)
 
 
@@ -88,6 +95,15 @@ def is_installed() -> bool:
         False
     """
     return _finders[0] in sys.meta_path
+
+
+def _take_decode_steps(take: bool) -> None:
+    if take and _mixers_finder not in sys.meta_path:
+        sys.meta_path.insert(0, _mixers_finder)
+        take_again()
+    if not take:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not _mixers_finder]
+        give_back()
 
 
 def _packages(own: Collection[str]) -> set[str]:

@@ -14,16 +14,16 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as module_globals
 from transformers.activations import SiLUActivation
 
 from anymamba.errors import InputError
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS
-from anymamba.ops.fusable import call_attributes, why_not_plain
+from anymamba.ops.fusable import why_not_plain
 from anymamba.ops.native import core
 from anymamba.ops.tracing import runs_now
+from anymamba.ops.watch import ModuleWatch
 
 if TYPE_CHECKING:
     from anymamba.modeling.cache import MambaCache
@@ -198,40 +198,12 @@ def _shape_of(module: Any) -> tuple[int, ...]:
     return tuple(module.weight.shape)
 
 
-_GLOBAL_HOOKS = (
-    module_globals._global_forward_hooks,
-    module_globals._global_forward_pre_hooks,
-    module_globals._global_backward_hooks,
-    module_globals._global_backward_pre_hooks,
-)
-
-# How much of a tensor's Python object, and of PyTorch's two objects behind it, tells its address.
-_OBJECT_BYTES, _TENSOR_BYTES, _STORAGE_BYTES = 48, 192, 128
-
-
 class Table:
     """The weights' pointers, and what must not have changed for them to be right."""
 
     def __init__(self, model: MambaForCausalLM) -> None:
         modules = [module for _, module, _ in _parts(model)]
-        # Native, for Python takes half a millisecond once the weights have filled the caches.
-        self._watch = core().Watch()
-        # A module's own dicts: looking into them notices replaced modules, weights and hooks.
-        for module in (model, *model.modules()):
-            self._watch.contents(module._modules)
-        for module in modules:
-            self._watch_module(module)
-        for kind in {type(module) for module in modules}:
-            for owner, name in call_attributes(kind):
-                self._watch.attribute(owner, name)
-        for hooks in _GLOBAL_HOOKS:
-            self._watch.contents(hooks)
-        own = [(*m._parameters.values(), *m._buffers.values()) for m in modules]
-        self._weights = [weight for weights in own for weight in weights if weight is not None]
-        for weight in self._weights:
-            self._fetch(weight)
-        self._choice = backend()
-        self._addresses = self._addresses_now()
+        self._watch = ModuleWatch(model, modules, _SETTINGS)
         backbone = model.backbone
         self._vocabulary = model.config.vocab_size
         self._model = core().Model(
@@ -242,38 +214,9 @@ class Table:
             [_layer(block) for block in backbone.layers],
         )
 
-    def _watch_module(self, module: nn.Module) -> None:
-        self._watch.type_of(module)
-        self._watch.contents(module._parameters)
-        self._watch.contents(module._buffers)
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            self._watch.contents(hooks)
-        own = module.__dict__
-        for key in ("forward", *(setting for setting in _SETTINGS if setting in own)):
-            self._watch.entry(own, key)
-
-    def _fetch(self, weight: Tensor) -> None:
-        """Let the watch fetch what `data_ptr` reads, for a step drives it out of the caches."""
-        for address, size in (
-            (id(weight), _OBJECT_BYTES),
-            (weight._cdata, _TENSOR_BYTES),
-            (weight.untyped_storage()._cdata, _STORAGE_BYTES),
-        ):
-            self._watch.fetches(address, size)
-
     def is_current(self) -> bool:
         """Whether the model still is what the pointers say."""
-        return (
-            self._watch.holds()
-            and self._addresses_now() == self._addresses
-            and backend() == self._choice
-            and not torch.is_autocast_enabled("cpu")
-        )
+        return self._watch.holds()
 
     def run(self, input_ids: Tensor, cache: MambaCache, wanted: int) -> Tensor:
         """Read what each row goes on with.
@@ -354,9 +297,6 @@ class Table:
             raise InputError(
                 f"input_ids: token {wrong} is not in the vocabulary of {self._vocabulary}"
             )
-
-    def _addresses_now(self) -> list[int]:
-        return [weight.data_ptr() for weight in self._weights]
 
 
 def _rounds_to_bfloat16() -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import BuiltinFunctionType
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as module_globals
@@ -20,7 +21,7 @@ from torch.nn.parameter import Parameter
 from anymamba.ops.linear import linear as multiply
 from anymamba.ops.tracing import autocast_is_on
 
-__all__ = ["call_attributes", "fusable", "project", "why_not_plain"]
+__all__ = ["call_attributes", "fusable", "project", "project_halves", "why_not_plain"]
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
 
@@ -111,12 +112,37 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (..., n).
     """
-    # Autocast rewrites torch's own product and knows nothing of ours.
-    ours = not autocast_is_on(x.device)
-    if ours and type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None:
+    if _is_ours(linear, x):
         return multiply(x, linear.weight, linear.bias)
     projected: Tensor = linear(x)
     return projected
+
+
+def project_halves(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The two halves of `project`'s result.
+
+    With gradients each half is a product of its own. As halves of one tensor, autograd would copy
+    their gradients into one tensor first.
+
+    Args:
+        linear, x: as for `project`; n is even.
+
+    Returns:
+        Twice (..., n / 2).
+    """
+    if not (torch.is_grad_enabled() and _is_ours(linear, x)):
+        first, second = project(linear, x).chunk(2, dim=-1)
+        return first, second
+    weights = linear.weight.chunk(2)
+    biases = (None, None) if linear.bias is None else linear.bias.chunk(2)
+    return multiply(x, weights[0], biases[0]), multiply(x, weights[1], biases[1])
+
+
+def _is_ours(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
+    """Whether the layer is a product with its weights, and the product ours to choose."""
+    # Autocast rewrites torch's own product and knows nothing of ours.
+    ours = not autocast_is_on(x.device)
+    return ours and type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:

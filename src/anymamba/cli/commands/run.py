@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `anymamba run`."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.usage = (
-        "anymamba run [-h] [--force] [--own PACKAGE] (SCRIPT | -m MODULE) [ARGUMENTS ...]"
+        "anymamba run [-h] [--force] [--own PACKAGE] [--no-decode-steps] "
+        "(SCRIPT | -m MODULE) [ARGUMENTS ...]"
     )
     parser.add_argument(
         "--force",
@@ -57,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PACKAGE",
         help="leave an installed mamba_ssm or causal_conv1d alone, a fork for example, and answer "
         "its compiled extensions only",
+    )
+    parser.add_argument(
+        "--no-decode-steps",
+        dest="decode_steps",
+        action="store_false",
+        help="leave the mixers of Transformers' models as they are: only functions that they look "
+        "up are AnyMamba's",
     )
     parser.add_argument(
         "-m",
@@ -87,7 +95,11 @@ def run(arguments: argparse.Namespace) -> None:
     program, folder = module(words[0]) if arguments.module else script(words[0])
     from anymamba import dropin
 
-    dropin.install(force=arguments.force, own=packages_of_its_own(arguments, folder))
+    dropin.install(
+        force=arguments.force,
+        own=packages_of_its_own(arguments, folder),
+        decode_steps=arguments.decode_steps,
+    )
     if "torch" in sys.modules:
         put_cuda_on_the_cpu()
     else:

@@ -18,7 +18,7 @@ from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
-from anymamba.ops.fusable import fusable, project, why_not_plain
+from anymamba.ops.fusable import fusable, project, project_halves, why_not_plain
 
 __all__ = ["MambaMixer"]
 
@@ -128,7 +128,7 @@ class MambaMixer(nn.Module):
     def _mix(
         self, hidden_states: Tensor, state: LayerState | None, packed: Layout | None
     ) -> Tensor:
-        x_ble, z_ble = project(self.in_proj, hidden_states).chunk(2, dim=-1)
+        x_ble, z_ble = project_halves(self.in_proj, hidden_states)
         x_ble = self._convolve(x_ble, state, packed)
         delta_blr, B_bln, C_bln = project(self.x_proj, x_ble).split(
             [self.time_step_rank, self.ssm_state_size, self.ssm_state_size], dim=-1

@@ -1,0 +1,109 @@
+"""Do modules still compute from the same weights as when pointers to these were taken?
+
+A table of pointers is right only while no module, weight, hook or function is replaced. A watch
+remembers all of them and compares, natively: Python takes half a millisecond for a model of 24
+layers once the weights have filled the caches. What is in a weight may change as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_globals
+
+from anymamba.ops.backends import backend
+from anymamba.ops.fusable import call_attributes
+from anymamba.ops.native import core
+
+__all__ = ["ModuleWatch"]
+
+_GLOBAL_HOOKS = (
+    module_globals._global_forward_hooks,
+    module_globals._global_forward_pre_hooks,
+    module_globals._global_backward_hooks,
+    module_globals._global_backward_pre_hooks,
+)
+
+# How much of a tensor's Python object, and of PyTorch's two objects behind it, tells its address.
+_OBJECT_BYTES, _TENSOR_BYTES, _STORAGE_BYTES = 48, 192, 128
+
+
+class ModuleWatch:
+    """Whether modules, their hooks and the addresses of their weights are what they were.
+
+    Args:
+        tree: a module, below which no module may be replaced.
+        modules: those whose weights are read and whose forward is not called.
+        settings: attributes of these modules that decide their result, where they have them.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> watch = ModuleWatch(linear, [linear], ("in_features",))
+        >>> before = watch.holds()
+        >>> _ = linear.double()
+        >>> before, watch.holds()
+        (True, False)
+    """
+
+    def __init__(
+        self, tree: nn.Module, modules: Sequence[nn.Module], settings: Collection[str]
+    ) -> None:
+        self._watch = core().Watch()
+        # A module's own dicts: looking into them notices replaced modules, weights and hooks.
+        for module in tree.modules():
+            self._watch.contents(module._modules)
+        for module in modules:
+            self._watch_module(module, settings)
+        for kind in {type(module) for module in modules}:
+            for owner, name in call_attributes(kind):
+                self._watch.attribute(owner, name)
+        for hooks in _GLOBAL_HOOKS:
+            self._watch.contents(hooks)
+        own = [(*m._parameters.values(), *m._buffers.values()) for m in modules]
+        self._weights = [weight for weights in own for weight in weights if weight is not None]
+        for weight in self._weights:
+            self._fetch(weight)
+        self._choice = backend()
+        self._addresses = self._addresses_now()
+
+    def attribute(self, owner: object, name: str) -> None:
+        """Watch one more attribute, such as a function of a Python module."""
+        self._watch.attribute(owner, name)
+
+    def holds(self) -> bool:
+        """Whether all is as it was, the chosen backend included, and autocast is off."""
+        return (
+            self._watch.holds()
+            and self._addresses_now() == self._addresses
+            and backend() == self._choice
+            and not torch.is_autocast_enabled("cpu")
+        )
+
+    def _watch_module(self, module: nn.Module, settings: Collection[str]) -> None:
+        self._watch.type_of(module)
+        self._watch.contents(module._parameters)
+        self._watch.contents(module._buffers)
+        for hooks in (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
+            self._watch.contents(hooks)
+        own = module.__dict__
+        for key in ("forward", *(setting for setting in settings if setting in own)):
+            self._watch.entry(own, key)
+
+    def _fetch(self, weight: Tensor) -> None:
+        """Let the watch fetch what `data_ptr` reads, for a step drives it out of the caches."""
+        for address, size in (
+            (id(weight), _OBJECT_BYTES),
+            (weight._cdata, _TENSOR_BYTES),
+            (weight.untyped_storage()._cdata, _STORAGE_BYTES),
+        ):
+            self._watch.fetches(address, size)
+
+    def _addresses_now(self) -> list[int]:
+        return [weight.data_ptr() for weight in self._weights]
