@@ -122,7 +122,7 @@ def row_of(name: str, timing: Timing, timings: dict[str, Timing], steps: int) ->
 PROGRAM = """
 import sys, time, anymamba
 engine = anymamba.load(threads=int(sys.argv[1]) or None)
-state = engine.feed(engine.state(), "ROMEO:")
+state = engine.prefill(engine.state(), "ROMEO:")
 def write(count):
     start = time.perf_counter()
     engine.generate("", max_new_tokens=count, state=state.copy(), stop_ids=())

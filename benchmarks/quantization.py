@@ -22,7 +22,7 @@ from anymamba.checkpoint import open_checkpoint, state_identity
 from anymamba.checkpoint.quantization import QuantizedArray, dequantize
 from anymamba.runtime.convert import Recipe, calibrate, windows_of
 from anymamba.runtime.network import Network
-from anymamba.runtime.state import Blocks
+from anymamba.runtime.state import BatchState
 from anymamba.runtime.weights import Weights, load_weights
 from common.machine import describe
 from common.options import options_from, parser
@@ -102,7 +102,7 @@ class Trial:
         """The log-probabilities of every next token, (windows, 256, v)."""
         tensors = {**self.weights.tensors, **changes}
         network = Network(replace(self.weights, tensors=tensors))
-        empty = Blocks.empty(state_identity(self.weights.config), 1)
+        empty = BatchState.empty(state_identity(self.weights.config), 1)
         logits = np.stack([network.read_all(empty.take([0]), ids[:-1]) for ids in self.windows])
         highest = logits.max(axis=-1, keepdims=True)
         summed = np.exp(logits - highest, dtype=np.float64).sum(axis=-1, keepdims=True)

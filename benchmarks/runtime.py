@@ -115,7 +115,7 @@ def prefill(
 
 def read_prompt(engine: Engine, ids: list[int]) -> None:
     """From an empty state."""
-    engine.feed(engine.state(), ids)
+    engine.prefill(engine.state(), ids)
 
 
 def llamas(peers: Peers, run_of: object) -> tuple[list[Case], list[dict[str, object]]]:

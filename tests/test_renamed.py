@@ -12,7 +12,9 @@ from types import ModuleType
 
 import pytest
 
+import anymamba
 from anymamba.renamed import MODULES, NAMES
+from anymamba.runtime.generation import GenerationOutput, TokenOutput
 from anymamba.upstream import PACKAGES
 
 # One module a line, and what its __all__ held.
@@ -56,6 +58,18 @@ def test_an_old_name_warns(module: str) -> None:
             getattr(found, name)
     with pytest.raises(AttributeError, match="no attribute 'Hydra'"):
         found.Hydra  # noqa: B018
+
+
+def test_old_names_of_methods_and_attributes_warn() -> None:
+    engine = anymamba.load()
+    with pytest.warns(DeprecationWarning, match="Engine.feed is now Engine.prefill"):
+        state = engine.feed(engine.state(), "ROMEO:")
+    assert state.token_count == 6
+    for reason, before in ("eos", "end"), ("stop", "stop"), ("length", "length"):
+        output = TokenOutput("", (1,), finish_reason=reason)  # type: ignore[arg-type]
+        whole = GenerationOutput("", [1], reason, [])  # type: ignore[arg-type]
+        with pytest.warns(DeprecationWarning, match="'eos' was 'end'"):
+            assert output.stopped_by == whole.stopped_by == before
 
 
 def test_the_warning_points_at_the_program_that_asks(tmp_path: Path) -> None:

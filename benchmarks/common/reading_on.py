@@ -32,7 +32,7 @@ def measured(engine: Engine, state: State, length: int) -> dict[str, Any]:
     missing = length - state.token_count
     text = (TEXT * (missing // len(TEXT) + 1))[:missing]  # one byte a token
     start = time.perf_counter()
-    engine.feed(state, text)
+    engine.prefill(state, text)
     read = time.perf_counter() - start
     fork = state.copy()
     start = time.perf_counter()

@@ -13,7 +13,9 @@ from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["MODULES", "NAMES", "find_renamed", "old_names"]
+__all__ = ["MODULES", "NAMES", "find_renamed", "old_names", "warn_renamed"]
+
+_PACKAGE = __file__.removesuffix("renamed.py")
 
 MODULES = {
     "checkpoint.digest": "checkpoint.fingerprint",
@@ -126,7 +128,16 @@ NAMES = {
         "LAYOUTS": "runtime.convert.conversion:LAYOUTS",
         "write_files": "runtime.convert.conversion:write_files",
     },
-    "runtime.generation": {"StoppedBy": "runtime.generation.token_generator:StoppedBy"},
+    "runtime.generation": {
+        "Generation": "runtime.generation:GenerationOutput",
+        "Piece": "runtime.generation:TokenOutput",
+        "StoppedBy": "runtime.generation.token_generator:FinishReason",
+        "Writer": "runtime.generation:TokenGenerator",
+    },
+    "runtime.generation.detokenizer": {
+        "TextStream": "runtime.generation:StreamingDetokenizer",
+    },
+    "runtime.state.batch_state": {"Blocks": "runtime.state:BatchState"},
     "runtime.tokenizer": {
         "read_tokenizer": "checkpoint.tokenizer:read_tokenizer",
         "tokenizer_from_json": "checkpoint.tokenizer:tokenizer_from_json",
@@ -169,7 +180,7 @@ class _Renamed(Loader):
         self._new = new
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        _warn(spec.name, self._new)
+        warn_renamed(spec.name, self._new)
         module = import_module(self._new)
         self._spec = module.__spec__
         return module
@@ -197,15 +208,27 @@ def old_names(module: str) -> Callable[[str], object]:
         if name not in known:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         home, _, new = known[name].partition(":")
-        _warn(f"{module}.{name}", f"anymamba.{home}.{new}")
+        warn_renamed(f"{module}.{name}", f"anymamba.{home}.{new}")
         return getattr(import_module(f"anymamba.{home}"), new)
 
     return find
 
 
-def _warn(old: str, new: str) -> None:
-    # Between here and the program that asked lie this file and the import system. `warn` does not
-    # count the frames of the latter's frozen part.
+def warn_renamed(old: str, new: str) -> None:
+    """Warn the program that used an old name.
+
+    Args:
+        old: the name that it used.
+        new: what that is called now.
+
+    Example:
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
+        ...     warn_renamed("Engine.feed", "Engine.prefill")
+        >>> print(caught[0].message)
+        Engine.feed is now Engine.prefill
+    """
+    # Between here and the program that asked lie this package and the import system. `warn` does
+    # not count the frames of the latter's frozen part.
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and _is_machinery(frame.f_code.co_filename):
         frame = frame.f_back
@@ -214,4 +237,4 @@ def _warn(old: str, new: str) -> None:
 
 
 def _is_machinery(file: str) -> bool:
-    return file == __file__ or "importlib" in file
+    return file.startswith(_PACKAGE) or "importlib" in file

@@ -40,6 +40,6 @@ def test_functions_refuse_such_paths_by_their_own_errors(path):
 def test_home_is_written_out_by_functions_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     engine = anymamba.load()
-    engine.feed(engine.state(), "To be").save("~/a.state")
+    engine.prefill(engine.state(), "To be").save("~/a.state")
     assert (tmp_path / "a.state").is_file()
     assert engine.load_state("~/a.state").token_count == 5

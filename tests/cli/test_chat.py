@@ -208,7 +208,7 @@ REWRITES = "{{ messages|length }}:{% for m in messages %}[{{ m.content }}]{% end
 def test_a_fork_belongs_to_its_conversation(template, elsewhere, tmp_path):
     engine = load()
     other = tmp_path / "other.state"
-    engine.feed(engine.state(), "x" * 100).save(other)
+    engine.prefill(engine.state(), "x" * 100).save(other)
 
     def said(away):
         settings = {"temperature": 0, "max_new_tokens": 3}
@@ -273,7 +273,7 @@ def test_ctrl_c_before_the_answer_leaves_the_conversation_as_it_was(monkeypatch)
     conversation = Conversation(engine, engine.state(), {"max_new_tokens": 5}, None)
 
     def interrupted(prompt, *, state, **settings):
-        engine.feed(state, prompt[:3])
+        engine.prefill(state, prompt[:3])
         raise KeyboardInterrupt
         yield
 

@@ -46,7 +46,7 @@ def folder_with(tiny, place, change_config=None, change_header=None, template=No
 
 def state_file(tiny, place):
     engine = load(tiny)
-    engine.feed(engine.state(), "abc").save(place)
+    engine.prefill(engine.state(), "abc").save(place)
     with_header(place, lambda header: header["__metadata__"].update(weights_digest=ESCAPE))
     return place
 

@@ -61,7 +61,7 @@ def test_what_was_read_is_known_afterwards(tiny, tmp_path, anymamba):
 def test_a_long_text_is_read_as_one(book, tmp_path, anymamba):
     assert anymamba("ingest", book, "--save-state", tmp_path / "a.state").status == 0
     engine = load()
-    whole = engine.feed(engine.state(), book.read_text())
+    whole = engine.prefill(engine.state(), book.read_text())
     whole.save(tmp_path / "b.state")
     assert engine.load_state(tmp_path / "a.state").token_count == whole.token_count
     assert_same_states(tmp_path / "a.state", tmp_path / "b.state")

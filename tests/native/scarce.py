@@ -125,9 +125,9 @@ def of_the_engine() -> None:
     ids = list(b"To be, or not to be: that is the question. " * 60)
     for weights in ("f32", "int8", "int4"):
         engine = anymamba.load(weights=weights, threads=3)
-        state = engine.feed(engine.state(), ids[:50])
+        state = engine.prefill(engine.state(), ids[:50])
         calls: dict[str, Callable[[anymamba.State], object]] = {
-            "feed": lambda s: engine.feed(s, ids),  # noqa: B023
+            "feed": lambda s: engine.prefill(s, ids),  # noqa: B023
             "logits": lambda s: engine.logits(ids[:300], s),  # noqa: B023
             "generate": lambda s: engine.generate("", max_new_tokens=1, state=s),  # noqa: B023
             "generate_batch": lambda s: engine.generate_batch([""] * 64, 2, state=s),  # noqa: B023

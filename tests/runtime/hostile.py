@@ -169,7 +169,7 @@ def write_originals(place: Path) -> None:
     convert(place / "plain", place / "tokens.gguf", "gguf", "f16")
     engine = load(place / "plain")
     for dtype in ("float32", "bfloat16"):
-        engine.feed(engine.state(), "It's a long way").save(place / f"{dtype}.state", dtype)
+        engine.prefill(engine.state(), "It's a long way").save(place / f"{dtype}.state", dtype)
 
 
 def write_quantized(source: Path, folder: Path) -> None:

@@ -193,7 +193,7 @@ def test_a_gguf_model_takes_an_adapter(base: Path, adapter: Path, tmp_path: Path
 def test_a_state_belongs_to_the_adapter_too(base: Path, adapter: Path, tmp_path: Path) -> None:
     state = tmp_path / "one.state"
     with_adapter = load(base, adapter=adapter)
-    with_adapter.feed(with_adapter.state(), IDS).save(state)
+    with_adapter.prefill(with_adapter.state(), IDS).save(state)
     load(base, "int8", adapter=adapter).load_state(state)
     louder = edited(adapter, tmp_path / "louder", lora_alpha=24)
     for other in (load(base), load(base, adapter=louder)):

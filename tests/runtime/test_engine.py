@@ -56,7 +56,7 @@ def test_logits_are_the_paper_s(tmp_path: Path, fields: dict[str, Any], length: 
 def test_no_tokens_no_logits(engine: Engine) -> None:
     state = engine.state()
     assert engine.logits([], state).shape == (0, 61)
-    assert engine.feed(state, []).token_count == 0
+    assert engine.prefill(state, []).token_count == 0
     assert state.logits is None
 
 
@@ -70,15 +70,15 @@ CUTS = st.lists(st.integers(0, 40), max_size=6)
 
 
 @settings(max_examples=30)
-@given(cuts=CUTS, ways=st.lists(st.sampled_from(["feed", "logits", "score"]), min_size=7))
+@given(cuts=CUTS, ways=st.lists(st.sampled_from(["prefill", "logits", "score"]), min_size=7))
 def test_a_text_may_be_cut_anywhere(engine: Engine, cuts: list[int], ways: list[str]) -> None:
     ids = words(40)
     borders = [0, *sorted(cuts), 40]
-    whole = engine.feed(engine.state(), ids)
+    whole = engine.prefill(engine.state(), ids)
     state = engine.state()
     for start, stop, way in zip(borders, borders[1:], ways, strict=False):
         getattr(engine, way)(
-            *((state, ids[start:stop]) if way == "feed" else (ids[start:stop], state))
+            *((state, ids[start:stop]) if way == "prefill" else (ids[start:stop], state))
         )
     assert state.token_count == 40
     assert_close(state.logits, whole.logits)
@@ -88,7 +88,7 @@ def test_a_text_may_be_cut_anywhere(engine: Engine, cuts: list[int], ways: list[
 
 def test_progress_is_told(engine: Engine) -> None:
     told: list[tuple[int, int]] = []
-    engine.feed(engine.state(), words(1100), lambda *progress: told.append(progress))
+    engine.prefill(engine.state(), words(1100), lambda *progress: told.append(progress))
     assert told == [(512, 1100), (1024, 1100), (1100, 1100)]
 
 
@@ -108,7 +108,7 @@ def test_generate_takes_the_likeliest_token_each_time(engine: Engine) -> None:
     generation = engine.generate(ids, max_new_tokens=12)
     assert generation.ids == greedy(engine, ids, 12)
     assert generation.prompt_ids == ids
-    assert (generation.stopped_by, generation.text) == ("length", "")
+    assert (generation.finish_reason, generation.text) == ("length", "")
     assert (generation.logprobs, generation.top_logprobs) == (None, None)
 
 
@@ -120,7 +120,7 @@ def test_stream_gives_what_generate_gives(bundled: Engine) -> None:
     assert [piece.ids for piece in pieces] == [(id,) for id in whole.ids]
     assert [piece.logprob for piece in pieces] == whole.logprobs
     assert [piece.top_logprobs for piece in pieces] == whole.top_logprobs
-    assert [piece.stopped_by for piece in pieces] == [None] * 59 + ["length"]
+    assert [piece.finish_reason for piece in pieces] == [None] * 59 + ["length"]
     assert whole.text == bundled.detokenize(whole.ids)
 
 
@@ -137,7 +137,7 @@ def test_a_stop_string_ends_the_text(bundled: Engine, state: bool) -> None:
     whole = bundled.generate("ROMEO:", max_new_tokens=40).text
     generation = bundled.generate("ROMEO:", max_new_tokens=40, stop=whole[10:13], **given)
     assert generation.text == whole[: whole.index(whole[10:13])]
-    assert generation.stopped_by == "stop"
+    assert generation.finish_reason == "stop"
     assert bundled.detokenize(generation.ids) == generation.text + whole[10:13]
     if state:
         assert given["state"].token_count == 6 + len(generation.ids)
@@ -146,7 +146,7 @@ def test_a_stop_string_ends_the_text(bundled: Engine, state: bool) -> None:
 def test_a_stop_string_at_the_last_token_counts_as_one(bundled: Engine) -> None:
     whole = bundled.generate("ROMEO:", max_new_tokens=13).text
     generation = bundled.generate("ROMEO:", max_new_tokens=13, stop=whole[-2:])
-    assert (generation.stopped_by, generation.text) == ("stop", whole[: whole.index(whole[-2:])])
+    assert (generation.finish_reason, generation.text) == ("stop", whole[: whole.index(whole[-2:])])
 
 
 def test_an_end_token_ends_the_text(tmp_path: Path, engine: Engine) -> None:
@@ -160,7 +160,7 @@ def test_an_end_token_ends_the_text(tmp_path: Path, engine: Engine) -> None:
         engine.generate(ids, max_new_tokens=12, stop_ids=[free[4]]),
     ):
         assert generation.ids == free[: first + 1]
-        assert generation.stopped_by == "end"
+        assert generation.finish_reason == "eos"
 
 
 def test_generation_config_goes_before_the_config(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_batch_with_long_and_many_rows(engine: Engine) -> None:
 
 
 def test_a_batch_begins_with_a_state_and_leaves_it(engine: Engine) -> None:
-    state = engine.feed(engine.state(), words(9))
+    state = engine.prefill(engine.state(), words(9))
     before = state.copy()
     batch = engine.generate_batch([[4], [], [5, 6]], max_new_tokens=5, state=state)
     for tail, generation in zip(([4], [], [5, 6]), batch, strict=True):
@@ -271,9 +271,9 @@ def test_who_stops_listening_leaves_a_state_that_has_read_what_was_given_out(
 
 
 def test_a_fork_goes_its_own_way(engine: Engine) -> None:
-    state = engine.feed(engine.state(), words(9))
+    state = engine.prefill(engine.state(), words(9))
     fork = state.copy()
-    engine.feed(fork, words(5, seed=2))
+    engine.prefill(fork, words(5, seed=2))
     assert (state.token_count, fork.token_count) == (9, 14)
     assert_close(state.logits, engine.logits(words(9))[-1])
     assert_close(fork.logits, engine.logits(words(9) + words(5, seed=2))[-1])
@@ -285,8 +285,8 @@ def test_special_tokens_come_once(bundled: Engine, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         bundled._codec, "encode", lambda text, special: asked.append(special) or encode(text, True)
     )
-    state = bundled.feed(bundled.state(), "ROMEO:")
-    bundled.feed(state, " But")
+    state = bundled.prefill(bundled.state(), "ROMEO:")
+    bundled.prefill(state, " But")
     bundled.generate("soft", max_new_tokens=1, state=state)
     assert asked == [True, False, False]
 
@@ -295,7 +295,7 @@ def test_a_state_of_another_model_is_refused(engine: Engine, tmp_path: Path) -> 
     other = anymamba.load(write_small(tmp_path / "other", seed=1))
     wider = anymamba.load(write_small(tmp_path / "wider", hidden_size=32))
     for call in (
-        lambda owner: engine.feed(owner.state(), [1]),
+        lambda owner: engine.prefill(owner.state(), [1]),
         lambda owner: engine.logits([1], owner.state()),
         lambda owner: engine.score([1], owner.state()),
         lambda owner: engine.generate([1], state=owner.state()),
@@ -311,8 +311,8 @@ def test_a_state_of_another_model_is_refused(engine: Engine, tmp_path: Path) -> 
 def test_another_engine_of_the_same_model_takes_the_state(tmp_path: Path) -> None:
     write_small(tmp_path)
     first, second = anymamba.load(tmp_path), anymamba.load(tmp_path, threads=1)
-    state = first.feed(first.state(), words(9))
-    second.feed(state, words(5, seed=2))
+    state = first.prefill(first.state(), words(9))
+    second.prefill(state, words(5, seed=2))
     assert_close(state.logits, first.logits(words(9) + words(5, seed=2))[-1])
 
 
@@ -337,7 +337,7 @@ def test_score_is_the_sum_over_the_tokens(engine: Engine, length: int) -> None:
 
 def test_a_state_predicts_the_first_token_too(engine: Engine) -> None:
     ids = words(20)
-    state = engine.feed(engine.state(), ids[:8])
+    state = engine.prefill(engine.state(), ids[:8])
     rest = engine.score(ids[8:], state)
     assert np.allclose(rest.logprobs, engine.score(ids).logprobs[-12:], atol=1e-4)
     assert state.token_count == 20
@@ -396,11 +396,11 @@ def test_the_number_of_threads_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("token", [-1, 61, 2**40])
 def test_a_token_that_does_not_exist_leaves_the_state_as_it_was(engine: Engine, token: int) -> None:
-    state = engine.feed(engine.state(), words(9))
+    state = engine.prefill(engine.state(), words(9))
     before = state.copy()
     ids = [*words(600), token]
     calls: list[Callable[[], object]] = [
-        lambda: engine.feed(state, ids),
+        lambda: engine.prefill(state, ids),
         lambda: engine.logits(ids, state),
         lambda: engine.score(ids, state),
         lambda: engine.generate(ids, state=state),
@@ -416,7 +416,7 @@ def test_a_token_that_does_not_exist_leaves_the_state_as_it_was(engine: Engine, 
 @pytest.mark.parametrize("text", [[[1, 2]], [[1], [1, 2]], [0.5], [True], ["a"], 3, [2**70], None])
 def test_what_is_no_text_is_refused(engine: Engine, text: Any) -> None:
     with pytest.raises(InputError, match="expected a text, or the whole numbers"):
-        engine.feed(engine.state(), text)
+        engine.prefill(engine.state(), text)
 
 
 def test_an_empty_prompt(tmp_path: Path, engine: Engine) -> None:
@@ -442,7 +442,7 @@ def test_without_a_tokenizer_there_are_tokens_only(engine: Engine) -> None:
 def test_what_is_no_state_is_refused(engine: Engine) -> None:
     wrong: Any = 5
     calls: list[Callable[[], object]] = [
-        lambda: engine.feed(wrong, [1]),
+        lambda: engine.prefill(wrong, [1]),
         lambda: engine.logits([1], wrong),
         lambda: engine.score([1], wrong),
         lambda: engine.generate([1], state=wrong),

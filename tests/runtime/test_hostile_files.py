@@ -172,7 +172,7 @@ SAVER = """
 import sys
 from anymamba.runtime.loading import load
 engine = load(sys.argv[1], threads=1)
-state = engine.feed(engine.state(), [int(sys.argv[3])] * int(sys.argv[3]))
+state = engine.prefill(engine.state(), [int(sys.argv[3])] * int(sys.argv[3]))
 for _ in range(60):
     state.save(sys.argv[2])
 """
@@ -181,12 +181,12 @@ for _ in range(60):
 def test_two_processes_save_to_one_file(folder: Path) -> None:
     file = folder.with_name("text.state")
     engine = load(folder)
-    engine.feed(engine.state(), [3] * 3).save(file)
+    engine.prefill(engine.state(), [3] * 3).save(file)
     savers = [start(SAVER, folder, file, str(count)) for count in (3, 4)]
     while any(process.poll() is None for process in savers):
         state = engine.load_state(file)  # at every moment one of the two, whole
         count = state.token_count
-        expected = engine.feed(engine.state(), [count] * count)
+        expected = engine.prefill(engine.state(), [count] * count)
         np.testing.assert_array_equal(state.ssm_states, expected.ssm_states)
     assert all(output(process) == set() for process in savers)
     assert not [entry.name for entry in folder.parent.iterdir() if entry.name.startswith(".")]

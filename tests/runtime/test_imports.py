@@ -35,7 +35,7 @@ def test_importing() -> None:
 def test_tokens_need_numpy_alone(tmp_path: Path, kind: str) -> None:
     script = (
         "import anymamba; engine = anymamba.load(sys.argv[1], sys.argv[2])\n"
-        "state = engine.feed(engine.state(), [1, 2, 3])\n"
+        "state = engine.prefill(engine.state(), [1, 2, 3])\n"
         "engine.generate([4], 5, state=state, temperature=0.8, top_k=5, top_p=0.9)\n"
         "engine.generate_batch([[4], [5, 6]], 5); engine.score([1, 2]); engine.logits([1])\n"
         "state.save(sys.argv[1] + '/a.state'); engine.load_state(sys.argv[1] + '/a.state')"

@@ -30,7 +30,7 @@ def engine():
 def test_an_interrupted_state_continues_as_what_it_has_read(engine, method, after):
     state = engine.state()
     calls = {
-        "feed": lambda: engine.feed(state, IDS),
+        "feed": lambda: engine.prefill(state, IDS),
         "logits": lambda: engine.logits(IDS, state),
         "score": lambda: engine.score(IDS, state),
         "generate": lambda: engine.generate(IDS[:600], max_new_tokens=500, state=state),
@@ -43,7 +43,7 @@ def test_an_interrupted_state_continues_as_what_it_has_read(engine, method, afte
     except KeyboardInterrupt:
         pass
     if state.token_count and method != "generate":
-        whole = engine.feed(engine.state(), IDS[: state.token_count])
+        whole = engine.prefill(engine.state(), IDS[: state.token_count])
         assert np.abs(state.ssm_states - whole.ssm_states).max() < 1e-4
         assert state.logits is not None
         assert np.abs(state.logits - whole.logits).max() < 1e-3
@@ -100,7 +100,7 @@ def test_a_program_ends_with_its_own_status_while_a_daemon_thread_computes(call)
 
 
 def test_a_copy_shares_no_memory_and_a_pickle_is_refused_by_name(engine):
-    state = engine.feed(engine.state(), "ROMEO:")
+    state = engine.prefill(engine.state(), "ROMEO:")
     for twin in (copy.copy(state), copy.deepcopy(state)):
         assert not np.shares_memory(twin.ssm_states, state.ssm_states)
         assert np.array_equal(twin.ssm_states, state.ssm_states)

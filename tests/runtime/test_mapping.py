@@ -80,10 +80,10 @@ from anymamba.errors import CheckpointError
 
 file = sys.argv[1]
 engine = anymamba.load(file if file.endswith(".gguf") else os.path.dirname(file), sys.argv[2])
-state = engine.feed(engine.state(), [1, 2, 3])
+state = engine.prefill(engine.state(), [1, 2, 3])
 os.truncate(file, os.path.getsize(file) // 2)
 calls = {
-    "feed": lambda: engine.feed(state, [4]),
+    "feed": lambda: engine.prefill(state, [4]),
     "generate": lambda: engine.generate([4], 3),
     "batch": lambda: engine.generate_batch([[4], [5, 6]], 3),
     "logits": lambda: engine.logits([4], state),

@@ -56,7 +56,7 @@ def test_short_texts_one_after_the_other(tmp_path: Path) -> None:
     """Each with a state of its own, a batch, a file: nothing of them stays."""
     work = """
 for count in range(1, 301):
-    state = engine.feed(engine.state(), [count % 256] * 30)
+    state = engine.prefill(engine.state(), [count % 256] * 30)
     state.save(sys.argv[1] + "/a.state")
     engine.generate_batch(["a", "bc"], 3, state=engine.load_state(sys.argv[1] + "/a.state"))
     engine.score("some text", state.copy())
@@ -73,7 +73,7 @@ def test_reading_and_scoring_a_long_text(tmp_path: Path) -> None:
 import numpy as np
 texts = [np.arange(length) % 256 for length in (20_000, 200_000)]
 for ids in texts:
-    engine.feed(engine.state(), ids)
+    engine.prefill(engine.state(), ids)
     show()
 for ids in texts:
     engine.score(ids)

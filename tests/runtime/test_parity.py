@@ -111,7 +111,7 @@ def next_logits(model: MambaForCausalLM, cache: MambaCache, ids: list[int]) -> n
 
 
 def test_a_state_becomes_a_cache(engine: Engine, model: MambaForCausalLM) -> None:
-    state = engine.feed(engine.state(), IDS)
+    state = engine.prefill(engine.state(), IDS)
     cache = MambaCache.from_state(state, model.config)
     assert cache.token_counts.tolist() == [70]
     logits = next_logits(model, cache, [3, 4])
@@ -130,7 +130,7 @@ def test_a_cache_becomes_a_state(engine: Engine, model: MambaForCausalLM) -> Non
 
 
 def test_there_and_back_nothing_changes(engine: Engine, model: MambaForCausalLM) -> None:
-    state = engine.feed(engine.state(), IDS)
+    state = engine.prefill(engine.state(), IDS)
     back = MambaCache.from_state(state, model.config).to_state(engine)
     assert (back.conv_states == state.conv_states).all()
     assert (back.ssm_states == state.ssm_states).all()
@@ -141,7 +141,7 @@ def test_there_and_back_nothing_changes(engine: Engine, model: MambaForCausalLM)
 def test_one_file_serves_both(
     engine: Engine, model: MambaForCausalLM, tmp_path: Path, dtype: str
 ) -> None:
-    state = engine.feed(engine.state(), IDS)
+    state = engine.prefill(engine.state(), IDS)
     state.save(tmp_path / "a.state", dtype=dtype)
     cache = MambaCache.load(tmp_path / "a.state", model=model)
     tolerance = TOLERANCES[dtype]
@@ -168,7 +168,7 @@ def test_files_of_other_models_and_of_batches_are_refused(
     read(other, IDS).save(tmp_path / "a.state", model=other)
     with pytest.raises(StateError, match="digest"):
         engine.load_state(tmp_path / "a.state")
-    engine.feed(engine.state(), IDS).save(tmp_path / "b.state")
+    engine.prefill(engine.state(), IDS).save(tmp_path / "b.state")
     with pytest.raises(StateError, match="digest"):
         MambaCache.load(tmp_path / "b.state", model=other)
     read(model, IDS, batch=3).save(tmp_path / "c.state", model=model)

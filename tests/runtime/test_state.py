@@ -35,7 +35,7 @@ def engine(folder: Path) -> Engine:
 
 @pytest.fixture
 def state(engine: Engine) -> State:
-    return engine.feed(engine.state(), words(9))
+    return engine.prefill(engine.state(), words(9))
 
 
 def assert_equal(one: State, other: State) -> None:
@@ -59,7 +59,7 @@ def test_what_a_state_shows(engine: Engine, state: State) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 def test_a_file_gives_the_state_back(engine: Engine, tmp_path: Path, tokens: int) -> None:
-    state = engine.feed(engine.state(), words(tokens))
+    state = engine.prefill(engine.state(), words(tokens))
     state.save(tmp_path / "a.state")
     loaded = engine.load_state(str(tmp_path / "a.state"))
     assert_equal(loaded, state)
@@ -114,7 +114,7 @@ def test_one_state_for_all_kinds_of_weights(folder: Path, state: State, tmp_path
     for kind in ("f32", "bf16", "int8"):
         other = anymamba.load(folder, weights=kind)
         assert_equal(other.load_state(tmp_path / "a.state"), state)
-        assert other.feed(state.copy(), [1]).token_count == 10
+        assert other.prefill(state.copy(), [1]).token_count == 10
 
 
 def test_the_digest_is_computed_when_it_is_needed_and_once(folder: Path, tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_digest_is_computed_when_it_is_needed_and_once(folder: Path, tmp_pat
         return compute()
 
     engine._identity._compute_digest = counted
-    state = engine.feed(engine.state(), words(3))
+    state = engine.prefill(engine.state(), words(3))
     assert asked == 0
     state.save(tmp_path / "a.state")
     engine.load_state(tmp_path / "a.state").copy().save(tmp_path / "b.state")
@@ -223,7 +223,7 @@ def test_a_cut_or_scratched_file_never_does_harm(
     engine: Engine, tmp_path_factory: pytest.TempPathFactory, share: float, flip: int
 ) -> None:
     path = tmp_path_factory.mktemp("broken") / "a.state"
-    engine.feed(engine.state(), words(3)).save(path)
+    engine.prefill(engine.state(), words(3)).save(path)
     whole = path.read_bytes()
     at = int(len(whole) * share)
     path.write_bytes(whole[:at])
@@ -264,7 +264,7 @@ def test_a_failed_save_leaves_the_old_file(
 
     monkeypatch.setattr("anymamba.runtime.state.state.write_safetensors", fails)
     with pytest.raises(OSError, match="the disk is full"):
-        engine.feed(state, [1]).save(tmp_path / "a.state")
+        engine.prefill(state, [1]).save(tmp_path / "a.state")
     assert [file.name for file in tmp_path.iterdir()] == ["a.state"]
     assert engine.load_state(tmp_path / "a.state").token_count == 9
 
@@ -291,7 +291,7 @@ def test_an_interruption_leaves_a_state_that_is_what_it_says(engine: Engine, way
     expected = engine.generate(ids[:5], 300, temperature=1.0, seed=0).ids
     text = ids if way != "generate" else ids[:5] + expected
     calls = {
-        "feed": lambda state: engine.feed(state, ids),
+        "feed": lambda state: engine.prefill(state, ids),
         "logits": lambda state: engine.logits(ids, state),
         "generate": lambda state: engine.generate(
             ids[:5], 300, temperature=1.0, seed=0, state=state
@@ -316,7 +316,7 @@ def test_an_interruption_leaves_a_state_that_is_what_it_says(engine: Engine, way
             except Interrupted:  # by a timer that rings once
                 pass
             counts.add(state.token_count)
-            whole = engine.feed(engine.state(), text[: state.token_count])
+            whole = engine.prefill(engine.state(), text[: state.token_count])
             assert_close(state.ssm_states, whole.ssm_states)
             assert_close(state.conv_states, whole.conv_states)
             if state.logits is not None:

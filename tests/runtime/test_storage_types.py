@@ -18,7 +18,7 @@ from anymamba import _core
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize, quantize
 from anymamba.runtime.network import Network
-from anymamba.runtime.state.batch_state import Blocks
+from anymamba.runtime.state.batch_state import BatchState
 from anymamba.runtime.weights.weights import Weights
 
 from .small import CONFIG, WHOLE_MODEL, reference_logits, rounded, small_weights, words
@@ -59,9 +59,9 @@ def network(tensors: dict[str, Any]) -> Network:
     return Network(weights, threads=1)
 
 
-def empty() -> Blocks:
+def empty() -> BatchState:
     sizes = {"intermediate_size": 128, "num_hidden_layers": 2, "conv_kernel": 4, "state_size": 5}
-    return Blocks.empty(sizes, 1)
+    return BatchState.empty(sizes, 1)
 
 
 def both_ways(model: Network, ids: list[int]) -> Iterator[np.ndarray]:

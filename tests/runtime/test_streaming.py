@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from anymamba.assets import bundled_model
 from anymamba.checkpoint.tokenizer.reader import read_tokenizer
 from anymamba.errors import InputError
-from anymamba.runtime.generation.detokenizer import TextStream
+from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -22,7 +22,7 @@ def decode_bytes(tokens):
 
 def stream_of(tokens, stop=(), decode=decode_bytes):
     """The pieces given out, one for each token and one for the end; and the stream."""
-    stream = TextStream(decode, stop)
+    stream = StreamingDetokenizer(decode, stop)
     return [*map(stream.add, tokens), stream.finish()], stream
 
 
@@ -50,7 +50,7 @@ def test_the_pieces_are_the_text_however_it_is_cut(text, sizes):
     tokens, decode = cut(text.encode(), sizes)
     pieces, stream = stream_of(tokens, decode=decode)
     assert "".join(pieces) == text
-    assert stream.stopped_by is None
+    assert stream.stop_string is None
 
 
 @given(
@@ -103,15 +103,15 @@ def first_stop(text, stops):
 def test_the_text_ends_before_the_first_stop_string_however_it_is_cut(text, stops, sizes):
     tokens, decode = cut(text.encode(), sizes)
     pieces, stream = stream_of(tokens, stops, decode)
-    assert ("".join(pieces), stream.stopped_by) == first_stop(text, stops)
+    assert ("".join(pieces), stream.stop_string) == first_stop(text, stops)
 
 
 @given(st.text("ab", max_size=20), st.lists(st.text("ab", min_size=1, max_size=6), max_size=4))
 def test_no_more_is_held_back_than_may_become_a_stop_string(text, stops):
-    stream, given_out = TextStream(decode_bytes, stops), ""
+    stream, given_out = StreamingDetokenizer(decode_bytes, stops), ""
     for at, token in enumerate(text.encode()):
         given_out += stream.add(token)
-        if stream.stopped_by is not None:
+        if stream.stop_string is not None:
             break
         held = text[len(given_out) : at + 1]
         assert not held or any(stop.startswith(held) for stop in stops)
@@ -121,13 +121,13 @@ def test_only_the_beginning_of_a_stop_string_is_held_back():
     pieces, stream = stream_of(b"one END, an END.", ["END."])
     assert pieces[:9] == ["o", "n", "e", " ", "", "", "", "END,", " "]
     assert "".join(pieces) == "one END, an "
-    assert stream.stopped_by == "END."
+    assert stream.stop_string == "END."
 
 
 def test_what_was_held_back_comes_at_the_end():
     pieces, stream = stream_of(b"so E\xc3", ["END"])
     assert pieces == ["s", "o", " ", "", "", "E" + REPLACEMENT]
-    assert stream.stopped_by is None
+    assert stream.stop_string is None
 
 
 @pytest.mark.parametrize("stop", ["x", "xx"])
@@ -140,7 +140,7 @@ def test_nothing_follows_a_stop_string(stop):
 def test_a_stop_string_may_come_with_the_end():
     pieces, stream = stream_of(b"a\xc3", [REPLACEMENT])
     assert pieces == ["a", "", ""]
-    assert stream.stopped_by == REPLACEMENT
+    assert stream.stop_string == REPLACEMENT
 
 
 def test_an_ended_stream_has_no_more_to_give():
@@ -151,7 +151,7 @@ def test_an_ended_stream_has_no_more_to_give():
 
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(InputError, match="stop string is empty"):
-        TextStream(decode_bytes, ["END", ""])
+        StreamingDetokenizer(decode_bytes, ["END", ""])
 
 
 def test_no_tokens():
@@ -286,7 +286,7 @@ def test_a_token_costs_the_same_however_many_came_before(decode, tokens):
         lengths.append(len(ids))
         return decode(ids)
 
-    stream = TextStream(counting)
+    stream = StreamingDetokenizer(counting)
     for _ in range(300):
         for token in tokens:
             stream.add(token)

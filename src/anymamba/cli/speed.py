@@ -71,7 +71,7 @@ def measure(engine: Engine, threads: int, effort: Effort) -> Speed:
     engine.end_ids = ()  # one of them would end the writing early
     read_seconds, write_seconds, bandwidths = [], [], []
     for _ in range(effort.repeats):
-        read_seconds.append(seconds_of(lambda: engine.feed(engine.state(), prompt)))
+        read_seconds.append(seconds_of(lambda: engine.prefill(engine.state(), prompt)))
         write_seconds.append(seconds_of(lambda: write(engine, prompt[:1], effort.new_tokens)))
         # A model that fits the processor's cache is read from there.
         bandwidths.append(core().read_bandwidth(min(size, BANDWIDTH_BYTES), 3))

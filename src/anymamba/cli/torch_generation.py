@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from anymamba import MambaForCausalLM
     from anymamba.cli.terminal.output import Output
-    from anymamba.runtime.generation import TextStream
+    from anymamba.runtime.generation import StreamingDetokenizer
 
 __all__ = ["continue_with_torch"]
 
@@ -46,7 +46,7 @@ def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Outp
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.tokenizer import read_tokenizer
-    from anymamba.runtime.generation import TextStream, suggested_sampling
+    from anymamba.runtime.generation import StreamingDetokenizer, suggested_sampling
     from anymamba.runtime.loading import generation_config
 
     refuse_others(arguments)
@@ -59,7 +59,7 @@ def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Outp
     prompt_ids = prompt_ids or [first_token(model)]
     check_vocabulary(model, prompt_ids)
     output.begin()
-    stream = TextStream(tokenizer.decode, arguments.stop)
+    stream = StreamingDetokenizer(tokenizer.decode, arguments.stop)
     return write(model, prompt_ids, Listener(stream, output.write), arguments)
 
 
@@ -149,7 +149,7 @@ class Listener:
     only after the decision whether to stop, one token too late for a stop string.
     """
 
-    def __init__(self, stream: TextStream, show: Callable[[str], object]) -> None:
+    def __init__(self, stream: StreamingDetokenizer, show: Callable[[str], object]) -> None:
         self.first_token_at: float | None = None
         self.text = ""
         self.stream = stream
@@ -162,7 +162,7 @@ class Listener:
         if self.first_token_at is None:
             self.first_token_at = time.perf_counter()
         self._give(self.stream.add(int(input_ids[0, -1])))
-        return input_ids.new_full((1,), self.stream.stopped_by is not None, dtype=torch.bool)
+        return input_ids.new_full((1,), self.stream.stop_string is not None, dtype=torch.bool)
 
     def finish(self) -> None:
         """Show what was held back."""
@@ -218,9 +218,9 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"do_sample": True} | {name: getattr(arguments, name) for name in names}
 
 
-def ending(model: MambaForCausalLM, tokens: Sequence[int], stream: TextStream) -> str:
+def ending(model: MambaForCausalLM, tokens: Sequence[int], stream: StreamingDetokenizer) -> str:
     """What ended the text: a stop string ("stop"), the model's end token ("end"), or "length"."""
-    if stream.stopped_by is not None:
+    if stream.stop_string is not None:
         return "stop"
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]

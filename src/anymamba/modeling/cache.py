@@ -478,7 +478,7 @@ class MambaCache(Cache):
             >>> import anymamba
             >>> from anymamba.assets import bundled_model
             >>> engine = anymamba.load()
-            >>> state = engine.feed(engine.state(), "ROMEO:")
+            >>> state = engine.prefill(engine.state(), "ROMEO:")
             >>> config = anymamba.MambaConfig.from_pretrained(bundled_model())
             >>> MambaCache.from_state(state, config)
             MambaCache(layers=7, batch=1, tokens=[6], dtype=torch.float32, device=cpu)

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint import check_identity
 from anymamba.checkpoint.io import shown
-from anymamba.errors import InputError, StateError
+from anymamba.errors import InputError
+from anymamba.renamed import warn_renamed
 from anymamba.runtime.generation import (
-    Generation,
-    Piece,
+    GenerationOutput,
     Sampler,
     Sampling,
-    Writer,
+    TokenGenerator,
+    TokenOutput,
+    chosen_sampling,
     write_batch,
     write_text,
 )
 from anymamba.runtime.network import Network
 from anymamba.runtime.prefill import Progress, read_texts, read_with_logits
 from anymamba.runtime.scoring import Score, score_ids
-from anymamba.runtime.state import Blocks, Identity, State, load_state
-from anymamba.runtime.tokenizer import TextCodec
+from anymamba.runtime.state import BatchState, Identity, State, check_state, load_state
+from anymamba.runtime.tokenizer import TextCodec, as_token_ids
 from anymamba.runtime.weights import Weights
 
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ __all__ = ["Engine", "Text"]
 
 Text: TypeAlias = str | Sequence[int]
 """A text, or its tokens."""
-
-_SETTINGS = tuple(field.name for field in fields(Sampling))
 
 
 class Engine:
@@ -108,8 +106,6 @@ class Engine:
             f"Engine({self.n_parameters:,} parameters, {self.weights_kind}, {self.threads} threads)"
         )
 
-    # Texts and tokens.
-
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, as the `tokenizers` library has it."""
@@ -155,10 +151,8 @@ class Engine:
         """
         return self._codec.decode(ids, skip_special)
 
-    # Reading.
-
     def state(self) -> State:
-        """Return a new state, of which nothing was read.
+        """Return a new state, before any token.
 
         Example:
             >>> import anymamba
@@ -189,14 +183,14 @@ class Engine:
         """
         return load_state(path, self._identity)
 
-    def feed(self, state: State, text: Text, progress: Progress | None = None) -> State:
-        """Let a state read on. It costs no memory however long the text is.
+    def prefill(self, state: State, text: Text, progress: Progress | None = None) -> State:
+        """Read a text into a state. It costs no memory however long the text is.
 
         Args:
             state: advanced in place. If this is interrupted, it has read a part of the text, as
                 `token_count` says, and can read on from there.
             text: a text or its tokens. Special tokens are added to the first text of a state.
-            progress: called after each stretch with how many tokens were read and how many there
+            progress: called after each chunk with how many tokens were read and how many there
                 are.
 
         Returns:
@@ -209,12 +203,17 @@ class Engine:
         Example:
             >>> import anymamba
             >>> engine = anymamba.load()
-            >>> engine.feed(engine.state(), "ROMEO:").token_count
+            >>> engine.prefill(engine.state(), "ROMEO:").token_count
             6
         """
-        blocks = self._blocks_of(state)
+        blocks = self._batch_of(state)
         read_texts(self._network, blocks, [self._ids(text, state)], progress)
         return state
+
+    def feed(self, state: State, text: Text, progress: Progress | None = None) -> State:
+        """The name of `prefill` in release 0.1."""
+        warn_renamed("Engine.feed", "Engine.prefill")
+        return self.prefill(state, text, progress)
 
     def logits(self, text: Text, state: State | None = None) -> NDArray[np.float32]:
         """What the model says after each token of a text.
@@ -236,7 +235,7 @@ class Engine:
             (6, 256)
         """
         state = self._started(state)
-        blocks, ids_l = self._blocks_of(state), self._ids(text, state)
+        blocks, ids_l = self._batch_of(state), self._ids(text, state)
         logits_lv = np.empty((ids_l.size, self._network.vocabulary), np.float32)
         start = 0
         for part_w, logits_wv in read_with_logits(self._network, blocks, ids_l):
@@ -265,9 +264,7 @@ class Engine:
             True
         """
         state = self._started(state)
-        return score_ids(self._network, self._blocks_of(state), self._ids(text, state))
-
-    # Writing.
+        return score_ids(self._network, self._batch_of(state), self._ids(text, state))
 
     def generate(
         self,
@@ -277,7 +274,7 @@ class Engine:
         *,
         state: State | None = None,
         **settings: Any,
-    ) -> Generation:
+    ) -> GenerationOutput:
         """Continue a text.
 
         Args:
@@ -300,14 +297,14 @@ class Engine:
         Example:
             >>> import anymamba
             >>> engine = anymamba.load()
-            >>> engine.generate("ROMEO:", temperature=0.8, seed=1, stop=[":"]).stopped_by
+            >>> engine.generate("ROMEO:", temperature=0.8, seed=1, stop=[":"]).finish_reason
             'stop'
         """
-        chosen = self._sampling(sampling, max_new_tokens, settings)
+        chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
         ids = self._prompt_ids(prompt, started)
         pieces = self._pieces(ids, chosen, started, keep=state is not None)
-        return Generation.of(list(pieces), ids.tolist(), chosen)
+        return GenerationOutput.of(list(pieces), ids.tolist(), chosen)
 
     def stream(
         self,
@@ -317,7 +314,7 @@ class Engine:
         *,
         state: State | None = None,
         **settings: Any,
-    ) -> Generator[Piece, None, None]:
+    ) -> Generator[TokenOutput, None, None]:
         """Continue a text, token by token.
 
         Args:
@@ -337,7 +334,7 @@ class Engine:
             >>> "".join(piece.text for piece in engine.stream("ROMEO:", max_new_tokens=5))
             '\\nI wo'
         """
-        chosen = self._sampling(sampling, max_new_tokens, settings)
+        chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
         ids = self._prompt_ids(prompt, started)
         return self._pieces(ids, chosen, started, keep=state is not None)
@@ -350,7 +347,7 @@ class Engine:
         *,
         state: State | None = None,
         **settings: Any,
-    ) -> list[Generation]:
+    ) -> list[GenerationOutput]:
         """Continue several texts side by side, which takes little longer than one.
 
         Each comes out as it would by itself. Where tokens are drawn by chance, text i does so
@@ -380,67 +377,43 @@ class Engine:
             prompts = list(prompts)
         except TypeError:
             raise InputError(f"prompts must be a list of texts, got {shown(prompts)}") from None
-        chosen = self._sampling(sampling, max_new_tokens, settings)
+        chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
-        blocks = self._blocks_of(started).take([0] * len(prompts))
+        blocks = self._batch_of(started).take([0] * len(prompts))
         sequences = [self._prompt_ids(prompt, started) for prompt in prompts]
-        writers = [self._writer(chosen, ids, row) for row, ids in enumerate(sequences)]
+        generators = [self._generator(chosen, ids, row) for row, ids in enumerate(sequences)]
         read_texts(self._network, blocks, sequences)
         return [
-            Generation.of(pieces, ids.tolist(), chosen)
+            GenerationOutput.of(pieces, ids.tolist(), chosen)
             for pieces, ids in zip(
-                write_batch(self._network, blocks, writers), sequences, strict=True
+                write_batch(self._network, blocks, generators), sequences, strict=True
             )
         ]
 
     def _pieces(
         self, ids: NDArray[np.int64], sampling: Sampling, state: State, keep: bool
-    ) -> Generator[Piece, None, None]:
-        blocks = self._blocks_of(state)
-        writer = self._writer(sampling, ids, 0)
+    ) -> Generator[TokenOutput, None, None]:
+        blocks = self._batch_of(state)
+        generator = self._generator(sampling, ids, 0)
 
-        def pieces() -> Generator[Piece, None, None]:
+        def pieces() -> Generator[TokenOutput, None, None]:
             read_texts(self._network, blocks, [ids])
-            yield from write_text(self._network, blocks, writer, keep)
+            yield from write_text(self._network, blocks, generator, keep)
 
         return pieces()
 
-    def _writer(self, sampling: Sampling, ids: NDArray[np.int64], row: int) -> Writer:
+    def _generator(self, sampling: Sampling, ids: NDArray[np.int64], row: int) -> TokenGenerator:
         sampler = Sampler(sampling, ids.tolist(), self._network.vocabulary, row)
         # Without a tokenizer there is no text, unless one is to be found in it.
         has_text = self._codec.exists or sampling.stop
-        return Writer(sampler, self.detokenize if has_text else _no_text, self.end_ids)
-
-    def _sampling(
-        self, sampling: Sampling | None, max_new_tokens: int | None, settings: dict[str, Any]
-    ) -> Sampling:
-        unknown = sorted(settings.keys() - set(_SETTINGS))
-        if unknown:
-            raise InputError(
-                f"there is no setting {', '.join(unknown)}; there are {', '.join(_SETTINGS)}"
-            )
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise InputError(f"sampling must be a Sampling, got {shown(sampling)}")
-        if max_new_tokens is not None:
-            settings["max_new_tokens"] = max_new_tokens
-        return Sampling(**settings) if sampling is None else replace(sampling, **settings)
+        return TokenGenerator(sampler, self.detokenize if has_text else _no_text, self.end_ids)
 
     def _ids(self, text: Text, state: State) -> NDArray[np.int64]:
         """The tokens of what a state is to read next."""
         if isinstance(text, str):
             return np.array(self.tokenize(text, special=state.token_count == 0), np.int64)
-        try:
-            ids = np.asarray(text)
-        except ValueError:  # lists of different lengths
-            ids = np.empty((0, 0))
-        if ids.size == 0 and ids.ndim == 1:
-            return ids.astype(np.int64)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise InputError(
-                f"expected a text, or the whole numbers of its tokens in a row, got {shown(text)}"
-            )
-        if ids.dtype.kind == "u":  # the largest would be others after the conversion
-            self._network.check_tokens(ids)
+        ids = as_token_ids(text)
+        self._network.check_tokens(ids)  # before numbers beyond int64 become others
         return ids.astype(np.int64)
 
     def _prompt_ids(self, prompt: Text, state: State) -> NDArray[np.int64]:
@@ -462,28 +435,11 @@ class Engine:
 
     def _started(self, state: State | None) -> State:
         """The state to go on from: a new one where none was given."""
-        return self.state() if state is None else _checked(state)
+        return self.state() if state is None else check_state(state)
 
-    def _blocks_of(self, state: State) -> Blocks:
+    def _batch_of(self, state: State) -> BatchState:
         """What a state holds, if it belongs to this model."""
-        _checked(state)
-        if state.identity is not self._identity:
-            check_identity(state.identity.sizes, self._identity.sizes, "this state")
-            if state.identity.digest != self._identity.digest:
-                raise StateError(
-                    "this state belongs to a model of the same sizes with other weights; use it "
-                    "with the engine that made it"
-                )
-        return state._blocks
-
-
-def _checked(state: object) -> State:
-    if not isinstance(state, State):
-        raise InputError(
-            "expected a state, as Engine.state makes it and load_state reads it, got "
-            f"{shown(state)}"
-        )
-    return state
+        return check_state(state).batch_of(self._identity)
 
 
 def _no_text(ids: Sequence[int]) -> str:

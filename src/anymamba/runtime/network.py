@@ -21,7 +21,7 @@ from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.native import core, wanted_threads
-from anymamba.runtime.state import Blocks
+from anymamba.runtime.state import BatchState
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
@@ -65,7 +65,7 @@ class Network:
         self._core = core()
         self._model = self._core.Model(*_table(weights), constant=True)
 
-    def step(self, blocks: Blocks, tokens_b: NDArray[np.int64]) -> None:
+    def step(self, blocks: BatchState, tokens_b: NDArray[np.int64]) -> None:
         """Let each text read one token; `blocks` and their logits advance in place."""
         if blocks.rows > _MOST_ROWS:
             self.read(blocks, list(tokens_b[:, None]))
@@ -76,7 +76,7 @@ class Network:
         keep = partial(setattr, blocks, "logits", logits)
         self._advance(blocks, partial(self._model.step, *arguments), 1, keep)
 
-    def read(self, blocks: Blocks, sequences: Sequence[NDArray[np.int64]]) -> None:
+    def read(self, blocks: BatchState, sequences: Sequence[NDArray[np.int64]]) -> None:
         """Let each text read some tokens; `blocks` and their logits advance in place.
 
         Args:
@@ -96,7 +96,7 @@ class Network:
             keep.insert(0, partial(logits_bv.__setitem__, reading, logits))
         self._read(blocks, sequences, ends[reading] - 1, logits, *keep)
 
-    def read_all(self, blocks: Blocks, ids_l: NDArray[np.int64]) -> NDArray[np.float32]:
+    def read_all(self, blocks: BatchState, ids_l: NDArray[np.int64]) -> NDArray[np.float32]:
         """Let one text read some tokens, and return the logits (l, v) after each of them."""
         logits_lv = np.empty((ids_l.size, self.vocabulary), np.float32)
         if ids_l.size:
@@ -138,7 +138,7 @@ class Network:
 
     def _read(
         self,
-        blocks: Blocks,
+        blocks: BatchState,
         sequences: Sequence[NDArray[np.int64]],
         positions_w: NDArray[np.int64],
         logits_wv: NDArray[np.float32],
@@ -154,7 +154,7 @@ class Network:
 
     def _advance(
         self,
-        blocks: Blocks,
+        blocks: BatchState,
         compute: Callable[[], None],
         tokens: NDArray[np.int64] | int,
         *keep: Callable[[], object],
@@ -169,7 +169,7 @@ class Network:
         steps: tuple[Callable[[], object], ...] = (compute, *keep, count)
         deque(map(call, steps), maxlen=0)
 
-    def _logits_of(self, blocks: Blocks) -> NDArray[np.float32]:
+    def _logits_of(self, blocks: BatchState) -> NDArray[np.float32]:
         if blocks.logits is not None:
             return blocks.logits
         return np.zeros((blocks.rows, self.vocabulary), np.float32)

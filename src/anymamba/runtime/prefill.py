@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.runtime.network import STRETCH_TOKENS, Network
-from anymamba.runtime.state import Blocks
+from anymamba.runtime.state import BatchState
 
 __all__ = ["Progress", "read_texts", "read_with_logits"]
 
@@ -24,7 +24,7 @@ _MOST_LOGITS = 1 << 23  # numbers, 32 MB
 
 def read_texts(
     network: Network,
-    blocks: Blocks,
+    blocks: BatchState,
     sequences: Sequence[NDArray[np.int64]],
     progress: Progress | None = None,
 ) -> None:
@@ -56,7 +56,7 @@ def read_texts(
 
 
 def read_with_logits(
-    network: Network, blocks: Blocks, ids_l: NDArray[np.int64]
+    network: Network, blocks: BatchState, ids_l: NDArray[np.int64]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Let one text read its tokens, and give out the logits after each of them.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from anymamba.runtime.generation import check_numbers
 from anymamba.runtime.network import Network
 from anymamba.runtime.prefill import read_with_logits
-from anymamba.runtime.state import Blocks
+from anymamba.runtime.state import BatchState
 
 __all__ = ["Score", "perplexity_of", "score_ids"]
 
@@ -58,7 +58,7 @@ def perplexity_of(nats: float) -> float:
         return math.inf
 
 
-def score_ids(network: Network, blocks: Blocks, ids_l: NDArray[np.int64]) -> Score:
+def score_ids(network: Network, blocks: BatchState, ids_l: NDArray[np.int64]) -> Score:
     """Score tokens in constant memory beside their log-probabilities.
 
     Args:

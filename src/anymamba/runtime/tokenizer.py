@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.tokenizer import HELP, raise_if_foreign, reason_of
 from anymamba.errors import CheckpointError, InputError
 from anymamba.renamed import old_names
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-__all__ = ["TextCodec"]
+__all__ = ["TextCodec", "as_token_ids"]
 
 # Characters or tokens that may take long enough to be interrupted.
 _LONG = 4096
@@ -27,15 +31,16 @@ _LEAST_SPEED = 2000.0
 class TextCodec:
     """Makes tokens of text, and text of tokens.
 
-    Args:
-        open_tokenizer: finds the tokenizer, once it is needed; None where the model has none.
+        Args:
+            open_tokenizer: finds the tokenizer, once it is needed; None where the model has none.
 
-    Example:
-        >>> from anymamba.assets import bundled_model
-        >>> from anymamba.checkpoint.tokenizer import read_tokenizer
-        >>> codec = TextCodec(lambda: read_tokenizer(bundled_model()))
-        >>> codec.encode("Hi", special=True), codec.decode([72, 105])
-        ([72, 105], 'Hi')
+        Example:
+            >>> from anymamba.assets import bundled_model
+            >>> from anymamba.checkpoint.io import shown
+    from anymamba.checkpoint.tokenizer import read_tokenizer
+            >>> codec = TextCodec(lambda: read_tokenizer(bundled_model()))
+            >>> codec.encode("Hi", special=True), codec.decode([72, 105])
+            ([72, 105], 'Hi')
     """
 
     def __init__(self, open_tokenizer: Callable[[], Tokenizer] | None) -> None:
@@ -95,6 +100,29 @@ class TextCodec:
         except BaseException as error:
             raise_if_foreign(error)
             raise InputError(f"the tokenizer fails at the tokens: {reason_of(error)}") from None
+
+
+def as_token_ids(ids: Any) -> NDArray[np.integer]:
+    """Take what is to be a row of tokens as an array.
+
+    Raises:
+        InputError: it is none.
+
+    Example:
+        >>> as_token_ids([72, 105])
+        array([ 72, 105])
+    """
+    try:
+        found = np.asarray(ids)
+    except ValueError:  # lists of different lengths
+        found = np.empty((0, 0))
+    if found.size == 0 and found.ndim == 1:
+        return found.astype(np.int64)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise InputError(
+            f"expected a text, or the whole numbers of its tokens in a row, got {shown(ids)}"
+        )
+    return found
 
 
 def _aside(call: Callable[[], Any], seconds: float) -> Any:

@@ -7,12 +7,13 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from anymamba.cli.text.continuation import ended_by
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
     from anymamba.cli.chat.template import ChatTemplate, Message
     from anymamba.runtime.engine import Engine
-    from anymamba.runtime.generation import Piece
+    from anymamba.runtime.generation import TokenOutput
     from anymamba.runtime.state import State
 
 __all__ = ["Conversation", "Reply"]
@@ -219,13 +220,14 @@ class Listener:
         self._ended_by = "interrupt"
         self._show = show
 
-    def listen(self, pieces: Iterable[Piece]) -> None:
+    def listen(self, pieces: Iterable[TokenOutput]) -> None:
         """Take all pieces there are, or those until Ctrl-C."""
         try:
             for piece in pieces:
                 self._ids += piece.ids
                 self._text += piece.text
-                self._ended_by = piece.stopped_by or self._ended_by
+                if piece.finish_reason is not None:
+                    self._ended_by = ended_by(piece.finish_reason)
                 if piece.text:
                     self._show(piece.text)
         except KeyboardInterrupt:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Continuation"]
+__all__ = ["Continuation", "ended_by"]
+
+# What the command line's JSON has called it from the first release on.
+_ENDED_BY = {"eos": "end"}
+
+
+def ended_by(finish_reason: str | None) -> str:
+    """The runtime's finish reason as the command line tells it: "stop", "end" or "length"."""
+    reason = finish_reason or "length"
+    return _ENDED_BY.get(reason, reason)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from anymamba.cli.load_engine import beginning_state, open_engine
 from anymamba.cli.options.sampling import sampling_settings
 from anymamba.cli.terminal.output import tell, write
+from anymamba.cli.text.continuation import ended_by
 from anymamba.cli.text.files import check_text, read_blocks
 from anymamba.cli.text.passages import lines_of
 from anymamba.errors import BackendError, InputError
@@ -51,7 +52,11 @@ def continue_prompts(arguments: argparse.Namespace) -> None:
             strict=True,
         ):
             new_tokens += len(result.ids)
-            answer = {"text": result.text, "new_tokens": result.ids, "ended_by": result.stopped_by}
+            answer = {
+                "text": result.text,
+                "new_tokens": result.ids,
+                "ended_by": ended_by(result.finish_reason),
+            }
             write(json.dumps(record | answer) + "\n")
     report(engine, len(records), new_tokens, time.perf_counter() - start)
 

@@ -105,7 +105,7 @@ def _compiled(source: str) -> Template:
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Generation(Extension):
+    class GenerationOutput(Extension):
         """Reads the marks around the assistant's words, which matter in training only."""
 
         tags = {"generation"}  # noqa: RUF012
@@ -115,7 +115,7 @@ def _compiled(source: str) -> Template:
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationOutput, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse

@@ -1,26 +1,28 @@
 """From logits to text: sampling, stopping, detokenizing as the tokens come."""
 
 from anymamba.renamed import old_names
-from anymamba.runtime.generation.detokenizer import TextStream
+from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
 from anymamba.runtime.generation.generation_config import suggested_sampling
 from anymamba.runtime.generation.logits_processors import check_numbers
 from anymamba.runtime.generation.sampling import Sampler, Sampling
+from anymamba.runtime.generation.sampling_settings import chosen_sampling
 from anymamba.runtime.generation.token_generator import (
-    Generation,
-    Piece,
-    Writer,
+    GenerationOutput,
+    TokenGenerator,
+    TokenOutput,
     write_batch,
     write_text,
 )
 
 __all__ = [
-    "Generation",
-    "Piece",
+    "GenerationOutput",
     "Sampler",
     "Sampling",
-    "TextStream",
-    "Writer",
+    "StreamingDetokenizer",
+    "TokenGenerator",
+    "TokenOutput",
     "check_numbers",
+    "chosen_sampling",
     "suggested_sampling",
     "write_batch",
     "write_text",

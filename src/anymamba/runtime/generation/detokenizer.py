@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from anymamba.errors import InputError
+from anymamba.renamed import old_names
 
-__all__ = ["TextStream"]
+__all__ = ["StreamingDetokenizer"]
 
 # What decoders write for bytes that are not, or not yet, a character.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -17,7 +18,7 @@ _MOST_UNFINISHED = 3
 _LONG = 16
 
 
-class TextStream:
+class StreamingDetokenizer:
     """Turns tokens, which come one by one, into pieces of text that can be shown at once.
 
     A character is given out when all of its bytes are there. The pieces together are the text
@@ -37,20 +38,21 @@ class TextStream:
         InputError: a stop string is empty.
 
     Attributes:
-        stopped_by: the stop string that ended the text; None as long as there was none.
+        stop_string: the stop string that ended the text; None as long as there was none.
 
     Example:
-        >>> stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), stop=["END"])
+        >>> as_text = lambda ids: bytes(ids).decode(errors="replace")
+        >>> stream = StreamingDetokenizer(as_text, stop=["END"])
         >>> [stream.add(byte) for byte in "é: EN END!".encode()]
         ['', 'é', ':', ' ', '', '', 'EN ', '', '', '', '']
-        >>> stream.finish(), stream.stopped_by
+        >>> stream.finish(), stream.stop_string
         ('', 'END')
     """
 
     def __init__(
         self, detokenize: Callable[[Sequence[int]], str], stop: Sequence[str] = ()
     ) -> None:
-        self.stopped_by: str | None = None
+        self.stop_string: str | None = None
         self._window = _Window(detokenize)
         self._stop = _StopFinder(stop)
 
@@ -63,7 +65,7 @@ class TextStream:
         Returns:
             The text that is now certain and was not given out before, often empty.
         """
-        return "" if self.stopped_by is not None else self._given(self._window.add(token))
+        return "" if self.stop_string is not None else self._given(self._window.add(token))
 
     def finish(self) -> str:
         """Say that no more tokens come.
@@ -72,13 +74,13 @@ class TextStream:
             What was held back: the beginning of what did not become a stop string, and U+FFFD
             for the bytes of an unfinished character.
         """
-        if self.stopped_by is not None:
+        if self.stop_string is not None:
             return ""
         piece = self._given(self._window.finish())
-        return piece if self.stopped_by is not None else piece + self._stop.rest()
+        return piece if self.stop_string is not None else piece + self._stop.rest()
 
     def _given(self, text: str) -> str:
-        piece, self.stopped_by = self._stop.add(text)
+        piece, self.stop_string = self._stop.add(text)
         return piece
 
 
@@ -216,3 +218,6 @@ class _StopFinder:
     def _release(self, length: int) -> str:
         piece, self._held = self._held[:length], self._held[length:]
         return piece
+
+
+__getattr__ = old_names(__name__)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint.io import shown
 from anymamba.errors import InputError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Constraint", "Sampling"]
+__all__ = ["Constraint", "Sampling", "chosen_sampling"]
 
 Constraint = Callable[[Sequence[int], "NDArray[np.float32]"], "ArrayLike"]
 
@@ -188,3 +188,32 @@ def _checked_stop_ids(stop_ids: object) -> tuple[int, ...]:
 
 def _refusal(name: str, value: object, expected: str) -> InputError:
     return InputError(f"{name} is {shown(value)}, expected {expected}")
+
+
+def chosen_sampling(
+    sampling: Sampling | None, max_new_tokens: int | None, settings: Mapping[str, Any]
+) -> Sampling:
+    """Put together what a call says about sampling.
+
+    Args:
+        sampling: where the others start from; None for the defaults.
+        max_new_tokens: goes before the field of that name, unless it is None.
+        settings: fields of `Sampling` by name, which go before those of `sampling`.
+
+    Raises:
+        InputError: there is no such field, or a value makes no sense.
+
+    Example:
+        >>> chosen_sampling(Sampling(top_k=5), 3, {"temperature": 0.5}).top_k
+        5
+    """
+    known = [field.name for field in fields(Sampling)]
+    unknown = sorted(settings.keys() - {*known})
+    if unknown:
+        raise InputError(f"there is no setting {', '.join(unknown)}; there are {', '.join(known)}")
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise InputError(f"sampling must be a Sampling, got {shown(sampling)}")
+    given = dict(settings)
+    if max_new_tokens is not None:
+        given["max_new_tokens"] = max_new_tokens
+    return replace(sampling or Sampling(), **given)

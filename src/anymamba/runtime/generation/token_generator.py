@@ -8,21 +8,32 @@ from typing import Literal
 
 import numpy as np
 
-from anymamba.runtime.generation.detokenizer import TextStream
+from anymamba.renamed import warn_renamed
+from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
 from anymamba.runtime.generation.sampling import Sampler, Sampling
 from anymamba.runtime.network import Network
-from anymamba.runtime.state import Blocks
+from anymamba.runtime.state import BatchState
 
-__all__ = ["Generation", "Piece", "StoppedBy", "Writer", "write_batch", "write_text"]
+__all__ = [
+    "FinishReason",
+    "GenerationOutput",
+    "TokenGenerator",
+    "TokenOutput",
+    "write_batch",
+    "write_text",
+]
 
-StoppedBy = Literal["length", "stop", "end"]
+FinishReason = Literal["length", "stop", "eos"]
 """What ended a text: the number of tokens asked for, a stop string, or an end token."""
+
+# As release 0.1 called them.
+_STOPPED_BY: dict[str, str] = {"eos": "end"}
 
 TopLogprobs = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenOutput:
     """What one new token brings.
 
     Args:
@@ -31,24 +42,29 @@ class Piece:
         ids: the token, one.
         logprob: its log-probability, if the settings ask for it.
         top_logprobs: the likeliest tokens and theirs, if the settings ask for them.
-        stopped_by: on the last piece, what ended the text.
+        finish_reason: on the last piece, what ended the text.
     """
 
     text: str
     ids: tuple[int, ...]
     logprob: float | None = None
     top_logprobs: TopLogprobs = ()
-    stopped_by: StoppedBy | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The name of `finish_reason` in release 0.1, where "eos" was "end"."""
+        return _stopped_by("TokenOutput", self.finish_reason)
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationOutput:
     """What a model wrote.
 
     Args:
         text: the new text, without the prompt, and up to a stop string.
         ids: the new tokens, those of a stop string and an end token among them.
-        stopped_by: "length", "stop" (a stop string) or "end" (an end token).
+        finish_reason: "length", "stop" (a stop string) or "eos" (an end token).
         prompt_ids: the tokens that were read before.
         logprobs: of each new token, if the settings ask for them.
         top_logprobs: for each new token the likeliest and theirs, if the settings ask for them.
@@ -56,18 +72,25 @@ class Generation:
 
     text: str
     ids: list[int]
-    stopped_by: StoppedBy
+    finish_reason: FinishReason
     prompt_ids: list[int]
     logprobs: list[float] | None = None
     top_logprobs: list[TopLogprobs] | None = None
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The name of `finish_reason` in release 0.1, where "eos" was "end"."""
+        return _stopped_by("GenerationOutput", self.finish_reason)
+
     @classmethod
-    def of(cls, pieces: Sequence[Piece], prompt_ids: list[int], sampling: Sampling) -> Generation:
+    def of(
+        cls, pieces: Sequence[TokenOutput], prompt_ids: list[int], sampling: Sampling
+    ) -> GenerationOutput:
         """Put pieces together.
 
         Example:
-            >>> pieces = [Piece("a", (1,)), Piece("b", (2,), stopped_by="length")]
-            >>> Generation.of(pieces, [], Sampling()).text
+            >>> pieces = [TokenOutput("a", (1,)), TokenOutput("b", (2,), finish_reason="length")]
+            >>> GenerationOutput.of(pieces, [], Sampling()).text
             'ab'
         """
         wanted = sampling.top_logprobs
@@ -75,14 +98,19 @@ class Generation:
         return cls(
             text="".join(piece.text for piece in pieces),
             ids=[id for piece in pieces for id in piece.ids],
-            stopped_by=pieces[-1].stopped_by or "length",
+            finish_reason=pieces[-1].finish_reason or "length",
             prompt_ids=prompt_ids,
             logprobs=None if wanted is None else logprobs,
             top_logprobs=[piece.top_logprobs for piece in pieces] if wanted else None,
         )
 
 
-class Writer:
+def _stopped_by(owner: str, finish_reason: FinishReason | None) -> str | None:
+    warn_renamed(f"{owner}.stopped_by", f"{owner}.finish_reason, whose 'eos' was 'end'")
+    return finish_reason and _STOPPED_BY.get(finish_reason, finish_reason)
+
+
+class TokenGenerator:
     """Chooses the tokens of one text, and says when it ends.
 
     Args:
@@ -97,38 +125,38 @@ class Writer:
         detokenize: Callable[[Sequence[int]], str],
         end_ids: Collection[int],
     ) -> None:
-        self.stopped_by: StoppedBy | None = None
+        self.finish_reason: FinishReason | None = None
         self._sampler = sampler
-        self._stream = TextStream(detokenize, sampler.sampling.stop)
+        self._stream = StreamingDetokenizer(detokenize, sampler.sampling.stop)
         self._end_ids = {*end_ids, *sampler.sampling.stop_ids}
         self._left = sampler.sampling.max_new_tokens
 
-    def write(self, logits_v: np.ndarray) -> Piece:
+    def write(self, logits_v: np.ndarray) -> TokenOutput:
         """Choose the next token by the logits after all before it."""
         chosen = self._sampler.next(logits_v)
         self._left -= 1
         ended = chosen.id in self._end_ids
         text = "" if ended else self._stream.add(chosen.id)
         if ended:
-            self.stopped_by = "end"
-        elif self._left == 0 and self._stream.stopped_by is None:
-            self.stopped_by = "length"
-        if self.stopped_by is not None:
+            self.finish_reason = "eos"
+        elif self._left == 0 and self._stream.stop_string is None:
+            self.finish_reason = "length"
+        if self.finish_reason is not None:
             text += self._stream.finish()
-        if self._stream.stopped_by is not None:  # finishing may show one too
-            self.stopped_by = "stop"
-        return Piece(text, (chosen.id,), chosen.logprob, chosen.top, self.stopped_by)
+        if self._stream.stop_string is not None:  # finishing may show one too
+            self.finish_reason = "stop"
+        return TokenOutput(text, (chosen.id,), chosen.logprob, chosen.top, self.finish_reason)
 
 
 def write_text(
-    network: Network, blocks: Blocks, writer: Writer, keep: bool
-) -> Generator[Piece, None, None]:
+    network: Network, blocks: BatchState, generator: TokenGenerator, keep: bool
+) -> Generator[TokenOutput, None, None]:
     """Write one text.
 
     Args:
         network: the model.
         blocks: one text that was read, with its logits; advanced in place.
-        writer: chooses.
+        generator: chooses.
         keep: whether `blocks` are used afterwards, and so have to have read all that was given
             out, however this ends: also where the caller stops listening, or presses Ctrl-C.
 
@@ -138,36 +166,38 @@ def write_text(
     read = int(blocks.counts[0])
     chosen = np.empty(0, np.int64)
     try:
-        while writer.stopped_by is None:
+        while generator.finish_reason is None:
             assert blocks.logits is not None
-            piece = writer.write(blocks.logits[0])
+            piece = generator.write(blocks.logits[0])
             chosen, read = np.array(piece.ids), read + 1
             yield piece
-            if piece.stopped_by is None:
+            if piece.finish_reason is None:
                 network.step(blocks, chosen)
     finally:
         if keep and blocks.counts[0] < read:
             network.step(blocks, chosen)
 
 
-def write_batch(network: Network, blocks: Blocks, writers: Sequence[Writer]) -> list[list[Piece]]:
+def write_batch(
+    network: Network, blocks: BatchState, generators: Sequence[TokenGenerator]
+) -> list[list[TokenOutput]]:
     """Write several texts side by side; those that have ended cost no more.
 
     Args:
         network: the model.
-        blocks: a text that was read for each writer, with its logits; used up.
-        writers: choose.
+        blocks: a text that was read for each generator, with its logits; used up.
+        generators: choose.
 
     Returns:
         The pieces of each text.
     """
-    pieces: list[list[Piece]] = [[] for _ in writers]
-    rows = list(range(len(writers)))
+    pieces: list[list[TokenOutput]] = [[] for _ in generators]
+    rows = list(range(len(generators)))
     while rows:
         assert blocks.logits is not None
         for place, row in enumerate(rows):
-            pieces[row].append(writers[row].write(blocks.logits[place]))
-        going = [place for place, row in enumerate(rows) if writers[row].stopped_by is None]
+            pieces[row].append(generators[row].write(blocks.logits[place]))
+        going = [place for place, row in enumerate(rows) if generators[row].finish_reason is None]
         if len(going) < len(rows):
             blocks, rows = blocks.take(going), [rows[place] for place in going]
         if rows:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Blocks"]
+from anymamba.renamed import old_names
+
+__all__ = ["BatchState"]
 
 
 @dataclass
-class Blocks:
+class BatchState:
     """The memory of b texts: two blocks whose size no text changes.
 
     Args:
@@ -28,7 +30,7 @@ class Blocks:
     logits: NDArray[np.float32] | None = None
 
     @classmethod
-    def empty(cls, sizes: Mapping[str, str | int], rows: int) -> Blocks:
+    def empty(cls, sizes: Mapping[str, str | int], rows: int) -> BatchState:
         """The memory of texts of which nothing was read.
 
         Args:
@@ -48,11 +50,14 @@ class Blocks:
         """b, how many texts these are."""
         return self.counts.size
 
-    def take(self, rows: Sequence[int]) -> Blocks:
+    def take(self, rows: Sequence[int]) -> BatchState:
         """Copies of some rows, of each as often as it is named."""
-        return Blocks(
+        return BatchState(
             np.take(self.conv, rows, axis=1),
             np.take(self.ssm, rows, axis=1),
             np.take(self.counts, rows),
             None if self.logits is None else np.take(self.logits, rows, axis=0),
         )
+
+
+__getattr__ = old_names(__name__)

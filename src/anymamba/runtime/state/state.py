@@ -15,18 +15,20 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import (
     StateFile,
     TensorBytes,
+    check_identity,
     read_state_file,
     state_metadata,
     write_atomically,
     write_safetensors,
 )
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.mmap import FileMap
 from anymamba.errors import InputError, StateError
-from anymamba.runtime.state.batch_state import Blocks
+from anymamba.runtime.state.batch_state import BatchState
 from anymamba.runtime.state.fingerprint import Identity
 
-__all__ = ["State", "load_state"]
+__all__ = ["State", "check_state", "load_state"]
 
 
 class State:
@@ -42,14 +44,14 @@ class State:
     Example:
         >>> import anymamba
         >>> engine = anymamba.load()
-        >>> state = engine.feed(engine.state(), "ROMEO:")
+        >>> state = engine.prefill(engine.state(), "ROMEO:")
         >>> state
         State(6 tokens, 173 kB)
     """
 
-    def __init__(self, identity: Identity, blocks: Blocks | None = None) -> None:
+    def __init__(self, identity: Identity, blocks: BatchState | None = None) -> None:
         self.identity = identity
-        self._blocks = Blocks.empty(identity.sizes, 1) if blocks is None else blocks
+        self._blocks = BatchState.empty(identity.sizes, 1) if blocks is None else blocks
 
     def __repr__(self) -> str:
         return f"State({self.token_count} tokens, {self.nbytes / 1000:.0f} kB)"
@@ -89,8 +91,8 @@ class State:
         Example:
             >>> import anymamba
             >>> engine = anymamba.load()
-            >>> state = engine.feed(engine.state(), "ROMEO:")
-            >>> fork = engine.feed(state.copy(), " But")
+            >>> state = engine.prefill(engine.state(), "ROMEO:")
+            >>> fork = engine.prefill(state.copy(), " But")
             >>> state.token_count, fork.token_count
             (6, 10)
         """
@@ -122,7 +124,7 @@ class State:
         Example:
             >>> import anymamba
             >>> engine = anymamba.load()
-            >>> state, other = engine.state(), engine.feed(engine.state(), "ROMEO:")
+            >>> state, other = engine.state(), engine.prefill(engine.state(), "ROMEO:")
             >>> state.assign(other.conv_states, other.ssm_states, other.token_count)
             >>> state.token_count
             6
@@ -137,11 +139,29 @@ class State:
         ):
             if np.shape(given) != own.shape:
                 raise InputError(f"{name} has shape {np.shape(given)}, expected {own.shape}")
-        self._blocks = Blocks(
+        self._blocks = BatchState(
             np.array(conv_states, np.float32, order="C"),
             np.array(ssm_states, np.float32, order="C"),
             np.array([token_count], np.int64),
         )
+
+    def batch_of(self, identity: Identity) -> BatchState:
+        """What the state holds, for a model that goes on from it.
+
+        Args:
+            identity: the model's.
+
+        Raises:
+            StateError: the state belongs to another model.
+        """
+        if self.identity is not identity:
+            check_identity(self.identity.sizes, identity.sizes, "this state")
+            if self.identity.digest != identity.digest:
+                raise StateError(
+                    "this state belongs to a model of the same sizes with other weights; use it "
+                    "with the engine that made it"
+                )
+        return self._blocks
 
     def save(
         self,
@@ -166,7 +186,7 @@ class State:
             >>> import anymamba
             >>> engine = anymamba.load()
             >>> file = Path(tempfile.mkdtemp()) / "romeo.state"
-            >>> engine.feed(engine.state(), "ROMEO:").save(file)
+            >>> engine.prefill(engine.state(), "ROMEO:").save(file)
             >>> engine.load_state(file)
             State(6 tokens, 173 kB)
         """
@@ -185,6 +205,27 @@ class State:
         digest = self.identity.digest
         metadata = state_metadata(self.identity.sizes, [self.token_count], digest)
         write_atomically(path, lambda part: write_safetensors(part, tensors, metadata))
+
+
+def check_state(state: object) -> State:
+    """Refuse what is no state.
+
+    Raises:
+        InputError: it is something else.
+
+    Example:
+        >>> check_state(None)
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.InputError: expected a state, as Engine.state makes it and load_state \
+reads it, got None
+    """
+    if not isinstance(state, State):
+        raise InputError(
+            "expected a state, as Engine.state makes it and load_state reads it, got "
+            f"{shown(state)}"
+        )
+    return state
 
 
 def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
@@ -222,7 +263,7 @@ def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
     _check_numbers(blocks, file.source)
     counts = np.array(file.token_counts, np.int64)
     logits = blocks.get("logits")
-    return State(identity, Blocks(blocks["conv_states"], blocks["ssm_states"], counts, logits))
+    return State(identity, BatchState(blocks["conv_states"], blocks["ssm_states"], counts, logits))
 
 
 def _bytes_of(block: NDArray[np.float32], dtype: str) -> TensorBytes:

@@ -144,7 +144,7 @@ def predict(engine: Engine, passage: Passage) -> tuple[bool, float, int]:
     whole = engine.tokenize(passage.context + passage.last_word, special=False)
     length = min(len(engine.tokenize(passage.context, special=False)), len(whole) - 1)
     context, word = before + whole[:length], whole[length:]
-    state = engine.feed(engine.state(), context)
+    state = engine.prefill(engine.state(), context)
     assert state.logits is not None
     first_v = state.logits.copy()
     known, nats = True, 0.0

@@ -25,12 +25,12 @@ from anymamba.cli.options.sampling import (
 from anymamba.cli.summary import figures_line, figures_of
 from anymamba.cli.terminal.output import Output, tell
 from anymamba.cli.terminal.silence import quiet
-from anymamba.cli.text.continuation import Continuation
+from anymamba.cli.text.continuation import Continuation, ended_by
 from anymamba.cli.text.prompt import prompt_from
 from anymamba.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from anymamba.runtime.generation import Piece
+    from anymamba.runtime.generation import TokenOutput
 
 __all__ = ["add_arguments", "run"]
 
@@ -147,7 +147,7 @@ def continue_text(arguments: argparse.Namespace, prompt: str, output: Output) ->
     start = time.perf_counter()
     with closing(engine.stream(prompt_ids, state=state, **settings)) as stream:
         output.begin()
-        pieces: list[Piece] = []
+        pieces: list[TokenOutput] = []
         first_at = start
         for piece in stream:
             first_at = first_at if pieces else time.perf_counter()
@@ -163,7 +163,7 @@ def continue_text(arguments: argparse.Namespace, prompt: str, output: Output) ->
         text="".join(piece.text for piece in pieces),
         prompt_ids=prompt_ids,
         ids=[id for piece in pieces for id in piece.ids],
-        ended_by=pieces[-1].stopped_by or "length",
+        ended_by=ended_by(pieces[-1].finish_reason),
         prompt_seconds=first_at - start,
         new_seconds=end - first_at,
     )

@@ -115,7 +115,7 @@ class Reader:
         # read far ahead of it.
         for start in range(0, len(tokens), STRETCH_TOKENS):
             stretch = tokens[start : start + STRETCH_TOKENS]
-            self._engine.feed(self._state, stretch)
+            self._engine.prefill(self._state, stretch)
             self.tokens += len(stretch)
             share = (start + len(stretch)) / len(tokens)
             self._progress.show(self._fed_bytes + int(size * share), self.tokens)
