@@ -5,7 +5,7 @@
 #include "bindings/gil.h"
 #include "bindings/modules.h"
 #include "model/prefill.h"
-#include "model/step.h"
+#include "model/decode_step.h"
 
 namespace anymamba::bindings {
 namespace {

@@ -4,7 +4,7 @@
 #include "bindings/arrays.h"
 #include "bindings/gil.h"
 #include "bindings/modules.h"
-#include "base/scratch_memory.h"
+#include "base/arena.h"
 
 namespace anymamba::bindings {
 namespace {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/conv.h"
-#include "kernels/linear.h"
+#include "kernels/gemm.h"
 #include "kernels/norm.h"
 #include "kernels/quantized.h"
 #include "kernels/scan.h"

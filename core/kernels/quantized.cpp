@@ -5,7 +5,7 @@
 // then the lanes of a chunk's sums belong to two groups.
 #include "simd/dot4.h"
 #include "kernels/functions.h"
-#include "simd/integers.h"
+#include "base/integers.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"
 

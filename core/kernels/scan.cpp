@@ -13,7 +13,7 @@
 #include "kernels/scan.h"
 
 #include "kernels/functions.h"
-#include "simd/integers.h"
+#include "base/integers.h"
 #include "simd/scratch.h"
 #include "simd/simd.h"
 #include "base/subnormals.h"

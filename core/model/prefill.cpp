@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-#include "base/scratch_memory.h"
+#include "base/arena.h"
 
 namespace anymamba {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "base/scratch_memory.h"
+#include "base/arena.h"
 #include "simd/simd.h"
 
 namespace anymamba::ANYMAMBA_ISA {

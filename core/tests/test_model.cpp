@@ -4,7 +4,7 @@
 
 #include "tests/check.h"
 #include "model/prefill.h"
-#include "model/step.h"
+#include "model/decode_step.h"
 
 using namespace anymamba;
 using namespace anymamba::test;

@@ -1,10 +1,10 @@
-#include "model/step.h"
+#include "model/decode_step.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "kernels/kernels.h"
-#include "base/scratch_memory.h"
+#include "base/arena.h"
 
 namespace anymamba {
 namespace {

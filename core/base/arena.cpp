@@ -1,4 +1,4 @@
-#include "base/scratch_memory.h"
+#include "base/arena.h"
 
 #include <pthread.h>
 

@@ -8,7 +8,7 @@
 // c is summed in the order of k by one worker, in tiles of any size in the same way: results are
 // the same for any number of threads and any cut of c.
 #include "kernels/functions.h"
-#include "simd/integers.h"
+#include "base/integers.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"
 
