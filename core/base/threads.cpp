@@ -18,7 +18,7 @@
 namespace anymamba {
 
 // Where threads sleep until something that they look at has changed.
-class Bed {
+class WaitQueue {
  public:
   // `done` loads the atomic that will change, in sequential order (the default). The change and
   // wake() are in that order too, so either the sleeper sees the change or wake() sees the sleeper.
@@ -71,7 +71,7 @@ inline void relax() {
 }
 
 template <class Done>
-void wait_until(const Done& done, Bed& bed) {
+void wait_until(const Done& done, WaitQueue& bed) {
   for (int i = 0; i < kSpins; ++i) {
     if (done()) return;
     relax();
@@ -94,7 +94,7 @@ class Pool {
     if (size() >= threads || refused_) return;
     beds_.reserve(static_cast<std::size_t>(threads));
     while (size() < threads && !refused_) {
-      auto bed = std::make_unique<Bed>();
+      auto bed = std::make_unique<WaitQueue>();
       try {
         std::thread([this, worker = size(), own = bed.get()] { serve(worker, *own); }).detach();
         beds_.push_back(bed.release());
@@ -144,7 +144,7 @@ class Pool {
   static constexpr int kRegionShift = 16;
   static constexpr std::uint64_t kOpen = 1u << 15, kCount = kOpen - 1;
 
-  void serve(int worker, Bed& bed) {
+  void serve(int worker, WaitQueue& bed) {
     for (std::uint64_t seen = 0;;) {
       std::uint64_t ticket = 0;
       wait_until(
@@ -182,11 +182,11 @@ class Pool {
   Barrier* barrier_ = nullptr;
   // The caller's own.
   std::uint64_t regions_ = 0;
-  std::vector<Bed*> beds_;
+  std::vector<WaitQueue*> beds_;
   bool refused_ = false;
   Pace pace_;
   // For waiting inside a region: at its barrier, or for its end.
-  Bed inside_;
+  WaitQueue inside_;
 };
 
 // Not a mutex: a nested call finds it taken by its own thread, and a child of fork frees it.

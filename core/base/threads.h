@@ -15,13 +15,13 @@
 
 namespace anymamba {
 
-class Bed;
+class WaitQueue;
 
 // All workers of a region meet here. Reusable. It keeps the time that the thread which made it, the
 // caller of the region, waits for the others.
 class Barrier {
  public:
-  Barrier(int members, Bed* bed) : members_(members), bed_(bed), caller_(pthread_self()) {}
+  Barrier(int members, WaitQueue* bed) : members_(members), bed_(bed), caller_(pthread_self()) {}
   void wait() { wait([] {}); }
 
   // Calls `meanwhile` again and again until the others come.
@@ -43,7 +43,7 @@ class Barrier {
   void sleep_through(unsigned generation);
 
   const int members_;
-  Bed* const bed_;  // where they sleep when the others take long
+  WaitQueue* const bed_;  // where they sleep when the others take long
   const pthread_t caller_;
   std::int64_t caller_waited_ = 0;
   std::atomic<int> arrived_{0};
@@ -74,12 +74,12 @@ class Threads {
 };
 
 // A stretch of rows.
-struct Span {
+struct RowRange {
   std::int64_t first, last;
 };
 
 // A worker's share of `count` rows, in units of 16 so that workers do not share cache lines.
-inline Span share(std::int64_t count, int worker, int workers, std::int64_t unit = 16) {
+inline RowRange share(std::int64_t count, int worker, int workers, std::int64_t unit = 16) {
   const std::int64_t units = (count + unit - 1) / unit;
   const auto border = [&](int w) {
     const std::int64_t row = units * w / workers * unit;

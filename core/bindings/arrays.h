@@ -197,10 +197,10 @@ inline const std::uint16_t* bfloat16s(const std::string& name, const In& array, 
   return static_cast<const std::uint16_t*>(pointer(array));
 }
 
-// A weight (n, k) of which q, scales and minima (or nothing) are given. The bits follow from q's
+// A weight (n, k) of which q, scales and offsets (or nothing) are given. The bits follow from q's
 // width and the group from that of the scales.
 inline QuantizedWeight quantized_weight(const char* name, const In& q, const In& scales,
-                                        const std::optional<In>& minima, std::int64_t n,
+                                        const std::optional<In>& offsets, std::int64_t n,
                                         std::int64_t k) {
   const std::string called = name;
   check_shape(name, q, {n, kAny});
@@ -219,7 +219,7 @@ inline QuantizedWeight quantized_weight(const char* name, const In& q, const In&
   weight.group = static_cast<int>(group);
   weight.q = static_cast<const std::uint8_t*>(pointer(q));
   weight.scales = bfloat16s(called + ": scales", scales, {n, groups});
-  if (minima) weight.minima = bfloat16s(called + ": minima", *minima, {n, groups});
+  if (offsets) weight.offsets = bfloat16s(called + ": minima", *offsets, {n, groups});
   return weight;
 }
 

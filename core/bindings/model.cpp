@@ -106,7 +106,7 @@ class PyModel : WeightTable {
       if (!nb::try_cast<nb::dict>(layer, given)) refuse("a layer is not a dict of arrays");
       add(given, true);
     }
-    if (constant) keep_rates();
+    if (constant) keep_A();
   }
 
   // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
@@ -187,18 +187,18 @@ class PyModel : WeightTable {
   }
 
   // A of all layers, once and for all.
-  void keep_rates() {
+  void keep_A() {
     const std::int64_t size = model_.e * model_.n;
-    rates_.resize(model_.layers.size() * size);
-    float* A = rates_.data();
+    A_.resize(model_.layers.size() * size);
+    float* A = A_.data();
     for (Layer& layer : model_.layers) {
-      kernels().rates(layer.A_log.data, layer.A_log.type, A, size);
+      kernels().negative_exp(layer.A_log.data, layer.A_log.type, A, size);
       layer.A = A;
       A += size;
     }
   }
 
-  std::vector<float> rates_;
+  std::vector<float> A_;
 };
 
 // One layer's mixer, for models that are not ours throughout.

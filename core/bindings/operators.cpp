@@ -313,9 +313,9 @@ void py_norm_backward(const In& sum, const In& weight, float eps, const In& scal
   kernels().norm_backward(norm, gradients);
 }
 
-void py_product(const In& a, const In& b, const std::optional<In>& bias, const Out& c,
+void py_gemm(const In& a, const In& b, const std::optional<In>& bias, const Out& c,
                 bool accumulate) {
-  Product product;
+  Gemm product;
   product.m = extent(a, 0);
   product.k = extent(a, 1);
   product.n = extent(b, 1);
@@ -325,13 +325,13 @@ void py_product(const In& a, const In& b, const std::optional<In>& bias, const O
   product.bias = floats("bias", bias, {product.n});
   product.accumulate = accumulate;
   const WithoutGil unlocked;
-  kernels().product(product);
+  kernels().gemm(product);
 }
 
-void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& bias,
+void py_gemv(const In& x, const In& weight_array, const std::optional<In>& bias,
                  const Out& y) {
   const std::int64_t n = extent(weight_array, 0);
-  FewRows product;
+  Gemv product;
   product.k = extent(weight_array, 1);
   const Weight w = dense_weight("weight", weight_array, n, product.k);
   product.weight = w.data;
@@ -348,38 +348,38 @@ void py_few_rows(const In& x, const In& weight_array, const std::optional<In>& b
   if (m == 0) return;
   const WithoutGil unlocked;
   parallel_region([&](int worker, int workers, Barrier&) {
-    const Span mine = share(n, worker, workers);
-    kernels().few_rows(product, mine.first, mine.last);
+    const RowRange mine = share(n, worker, workers);
+    kernels().gemv(product, mine.first, mine.last);
   });
 }
 
 // y (m, n) = x (m, k) times a quantized weight (n, k), by the kernel for few rows or for many.
-void py_quantized_product(const In& x, const In& q, const In& scales, const std::optional<In>& minima,
+void py_quantized_gemm(const In& x, const In& q, const In& scales, const std::optional<In>& offsets,
                           const std::optional<In>& bias, const Out& y, bool few) {
-  QuantizedProduct product;
+  QuantizedGemm product;
   product.m = extent(x, 0);
   product.k = extent(x, 1);
   product.n = extent(q, 0);
   product.a = floats("x", x, {product.m, product.k});
   product.a_row_stride = product.k;
-  product.weight = quantized_weight("weight", q, scales, minima, product.n, product.k);
+  product.weight = quantized_weight("weight", q, scales, offsets, product.n, product.k);
   product.c = floats("y", y, {product.m, product.n});
   product.c_row_stride = product.n;
   product.bias = floats("bias", bias, {product.n});
   if (product.m == 0) return;
   const WithoutGil unlocked;
-  if (!few) return kernels().quantized_product(product);
+  if (!few) return kernels().quantized_gemm(product);
   const std::int64_t groups = product.m * (product.k / product.weight.group);
   std::vector<std::int8_t> rounded(product.m * product.k);
   std::vector<float> row_scales(groups);
   std::vector<std::int32_t> sums(groups);
-  const QuantizedRows rows = {product.m, product.k, product.weight.group, rounded.data(),
+  const QuantizedActivations rows = {product.m, product.k, product.weight.group, rounded.data(),
                               row_scales.data(), sums.data()};
-  kernels().quantize_rows(product.a, product.k, rows, 0, product.m);
+  kernels().quantize_activations(product.a, product.k, rows, 0, product.m);
   const std::int64_t scratch = 2 * 4 * product.m * (product.k / product.weight.group + 16);
   const auto multiply = [&](int worker, int workers, Barrier&, Arena&) {
-    const Span mine = share(product.n, worker, workers);
-    kernels().few_quantized_rows({product.weight, rows, product.bias, product.c, product.n},
+    const RowRange mine = share(product.n, worker, workers);
+    kernels().quantized_gemv({product.weight, rows, product.bias, product.c, product.n},
                                  mine.first, mine.last);
   };
   parallel_region(in_arena(scratch), multiply, Threads::count());
@@ -432,11 +432,11 @@ void add_operators(nb::module_& m) {
   m.def("norm_backward", py_norm_backward, nb::arg("sum"), nb::arg("weight"), nb::arg("eps"),
         nb::arg("scale"), nb::arg("dnormed"), nb::arg("dtotal").none(), nb::arg("dx"),
         nb::arg("dweight"));
-  m.def("product", py_product, nb::arg("a"), nb::arg("b"), nb::arg("bias").none(), nb::arg("c"),
+  m.def("product", py_gemm, nb::arg("a"), nb::arg("b"), nb::arg("bias").none(), nb::arg("c"),
         nb::arg("accumulate") = false);
-  m.def("few_rows", py_few_rows, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
+  m.def("few_rows", py_gemv, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
         nb::arg("y"));
-  m.def("quantized_product", py_quantized_product, nb::arg("x"), nb::arg("q"), nb::arg("scales"),
+  m.def("quantized_product", py_quantized_gemm, nb::arg("x"), nb::arg("q"), nb::arg("scales"),
         nb::arg("minima").none(), nb::arg("bias").none(), nb::arg("y"), nb::arg("few") = false);
   m.def("apply", apply, nb::arg("function"), nb::arg("x"), nb::arg("y"));
 }

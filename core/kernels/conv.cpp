@@ -20,8 +20,8 @@ constexpr int kColumns = 128;  // channels of a block
 constexpr int kSteps = 32;     // steps of a tile
 constexpr int kChunk = 128;    // steps of one piece of work
 // Backward holds two tiles, and reads k - 1 steps on either side of each.
-constexpr int kBackColumns = 64;
-constexpr int kBackSteps = 64;
+constexpr int kBackwardColumns = 64;
+constexpr int kBackwardSteps = 64;
 // Sums over time are taken in at most this many parts, whatever the number of threads.
 constexpr std::int64_t kParts = 16;
 
@@ -30,11 +30,11 @@ std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
 std::int64_t pieces(std::int64_t whole, std::int64_t part) { return (whole + part - 1) / part; }
 
 // Position p of a segment is step first + p * direction of its row.
-struct Walk {
+struct SegmentSlice {
   std::int64_t row, first, direction, length, state_in, state_out;
 };
 
-Walk walk_of(const Segments& segments, std::int64_t s) {
+SegmentSlice slice_of(const Segments& segments, std::int64_t s) {
   const std::int64_t start = segments.starts[s], stop = segments.stops[s];
   return {segments.rows[s],     segments.reverse ? stop - 1 : start, segments.reverse ? -1 : 1,
           stop - start,         segments.state_in[s],                segments.state_out[s]};
@@ -53,7 +53,7 @@ class Chunks {
   std::int64_t count() const { return before_[segments_.count]; }
 
   struct Chunk {
-    Walk walk;
+    SegmentSlice slice;
     std::int64_t start, stop;  // positions
   };
 
@@ -63,9 +63,9 @@ class Chunks {
       const std::int64_t middle = (low + high) / 2;
       (before_[middle] <= chunk ? low : high) = middle;
     }
-    const Walk walk = walk_of(segments_, low);
+    const SegmentSlice slice = slice_of(segments_, low);
     const std::int64_t start = (chunk - before_[low]) * steps_;
-    return {walk, start, smaller(start + steps_, walk.length)};
+    return {slice, start, smaller(start + steps_, slice.length)};
   }
 
  private:
@@ -74,7 +74,7 @@ class Chunks {
   const Scratch<std::int64_t> before_;  // (count + 1,) chunks before each segment
 };
 
-// Neighbouring channels [first, first + channels), padded to `columns`, a multiple of W.
+// Neighbouring channels [first, first + channels), padded to `columns`, a multiple of kLanes.
 struct Block {
   std::int64_t first;
   int channels, columns;
@@ -83,7 +83,7 @@ struct Block {
 Block block_of(std::int64_t e, int width, std::int64_t index) {
   const std::int64_t first = index * width;
   const int channels = static_cast<int>(smaller(width, e - first));
-  return {first, channels, (channels + W - 1) / W * W};
+  return {first, channels, (channels + kLanes - 1) / kLanes * kLanes};
 }
 
 // A block's weights as the loops read them: (k + 1, columns), the taps and then the bias.
@@ -98,30 +98,30 @@ void load_taps(float* taps, const float* weight, const float* bias, std::int64_t
     }
 }
 
-void load_steps(float* buffer, const Tensor3& tensor, const Walk& walk, std::int64_t position,
+void load_steps(float* buffer, const Tensor3& tensor, const SegmentSlice& slice, std::int64_t position,
                 std::int64_t count, Block block) {
-  load_tile(buffer, block.columns, tensor, walk.row, walk.first + position * walk.direction,
-            walk.direction, static_cast<int>(count), block.first, block.channels);
+  load_tile(buffer, block.columns, tensor, slice.row, slice.first + position * slice.direction,
+            slice.direction, static_cast<int>(count), block.first, block.channels);
 }
 
 void fill_zeros(float* buffer, std::int64_t rows, Block block) {
-  for (std::int64_t i = 0; i < rows * block.columns; i += W) store(buffer + i, F{});
+  for (std::int64_t i = 0; i < rows * block.columns; i += kLanes) store(buffer + i, FloatVec{});
 }
 
 // inputs (count, columns): the inputs at positions from `position` on, the window's before 0.
-void load_inputs(float* inputs, const Conv& conv, const Walk& walk, std::int64_t position,
+void load_inputs(float* inputs, const Conv& conv, const SegmentSlice& slice, std::int64_t position,
                  std::int64_t count, Block block) {
   const std::int64_t old = smaller(count, larger(-position, 0));
-  if (old > 0 && conv.initial.data != nullptr && walk.state_in >= 0) {
+  if (old > 0 && conv.initial.data != nullptr && slice.state_in >= 0) {
     const Window& w = conv.initial;
     const Tensor3 window = {w.data, w.type, w.state_stride, w.column_stride, w.channel_stride};
-    load_tile(inputs, block.columns, window, walk.state_in, w.columns + position, 1,
+    load_tile(inputs, block.columns, window, slice.state_in, w.columns + position, 1,
               static_cast<int>(old), block.first, block.channels);
   } else {
     fill_zeros(inputs, old, block);
   }
   if (count > old)
-    load_steps(inputs + old * block.columns, conv.x, walk, position + old, count - old, block);
+    load_steps(inputs + old * block.columns, conv.x, slice, position + old, count - old, block);
 }
 
 // Calls f with the number of taps as a constant, 0 for those without a loop of their own.
@@ -133,27 +133,27 @@ ANYMAMBA_INLINE void with_taps(std::int64_t k, const Function& f) {
   else f(Constant<int, 0>{});
 }
 
-// Calls each(t, bias + sum_j taps_j inputs_{t + j}) for the W channels from column c on.
+// Calls each(t, bias + sum_j taps_j inputs_{t + j}) for the kLanes channels from column c on.
 // inputs (k - 1 + steps, columns), taps (k + 1, columns). With K > 0 the taps and the last inputs
 // are in registers; row t of inputs is no longer needed when each(t, .) is called.
 template <int K, class Each>
 ANYMAMBA_INLINE void correlate(const float* inputs, const float* taps, std::int64_t k, int columns,
                                int c, std::int64_t steps, const Each& each) {
   if constexpr (K > 0) {
-    F tap[K], input[K];
+    FloatVec tap[K], input[K];
     for (int j = 0; j < K; ++j) tap[j] = load(taps + j * columns + c);
     for (int j = 0; j < K - 1; ++j) input[j] = load(inputs + j * columns + c);
-    const F bias = load(taps + K * columns + c);
+    const FloatVec bias = load(taps + K * columns + c);
     for (std::int64_t t = 0; t < steps; ++t) {
       input[K - 1] = load(inputs + (t + K - 1) * columns + c);
-      F total = bias;
+      FloatVec total = bias;
       for (int j = 0; j < K; ++j) total = fma(tap[j], input[j], total);
       each(t, total);
       for (int j = 0; j < K - 1; ++j) input[j] = input[j + 1];
     }
   } else {
     for (std::int64_t t = 0; t < steps; ++t) {
-      F total = load(taps + k * columns + c);
+      FloatVec total = load(taps + k * columns + c);
       for (std::int64_t j = 0; j < k; ++j)
         total = fma(load(taps + j * columns + c), load(inputs + (t + j) * columns + c), total);
       each(t, total);
@@ -167,13 +167,13 @@ void convolve(float* inputs, const float* taps, std::int64_t k, bool silu, std::
               int columns) {
   with_taps(k, [=](auto constant) {
     constexpr int K = decltype(constant)::value;
-    for (int c = 0; c < columns; c += W) {
+    for (int c = 0; c < columns; c += kLanes) {
       if (silu)
-        correlate<K>(inputs, taps, k, columns, c, steps, [=](std::int64_t t, F total) {
+        correlate<K>(inputs, taps, k, columns, c, steps, [=](std::int64_t t, FloatVec total) {
           store(inputs + t * columns + c, silu_of(total));
         });
       else
-        correlate<K>(inputs, taps, k, columns, c, steps, [=](std::int64_t t, F total) {
+        correlate<K>(inputs, taps, k, columns, c, steps, [=](std::int64_t t, FloatVec total) {
           store(inputs + t * columns + c, total);
         });
     }
@@ -191,13 +191,13 @@ void convolve_chunk(const Conv& conv, const Tensor3& y, const Chunks::Chunk& chu
   const int columns = block.columns;
   const Scratch<float> taps((k + 1) * columns), inputs((past + kSteps) * columns);
   load_taps(taps, conv.weight, conv.bias, k, block);
-  load_inputs(inputs, conv, chunk.walk, chunk.start - past, past, block);
+  load_inputs(inputs, conv, chunk.slice, chunk.start - past, past, block);
   for (std::int64_t p = chunk.start; p < chunk.stop; p += kSteps) {
     const std::int64_t steps = smaller(kSteps, chunk.stop - p);
-    load_steps(inputs + past * columns, conv.x, chunk.walk, p, steps, block);
+    load_steps(inputs + past * columns, conv.x, chunk.slice, p, steps, block);
     convolve(inputs, taps, k, conv.silu, steps, columns);
-    store_tile(inputs, columns, y, chunk.walk.row, chunk.walk.first + p * chunk.walk.direction,
-               chunk.walk.direction, static_cast<int>(steps), block.first, block.channels);
+    store_tile(inputs, columns, y, chunk.slice.row, chunk.slice.first + p * chunk.slice.direction,
+               chunk.slice.direction, static_cast<int>(steps), block.first, block.channels);
     __builtin_memmove(inputs, inputs + steps * columns,
                       static_cast<std::size_t>(past * columns) * sizeof(float));
   }
@@ -217,23 +217,23 @@ ANYMAMBA_INLINE void copy_number(void* to, DType to_type, std::int64_t to_index,
 
 // The last columns of (initial window, x). Columns in ascending order: where the final window lies
 // in the initial window's memory, each is read before it is written.
-void keep_window(const Conv& conv, const Window& final, const Walk& walk, Block block) {
+void keep_window(const Conv& conv, const Window& final, const SegmentSlice& slice, Block block) {
   const Window& initial = conv.initial;
   for (std::int64_t column = 0; column < final.columns; ++column) {
-    const std::int64_t position = walk.length - final.columns + column;
+    const std::int64_t position = slice.length - final.columns + column;
     const std::int64_t old = initial.columns + position;  // the column it had, if before 0
-    const bool known = initial.data != nullptr && walk.state_in >= 0 && old >= 0;
-    const std::int64_t to = walk.state_out * final.state_stride + column * final.column_stride;
+    const bool known = initial.data != nullptr && slice.state_in >= 0 && old >= 0;
+    const std::int64_t to = slice.state_out * final.state_stride + column * final.column_stride;
     for (std::int64_t c = block.first; c < block.first + block.channels; ++c) {
       const std::int64_t index = to + c * final.channel_stride;
       if (position >= 0)
         copy_number(final.data, final.type, index, conv.x.data, conv.x.type,
-                    walk.row * conv.x.row_stride +
-                        (walk.first + position * walk.direction) * conv.x.step_stride +
+                    slice.row * conv.x.row_stride +
+                        (slice.first + position * slice.direction) * conv.x.step_stride +
                         c * conv.x.channel_stride);
       else if (known)
         copy_number(final.data, final.type, index, initial.data, initial.type,
-                    walk.state_in * initial.state_stride + old * initial.column_stride +
+                    slice.state_in * initial.state_stride + old * initial.column_stride +
                         c * initial.channel_stride);
       else
         write(final.data, final.type, index, 0);
@@ -247,8 +247,8 @@ void through_silu(float* gradients, const float* inputs, const float* taps, std:
                   std::int64_t steps, int columns) {
   with_taps(k, [=](auto constant) {
     constexpr int K = decltype(constant)::value;
-    for (int c = 0; c < columns; c += W)
-      correlate<K>(inputs, taps, k, columns, c, steps, [=](std::int64_t t, F total) {
+    for (int c = 0; c < columns; c += kLanes)
+      correlate<K>(inputs, taps, k, columns, c, steps, [=](std::int64_t t, FloatVec total) {
         float* const gradient = gradients + t * columns + c;
         store(gradient, load(gradient) * silu_slope_of(total));
       });
@@ -259,13 +259,13 @@ void through_silu(float* gradients, const float* inputs, const float* taps, std:
 // inputs (k - 1 + steps, columns), gradients (steps, columns).
 void add_weight_gradients(float* sums, const float* gradients, const float* inputs, std::int64_t k,
                           std::int64_t steps, int columns) {
-  const auto add = [](float* sum, F v) { store(sum, load(sum) + v); };
-  for (int c = 0; c < columns; c += W) {
-    F bias{};
+  const auto add = [](float* sum, FloatVec v) { store(sum, load(sum) + v); };
+  for (int c = 0; c < columns; c += kLanes) {
+    FloatVec bias{};
     for (std::int64_t t = 0; t < steps; ++t) bias += load(gradients + t * columns + c);
     add(sums + k * columns + c, bias);
     for (std::int64_t j = 0; j < k; ++j) {
-      F tap{};
+      FloatVec tap{};
       for (std::int64_t t = 0; t < steps; ++t)
         tap = fma(load(gradients + t * columns + c), load(inputs + (t + j) * columns + c), tap);
       add(sums + j * columns + c, tap);
@@ -277,9 +277,9 @@ void add_weight_gradients(float* sums, const float* gradients, const float* inpu
 // sum_j taps_j gradient_{i+k-1-j}.
 void to_inputs(float* gradients, const float* taps, std::int64_t k, std::int64_t steps,
                int columns) {
-  for (int c = 0; c < columns; c += W)
+  for (int c = 0; c < columns; c += kLanes)
     for (std::int64_t i = 0; i < steps; ++i) {
-      F total{};
+      FloatVec total{};
       for (std::int64_t j = 0; j < k; ++j)
         total = fma(load(taps + j * columns + c), load(gradients + (i + k - 1 - j) * columns + c),
                     total);
@@ -288,96 +288,96 @@ void to_inputs(float* gradients, const float* taps, std::int64_t k, std::int64_t
 }
 
 // What one thread needs for a block of channels in the backward pass.
-struct Back {
-  Back(const Conv& conv, Block block)
+struct Backward {
+  Backward(const Conv& conv, Block block)
       : taps((conv.k + 1) * block.columns),
-        inputs((kBackSteps + 2 * (conv.k - 1)) * block.columns),
-        gradients((kBackSteps + 2 * (conv.k - 1)) * block.columns) {
+        inputs((kBackwardSteps + 2 * (conv.k - 1)) * block.columns),
+        gradients((kBackwardSteps + 2 * (conv.k - 1)) * block.columns) {
     load_taps(taps, conv.weight, conv.bias, conv.k, block);
   }
   Scratch<float> taps, inputs, gradients;
 
   // What it takes.
   static std::int64_t scratch(const Conv& conv) {
-    return Scratch<float>::in_arena((conv.k + 1) * kBackColumns) +
-           2 * Scratch<float>::in_arena((kBackSteps + 2 * (conv.k - 1)) * kBackColumns);
+    return Scratch<float>::in_arena((conv.k + 1) * kBackwardColumns) +
+           2 * Scratch<float>::in_arena((kBackwardSteps + 2 * (conv.k - 1)) * kBackwardColumns);
   }
 };
 
 // The gradients of the sums before silu at positions [start, start + count), as far as the segment
 // goes and zeros behind it; and the inputs from start - (k - 1) on that they were made of.
 void load_gradients(float* gradients, float* inputs, const float* taps, const Conv& conv,
-                    const Tensor3& dy, const Walk& walk, std::int64_t start, std::int64_t count,
+                    const Tensor3& dy, const SegmentSlice& slice, std::int64_t start, std::int64_t count,
                     Block block) {
-  const std::int64_t there = smaller(count, walk.length - start);
-  load_inputs(inputs, conv, walk, start - (conv.k - 1), conv.k - 1 + there, block);
-  load_steps(gradients, dy, walk, start, there, block);
+  const std::int64_t there = smaller(count, slice.length - start);
+  load_inputs(inputs, conv, slice, start - (conv.k - 1), conv.k - 1 + there, block);
+  load_steps(gradients, dy, slice, start, there, block);
   if (conv.silu) through_silu(gradients, inputs, taps, conv.k, there, block.columns);
   fill_zeros(gradients + there * block.columns, count - there, block);
 }
 
 // gradients (count, columns), for positions from `start` on, += what the final window passes back:
 // its columns are copies of the last positions.
-void add_from_window(float* gradients, const Window& final, const Walk& walk, std::int64_t start,
+void add_from_window(float* gradients, const Window& final, const SegmentSlice& slice, std::int64_t start,
                      std::int64_t count, Block block) {
-  if (final.data == nullptr || walk.state_out < 0) return;
-  const std::int64_t before = walk.length - final.columns;  // the position of column 0
-  for (std::int64_t p = larger(start, before); p < smaller(start + count, walk.length); ++p)
+  if (final.data == nullptr || slice.state_out < 0) return;
+  const std::int64_t before = slice.length - final.columns;  // the position of column 0
+  for (std::int64_t p = larger(start, before); p < smaller(start + count, slice.length); ++p)
     for (int c = 0; c < block.channels; ++c)
       gradients[(p - start) * block.columns + c] +=
           read(final.data, final.type,
-               walk.state_out * final.state_stride + (block.first + c) * final.channel_stride +
+               slice.state_out * final.state_stride + (block.first + c) * final.channel_stride +
                    (p - before) * final.column_stride);
 }
 
 // One tile: its gradient of x is written, its part of the weights' gradients added to `sums`.
-void back_tile(const Conv& conv, const ConvGradients& d, Back& back, float* sums,
+void backward_tile(const Conv& conv, const ConvGradients& d, Backward& backward, float* sums,
                const Chunks::Chunk& tile, Block block) {
   const std::int64_t k = conv.k, steps = tile.stop - tile.start;
-  const Walk& walk = tile.walk;
-  load_gradients(back.gradients, back.inputs, back.taps, conv, d.y, walk, tile.start,
+  const SegmentSlice& slice = tile.slice;
+  load_gradients(backward.gradients, backward.inputs, backward.taps, conv, d.y, slice, tile.start,
                  steps + k - 1, block);
-  add_weight_gradients(sums, back.gradients, back.inputs, k, steps, block.columns);
-  to_inputs(back.gradients, back.taps, k, steps, block.columns);
-  add_from_window(back.gradients, d.final, walk, tile.start, steps, block);
-  store_tile(back.gradients, block.columns, d.x, walk.row,
-             walk.first + tile.start * walk.direction, walk.direction, static_cast<int>(steps),
+  add_weight_gradients(sums, backward.gradients, backward.inputs, k, steps, block.columns);
+  to_inputs(backward.gradients, backward.taps, k, steps, block.columns);
+  add_from_window(backward.gradients, d.final, slice, tile.start, steps, block);
+  store_tile(backward.gradients, block.columns, d.x, slice.row,
+             slice.first + tile.start * slice.direction, slice.direction, static_cast<int>(steps),
              block.first, block.channels);
 }
 
 // The gradient of the window before a segment, added: segments may begin from the same one.
-void back_window(const Conv& conv, const ConvGradients& d, Back& back, const Walk& walk,
+void backward_window(const Conv& conv, const ConvGradients& d, Backward& backward, const SegmentSlice& slice,
                  Block block) {
   const std::int64_t past = conv.k - 1, columns = d.initial.columns;
   const Scratch<float> passed(columns * block.columns);
   fill_zeros(passed, columns, block);
-  add_from_window(passed, d.final, walk, -columns, columns, block);
+  add_from_window(passed, d.final, slice, -columns, columns, block);
   // Position -past + i is row i, and no output lies before position 0.
-  fill_zeros(back.gradients, past, block);
-  load_gradients(back.gradients + past * block.columns, back.inputs, back.taps, conv, d.y, walk, 0,
+  fill_zeros(backward.gradients, past, block);
+  load_gradients(backward.gradients + past * block.columns, backward.inputs, backward.taps, conv, d.y, slice, 0,
                  past, block);
-  to_inputs(back.gradients, back.taps, conv.k, past, block.columns);
-  float* const out = static_cast<float*>(d.initial.data) + walk.state_in * d.initial.state_stride;
+  to_inputs(backward.gradients, backward.taps, conv.k, past, block.columns);
+  float* const out = static_cast<float*>(d.initial.data) + slice.state_in * d.initial.state_stride;
   for (std::int64_t column = 0; column < columns; ++column) {
     const std::int64_t row = column - (columns - past);
     for (int c = 0; c < block.channels; ++c)
       out[(block.first + c) * d.initial.channel_stride + column * d.initial.column_stride] +=
           passed[column * block.columns + c] +
-          (row >= 0 ? back.gradients[row * block.columns + c] : 0);
+          (row >= 0 ? backward.gradients[row * block.columns + c] : 0);
   }
 }
 
-void back_windows(const Conv& conv, const ConvGradients& d, Block block) {
+void backward_windows(const Conv& conv, const ConvGradients& d, Block block) {
   float* const out = static_cast<float*>(d.initial.data);
   for (std::int64_t state = 0; state < d.n_states; ++state)
     for (int c = 0; c < block.channels; ++c)
       for (std::int64_t column = 0; column < d.initial.columns; ++column)
         out[state * d.initial.state_stride + (block.first + c) * d.initial.channel_stride +
             column * d.initial.column_stride] = 0;
-  Back back(conv, block);
+  Backward backward(conv, block);
   for (std::int64_t s = 0; s < conv.segments.count; ++s) {
-    const Walk walk = walk_of(conv.segments, s);
-    if (walk.state_in >= 0) back_window(conv, d, back, walk, block);
+    const SegmentSlice slice = slice_of(conv.segments, s);
+    if (slice.state_in >= 0) backward_window(conv, d, backward, slice, block);
   }
 }
 
@@ -434,37 +434,37 @@ void conv(const Conv& conv, const ConvResult& result) {
   });
   if (result.final.data == nullptr) return;
   parallel_for(conv.segments.count * blocks, [&](std::int64_t item) {
-    const Walk walk = walk_of(conv.segments, item / blocks);
-    if (walk.state_out >= 0)
-      keep_window(conv, result.final, walk, block_of(conv.e, kColumns, item % blocks));
+    const SegmentSlice slice = slice_of(conv.segments, item / blocks);
+    if (slice.state_out >= 0)
+      keep_window(conv, result.final, slice, block_of(conv.e, kColumns, item % blocks));
   });
 }
 
 void conv_backward(const Conv& conv, const ConvGradients& gradients) {
-  const std::int64_t e = conv.e, k = conv.k, blocks = pieces(e, kBackColumns);
-  const Chunks tiles(conv.segments, kBackSteps);
+  const std::int64_t e = conv.e, k = conv.k, blocks = pieces(e, kBackwardColumns);
+  const Chunks tiles(conv.segments, kBackwardSteps);
   const std::int64_t parts = smaller(tiles.count(), kParts);
   const Scratch<float> sums(parts * (k + 1) * e);
-  const std::int64_t own_scratch = Scratch<float>::in_arena((k + 1) * kBackColumns);
-  parallel_for(parts * blocks, Back::scratch(conv) + own_scratch, [&](std::int64_t item) {
+  const std::int64_t own_scratch = Scratch<float>::in_arena((k + 1) * kBackwardColumns);
+  parallel_for(parts * blocks, Backward::scratch(conv) + own_scratch, [&](std::int64_t item) {
     const std::int64_t part = item / blocks;
-    const Block block = block_of(e, kBackColumns, item % blocks);
-    Back back(conv, block);
+    const Block block = block_of(e, kBackwardColumns, item % blocks);
+    Backward backward(conv, block);
     const Scratch<float> own((k + 1) * block.columns);
     fill_zeros(own, k + 1, block);
     for (std::int64_t tile = tiles.count() * part / parts;
          tile < tiles.count() * (part + 1) / parts; ++tile)
-      back_tile(conv, gradients, back, own, tiles[tile], block);
+      backward_tile(conv, gradients, backward, own, tiles[tile], block);
     for (std::int64_t j = 0; j <= k; ++j)
       for (int c = 0; c < block.channels; ++c)
         sums[(part * (k + 1) + j) * e + block.first + c] = own[j * block.columns + c];
   });
-  const std::int64_t passed = gradients.initial.columns * kBackColumns;
-  const std::int64_t window_scratch = Back::scratch(conv) + Scratch<float>::in_arena(passed);
+  const std::int64_t passed = gradients.initial.columns * kBackwardColumns;
+  const std::int64_t window_scratch = Backward::scratch(conv) + Scratch<float>::in_arena(passed);
   parallel_for(blocks, window_scratch, [&](std::int64_t item) {
-    const Block block = block_of(e, kBackColumns, item);
+    const Block block = block_of(e, kBackwardColumns, item);
     add_parts(gradients, sums, parts, e, k, block);
-    if (gradients.initial.data != nullptr) back_windows(conv, gradients, block);
+    if (gradients.initial.data != nullptr) backward_windows(conv, gradients, block);
   });
 }
 
@@ -488,9 +488,9 @@ void conv_step(const ConvStep& step, std::int64_t first, std::int64_t last) {
       });
       if (step.bias != nullptr)
         for (int i = 0; i < channels; ++i) sums[i] += step.bias[c + i];
-      for (int i = channels; i % W != 0; ++i) sums[i] = 0;
+      for (int i = channels; i % kLanes != 0; ++i) sums[i] = 0;
       if (step.silu)
-        for (int i = 0; i < channels; i += W) store(sums + i, silu_of(load(sums + i)));
+        for (int i = 0; i < channels; i += kLanes) store(sums + i, silu_of(load(sums + i)));
       with_type(step.y.type, [&](auto type) {
         for (int i = 0; i < channels; ++i)
           write(step.y.data, decltype(type)::value,

@@ -6,25 +6,25 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-template <F (*f)(F)>
+template <FloatVec (*f)(FloatVec)>
 void apply(const float* x, float* y, std::int64_t count) {
   std::int64_t i = 0;
-  for (; i + W <= count; i += W) store(y + i, f(load(x + i)));
+  for (; i + kLanes <= count; i += kLanes) store(y + i, f(load(x + i)));
   const int rest = static_cast<int>(count - i);
   if (rest > 0) store_some(y + i, f(load_some(x + i, rest)), rest);
 }
 
 }  // namespace
 
-void widen(const void* x, DType type, float* y, std::int64_t count) {
+void to_float32(const void* x, DType type, float* y, std::int64_t count) {
   std::int64_t i = 0;
-  for (; i + W <= count; i += W) store(y + i, read_vector(x, type, i));
+  for (; i + kLanes <= count; i += kLanes) store(y + i, read_vector(x, type, i));
   for (; i < count; ++i) y[i] = read(x, type, i);
 }
 
-void rates(const void* x, DType type, float* y, std::int64_t count) {
+void negative_exp(const void* x, DType type, float* y, std::int64_t count) {
   std::int64_t i = 0;
-  for (; i + W <= count; i += W) store(y + i, -exp_of(read_vector(x, type, i)));
+  for (; i + kLanes <= count; i += kLanes) store(y + i, -exp_of(read_vector(x, type, i)));
   for (; i < count; ++i) y[i] = -exp_of(splat(read(x, type, i)))[0];
 }
 
@@ -37,7 +37,7 @@ void apply_softplus(const float* x, float* y, std::int64_t count) {
 
 void convert(const void* x, DType from, void* y, DType to, std::int64_t count) {
   std::int64_t i = 0;
-  for (; i + W <= count; i += W) write_vector(y, to, i, read_vector(x, from, i));
+  for (; i + kLanes <= count; i += kLanes) write_vector(y, to, i, read_vector(x, from, i));
   for (; i < count; ++i) write(y, to, i, read(x, from, i));
 }
 

@@ -17,15 +17,15 @@ void conv_backward(const Conv&, const ConvGradients&);
 void conv_step(const ConvStep&, std::int64_t first, std::int64_t last);
 void norm(const Norm&, const NormResult&);
 void norm_backward(const Norm&, const NormGradients&);
-void product(const Product&);
-void few_rows(const FewRows&, std::int64_t first, std::int64_t last);
-void quantize_rows(const float* x, std::int64_t row_stride, const QuantizedRows& out,
+void gemm(const Gemm&);
+void gemv(const Gemv&, std::int64_t first, std::int64_t last);
+void quantize_activations(const float* x, std::int64_t row_stride, const QuantizedActivations& out,
                    std::int64_t first, std::int64_t last);
-void few_quantized_rows(const FewQuantizedRows&, std::int64_t first, std::int64_t last);
-void quantized_product(const QuantizedProduct&);
-void widen_quantized(const QuantizedWeight&, std::int64_t row, std::int64_t k, float* y);
-void rates(const void* x, DType type, float* y, std::int64_t count);
-void widen(const void* x, DType type, float* y, std::int64_t count);
+void quantized_gemv(const QuantizedGemv&, std::int64_t first, std::int64_t last);
+void quantized_gemm(const QuantizedGemm&);
+void dequantize(const QuantizedWeight&, std::int64_t row, std::int64_t k, float* y);
+void negative_exp(const void* x, DType type, float* y, std::int64_t count);
+void to_float32(const void* x, DType type, float* y, std::int64_t count);
 void apply_exp(const float* x, float* y, std::int64_t count);
 void apply_exp2(const float* x, float* y, std::int64_t count);
 void apply_silu(const float* x, float* y, std::int64_t count);

@@ -1,4 +1,4 @@
-// Matrix products of any size; those of few rows go to few_rows.
+// Matrix products of any size; those of few rows go to gemv.
 //
 // The blocked product follows Goto and van de Geijn. Of its two operands one is read a number at a
 // time and broadcast ("left", in rows), the other by whole vectors ("right", in columns). A block
@@ -25,17 +25,17 @@ constexpr bool kMultipliesPairs = false;
 
 // A tile of c is kTileRows x kTileVectors vectors: as many registers as leave room for one row of
 // the right panel and the broadcast number.
-constexpr int kTileRows = W == 16 ? 14 : W == 8 ? 6 : 4;
+constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
 constexpr int kTileVectors = 2;
-constexpr int kTileColumns = kTileVectors * W;
+constexpr int kTileColumns = kTileVectors * kLanes;
 constexpr int kDepth = 384;  // of k at a time: fewer passes over c against panels that leave L1
 constexpr int kBlockRows = 40 * kTileRows;  // of the left operand in L2
 constexpr int kRowPadding = 16;  // floats: keeps packed rows from falling into the same cache sets
-static_assert((kBlockRows * (kDepth + kRowPadding) + kTileColumns * kDepth) * 4 + 256 <= kProductScratch);
+static_assert((kBlockRows * (kDepth + kRowPadding) + kTileColumns * kDepth) * 4 + 256 <= kGemmScratch);
 constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of a block summed beside c
 constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
 constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
-constexpr int64_t kFewRows = 16, kFewRowsDepth = 1 << 15;  // beyond these, blocked
+constexpr int64_t kGemvRows = 16, kGemvDepth = 1 << 15;  // beyond these, blocked
 
 // ---------------------------------------------------------------------------------------------
 // The blocked product.
@@ -77,9 +77,9 @@ Job as_pairs(Job job) {
   return job;
 }
 
-ANYMAMBA_INLINE F sum_of_products(F a, F b, F sum, bool pairs) {
+ANYMAMBA_INLINE FloatVec sum_of_products(FloatVec a, FloatVec b, FloatVec sum, bool pairs) {
 #if defined(__AVX512BF16__)
-  if (pairs) return (F)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  if (pairs) return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #endif
   (void)pairs;
   return fma(a, b, sum);
@@ -104,7 +104,7 @@ struct Fetch {
   int64_t all, count, stride, steps, step;
 };
 
-// tile (rows, columns) of c = left (rows, depth) right (depth, vectors * W) + bias + old c.
+// tile (rows, columns) of c = left (rows, depth) right (depth, vectors * kLanes) + bias + old c.
 struct Tile {
   LeftPanel left;
   const float* right;
@@ -128,9 +128,9 @@ void micro_kernel(const Tile& tile) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     __builtin_prefetch(tile.c + r * tile.c_stride, 1);
-    __builtin_prefetch(tile.c + r * tile.c_stride + V * W - 1, 1);
+    __builtin_prefetch(tile.c + r * tile.c_stride + V * kLanes - 1, 1);
   }
-  F sums[R][V] = {};
+  FloatVec sums[R][V] = {};
   const char* stretch = tile.fetch.data;
   for (int64_t p = 0; p < tile.depth; stretch += tile.fetch.stride) {
     const int64_t stop = smaller(p + tile.fetch.steps, tile.depth);
@@ -139,18 +139,18 @@ void micro_kernel(const Tile& tile) {
     for (; p < stop; ++p) {
       __builtin_prefetch(fetch, 0, 2);
       fetch += fetch_step;
-      F b[V];
+      FloatVec b[V];
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) b[v] = load(right + v * W);
+      for (int v = 0; v < V; ++v) b[v] = load(right + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const F a = splat(left[r / 3][r % 3 * lane]);
+        const FloatVec a = splat(left[r / 3][r % 3 * lane]);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) sums[r][v] = sum_of_products(a, b[v], sums[r][v], pairs);
       }
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) left[g] += step;
-      right += V * W;
+      right += V * kLanes;
     }
   }
   const int64_t c_stride = tile.c_stride;
@@ -161,10 +161,10 @@ void micro_kernel(const Tile& tile) {
   for (int r = 0; r < R; ++r, c += c_stride)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
-      F sum = sums[r][v];
-      if (bias != nullptr) sum += load(bias + v * W);
-      if (add_old) sum += load(c + v * W);
-      store(c + v * W, sum);
+      FloatVec sum = sums[r][v];
+      if (bias != nullptr) sum += load(bias + v * kLanes);
+      if (add_old) sum += load(c + v * kLanes);
+      store(c + v * kLanes, sum);
     }
 }
 
@@ -248,7 +248,7 @@ LeftPanel pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_
       float* to = packed + i * stride;
       const int64_t ahead = i + 4 < rows ? 4 * left.lane : 0;
       int64_t p = 0;
-      for (; p + W <= depth; p += W) {
+      for (; p + kLanes <= depth; p += kLanes) {
         __builtin_prefetch(static_cast<const char*>(left.data) + (from + ahead + p) * size);
         store(to + p, read_vector(left.data, type, from + p));
       }
@@ -277,25 +277,25 @@ void pack_right(const Operand& right, int64_t first_column, int64_t columns, int
   const int64_t start = first_column * right.lane + first_depth * right.depth;
   int64_t j = 0;
   if (right.lane == 1) {
-    const int64_t whole = columns / W * W;
+    const int64_t whole = columns / kLanes * kLanes;
     for (int64_t p = 0; p < depth; ++p)
-      for (j = 0; j < whole; j += W)
+      for (j = 0; j < whole; j += kLanes)
         store(panel + p * width + j, read_vector(right.data, type, start + p * right.depth + j));
     j = whole;
   } else if (right.depth == 1) {
-    for (; j + W <= columns; j += W) {
+    for (; j + kLanes <= columns; j += kLanes) {
       const int64_t from = start + j * right.lane;
       int64_t p = 0;
-      for (; p + W <= depth; p += W) {
-        F v[W];
+      for (; p + kLanes <= depth; p += kLanes) {
+        FloatVec v[kLanes];
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) v[i] = read_vector(right.data, type, from + i * right.lane + p);
+        for (int i = 0; i < kLanes; ++i) v[i] = read_vector(right.data, type, from + i * right.lane + p);
         transpose(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(panel + (p + i) * width + j, v[i]);
+        for (int i = 0; i < kLanes; ++i) store(panel + (p + i) * width + j, v[i]);
       }
       for (; p < depth; ++p)
-        for (int i = 0; i < W; ++i)
+        for (int i = 0; i < kLanes; ++i)
           panel[p * width + j + i] = read(right.data, type, from + i * right.lane + p);
     }
   }
@@ -332,8 +332,8 @@ void finish(const Job& job, const Block& block, const float* sums, int64_t strid
         (block.first_row + i) * c.row_stride + block.first_column * c.column_stride;
     int64_t j = 0;
     if (c.column_stride == 1)
-      for (; j + W <= columns; j += W) {
-        F sum = load(sums + i * stride + j);
+      for (; j + kLanes <= columns; j += kLanes) {
+        FloatVec sum = load(sums + i * stride + j);
         if (bias != nullptr) sum += load(bias + j);
         if (job.accumulate) sum += read_vector(c.data, c.type, start + j);
         write_vector(c.data, c.type, start + j, sum);
@@ -379,7 +379,7 @@ struct Sums {
 // sums (rows, columns) = left (rows, depth) panel (depth, columns), for the columns of one panel.
 void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t columns,
                int64_t depth, const Sums& sums, bool pairs, const Fetch& fetch) {
-  const int vectors = static_cast<int>(ceil_div(columns, W));
+  const int vectors = static_cast<int>(ceil_div(columns, kLanes));
   Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old,
                pairs, fetch};
   for (int64_t i = 0, stretch = 0; i < rows; i += kTileRows, stretch += fetch.count) {
@@ -388,7 +388,7 @@ void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t 
     const int64_t first_stretch = smaller(stretch, fetch.all - fetch.count);
     tile.fetch.data = fetch.data + first_stretch * fetch.stride;
     const int64_t tile_rows = smaller(kTileRows, rows - i);
-    if (columns % W == 0) run_micro_kernel(tile_rows, vectors, tile);
+    if (columns % kLanes == 0) run_micro_kernel(tile_rows, vectors, tile);
     else run_partial_tile(tile_rows, vectors, columns, tile);
   }
 }
@@ -435,7 +435,7 @@ void run_block(const Job& job, const Block& block) {
       const LeftPanel packed = packing.left(job.left, block.first_row + i, part, p, depth, left);
       for (int64_t j = 0; j < columns; j += kTileColumns) {
         const int64_t width = smaller(kTileColumns, columns - j), column = block.first_column + j;
-        packing.right(job.right, column, width, p, depth, round_up(width, W), panel);
+        packing.right(job.right, column, width, p, depth, round_up(width, kLanes), panel);
         const int64_t next = j + kTileColumns < columns ? kTileColumns : 0;
         const int64_t next_width = smaller(kTileColumns, columns - j - next);
         const Fetch fetch = plan_fetches(job.right, column + next, next_width, p, depth,
@@ -515,21 +515,21 @@ LeftPanel rows_of_floats(const Operand& left, int64_t rows, int64_t depth, float
   return {x, depth, 1};
 }
 
-bool suits_few_rows(const Job& job) {
-  return job.rows <= kFewRows && job.right.depth == 1 && job.depth <= kFewRowsDepth;
+bool suits_gemv(const Job& job) {
+  return job.rows <= kGemvRows && job.right.depth == 1 && job.depth <= kGemvDepth;
 }
 
 // The floats of sums beside c for some of its columns.
-int64_t few_sums(const Job& job, int64_t columns) {
+int64_t gemv_sums(const Job& job, int64_t columns) {
   return sums_in_place(job) && !job.accumulate ? 0 : job.rows * columns;
 }
 
 // The columns [first, last) of c.
-void run_few_rows(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
+void run_gemv(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
   const bool in_place = sums_in_place(job) && !job.accumulate;
   const int64_t size = static_cast<int64_t>(size_of(job.right.type));
-  const Scratch<float> beside(few_sums(job, last - first));
-  FewRows few;
+  const Scratch<float> beside(gemv_sums(job, last - first));
+  Gemv few;
   few.k = job.depth;
   few.weight = static_cast<const char*>(job.right.data) + first * job.right.lane * size;
   few.type = job.right.type;
@@ -541,35 +541,35 @@ void run_few_rows(const Job& job, const LeftPanel& x, int64_t first, int64_t las
                    : static_cast<float*>(beside);
   few.y_row_stride = in_place ? job.c.row_stride : last - first;
   few.m = static_cast<int>(job.rows);
-  few_rows(few, 0, last - first);
+  gemv(few, 0, last - first);
   if (!in_place) finish(job, {0, job.rows, first, last}, few.y, few.y_row_stride);
 }
 
-void run_few_rows(const Job& job) {
+void run_gemv(const Job& job) {
   const Scratch<float> widened(are_floats(job.left) ? 0 : job.rows * job.depth);
   const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth, widened);
   const int64_t worth = job.columns * job.depth / kTaskWeights;
   const int64_t most = larger(1, smaller(2 * Threads::count(), worth));
-  const int64_t stretch = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kFewRows);
+  const int64_t stretch = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kGemvRows);
   const int64_t tasks = ceil_div(job.columns, stretch);
   const auto run = [&](int64_t task) {
-    run_few_rows(job, x, task * stretch, smaller((task + 1) * stretch, job.columns));
+    run_gemv(job, x, task * stretch, smaller((task + 1) * stretch, job.columns));
   };
   if (most > 1)
-    return parallel_for(tasks, Scratch<float>::in_arena(few_sums(job, stretch)), run);
+    return parallel_for(tasks, Scratch<float>::in_arena(gemv_sums(job, stretch)), run);
   for (int64_t task = 0; task < tasks; ++task) run(task);
 }
 
 }  // namespace
 
-void product(const Product& p) {
+void gemm(const Gemm& p) {
   if (p.m <= 0 || p.n <= 0) return;
   const Job job = {p.m, p.n, p.k,
                    {p.a.data, p.a.type, p.a.row_stride, p.a.column_stride},
                    {p.b.data, p.b.type, p.b.column_stride, p.b.row_stride},
                    p.c, p.bias, p.accumulate};
   if (p.k <= 0) run_empty(job);
-  else if (suits_few_rows(job)) run_few_rows(job);
+  else if (suits_gemv(job)) run_gemv(job);
   else run_blocks(multiplies_pairs(job.left, job.right, job.depth) ? as_pairs(job) : job);
 }
 

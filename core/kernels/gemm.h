@@ -15,7 +15,7 @@ struct Matrix {
 
 // c (m, n) = a (m, k) times b (k, n), plus bias (n,) where given, plus the old c where `accumulate`.
 // Parallel. Any m, n, k, zero included. A torch weight of shape (n, k) is b with swapped strides.
-struct Product {
+struct Gemm {
   std::int64_t m = 0, n = 0, k = 0;
   Matrix a, b, c;
   const float* bias = nullptr;
@@ -23,12 +23,12 @@ struct Product {
 };
 
 // The most scratch memory that a worker needs for a product whose c is rows of floats.
-constexpr std::int64_t kProductScratch = 1 << 20;
+constexpr std::int64_t kGemmScratch = 1 << 20;
 
 // Weights of shape (n, k), rows contiguous, times a few vectors: bound by reading the weights once.
 // y (m, n) = x (m, k) weight^T + bias, for rows [first, last) of the weight only, 1 <= m <= 16.
 // Not parallel itself: the caller gives each worker its own stretch of rows.
-struct FewRows {
+struct Gemv {
   std::int64_t k = 0;
   const void* weight = nullptr;
   DType type = DType::f32;

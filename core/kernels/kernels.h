@@ -21,19 +21,19 @@ struct Kernels {
   void (*conv_step)(const ConvStep&, std::int64_t first, std::int64_t last);
   void (*norm)(const Norm&, const NormResult&);
   void (*norm_backward)(const Norm&, const NormGradients&);
-  void (*product)(const Product&);
-  void (*few_rows)(const FewRows&, std::int64_t first, std::int64_t last);
+  void (*gemm)(const Gemm&);
+  void (*gemv)(const Gemv&, std::int64_t first, std::int64_t last);
   // Rows [first, last) of x rounded into `out`.
-  void (*quantize_rows)(const float* x, std::int64_t row_stride, const QuantizedRows& out,
+  void (*quantize_activations)(const float* x, std::int64_t row_stride, const QuantizedActivations& out,
                         std::int64_t first, std::int64_t last);
-  void (*few_quantized_rows)(const FewQuantizedRows&, std::int64_t first, std::int64_t last);
-  void (*quantized_product)(const QuantizedProduct&);
+  void (*quantized_gemv)(const QuantizedGemv&, std::int64_t first, std::int64_t last);
+  void (*quantized_gemm)(const QuantizedGemm&);
   // y (k) = a row of the weight.
-  void (*widen_quantized)(const QuantizedWeight&, std::int64_t row, std::int64_t k, float* y);
+  void (*dequantize)(const QuantizedWeight&, std::int64_t row, std::int64_t k, float* y);
   // y (count) in float32 from x of any storage type.
-  void (*widen)(const void* x, DType type, float* y, std::int64_t count);
+  void (*to_float32)(const void* x, DType type, float* y, std::int64_t count);
   // y (count) = -exp(x), for A from A_log.
-  void (*rates)(const void* x, DType type, float* y, std::int64_t count);
+  void (*negative_exp)(const void* x, DType type, float* y, std::int64_t count);
   // y[i] = f(x[i]), for tests over a function's whole range.
   void (*apply_exp)(const float* x, float* y, std::int64_t count);
   void (*apply_exp2)(const float* x, float* y, std::int64_t count);

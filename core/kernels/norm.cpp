@@ -19,7 +19,7 @@ constexpr std::int64_t kParts = 16;  // sums over rows are taken in at most this
 std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 
 // Rows are padded with zeros to whole vectors in buffers, which leaves sums as they are.
-std::int64_t padded(std::int64_t d) { return (d + W - 1) / W * W; }
+std::int64_t padded(std::int64_t d) { return (d + kLanes - 1) / kLanes * kLanes; }
 
 // buffer (padded(d),) = one row, zeros behind it.
 void load_row(float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) {
@@ -27,7 +27,7 @@ void load_row(float* buffer, const Rows& rows, std::int64_t row, std::int64_t d)
   with_type(rows.type, [=](auto type) {
     const DType known = decltype(type)::value;
     std::int64_t i = 0;
-    for (; i + W <= d; i += W) store(buffer + i, read_vector(rows.data, known, start + i));
+    for (; i + kLanes <= d; i += kLanes) store(buffer + i, read_vector(rows.data, known, start + i));
     for (; i < d; ++i) buffer[i] = read(rows.data, known, start + i);
     for (; i < padded(d); ++i) buffer[i] = 0;
   });
@@ -38,7 +38,7 @@ void add_row(float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) 
   with_type(rows.type, [=](auto type) {
     const DType known = decltype(type)::value;
     std::int64_t i = 0;
-    for (; i + W <= d; i += W)
+    for (; i + kLanes <= d; i += kLanes)
       store(buffer + i, load(buffer + i) + read_vector(rows.data, known, start + i));
     for (; i < d; ++i) buffer[i] += read(rows.data, known, start + i);
   });
@@ -49,22 +49,22 @@ void store_row(const float* buffer, const Rows& rows, std::int64_t row, std::int
   with_type(rows.type, [=](auto type) {
     const DType known = decltype(type)::value;
     std::int64_t i = 0;
-    for (; i + W <= d; i += W) write_vector(rows.data, known, start + i, load(buffer + i));
+    for (; i + kLanes <= d; i += kLanes) write_vector(rows.data, known, start + i, load(buffer + i));
     for (; i < d; ++i) write(rows.data, known, start + i, buffer[i]);
   });
 }
 
 // sum_i a_i b_i over whole vectors, in four interleaved parts.
 float dot(const float* a, const float* b, std::int64_t count) {
-  F s0{}, s1{}, s2{}, s3{};
+  FloatVec s0{}, s1{}, s2{}, s3{};
   std::int64_t i = 0;
-  for (; i + 4 * W <= count; i += 4 * W) {
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
     s0 = fma(load(a + i), load(b + i), s0);
-    s1 = fma(load(a + i + W), load(b + i + W), s1);
-    s2 = fma(load(a + i + 2 * W), load(b + i + 2 * W), s2);
-    s3 = fma(load(a + i + 3 * W), load(b + i + 3 * W), s3);
+    s1 = fma(load(a + i + kLanes), load(b + i + kLanes), s1);
+    s2 = fma(load(a + i + 2 * kLanes), load(b + i + 2 * kLanes), s2);
+    s3 = fma(load(a + i + 3 * kLanes), load(b + i + 3 * kLanes), s3);
   }
-  for (; i < count; i += W) s0 = fma(load(a + i), load(b + i), s0);
+  for (; i < count; i += kLanes) s0 = fma(load(a + i), load(b + i), s0);
   return sum((s0 + s1) + (s2 + s3));
 }
 
@@ -78,27 +78,27 @@ void norm_row(const Norm& norm, const NormResult& result, float* s, const float*
   const float scale =
       1.0f / __builtin_sqrtf(dot(s, s, whole) / static_cast<float>(d) + norm.eps);
   if (result.scale != nullptr) result.scale[row] = scale;
-  for (std::int64_t i = 0; i < whole; i += W)
+  for (std::int64_t i = 0; i < whole; i += kLanes)
     store(s + i, load(s + i) * splat(scale) * load(weight + i));
   store_row(s, result.normed, row, d);
 }
 
 // With g = dnormed * weight:  ds = r (g - s r^2 mean(g s)) + dtotal;  sums (padded(d),) of
 // dweight += dnormed s r.
-void back_row(const Norm& norm, const NormGradients& gradients, float* s, float* g,
+void backward_row(const Norm& norm, const NormGradients& gradients, float* s, float* g,
               const float* weight, float* sums, std::int64_t row) {
   const std::int64_t d = norm.d, whole = padded(d);
   const float r = gradients.scale[row];
   load_row(s, gradients.sum, row, d);
   load_row(g, gradients.normed, row, d);
-  for (std::int64_t i = 0; i < whole; i += W) {
-    const F dnormed = load(g + i);
+  for (std::int64_t i = 0; i < whole; i += kLanes) {
+    const FloatVec dnormed = load(g + i);
     store(sums + i, fma(dnormed, load(s + i) * splat(r), load(sums + i)));
     store(g + i, dnormed * load(weight + i));
   }
   // r s stays of order one where s alone may be far from it.
   const float mean = dot(g, s, whole) * r / static_cast<float>(d);
-  for (std::int64_t i = 0; i < whole; i += W)
+  for (std::int64_t i = 0; i < whole; i += kLanes)
     store(g + i, splat(r) * (load(g + i) - load(s + i) * splat(r) * splat(mean)));
   if (gradients.total.data != nullptr) add_row(g, gradients.total, row, d);
   store_row(g, gradients.x, row, d);
@@ -132,7 +132,7 @@ void norm_backward(const Norm& norm, const NormGradients& gradients) {
     for (std::int64_t piece = pieces * part / parts; piece < pieces * (part + 1) / parts; ++piece) {
       for (std::int64_t i = 0; i < whole; ++i) own[i] = 0;
       for (std::int64_t row = piece * kRows; row < smaller((piece + 1) * kRows, norm.rows); ++row)
-        back_row(norm, gradients, s, g, weight, own, row);
+        backward_row(norm, gradients, s, g, weight, own, row);
       for (std::int64_t i = 0; i < whole; ++i) total[i] += own[i];
     }
   });

@@ -1,6 +1,6 @@
 // Products with weights of 8 or 4 bits, which are whole numbers in groups along k:
 //
-//   weight[i, p] = scales[i, g] * (q[i, p] - zero)    or    scales[i, g] * q[i, p] + minima[i, g]
+//   weight[i, p] = scales[i, g] * (q[i, p] - zero)    or    scales[i, g] * q[i, p] + offsets[i, g]
 //
 // with g = p / group and zero = 2^(bits - 1). The rows that they are multiplied with are rounded to
 // 8 bits in the same groups, so that within a group all arithmetic is in whole numbers, and exact.
@@ -17,11 +17,11 @@ struct QuantizedWeight {
   int group = 0;                           // 32, 64 or 128; divides k
   const std::uint8_t* q = nullptr;         // (n, k * bits / 8)
   const std::uint16_t* scales = nullptr;   // (n, k / group), bfloat16
-  const std::uint16_t* minima = nullptr;   // the same, or null
+  const std::uint16_t* offsets = nullptr;   // the same, or null
 };
 
 // Rows rounded to 8 bits: x[r, p] = scales[r, g] * q[r, p], with q from -127 to 127.
-struct QuantizedRows {
+struct QuantizedActivations {
   std::int64_t rows = 0, k = 0;
   int group = 0;
   std::int8_t* q = nullptr;        // (rows, k)
@@ -30,10 +30,10 @@ struct QuantizedRows {
 };
 
 // y (m, n) = x (m, k) weight^T + bias for the weight's rows [first, last), 1 <= m <= 16. Not
-// parallel itself, as few_rows.
-struct FewQuantizedRows {
+// parallel itself, as gemv.
+struct QuantizedGemv {
   QuantizedWeight weight;
-  QuantizedRows x;
+  QuantizedActivations x;
   const float* bias = nullptr;     // (n,) or null
   float* y = nullptr;              // (m, n), y_row_stride between rows
   std::int64_t y_row_stride = 0;
@@ -48,7 +48,7 @@ constexpr std::int64_t quantized_caller_scratch(std::int64_t m, std::int64_t k) 
 
 // c (m, n) = a (m, k) weight^T, plus bias (n,) where given, plus the old c where `accumulate`.
 // Parallel. Rows of a and c are contiguous, with strides between them.
-struct QuantizedProduct {
+struct QuantizedGemm {
   std::int64_t m = 0, n = 0, k = 0;
   const float* a = nullptr;
   std::int64_t a_row_stride = 0;

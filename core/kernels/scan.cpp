@@ -1,12 +1,12 @@
 // The selective scan. Channels lie along the vector, and each channel's states are independent.
 //
 // A work item is a block of up to 64 channels of one group. It walks through time in chunks of
-// kScanChunk steps, small enough that all it reads of a chunk stays in the first two caches:
+// kChunkSteps steps, small enough that all it reads of a chunk stays in the first two caches:
 //
 //   delta, dx = delta * x, u     (steps, columns)   u collects C h + D x; columns is the number of
 //                                                   channels rounded up to whole vectors
 //   B, C                         (steps, n)         of the block's group, as floats
-//   A, h                         (n, columns)       states outside, so that a vector is W channels
+//   A, h                         (n, columns)       states outside, so that a vector is kLanes channels
 //
 // Within a chunk a few states of one vector of channels go through all its steps in registers
 // before the next few do, so any n runs the same code.
@@ -22,13 +22,12 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-constexpr int T = kScanChunk;
 constexpr int kColumns = 64;    // channels of a block
-constexpr int kTile = T * kColumns;
+constexpr int kTile = kChunkSteps * kColumns;
 constexpr int kPartials = 16;   // at most so many partial sums of a gradient are kept apart
-constexpr int N = 4;            // states in registers
+constexpr int kStates = 4;            // states in registers
 
-static_assert(kColumns % W == 0 && T % 16 == 0);
+static_assert(kColumns % kLanes == 0 && kChunkSteps % 16 == 0);
 
 // ---- Memory ------------------------------------------------------------------------------------
 
@@ -63,20 +62,20 @@ void fill_zeros(float* p, std::int64_t floats) {
 
 // ---- Vectors as rows of a matrix ---------------------------------------------------------------
 
-// The sums of W rows of W floats, as one vector.
-ANYMAMBA_INLINE F row_sums(const float* rows) {
-  F m[W];
-  for (int i = 0; i < W; ++i) m[i] = load(rows + i * W);
+// The sums of kLanes rows of kLanes floats, as one vector.
+ANYMAMBA_INLINE FloatVec row_sums(const float* rows) {
+  FloatVec m[kLanes];
+  for (int i = 0; i < kLanes; ++i) m[i] = load(rows + i * kLanes);
   return sums_of_lanes(m);
 }
 
-// out (W, W) = in (W, W) transposed; rows are so far apart as the strides say.
+// out (kLanes, kLanes) = in (kLanes, kLanes) transposed; rows are so far apart as the strides say.
 ANYMAMBA_INLINE void transpose_square(float* out, std::int64_t out_stride, const float* in,
                                       std::int64_t in_stride) {
-  F m[W];
-  for (int i = 0; i < W; ++i) m[i] = load(in + i * in_stride);
+  FloatVec m[kLanes];
+  for (int i = 0; i < kLanes; ++i) m[i] = load(in + i * in_stride);
   transpose(m);
-  for (int i = 0; i < W; ++i) store(out + i * out_stride, m[i]);
+  for (int i = 0; i < kLanes; ++i) store(out + i * out_stride, m[i]);
 }
 
 // ---- Blocks, walks and the tiles they need -----------------------------------------------------
@@ -91,38 +90,38 @@ std::int64_t blocks_per_group(const Scan& scan) { return ceil_div(scan.e / scan.
 Block block_of(const Scan& scan, std::int64_t group, std::int64_t index) {
   const std::int64_t width = scan.e / scan.groups, before = index * kColumns;
   const int channels = static_cast<int>(smaller(kColumns, width - before));
-  return {group, group * width + before, channels, (channels + W - 1) / W * W};
+  return {group, group * width + before, channels, (channels + kLanes - 1) / kLanes * kLanes};
 }
 
 // A stretch of steps of a row, in the order of the recurrence.
-struct Walk {
+struct SegmentSlice {
   std::int64_t row, first, direction, steps;
 
-  Walk chunk(std::int64_t index) const {
-    const std::int64_t before = index * T;
-    return {row, first + before * direction, direction, smaller(T, steps - before)};
+  SegmentSlice chunk(std::int64_t index) const {
+    const std::int64_t before = index * kChunkSteps;
+    return {row, first + before * direction, direction, smaller(kChunkSteps, steps - before)};
   }
-  std::int64_t chunks() const { return ceil_div(steps, T); }
+  std::int64_t chunks() const { return ceil_div(steps, kChunkSteps); }
 };
 
-Walk walk_of(const Segments& s, std::int64_t i) {
+SegmentSlice slice_of(const Segments& s, std::int64_t i) {
   const std::int64_t steps = s.stops[i] - s.starts[i];
   if (s.reverse) return {s.rows[i], s.stops[i] - 1, -1, steps};
   return {s.rows[i], s.starts[i], 1, steps};
 }
 
-void read_tile(float* tile, const Tensor3& tensor, const Walk& w, const Block& b) {
+void read_tile(float* tile, const Tensor3& tensor, const SegmentSlice& w, const Block& b) {
   load_tile(tile, b.columns, tensor, w.row, w.first, w.direction, static_cast<int>(w.steps),
             b.first, b.channels);
 }
 
-void write_tile(const float* tile, const Tensor3& tensor, const Walk& w, const Block& b) {
+void write_tile(const float* tile, const Tensor3& tensor, const SegmentSlice& w, const Block& b) {
   store_tile(tile, b.columns, tensor, w.row, w.first, w.direction, static_cast<int>(w.steps),
              b.first, b.channels);
 }
 
 // tile (steps, n) of B or C for one group.
-void read_projection(float* tile, const Projection& p, const Walk& w, std::int64_t group,
+void read_projection(float* tile, const Projection& p, const SegmentSlice& w, std::int64_t group,
                      std::int64_t n) {
   const std::int64_t start =
       w.row * p.row_stride + w.first * p.step_stride + group * p.group_stride;
@@ -130,7 +129,7 @@ void read_projection(float* tile, const Projection& p, const Walk& w, std::int64
   if (p.state_stride == 1) {
     for (std::int64_t t = 0; t < w.steps; ++t) {
       std::int64_t i = 0;
-      for (; i + W <= n; i += W)
+      for (; i + kLanes <= n; i += kLanes)
         store(tile + t * n + i, read_vector(p.data, p.type, start + t * stride + i));
       for (; i < n; ++i) tile[t * n + i] = read(p.data, p.type, start + t * stride + i);
     }
@@ -144,9 +143,9 @@ void read_projection(float* tile, const Projection& p, const Walk& w, std::int64
 // out (n, columns) from the block's rows of in (e, n), zeros where there is no channel.
 void read_states(float* out, const float* in, const Block& b, std::int64_t n) {
   in += b.first * n;
-  const std::int64_t whole_c = b.channels / W * W, whole_n = n / W * W;
-  for (std::int64_t c = 0; c < whole_c; c += W)
-    for (std::int64_t i = 0; i < whole_n; i += W)
+  const std::int64_t whole_c = b.channels / kLanes * kLanes, whole_n = n / kLanes * kLanes;
+  for (std::int64_t c = 0; c < whole_c; c += kLanes)
+    for (std::int64_t i = 0; i < whole_n; i += kLanes)
       transpose_square(out + i * b.columns + c, b.columns, in + c * n + i, n);
   for (std::int64_t c = 0; c < b.columns; ++c)
     for (std::int64_t i = c < whole_c ? whole_n : 0; i < n; ++i)
@@ -156,9 +155,9 @@ void read_states(float* out, const float* in, const Block& b, std::int64_t n) {
 // The way back.
 void write_states(float* out, const float* in, const Block& b, std::int64_t n) {
   out += b.first * n;
-  const std::int64_t whole_c = b.channels / W * W, whole_n = n / W * W;
-  for (std::int64_t c = 0; c < whole_c; c += W)
-    for (std::int64_t i = 0; i < whole_n; i += W)
+  const std::int64_t whole_c = b.channels / kLanes * kLanes, whole_n = n / kLanes * kLanes;
+  for (std::int64_t c = 0; c < whole_c; c += kLanes)
+    for (std::int64_t i = 0; i < whole_n; i += kLanes)
       transpose_square(out + c * n + i, n, in + i * b.columns + c, b.columns);
   for (std::int64_t c = 0; c < b.channels; ++c)
     for (std::int64_t i = c < whole_c ? whole_n : 0; i < n; ++i)
@@ -177,7 +176,7 @@ void read_states_or_zeros(float* out, const float* all, std::int64_t index, cons
 // A * log2(e) as (n, columns), so that exp(delta A) is a power of two.
 void read_A(float* out, const Scan& scan, const Block& b) {
   read_states(out, scan.A, b, scan.n);
-  for (std::int64_t i = 0; i < scan.n * b.columns; i += W)
+  for (std::int64_t i = 0; i < scan.n * b.columns; i += kLanes)
     store(out + i, load(out + i) * splat(kLog2e));
 }
 
@@ -215,7 +214,7 @@ void count_chunks(Scratch<std::int64_t>& first_chunk, const Segments& segments) 
 
 // Asks for part `part` of `parts` of a tile that will be read or written later. Its rows are far
 // apart, which hardware does not foresee.
-void prefetch_tile(const Tensor3& tensor, const Walk& w, const Block& b, std::int64_t part,
+void prefetch_tile(const Tensor3& tensor, const SegmentSlice& w, const Block& b, std::int64_t part,
                    std::int64_t parts) {
   const bool by_step = tensor.channel_stride == 1;
   if (!tensor || w.steps == 0 || (!by_step && tensor.step_stride != 1)) return;
@@ -244,28 +243,28 @@ struct Chunk {
 };
 
 // Takes states [i, i + M) of the vector at column c through the chunk. With kKeep it leaves each
-// step's decay in decays (steps, M, W) and the states in states (steps + 1, M, W).
+// step's decay in decays (steps, M, kLanes) and the states in states (steps + 1, M, kLanes).
 template <int M, bool kKeep>
 ANYMAMBA_INLINE void advance(const Chunk& k, std::int64_t i, int c, float* decays, float* states) {
-  F A[M], h[M];
+  FloatVec A[M], h[M];
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j) {
     A[j] = load(k.A + (i + j) * k.columns + c);
     h[j] = load(k.h + (i + j) * k.columns + c);
-    if (kKeep) store(states + j * W, h[j]);
+    if (kKeep) store(states + j * kLanes, h[j]);
   }
   for (int t = 0; t < k.steps; ++t) {
-    const F delta = load(k.delta + t * k.columns + c), dx = load(k.dx + t * k.columns + c);
+    const FloatVec delta = load(k.delta + t * k.columns + c), dx = load(k.dx + t * k.columns + c);
     const float *B = k.B + t * k.n + i, *C = k.C + t * k.n + i;
-    F sum{};
+    FloatVec sum{};
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
-      const F decay = exp2_of(delta * A[j]);
+      const FloatVec decay = exp2_of(delta * A[j]);
       h[j] = fma(decay, h[j], dx * splat(B[j]));
       sum = j == 0 ? h[j] * splat(C[j]) : fma(h[j], splat(C[j]), sum);
       if (kKeep) {
-        store(decays + (t * M + j) * W, decay);
-        store(states + ((t + 1) * M + j) * W, h[j]);
+        store(decays + (t * M + j) * kLanes, decay);
+        store(states + ((t + 1) * M + j) * kLanes, h[j]);
       }
     }
     float* u = k.u + t * k.columns + c;
@@ -287,15 +286,15 @@ struct Forward {
     chunk.delta = pieces.take(kTile);
     chunk.dx = pieces.take(kTile);
     chunk.u = pieces.take(kTile);
-    chunk.B = pieces.take(T * scan.n);
-    chunk.C = pieces.take(T * scan.n);
+    chunk.B = pieces.take(kChunkSteps * scan.n);
+    chunk.C = pieces.take(kChunkSteps * scan.n);
     chunk.A = pieces.take(kColumns * scan.n);
     chunk.h = pieces.take(kColumns * scan.n);
     D = pieces.take(kColumns);
     bias = pieces.take(kColumns);
   }
   static std::int64_t floats(std::int64_t n) {
-    return 3 * kTile + 2 * T * n + 2 * kColumns * n + 2 * kColumns;
+    return 3 * kTile + 2 * kChunkSteps * n + 2 * kColumns * n + 2 * kColumns;
   }
 };
 
@@ -303,10 +302,10 @@ struct Forward {
 void prepare(const Forward& f, bool softplus) {
   const Chunk& k = f.chunk;
   for (int t = 0; t < k.steps; ++t) {
-    for (int c = 0; c < k.columns; c += W) {
+    for (int c = 0; c < k.columns; c += kLanes) {
       const int at = t * k.columns + c;
-      const F raw = load(k.delta + at) + load(f.bias + c), x = load(k.dx + at);
-      const F delta = softplus ? softplus_of(raw) : raw;
+      const FloatVec raw = load(k.delta + at) + load(f.bias + c), x = load(k.dx + at);
+      const FloatVec delta = softplus ? softplus_of(raw) : raw;
       store(k.delta + at, delta);
       store(k.dx + at, delta * x);
       store(k.u + at, load(f.D + c) * x);
@@ -316,22 +315,22 @@ void prepare(const Forward& f, bool softplus) {
 
 // All states of all columns. Between vectors the next chunk's tensors are asked for.
 void advance_all(const Scan& scan, const ScanResult& result, const Chunk& k, const Block& b,
-                 const Walk& next) {
-  const std::int64_t parts = k.columns / W;
-  for (int c = 0; c < k.columns; c += W) {
+                 const SegmentSlice& next) {
+  const std::int64_t parts = k.columns / kLanes;
+  for (int c = 0; c < k.columns; c += kLanes) {
     for (const Tensor3* tensor : {&scan.x, &scan.delta, &scan.z, &result.y})
-      prefetch_tile(*tensor, next, b, c / W, parts);
+      prefetch_tile(*tensor, next, b, c / kLanes, parts);
     std::int64_t i = 0;
-    for (; i + N <= k.n; i += N) advance<N, false>(k, i, c, nullptr, nullptr);
+    for (; i + kStates <= k.n; i += kStates) advance<kStates, false>(k, i, c, nullptr, nullptr);
     for (; i < k.n; ++i) advance<1, false>(k, i, c, nullptr, nullptr);
   }
 }
 
 // u *= silu(z), z being read over delta, which is spent.
-void apply_gate(const Scan& scan, const Chunk& k, const Walk& w, const Block& b) {
+void apply_gate(const Scan& scan, const Chunk& k, const SegmentSlice& w, const Block& b) {
   float* z = k.delta;
   read_tile(z, scan.z, w, b);
-  for (int at = 0; at < k.steps * k.columns; at += W)
+  for (int at = 0; at < k.steps * k.columns; at += kLanes)
     store(k.u + at, load(k.u + at) * silu_of(load(z + at)));
 }
 
@@ -341,13 +340,13 @@ void scan_block(const Scan& scan, const ScanResult& result, std::int64_t segment
   Forward f(pieces, scan, b);
   Chunk& k = f.chunk;
   const Segments& segments = scan.segments;
-  const Walk walk = walk_of(segments, segment);
+  const SegmentSlice slice = slice_of(segments, segment);
   read_A(k.A, scan, b);
   read_parameter(f.D, scan.D, b);
   read_parameter(f.bias, scan.delta_bias, b);
   read_states_or_zeros(k.h, scan.initial, segments.state_in[segment], scan, b);
-  for (std::int64_t chunk = 0; chunk < walk.chunks(); ++chunk) {
-    const Walk w = walk.chunk(chunk);
+  for (std::int64_t chunk = 0; chunk < slice.chunks(); ++chunk) {
+    const SegmentSlice w = slice.chunk(chunk);
     k.steps = static_cast<int>(w.steps);
     if (checkpoints != nullptr)
       save_checkpoint(checkpoint_of(checkpoints, chunk, scan, b), k.h, b, scan.n);
@@ -356,7 +355,7 @@ void scan_block(const Scan& scan, const ScanResult& result, std::int64_t segment
     read_projection(k.B, scan.B, w, b.group, scan.n);
     read_projection(k.C, scan.C, w, b.group, scan.n);
     prepare(f, scan.softplus);
-    advance_all(scan, result, k, b, chunk + 1 < walk.chunks() ? walk.chunk(chunk + 1) : Walk{});
+    advance_all(scan, result, k, b, chunk + 1 < slice.chunks() ? slice.chunk(chunk + 1) : SegmentSlice{});
     if (scan.z) apply_gate(scan, k, w, b);
     write_tile(k.u, result.y, w, b);
   }
@@ -381,8 +380,8 @@ struct Backward {
   float *du, *gate;      // (steps, columns): dy silu(z), and dy silu'(z)
   float *ddx, *ddelta;   // (steps, columns): the sums over states
   float *carry, *dA;     // (n, columns): a_{t+1} g_{t+1}, and the sum over steps so far
-  float *decays, *states;  // (steps, N, W) and (steps + 1, N, W) of the states at work
-  float *dB, *dC;        // (steps, N, W): sums over the block's vectors
+  float *decays, *states;  // (steps, kStates, kLanes) and (steps + 1, kStates, kLanes) of the states at work
+  float *dB, *dC;        // (steps, kStates, kLanes): sums over the block's vectors
   float *D, *bias, *dD, *dbias;  // (columns)
 
   Backward(Pieces pieces, const Scan& scan, const Block& b) {
@@ -390,14 +389,14 @@ struct Backward {
     chunk.n = scan.n;
     for (float** tile : {&chunk.delta, &chunk.dx, &chunk.u, &raw, &x, &du, &gate, &ddx, &ddelta})
       *tile = pieces.take(kTile);
-    for (float** tile : {&chunk.B, &chunk.C}) *tile = pieces.take(T * scan.n);
+    for (float** tile : {&chunk.B, &chunk.C}) *tile = pieces.take(kChunkSteps * scan.n);
     for (float** each : {&chunk.A, &chunk.h, &carry, &dA}) *each = pieces.take(kColumns * scan.n);
-    for (float** each : {&decays, &dB, &dC}) *each = pieces.take(T * N * W);
-    states = pieces.take((T + 1) * N * W);
+    for (float** each : {&decays, &dB, &dC}) *each = pieces.take(kChunkSteps * kStates * kLanes);
+    states = pieces.take((kChunkSteps + 1) * kStates * kLanes);
     for (float** each : {&D, &bias, &dD, &dbias}) *each = pieces.take(kColumns);
   }
   static std::int64_t floats(std::int64_t n) {
-    return 9 * kTile + 2 * T * n + 4 * kColumns * n + (4 * T + 2) * N * W + 4 * kColumns;
+    return 9 * kTile + 2 * kChunkSteps * n + 4 * kColumns * n + (4 * kChunkSteps + 2) * kStates * kLanes + 4 * kColumns;
   }
 };
 
@@ -406,18 +405,18 @@ void prepare(const Backward& f, const Scan& scan) {
   const Chunk& k = f.chunk;
   const bool gated = static_cast<bool>(scan.z);
   for (int t = 0; t < k.steps; ++t) {
-    for (int c = 0; c < k.columns; c += W) {
+    for (int c = 0; c < k.columns; c += kLanes) {
       const int at = t * k.columns + c;
-      const F raw = load(f.raw + at) + load(f.bias + c), x = load(f.x + at);
-      const F delta = scan.softplus ? softplus_of(raw) : raw;
+      const FloatVec raw = load(f.raw + at) + load(f.bias + c), x = load(f.x + at);
+      const FloatVec delta = scan.softplus ? softplus_of(raw) : raw;
       store(f.raw + at, raw);
       store(k.delta + at, delta);
       store(k.dx + at, delta * x);
       store(k.u + at, load(f.D + c) * x);
-      store(f.ddx + at, F{});
-      store(f.ddelta + at, F{});
+      store(f.ddx + at, FloatVec{});
+      store(f.ddelta + at, FloatVec{});
       if (gated) {
-        const F dy = load(f.du + at), z = load(f.gate + at), s = sigmoid_of(z);
+        const FloatVec dy = load(f.du + at), z = load(f.gate + at), s = sigmoid_of(z);
         store(f.du + at, dy * z * s);
         store(f.gate + at, dy * s * fma(z, splat(1.0f) - s, splat(1.0f)));
       }
@@ -430,29 +429,29 @@ void prepare(const Backward& f, const Scan& scan) {
 template <int M>
 ANYMAMBA_INLINE void retreat(const Backward& f, std::int64_t i, int c) {
   const Chunk& k = f.chunk;
-  F A[M], carry[M], dA[M], h[M];
+  FloatVec A[M], carry[M], dA[M], h[M];
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j) {
     A[j] = load(k.A + (i + j) * k.columns + c);
     carry[j] = load(f.carry + (i + j) * k.columns + c);
     dA[j] = load(f.dA + (i + j) * k.columns + c);
-    h[j] = load(f.states + (k.steps * M + j) * W);
+    h[j] = load(f.states + (k.steps * M + j) * kLanes);
   }
   for (int t = k.steps - 1; t >= 0; --t) {
     const int at = t * k.columns + c;
-    const F delta = load(k.delta + at), dx = load(k.dx + at), du = load(f.du + at);
+    const FloatVec delta = load(k.delta + at), dx = load(k.dx + at), du = load(f.du + at);
     const float *B = k.B + t * k.n + i, *C = k.C + t * k.n + i;
-    F ddx{}, ddelta{};
+    FloatVec ddx{}, ddelta{};
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
-      const int here = (t * M + j) * W;
-      const F g = fma(splat(C[j]), du, carry[j]);
+      const int here = (t * M + j) * kLanes;
+      const FloatVec g = fma(splat(C[j]), du, carry[j]);
       store(f.dB + here, fma(g, dx, load(f.dB + here)));
       store(f.dC + here, fma(h[j], du, load(f.dC + here)));
       ddx = j == 0 ? g * splat(B[j]) : fma(g, splat(B[j]), ddx);
       carry[j] = g * load(f.decays + here);
       h[j] = load(f.states + here);
-      const F ddelta_A = carry[j] * h[j];
+      const FloatVec ddelta_A = carry[j] * h[j];
       ddelta = j == 0 ? A[j] * ddelta_A : fma(A[j], ddelta_A, ddelta);
       dA[j] = fma(delta, ddelta_A, dA[j]);
     }
@@ -469,10 +468,10 @@ ANYMAMBA_INLINE void retreat(const Backward& f, std::int64_t i, int c) {
 // out[t, j] += the sum of sums[t, j, :], for t < steps and j < M. Rows of out are `stride` apart.
 template <int M>
 void add_sums(float* out, std::int64_t stride, const float* sums, int steps) {
-  for (int first = 0; first < steps * M; first += W) {
-    float totals[W];
-    store(totals, row_sums(sums + first * W));
-    for (int r = 0; r < W && first + r < steps * M; ++r)
+  for (int first = 0; first < steps * M; first += kLanes) {
+    float totals[kLanes];
+    store(totals, row_sums(sums + first * kLanes));
+    for (int r = 0; r < kLanes && first + r < steps * M; ++r)
       out[(first + r) / M * stride + (first + r) % M] += totals[r];
   }
 }
@@ -481,9 +480,9 @@ void add_sums(float* out, std::int64_t stride, const float* sums, int steps) {
 template <int M>
 void differentiate(const Backward& f, std::int64_t i, float* dB, float* dC, std::int64_t stride) {
   const Chunk& k = f.chunk;
-  fill_zeros(f.dB, T * M * W);
-  fill_zeros(f.dC, T * M * W);
-  for (int c = 0; c < k.columns; c += W) {
+  fill_zeros(f.dB, kChunkSteps * M * kLanes);
+  fill_zeros(f.dC, kChunkSteps * M * kLanes);
+  for (int c = 0; c < k.columns; c += kLanes) {
     advance<M, true>(k, i, c, f.decays, f.states);
     retreat<M>(f, i, c);
   }
@@ -496,11 +495,11 @@ void differentiate(const Backward& f, std::int64_t i, float* dB, float* dC, std:
 void finish(const Backward& f, const Scan& scan) {
   const Chunk& k = f.chunk;
   for (int t = 0; t < k.steps; ++t) {
-    for (int c = 0; c < k.columns; c += W) {
+    for (int c = 0; c < k.columns; c += kLanes) {
       const int at = t * k.columns + c;
-      const F x = load(f.x + at), du = load(f.du + at), ddx = load(f.ddx + at);
+      const FloatVec x = load(f.x + at), du = load(f.du + at), ddx = load(f.ddx + at);
       // A carries a factor log2(e), which comes off here.
-      F ddelta = fma(load(f.ddelta + at), splat(1 / kLog2e), ddx * x);
+      FloatVec ddelta = fma(load(f.ddelta + at), splat(1 / kLog2e), ddx * x);
       if (scan.softplus) ddelta = ddelta * sigmoid_of(load(f.raw + at));
       store(k.dx + at, fma(ddx, load(k.delta + at), load(f.D + c) * du));
       store(f.ddelta + at, ddelta);
@@ -513,7 +512,7 @@ void finish(const Backward& f, const Scan& scan) {
 
 // One chunk. dB and dC are one lane's (rows, steps, groups, n).
 void backward_chunk(const Scan& scan, const ScanGradients& grads, Backward& f, const Block& b,
-                    const Walk& w, const float* checkpoint, float* dB, float* dC) {
+                    const SegmentSlice& w, const float* checkpoint, float* dB, float* dC) {
   Chunk& k = f.chunk;
   k.steps = static_cast<int>(w.steps);
   read_tile(f.raw, scan.delta, w, b);
@@ -527,7 +526,7 @@ void backward_chunk(const Scan& scan, const ScanGradients& grads, Backward& f, c
   const std::int64_t start = ((w.row * grads.steps + w.first) * scan.groups + b.group) * scan.n;
   const std::int64_t stride = w.direction * scan.groups * scan.n;
   std::int64_t i = 0;
-  for (; i + N <= scan.n; i += N) differentiate<N>(f, i, dB + start + i, dC + start + i, stride);
+  for (; i + kStates <= scan.n; i += kStates) differentiate<kStates>(f, i, dB + start + i, dC + start + i, stride);
   for (; i < scan.n; ++i) differentiate<1>(f, i, dB + start + i, dC + start + i, stride);
   finish(f, scan);
   if (grads.x) write_tile(k.dx, grads.x, w, b);
@@ -572,10 +571,10 @@ void backward_block(const Scan& scan, const ScanGradients& grads, Lanes& lanes,
   fill_zeros(f.dbias, b.columns);
   const std::int64_t stop = smaller(segments.count, (segment_lane + 1) * lanes.segments);
   for (std::int64_t s = segment_lane * lanes.segments; s < stop; ++s) {
-    const Walk walk = walk_of(segments, s);
+    const SegmentSlice slice = slice_of(segments, s);
     read_states_or_zeros(f.carry, grads.last, segments.state_out[s], scan, b);
-    for (std::int64_t chunk = walk.chunks() - 1; chunk >= 0; --chunk)
-      backward_chunk(scan, grads, f, b, walk.chunk(chunk),
+    for (std::int64_t chunk = slice.chunks() - 1; chunk >= 0; --chunk)
+      backward_chunk(scan, grads, f, b, slice.chunk(chunk),
                      checkpoint_of(const_cast<float*>(grads.checkpoints), first_chunk[s] + chunk,
                                    scan, b),
                      lanes.dB + channel_lane * lanes.shared,
@@ -656,49 +655,49 @@ void scan_backward(const Scan& scan, const ScanGradients& grads) {
 
 namespace {
 
-// Up to W channels of one row and one group. Here a vector holds states of one channel, as the
+// Up to kLanes channels of one row and one group. Here a vector holds states of one channel, as the
 // state lies in memory; B and C are (n) rounded up to whole vectors with zeros.
 void step_channels(const ScanStep& step, std::int64_t row, std::int64_t first, int channels,
                    const float* B, const float* C) {
-  float x[W], delta[W], z[W], products[W * W];
-  load_tile(x, W, step.x, row, 0, 1, 1, first, channels);
-  load_tile(delta, W, step.delta, row, 0, 1, 1, first, channels);
+  float x[kLanes], delta[kLanes], z[kLanes], products[kLanes * kLanes];
+  load_tile(x, kLanes, step.x, row, 0, 1, 1, first, channels);
+  load_tile(delta, kLanes, step.delta, row, 0, 1, 1, first, channels);
   if (step.delta_bias != nullptr)
     store(delta, load(delta) + load_some(step.delta_bias + first, channels));
   if (step.softplus) store(delta, softplus_of(load(delta)));
-  const F inputs = load(x);
+  const FloatVec inputs = load(x);
   store(x, load(delta) * inputs);
   store(delta, load(delta) * splat(kLog2e));
   for (int c = 0; c < channels; ++c) {
     const float* A = step.A + (first + c) * step.n;
     float* h = step.state + row * step.state_row_stride + (first + c) * step.n;
-    F y{};
-    for (std::int64_t i = 0; i < step.n; i += W) {
-      const int count = static_cast<int>(smaller(W, step.n - i));
-      const bool whole = count == W;
-      const F decay = exp2_of(splat(delta[c]) * (whole ? load(A + i) : load_some(A + i, count)));
-      const F before = whole ? load(h + i) : load_some(h + i, count);
-      const F after = fma(decay, before, splat(x[c]) * load(B + i));
+    FloatVec y{};
+    for (std::int64_t i = 0; i < step.n; i += kLanes) {
+      const int count = static_cast<int>(smaller(kLanes, step.n - i));
+      const bool whole = count == kLanes;
+      const FloatVec decay = exp2_of(splat(delta[c]) * (whole ? load(A + i) : load_some(A + i, count)));
+      const FloatVec before = whole ? load(h + i) : load_some(h + i, count);
+      const FloatVec after = fma(decay, before, splat(x[c]) * load(B + i));
       whole ? store(h + i, after) : store_some(h + i, after, count);
       y = fma(after, load(C + i), y);
     }
-    store(products + c * W, y);
+    store(products + c * kLanes, y);
   }
-  fill_zeros(products + channels * W, (W - channels) * W);
-  F y = row_sums(products);
+  fill_zeros(products + channels * kLanes, (kLanes - channels) * kLanes);
+  FloatVec y = row_sums(products);
   if (step.D != nullptr) y = fma(load_some(step.D + first, channels), inputs, y);
   if (step.z) {
-    load_tile(z, W, step.z, row, 0, 1, 1, first, channels);
+    load_tile(z, kLanes, step.z, row, 0, 1, 1, first, channels);
     y = y * silu_of(load(z));
   }
   store(x, y);
-  store_tile(x, W, step.y, row, 0, 1, 1, first, channels);
+  store_tile(x, kLanes, step.y, row, 0, 1, 1, first, channels);
 }
 
 }  // namespace
 
 void scan_step(const ScanStep& step, std::int64_t first, std::int64_t last) {
-  const std::int64_t width = step.e / step.groups, padded = ceil_div(step.n, W) * W;
+  const std::int64_t width = step.e / step.groups, padded = ceil_div(step.n, kLanes) * kLanes;
   Scratch<float> projections(2 * padded);
   float *B = projections, *C = B + padded;
   const SubnormalsAreZeros fast;
@@ -706,11 +705,11 @@ void scan_step(const ScanStep& step, std::int64_t first, std::int64_t last) {
   for (std::int64_t row = 0; row < step.b; ++row) {
     for (std::int64_t c = first; c < last;) {
       const std::int64_t group = c / width, stop = smaller(last, (group + 1) * width);
-      const Walk here{row, 0, 1, 1};
+      const SegmentSlice here{row, 0, 1, 1};
       read_projection(B, step.B, here, group, step.n);
       read_projection(C, step.C, here, group, step.n);
-      for (; c < stop; c += W)
-        step_channels(step, row, c, static_cast<int>(smaller(W, stop - c)), B, C);
+      for (; c < stop; c += kLanes)
+        step_channels(step, row, c, static_cast<int>(smaller(kLanes, stop - c)), B, C);
       c = stop;
     }
   }

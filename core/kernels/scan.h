@@ -70,16 +70,16 @@ struct ScanStep {
 
 // Steps that a kernel works through at a time. The forward pass leaves the state before each chunk
 // of each segment, from which the backward pass recomputes those inside: l * e * n / 32 floats.
-inline constexpr int kScanChunk = 32;
+inline constexpr int kChunkSteps = 32;
 
 inline std::int64_t scan_chunks(const Segments& segments, std::int64_t segment) {
   const std::int64_t steps = segments.stops[segment] - segments.starts[segment];
-  return (steps + kScanChunk - 1) / kScanChunk;
+  return (steps + kChunkSteps - 1) / kChunkSteps;
 }
 
 // The scratch memory of a worker in the forward pass.
 constexpr std::int64_t scan_worker_scratch(std::int64_t n) {
-  return 4 * (3 * 64 * kScanChunk + 2 * kScanChunk * n + 2 * 64 * n + 2 * 64) + 64;
+  return 4 * (3 * 64 * kChunkSteps + 2 * kChunkSteps * n + 2 * 64 * n + 2 * 64) + 64;
 }
 
 // Floats that the backward pass needs. The same for every instruction set.

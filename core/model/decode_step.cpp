@@ -9,7 +9,7 @@
 namespace anymamba {
 namespace {
 
-constexpr int kMostVectors = 16;        // that few_rows takes at once
+constexpr int kMostVectors = 16;        // that gemv takes at once
 constexpr std::int64_t kScanBlock = 64;  // channels
 constexpr std::int64_t kWeightRows = 32;  // read from memory once, then used for all vectors
 constexpr std::int64_t kBarriers = 4;     // of a layer
@@ -21,7 +21,7 @@ constexpr std::int64_t kWorkBetweenBarriers = 24 << 10;
 // waits for others or computes, when memory would stand idle.
 class Ahead {
  public:
-  Ahead(const Weight& weight, std::int64_t k, Span rows) {
+  Ahead(const Weight& weight, std::int64_t k, RowRange rows) {
     const QuantizedWeight& quantized = weight.quantized;
     const bool whole = quantized.bits != 0;
     const std::int64_t row = whole ? k * quantized.bits / 8
@@ -61,14 +61,14 @@ struct Rounded {
   const float* through_bf16(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k) {
     for (std::int64_t row = 0; row < b; ++row) {
       kernels().convert(x + row * stride, DType::f32, narrow, DType::bf16, k);
-      kernels().widen(narrow, DType::bf16, wide + row * k, k);
+      kernels().to_float32(narrow, DType::bf16, wide + row * k, k);
     }
     return wide;
   }
 
-  QuantizedRows rows(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k, int group) {
-    const QuantizedRows rows = {b, k, group, q, scales, sums};
-    kernels().quantize_rows(x, stride, rows, 0, b);
+  QuantizedActivations rows(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k, int group) {
+    const QuantizedActivations rows = {b, k, group, q, scales, sums};
+    kernels().quantize_activations(x, stride, rows, 0, b);
     return rows;
   }
 };
@@ -82,10 +82,10 @@ struct Vectors {
 
 // y (b, .) = x weight^T + bias for the weight's rows [first, last).
 void project(const Weight& weight, const Vectors& x, const float* bias, float* y,
-             std::int64_t y_stride, Span rows) {
+             std::int64_t y_stride, RowRange rows) {
   if (const QuantizedWeight& quantized = weight.quantized; quantized.bits != 0) {
-    const QuantizedRows rounded = x.rounded.rows(x.data, x.stride, x.b, x.k, quantized.group);
-    return kernels().few_quantized_rows({quantized, rounded, bias, y, y_stride}, rows.first, rows.last);
+    const QuantizedActivations rounded = x.rounded.rows(x.data, x.stride, x.b, x.k, quantized.group);
+    return kernels().quantized_gemv({quantized, rounded, bias, y, y_stride}, rows.first, rows.last);
   }
   const bool rounds = operand_type(weight, x.rounded.bf16_products) == DType::bf16;
   const float* const data = rounds ? x.rounded.through_bf16(x.data, x.stride, x.b, x.k) : x.data;
@@ -94,7 +94,7 @@ void project(const Weight& weight, const Vectors& x, const float* bias, float* y
   for (std::int64_t first = rows.first; first < rows.last; first += block) {
     const std::int64_t last = std::min(rows.last, first + block);
     for (std::int64_t row = 0; row < x.b; row += kMostVectors) {
-      FewRows product;
+      Gemv product;
       product.k = x.k;
       product.weight = weight.data;
       product.type = weight.type;
@@ -105,7 +105,7 @@ void project(const Weight& weight, const Vectors& x, const float* bias, float* y
       product.y = y + row * y_stride;
       product.y_row_stride = y_stride;
       product.m = static_cast<int>(std::min<std::int64_t>(kMostVectors, x.b - row));
-      kernels().few_rows(product, first, last);
+      kernels().gemv(product, first, last);
     }
   }
 }
@@ -135,7 +135,7 @@ struct Own {
         rounded(b, widest(m), bf16_products, memory) {}
 
   // What a worker needs, the scratch memory of the kernels included that it calls: norm,
-  // few_quantized_rows and scan_step.
+  // quantized_gemv and scan_step.
   static std::int64_t bytes(const Model& m, std::int64_t b, bool bf16_products) {
     constexpr std::int64_t kVector = 16, kNormRows = 16;
     Arena counted;
@@ -185,7 +185,7 @@ class Step {
   void run(int worker, int workers, Barrier& barrier, Own& own) {
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
-      const Span rows = share(m_.d, worker, workers);
+      const RowRange rows = share(m_.d, worker, workers);
       norm({buf_.hidden.data(), DType::f32, m_.d}, m_.d, layer.norm, own.norm, m_.eps,
            {own.normed, DType::f32, m_.d});
       mix(index, worker, workers, barrier, own);
@@ -204,16 +204,16 @@ class Step {
   // `change` (b, d): a layer's mixer of `normed`, of which this worker computes its own columns.
   void mix(std::size_t index, int worker, int workers, Barrier& barrier, Own& own) {
     const Layer& layer = m_.layers[index];
-    const Span channels = share(m_.e, worker, workers);
+    const RowRange channels = share(m_.e, worker, workers);
     convolve(layer, index, own, channels);
-    const Span narrow = share(wide(), worker, workers, 4);
+    const RowRange narrow = share(wide(), worker, workers, 4);
     Ahead to_x_proj(layer.x_proj, m_.e, narrow);
     barrier.wait([&] { to_x_proj.fetch(1); });
     project(layer.x_proj, {buf_.x.data(), b_, m_.e, m_.e, own.rounded}, nullptr, buf_.rBC.data(),
             wide(), narrow);
     Ahead to_dt_proj(layer.dt_proj, m_.r, channels);
     barrier.wait([&] { to_dt_proj.fetch(1); });
-    const Span rows = share(m_.d, worker, workers);
+    const RowRange rows = share(m_.d, worker, workers);
     Ahead to_out_proj(layer.out_proj, m_.e, rows);
     scan(layer, index, own, channels, normed_rBC(layer, own));
     barrier.wait([&] { to_out_proj.fetch(1); });
@@ -253,9 +253,9 @@ class Step {
   }
 
   // x and z of this worker's channels, then the convolution of x.
-  void convolve(const Layer& layer, std::size_t index, Own& own, Span channels) {
+  void convolve(const Layer& layer, std::size_t index, Own& own, RowRange channels) {
     for (const std::int64_t half : {std::int64_t{0}, m_.e}) {
-      const Span rows{half + channels.first, half + channels.last};
+      const RowRange rows{half + channels.first, half + channels.last};
       const float* bias = floats(layer.in_proj_bias, own.in_proj_bias, rows.first, rows.last - rows.first);
       project(layer.in_proj, {own.normed, b_, m_.d, m_.d, own.rounded}, bias, buf_.xz.data(), 2 * m_.e,
               rows);
@@ -277,7 +277,7 @@ class Step {
   // The step size of this worker's channels, then their state space with D and gate. One row goes
   // through some channels at a time, so that reading the next ones' numbers and computing overlap;
   // of more rows each keeps to its own stretch of memory.
-  void scan(const Layer& layer, std::size_t index, Own& own, Span channels, float* rBC) {
+  void scan(const Layer& layer, std::size_t index, Own& own, RowRange channels, float* rBC) {
     const std::int64_t width = channels.last - channels.first;
     ScanStep scan;
     scan.b = b_;
@@ -297,29 +297,29 @@ class Step {
     scan.state_row_stride = m_.e * m_.n;
     const std::int64_t block = b_ == 1 ? kScanBlock : channels.last - channels.first;
     for (std::int64_t first = channels.first; first < channels.last; first += block) {
-      const Span some{first, std::min(first + block, channels.last)};
-      const Span next{some.last, std::min(some.last + block, channels.last)};
+      const RowRange some{first, std::min(first + block, channels.last)};
+      const RowRange next{some.last, std::min(some.last + block, channels.last)};
       fetch(layer.A != nullptr ? Array{layer.A, DType::f32} : layer.A_log, next);
       fetch({scan.state, DType::f32}, next);
       project(layer.dt_proj, {rBC, b_, m_.r, wide(), own.rounded}, nullptr,
               buf_.delta.data(), m_.e, some);
       const std::int64_t start = some.first * m_.n;
       if (layer.A == nullptr)
-        kernels_.rates(at(layer.A_log, start), layer.A_log.type, own.A + start,
+        kernels_.negative_exp(at(layer.A_log, start), layer.A_log.type, own.A + start,
                        some.last * m_.n - start);
       kernels_.scan_step(scan, some.first, some.last);
     }
   }
 
   // Asks for the rows of an array (e, n).
-  void fetch(Array array, Span rows) const {
+  void fetch(Array array, RowRange rows) const {
     const char* const last = static_cast<const char*>(at(array, rows.last * m_.n));
     for (const char* p = static_cast<const char*>(at(array, rows.first * m_.n)); p < last; p += 64)
       __builtin_prefetch(p);
   }
 
   // hidden += change, for this worker's columns.
-  void add_back(Span rows) {
+  void add_back(RowRange rows) {
     for (std::int64_t row = 0; row < b_; ++row)
       for (std::int64_t i = rows.first; i < rows.last; ++i)
         buf_.hidden[row * m_.d + i] += buf_.change[row * m_.d + i];
@@ -365,7 +365,7 @@ void mixer_step(const Model& model, const States& state, const Rows& x, const Ro
       [&](int worker, int workers, Barrier& barrier, Arena& memory) {
         Own own(model, b, bf16_products, memory);
         for (std::int64_t row = 0; row < b; ++row)
-          kernels().widen(at({x.data, x.type}, row * x.row_stride), x.type, own.normed + row * model.d,
+          kernels().to_float32(at({x.data, x.type}, row * x.row_stride), x.type, own.normed + row * model.d,
                           model.d);
         step.mix(0, worker, workers, barrier, own);
       },

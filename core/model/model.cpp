@@ -5,14 +5,14 @@ namespace anymamba {
 void embed(const Model& m, const std::int64_t* tokens, std::int64_t count, float* hidden) {
   if (m.embeddings.quantized.bits != 0) {
     for (std::int64_t i = 0; i < count; ++i)
-      kernels().widen_quantized(m.embeddings.quantized, tokens[i], m.d, hidden + i * m.d);
+      kernels().dequantize(m.embeddings.quantized, tokens[i], m.d, hidden + i * m.d);
     return;
   }
   const std::int64_t row_bytes = 
       m.embeddings.row_stride * static_cast<std::int64_t>(size_of(m.embeddings.type));
   const char* const rows = static_cast<const char*>(m.embeddings.data);
   for (std::int64_t i = 0; i < count; ++i)
-    kernels().widen(rows + tokens[i] * row_bytes, m.embeddings.type, hidden + i * m.d, m.d);
+    kernels().to_float32(rows + tokens[i] * row_bytes, m.embeddings.type, hidden + i * m.d, m.d);
 }
 
 Window window_of(const Model& m, const States& states, std::int64_t b, std::int64_t layer) {

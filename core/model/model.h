@@ -38,7 +38,7 @@ struct Layer {
   Weight dt_proj;       // (e, r)
   Array dt_bias;        // (e,) or absent
   Array A_log;          // (e, n)
-  const float* A = nullptr;  // (e, n), what rates() makes of A_log, or null
+  const float* A = nullptr;  // (e, n), what negative_exp() makes of A_log, or null
   Array D;              // (e,)
   Weight out_proj;      // (d, e)
   Array out_proj_bias;  // (d,) or absent
@@ -72,7 +72,7 @@ inline const void* at(Array array, std::int64_t index) {
 inline const float* floats(Array array, float* buffer, std::int64_t first, std::int64_t count) {
   if (array.data == nullptr) return nullptr;
   if (array.type == DType::f32) return static_cast<const float*>(array.data);
-  kernels().widen(at(array, first), array.type, buffer + first, count);
+  kernels().to_float32(at(array, first), array.type, buffer + first, count);
   return buffer;
 }
 

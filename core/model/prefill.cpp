@@ -148,7 +148,7 @@ class Reading {
   std::int64_t scratch_bytes() const {
     const std::int64_t widest = std::max({m_.d, m_.e, wide()});
     const std::int64_t worker =
-        std::max({kProductScratch, quantized_worker_scratch(widest), scan_worker_scratch(m_.n),
+        std::max({kGemmScratch, quantized_worker_scratch(widest), scan_worker_scratch(m_.n),
                   conv_worker_scratch(m_.k), norm_worker_scratch(m_.d)});
     constexpr std::int64_t kFewRows = 16, kLists = 4;  // rows that are widened; of all sequences
     const std::int64_t widened = std::min(l_, kFewRows) * widest * 4;
@@ -201,7 +201,7 @@ class Reading {
                        const Weight& weight, std::int64_t n, const float* bias, float* c,
                        bool accumulate = false) {
     if (weight.quantized.bits != 0) {
-      QuantizedProduct product;
+      QuantizedGemm product;
       product.m = m;
       product.n = n;
       product.k = k;
@@ -212,9 +212,9 @@ class Reading {
       product.c_row_stride = n;
       product.bias = bias;
       product.accumulate = accumulate;
-      return kernels().quantized_product(product);
+      return kernels().quantized_gemm(product);
     }
-    Product product;
+    Gemm product;
     product.m = m;
     product.n = n;
     product.k = k;
@@ -223,7 +223,7 @@ class Reading {
     product.c = {c, DType::f32, n, 1};
     product.bias = bias;
     product.accumulate = accumulate;
-    kernels().product(product);
+    kernels().gemm(product);
   }
 
   // x and z, then x through the convolution.
@@ -263,7 +263,7 @@ class Reading {
     scan.B = {rBC_.floats() + m_.r, DType::f32, 0, wide(), 0, 1};
     scan.C = {rBC_.floats() + m_.r + m_.n, DType::f32, 0, wide(), 0, 1};
     if (layer.A == nullptr)
-      kernels().rates(layer.A_log.data, layer.A_log.type, A_.floats(), m_.e * m_.n);
+      kernels().negative_exp(layer.A_log.data, layer.A_log.type, A_.floats(), m_.e * m_.n);
     scan.A = layer.A != nullptr ? layer.A : A_.floats();
     scan.D = floats(layer.D, D_.data(), 0, m_.e);
     scan.delta_bias = floats(layer.dt_bias, dt_bias_.data(), 0, m_.e);

@@ -16,32 +16,32 @@ namespace anymamba::ANYMAMBA_ISA {
 #define ANYMAMBA_HIGH 2, 6, 3, 7
 #endif
 
-ANYMAMBA_INLINE F interleave_low(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_LOW); }
-ANYMAMBA_INLINE F interleave_high(F a, F b) { return __builtin_shufflevector(a, b, ANYMAMBA_HIGH); }
+ANYMAMBA_INLINE FloatVec interleave_low(FloatVec a, FloatVec b) { return __builtin_shufflevector(a, b, ANYMAMBA_LOW); }
+ANYMAMBA_INLINE FloatVec interleave_high(FloatVec a, FloatVec b) { return __builtin_shufflevector(a, b, ANYMAMBA_HIGH); }
 
 #undef ANYMAMBA_LOW
 #undef ANYMAMBA_HIGH
 
-// v (W, W) becomes its transpose: interleaving row i with row i + W/2 rotates the bits of an
-// entry's place (row, lane) by one, so log2(W) rounds exchange rows and lanes.
-ANYMAMBA_INLINE void transpose(F (&v)[W]) {
+// v (kLanes, kLanes) becomes its transpose: interleaving row i with row i + kLanes/2 rotates the bits of an
+// entry's place (row, lane) by one, so log2(kLanes) rounds exchange rows and lanes.
+ANYMAMBA_INLINE void transpose(FloatVec (&v)[kLanes]) {
 #pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
-    F u[W];
+  for (int round = 1; round < kLanes; round *= 2) {
+    FloatVec u[kLanes];
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) {
-      u[2 * i] = interleave_low(v[i], v[i + W / 2]);
-      u[2 * i + 1] = interleave_high(v[i], v[i + W / 2]);
+    for (int i = 0; i < kLanes / 2; ++i) {
+      u[2 * i] = interleave_low(v[i], v[i + kLanes / 2]);
+      u[2 * i + 1] = interleave_high(v[i], v[i + kLanes / 2]);
     }
 #pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) v[i] = u[i];
+    for (int i = 0; i < kLanes; ++i) v[i] = u[i];
   }
 }
 
 // Lane i of the result is the sum of the lanes of v[i], in pairs that do not depend on i.
-ANYMAMBA_INLINE F sums_of_lanes(F (&v)[W]) {
+ANYMAMBA_INLINE FloatVec sums_of_lanes(FloatVec (&v)[kLanes]) {
 #pragma GCC unroll 4
-  for (int left = W / 2; left > 0; left /= 2)
+  for (int left = kLanes / 2; left > 0; left /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < left; ++i)
       v[i] = interleave_low(v[i], v[i + left]) + interleave_high(v[i], v[i + left]);

@@ -28,42 +28,42 @@
 namespace anymamba::ANYMAMBA_ISA {
 
 #if defined(__AVX512F__)
-inline constexpr int W = 16;  // floats a vector
+inline constexpr int kLanes = 16;  // floats a vector
 #elif defined(__AVX2__)
-inline constexpr int W = 8;
+inline constexpr int kLanes = 8;
 #else
-inline constexpr int W = 4;
+inline constexpr int kLanes = 4;
 #endif
 
-typedef float F __attribute__((vector_size(W * 4)));
-typedef std::int32_t I __attribute__((vector_size(W * 4)));
-typedef std::uint32_t U __attribute__((vector_size(W * 4)));
-typedef std::uint16_t H __attribute__((vector_size(W * 2)));
+typedef float FloatVec __attribute__((vector_size(kLanes * 4)));
+typedef std::int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef std::uint32_t UintVec __attribute__((vector_size(kLanes * 4)));
+typedef std::uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 
 #define ANYMAMBA_INLINE static inline __attribute__((always_inline))
 
-ANYMAMBA_INLINE F splat(float x) { return x - F{}; }
+ANYMAMBA_INLINE FloatVec splat(float x) { return x - FloatVec{}; }
 
-ANYMAMBA_INLINE F load(const float* p) {
-  F v;
+ANYMAMBA_INLINE FloatVec load(const float* p) {
+  FloatVec v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
 }
 
-ANYMAMBA_INLINE void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof v); }
+ANYMAMBA_INLINE void store(float* p, FloatVec v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // The first `count` floats, zeros behind them.
-ANYMAMBA_INLINE F load_some(const float* p, int count) {
+ANYMAMBA_INLINE FloatVec load_some(const float* p, int count) {
 #if defined(__AVX512F__)
-  return (F)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+  return (FloatVec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
 #else
-  F v{};
+  FloatVec v{};
   __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * 4);
   return v;
 #endif
 }
 
-ANYMAMBA_INLINE void store_some(float* p, F v, int count) {
+ANYMAMBA_INLINE void store_some(float* p, FloatVec v, int count) {
 #if defined(__AVX512F__)
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), (__m512)v);
 #else
@@ -73,42 +73,42 @@ ANYMAMBA_INLINE void store_some(float* p, F v, int count) {
 
 // One rounding where the instruction set has it. Spelled out, because the compiler contracts
 // a * b + c only where the product has no other use.
-ANYMAMBA_INLINE F fma(F a, F b, F c) {
+ANYMAMBA_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
 #if defined(__AVX512F__)
-  return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  return (FloatVec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__)
-  return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  return (FloatVec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #else
   return a * b + c;
 #endif
 }
 
-ANYMAMBA_INLINE F select(I mask, F yes, F no) { return mask ? yes : no; }
+ANYMAMBA_INLINE FloatVec select(IntVec mask, FloatVec yes, FloatVec no) { return mask ? yes : no; }
 
 // x where that is not above `high`. NaN stays NaN, which is the instruction's second operand.
-ANYMAMBA_INLINE F at_most(F x, float high) {
+ANYMAMBA_INLINE FloatVec at_most(FloatVec x, float high) {
 #if defined(__AVX512F__)
-  return (F)_mm512_min_ps((__m512)splat(high), (__m512)x);
+  return (FloatVec)_mm512_min_ps((__m512)splat(high), (__m512)x);
 #elif defined(__AVX2__)
-  return (F)_mm256_min_ps((__m256)splat(high), (__m256)x);
+  return (FloatVec)_mm256_min_ps((__m256)splat(high), (__m256)x);
 #else
   return x > splat(high) ? splat(high) : x;
 #endif
 }
 
-ANYMAMBA_INLINE F at_least(F x, float low) {
+ANYMAMBA_INLINE FloatVec at_least(FloatVec x, float low) {
 #if defined(__AVX512F__)
-  return (F)_mm512_max_ps((__m512)splat(low), (__m512)x);
+  return (FloatVec)_mm512_max_ps((__m512)splat(low), (__m512)x);
 #elif defined(__AVX2__)
-  return (F)_mm256_max_ps((__m256)splat(low), (__m256)x);
+  return (FloatVec)_mm256_max_ps((__m256)splat(low), (__m256)x);
 #else
   return x < splat(low) ? splat(low) : x;
 #endif
 }
 
-ANYMAMBA_INLINE float sum(F v) {
+ANYMAMBA_INLINE float sum(FloatVec v) {
   float total = 0;
-  for (int i = 0; i < W; ++i) total += v[i];
+  for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
 }
 
@@ -178,52 +178,52 @@ ANYMAMBA_INLINE std::uint16_t to_f16(float x) { return to_f16_bits(x); }
 
 // With the intrinsics' masked forms, for GCC 12 takes a detour over two halves when it widens by
 // itself, and warns of the unmasked forms' undefined operand.
-ANYMAMBA_INLINE F load_bf16(const std::uint16_t* p) {
+ANYMAMBA_INLINE FloatVec load_bf16(const std::uint16_t* p) {
 #if defined(__AVX512F__)
   const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
+  return (FloatVec)((UintVec)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
 #else
-  H h;
+  HalfVec h;
   __builtin_memcpy(&h, p, sizeof h);
-  const U bits = __builtin_convertvector(h, U) << 16;
-  return (F)bits;
+  const UintVec bits = __builtin_convertvector(h, UintVec) << 16;
+  return (FloatVec)bits;
 #endif
 }
 
 // The first `count` numbers, zeros behind them.
-ANYMAMBA_INLINE F load_some_bf16(const std::uint16_t* p, int count) {
+ANYMAMBA_INLINE FloatVec load_some_bf16(const std::uint16_t* p, int count) {
 #if defined(__AVX512F__)
   const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1u);
   const __m256i halves = _mm256_maskz_loadu_epi16(mask, p);
-  return (F)((U)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
+  return (FloatVec)((UintVec)_mm512_maskz_cvtepu16_epi32(0xffff, halves) << 16);
 #else
-  std::uint16_t some[W] = {};
+  std::uint16_t some[kLanes] = {};
   __builtin_memcpy(some, p, static_cast<std::size_t>(count) * 2);
   return load_bf16(some);
 #endif
 }
 
-ANYMAMBA_INLINE void store_bf16(std::uint16_t* p, F v) {
-  const U bits = (U)v;
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U quiet = (bits >> 16) | 0x40u;
-  const H h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, H);
+ANYMAMBA_INLINE void store_bf16(std::uint16_t* p, FloatVec v) {
+  const UintVec bits = (UintVec)v;
+  const UintVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const UintVec quiet = (bits >> 16) | 0x40u;
+  const HalfVec h = __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, HalfVec);
   __builtin_memcpy(p, &h, sizeof h);
 }
 
-ANYMAMBA_INLINE F load_f16(const std::uint16_t* p) {
+ANYMAMBA_INLINE FloatVec load_f16(const std::uint16_t* p) {
 #if defined(__AVX512F__)
-  return (F)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (FloatVec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
-  return (F)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  F v;
-  for (int i = 0; i < W; ++i) v[i] = from_f16(p[i]);
+  FloatVec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = from_f16(p[i]);
   return v;
 #endif
 }
 
-ANYMAMBA_INLINE void store_f16(std::uint16_t* p, F v) {
+ANYMAMBA_INLINE void store_f16(std::uint16_t* p, FloatVec v) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
@@ -231,7 +231,7 @@ ANYMAMBA_INLINE void store_f16(std::uint16_t* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < W; ++i) p[i] = to_f16(v[i]);
+  for (int i = 0; i < kLanes; ++i) p[i] = to_f16(v[i]);
 #endif
 }
 
@@ -254,8 +254,8 @@ ANYMAMBA_INLINE void write(void* p, DType type, std::int64_t index, float x) {
   static_cast<std::uint16_t*>(p)[index] = to_f16(x);
 }
 
-// W neighbouring numbers as floats.
-ANYMAMBA_INLINE F read_vector(const void* p, DType type, std::int64_t index) {
+// kLanes neighbouring numbers as floats.
+ANYMAMBA_INLINE FloatVec read_vector(const void* p, DType type, std::int64_t index) {
   switch (type) {
     case DType::f32: return load(static_cast<const float*>(p) + index);
     case DType::bf16: return load_bf16(static_cast<const std::uint16_t*>(p) + index);
@@ -264,7 +264,7 @@ ANYMAMBA_INLINE F read_vector(const void* p, DType type, std::int64_t index) {
   return load_f16(static_cast<const std::uint16_t*>(p) + index);
 }
 
-ANYMAMBA_INLINE void write_vector(void* p, DType type, std::int64_t index, F v) {
+ANYMAMBA_INLINE void write_vector(void* p, DType type, std::int64_t index, FloatVec v) {
   switch (type) {
     case DType::f32: store(static_cast<float*>(p) + index, v); return;
     case DType::bf16: store_bf16(static_cast<std::uint16_t*>(p) + index, v); return;
@@ -295,17 +295,17 @@ inline constexpr float kRounder = 12582912.0f;
 // floor, so that a decay just below 1 comes from a small g and is rounded only once: over a long
 // sequence its error counts as often as it is applied.
 // NaN stays NaN, +inf gives +inf, -inf gives 0. Without AVX-512, results below 2^-126 are 0.
-ANYMAMBA_INLINE F exp2_of(F x) {
+ANYMAMBA_INLINE FloatVec exp2_of(FloatVec x) {
 #if defined(__AVX512F__)
   // The instruction leaves 0 of an infinity, so that k is the infinity then.
-  const F g = (F)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const F k = x - g;
+  const FloatVec g = (FloatVec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const FloatVec k = x - g;
 #else
-  const F c = at_most(x, 128.0f);
-  const F shifted = c + splat(kRounder);
-  const F g = c - (shifted - splat(kRounder));
+  const FloatVec c = at_most(x, 128.0f);
+  const FloatVec shifted = c + splat(kRounder);
+  const FloatVec g = c - (shifted - splat(kRounder));
 #endif
-  F p = splat(0.00015353366f);
+  FloatVec p = splat(0.00015353366f);
   p = fma(p, g, splat(0.0013398874f));
   p = fma(p, g, splat(0.009618437f));
   p = fma(p, g, splat(0.055503324f));
@@ -313,42 +313,42 @@ ANYMAMBA_INLINE F exp2_of(F x) {
   p = fma(p, g, splat(0.6931472f));
   p = fma(p, g, splat(1.0f));
 #if defined(__AVX512F__)
-  return (F)_mm512_scalef_ps((__m512)p, (__m512)k);
+  return (FloatVec)_mm512_scalef_ps((__m512)p, (__m512)k);
 #else
   // From -126 to 128 the exponent's field neither runs under nor over: at 128, p is at most 1.
-  const F scaled = (F)((U)p + ((U)shifted << 23));
+  const FloatVec scaled = (FloatVec)((UintVec)p + ((UintVec)shifted << 23));
   // By bits, which is faster than to select: 0 below, and NaN as it came.
-  const I in_range = x >= splat(-126.0f), is_nan = x != x;
-  return (F)(((I)scaled & in_range) | ((I)x & is_nan));
+  const IntVec in_range = x >= splat(-126.0f), is_nan = x != x;
+  return (FloatVec)(((IntVec)scaled & in_range) | ((IntVec)x & is_nan));
 #endif
 }
 
 // v * 2^k for whole k within +-250, subnormal and infinite results included.
-ANYMAMBA_INLINE F scale_of(F v, F k) {
+ANYMAMBA_INLINE FloatVec scale_of(FloatVec v, FloatVec k) {
 #if defined(__AVX512F__)
-  return (F)_mm512_scalef_ps((__m512)v, (__m512)k);
+  return (FloatVec)_mm512_scalef_ps((__m512)v, (__m512)k);
 #else
-  const I whole = __builtin_convertvector(k, I);
-  const I half = whole >> 1;
-  return v * (F)((half + 127) << 23) * (F)((whole - half + 127) << 23);
+  const IntVec whole = __builtin_convertvector(k, IntVec);
+  const IntVec half = whole >> 1;
+  return v * (FloatVec)((half + 127) << 23) * (FloatVec)((whole - half + 127) << 23);
 #endif
 }
 
 // e^x = p * 2^k, for |x| up to 120 or so.
 struct Power {
-  F p, k;
+  FloatVec p, k;
 };
 
-ANYMAMBA_INLINE Power power_of(F x) {
-  const F t = x * splat(1.44269504088896341f);
+ANYMAMBA_INLINE Power power_of(FloatVec x) {
+  const FloatVec t = x * splat(1.44269504088896341f);
 #if defined(__AVX512F__)
-  const F k = (F)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const FloatVec k = (FloatVec)_mm512_roundscale_ps((__m512)t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const F k = (t + splat(kRounder)) - splat(kRounder);
+  const FloatVec k = (t + splat(kRounder)) - splat(kRounder);
 #endif
   // log(2) in two parts: the first has 10 bits, so that its product with k is exact.
-  const F f = fma(-k, splat(-2.12194440e-4f), fma(-k, splat(0.693359375f), x));
-  F p = splat(0.001381461f);
+  const FloatVec f = fma(-k, splat(-2.12194440e-4f), fma(-k, splat(0.693359375f), x));
+  FloatVec p = splat(0.001381461f);
   p = fma(p, f, splat(0.00836871f));
   p = fma(p, f, splat(0.04166839f));
   p = fma(p, f, splat(0.16666521f));
@@ -359,43 +359,43 @@ ANYMAMBA_INLINE Power power_of(F x) {
 }
 
 // x, not below `low` and not above `high`. NaN stays NaN.
-ANYMAMBA_INLINE F clamp(F x, float low, float high) {
+ANYMAMBA_INLINE FloatVec clamp(FloatVec x, float low, float high) {
   return at_most(at_least(x, low), high);
 }
 
 inline constexpr float kLog2e = 1.44269504088896341f;
 
 // e^x over the whole range, subnormal results included.
-ANYMAMBA_INLINE F exp_of(F x) {
+ANYMAMBA_INLINE FloatVec exp_of(FloatVec x) {
   const Power e = power_of(clamp(x, -110.0f, 90.0f));
   return scale_of(e.p, e.k);
 }
 
 // Below -87 its subnormal results are 0.
-ANYMAMBA_INLINE F sigmoid_of(F x) { return splat(1.0f) / (splat(1.0f) + exp_of(-x)); }
+ANYMAMBA_INLINE FloatVec sigmoid_of(FloatVec x) { return splat(1.0f) / (splat(1.0f) + exp_of(-x)); }
 
 // x / (1 + e^-x). With e^-x = p 2^k this is x / (2^-k + p) * 2^-k, where nothing overflows on the
 // way to results near 1e-37. Goes to -0 at -inf.
-ANYMAMBA_INLINE F silu_of(F x) {
-  const F c = at_least(x, -120.0f);
+ANYMAMBA_INLINE FloatVec silu_of(FloatVec x) {
+  const FloatVec c = at_least(x, -120.0f);
   const Power e = power_of(-at_most(c, 80.0f));
   return scale_of(c / (scale_of(splat(1.0f), -e.k) + e.p), -e.k);
 }
 
 // The derivative of silu, s (1 + x (1 - s)) with s = sigmoid(x); 1 - s without cancellation.
-ANYMAMBA_INLINE F silu_slope_of(F x) {
-  const F c = clamp(x, -120.0f, 120.0f);
-  const F e = exp_of(c < F{} ? c : -c);
-  const F large = splat(1.0f) / (splat(1.0f) + e), small = e * large;
-  const I negative = c < F{};
+ANYMAMBA_INLINE FloatVec silu_slope_of(FloatVec x) {
+  const FloatVec c = clamp(x, -120.0f, 120.0f);
+  const FloatVec e = exp_of(c < FloatVec{} ? c : -c);
+  const FloatVec large = splat(1.0f) / (splat(1.0f) + e), small = e * large;
+  const IntVec negative = c < FloatVec{};
   return select(negative, small, large) * fma(c, select(negative, large, small), splat(1.0f));
 }
 
 // log(1 + y) for y in [0, 1]: 2 s + s^3 P(s^2) with s = y / (2 + y). As 2 s is y - s y, the error
 // of s enters only through the smaller part.
-ANYMAMBA_INLINE F log1p_of(F y) {
-  const F s = y / (splat(2.0f) + y), q = s * s;
-  F p = splat(0.2802446f);
+ANYMAMBA_INLINE FloatVec log1p_of(FloatVec y) {
+  const FloatVec s = y / (splat(2.0f) + y), q = s * s;
+  FloatVec p = splat(0.2802446f);
   p = fma(p, q, splat(0.27999142f));
   p = fma(p, q, splat(0.400217f));
   p = fma(p, q, splat(0.6666641f));
@@ -403,9 +403,9 @@ ANYMAMBA_INLINE F log1p_of(F y) {
 }
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|).
-ANYMAMBA_INLINE F softplus_of(F x) {
-  const F magnitude = x < F{} ? -x : x;
-  return log1p_of(exp_of(-magnitude)) + (x > F{} ? x : F{});
+ANYMAMBA_INLINE FloatVec softplus_of(FloatVec x) {
+  const FloatVec magnitude = x < FloatVec{} ? -x : x;
+  return log1p_of(exp_of(-magnitude)) + (x > FloatVec{} ? x : FloatVec{});
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -127,7 +127,7 @@ std::string describe(int64_t m, int64_t n, int64_t k, const Options& o) {
   return text;
 }
 
-void check_product(int64_t m, int64_t n, int64_t k, const Options& o = {}) {
+void check_gemm(int64_t m, int64_t n, int64_t k, const Options& o = {}) {
   const std::string what = describe(m, n, k, o);
   Stored a(m, k, o.a, o.a_layout, o.offset), b(k, n, o.b, o.b_layout, o.offset);
   Stored c(m, n, o.c, o.c_layout, o.offset);
@@ -154,7 +154,7 @@ void check_product(int64_t m, int64_t n, int64_t k, const Options& o = {}) {
     Threads::set_count(threads);
     std::copy(old.begin(), old.end(), c.block.get());
     const auto* bias_data = static_cast<const float*>(bias.matrix.data);
-    kernels().product({m, n, k, a.matrix, b.matrix, c.matrix, o.bias ? bias_data : nullptr,
+    kernels().gemm({m, n, k, a.matrix, b.matrix, c.matrix, o.bias ? bias_data : nullptr,
                        o.accumulate});
     const std::vector<char> result(c.block.get(), c.block.get() + c.bytes);
     if (threads == 1) first = result;
@@ -190,9 +190,9 @@ void test_sizes() {
         for (const int flags : {0, 1, 2, 3}) {
           Options o;
           o.bias = flags & 1, o.accumulate = flags & 2;
-          check_product(m, n, k, o);
+          check_gemm(m, n, k, o);
           o.b_layout = Layout::rows, o.a_layout = Layout::columns;
-          check_product(m, n, k, o);
+          check_gemm(m, n, k, o);
         }
 }
 
@@ -200,32 +200,32 @@ void test_sizes() {
 // 512).
 void test_borders() {
   for (const int64_t m : {4, 5, 6, 13, 14, 15, 16, 17, 28, 29, 47, 63, 64, 65})
-    for (const int64_t n : {8, 15, 16, 31, 32, 33, 48, 63, 64, 65}) check_product(m, n, 40);
+    for (const int64_t n : {8, 15, 16, 31, 32, 33, 48, 63, 64, 65}) check_gemm(m, n, 40);
   for (const int64_t k : {15, 16, 17, 255, 257, 383, 384, 385, 700, 767, 768, 769})
     for (const int64_t m : {1, 5, 20, 70}) {
       Options o;
       o.bias = true;
-      check_product(m, 35, k, o);
+      check_gemm(m, 35, k, o);
       o.c = DType::bf16;
-      check_product(m, 35, k, o);
+      check_gemm(m, 35, k, o);
     }
   Options o;
   for (const int64_t m : {159, 160, 161, 239, 241, 511, 513, 559, 560, 561, 1130}) {
-    check_product(m, 33, 19);
-    check_product(20, m, 19);
+    check_gemm(m, 33, 19);
+    check_gemm(20, m, 19);
     o.c_layout = Layout::columns, o.c = DType::f32;
-    check_product(m, 33, 19, o);
-    check_product(33, m, 390, o);
+    check_gemm(m, 33, 19, o);
+    check_gemm(33, m, 390, o);
     o.c_layout = Layout::rows, o.c = DType::f16;
-    check_product(m, 33, 19, o);
-    check_product(40, m, 390, o);
+    check_gemm(m, 33, 19, o);
+    check_gemm(40, m, 390, o);
   }
-  check_product(520, 530, 400, o);
-  check_product(600, 500, 400);
+  check_gemm(520, 530, 400, o);
+  check_gemm(600, 500, 400);
 }
 
 // a transposed, as in the gradient of a weight: its panels hold rows that are neighbours, whole ones
-// and the last, for a few steps of k at a time.
+// and the last, for a gemv steps of k at a time.
 void test_transposed_left() {
   int count = 0;
   for (const int64_t m : {17, 27, 28, 29, 41, 159, 161, 239, 241, 559, 561, 575})
@@ -234,9 +234,9 @@ void test_transposed_left() {
       o.a = static_cast<DType>(++count % 3);
       o.a_layout = Layout::columns, o.b_layout = Layout::rows;
       o.offset = count % 2;
-      check_product(m, 33, k, o);
+      check_gemm(m, 33, k, o);
       o.a = DType::f32, o.accumulate = true;
-      check_product(m, 20, k, o);
+      check_gemm(m, 20, k, o);
     }
 }
 
@@ -252,9 +252,9 @@ void test_types_and_strides() {
               const int flags = ++count;
               const Options o = {a, b, c, a_layout, b_layout, c_layout,
                                  (flags & 1) != 0, (flags & 2) != 0, flags % 5};
-              check_product(19, 37, 21, o);
-              if (flags % 3 == 0) check_product(3, 37, 45, o);
-              if (flags % 7 == 0) check_product(45, 70, 400, o);
+              check_gemm(19, 37, 21, o);
+              if (flags % 3 == 0) check_gemm(3, 37, 45, o);
+              if (flags % 7 == 0) check_gemm(45, 70, 400, o);
             }
 }
 
@@ -271,7 +271,7 @@ void test_not_finite() {
         a.set(m - 1, k - 1, bad);
         b.set(1, n - 1, bad);
         a.set(0, 1, 1.0f), a.set(m - 1, 1, 1.0f);
-        kernels().product({m, n, k, a.matrix, b.matrix, c.matrix, nullptr, false});
+        kernels().gemm({m, n, k, a.matrix, b.matrix, c.matrix, nullptr, false});
         for (int64_t i = 0; i < m; ++i)
           for (int64_t j = 0; j < n; ++j)
             CHECK(std::isfinite(c.at(i, j)) == (i != m - 1 && j != n - 1) ||
@@ -282,7 +282,7 @@ void test_not_finite() {
       }
 }
 
-void check_few_rows(int m, int64_t n, int64_t k, DType type, int64_t padding, bool bias) {
+void check_gemv(int m, int64_t n, int64_t k, DType type, int64_t padding, bool bias) {
   Stored weight(n, k + padding, type, Layout::rows, padding % 3);
   Stored x(m, k, DType::f32, padding ? Layout::padded : Layout::rows, padding % 5);
   Stored y(m, n, DType::f32, padding ? Layout::padded : Layout::rows, padding % 2);
@@ -295,20 +295,20 @@ void check_few_rows(int m, int64_t n, int64_t k, DType type, int64_t padding, bo
     weight.block = std::move(shorter);
     weight.matrix.data = weight.block.get() + padding % 3 * size;
   }
-  FewRows few;
-  few.k = k, few.weight = weight.matrix.data, few.type = type;
-  few.weight_row_stride = weight.matrix.row_stride;
-  few.bias = bias ? static_cast<const float*>(biases.matrix.data) : nullptr;
-  few.x = static_cast<const float*>(x.matrix.data), few.x_row_stride = x.matrix.row_stride;
-  few.y = static_cast<float*>(y.matrix.data), few.y_row_stride = y.matrix.row_stride;
-  few.m = m;
+  Gemv gemv;
+  gemv.k = k, gemv.weight = weight.matrix.data, gemv.type = type;
+  gemv.weight_row_stride = weight.matrix.row_stride;
+  gemv.bias = bias ? static_cast<const float*>(biases.matrix.data) : nullptr;
+  gemv.x = static_cast<const float*>(x.matrix.data), gemv.x_row_stride = x.matrix.row_stride;
+  gemv.y = static_cast<float*>(y.matrix.data), gemv.y_row_stride = y.matrix.row_stride;
+  gemv.m = m;
 
   for (int64_t first = 0; first <= n; first += 5) {
     const int64_t last = first + (n - first) * 2 / 3 + (first == 0 ? (n + 2) / 3 : 0);
     const int64_t end = last < n ? last : n;
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) y.set(i, j, 77.0f);
-    kernels().few_rows(few, first, end);
+    kernels().gemv(gemv, first, end);
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) {
         double expected = bias ? biases.at(0, j) : 0.0;
@@ -316,7 +316,7 @@ void check_few_rows(int m, int64_t n, int64_t k, DType type, int64_t padding, bo
         if (j < first || j >= end) expected = 77;
         const double error = std::fabs(y.at(i, j) - expected);
         CHECK(error <= 1e-5 * std::fmax(10.0, std::fabs(expected)),
-              "few_rows m %d n %lld k %lld %s, rows %lld to %lld, at %lld %lld: %g, not %g", m,
+              "gemv m %d n %lld k %lld %s, rows %lld to %lld, at %lld %lld: %g, not %g", m,
               static_cast<long long>(n), static_cast<long long>(k), kNames[static_cast<int>(type)],
               static_cast<long long>(first), static_cast<long long>(end), static_cast<long long>(i),
               static_cast<long long>(j), y.at(i, j), expected);
@@ -324,12 +324,12 @@ void check_few_rows(int m, int64_t n, int64_t k, DType type, int64_t padding, bo
   }
 }
 
-void test_few_rows() {
+void test_gemv() {
   for (int m = 1; m <= 16; ++m)
     for (const DType type : {DType::f32, DType::bf16, DType::f16})
       for (const int64_t k : {0, 1, 15, 16, 17, 33, 100, 256})
         for (const int64_t n : {0, 1, 3, 8, 9, 17, 26})
-          check_few_rows(m, n, k, type, (m + n + k) % 2 * 7, (m + k) % 3 == 0);
+          check_gemv(m, n, k, type, (m + n + k) % 2 * 7, (m + k) % 3 == 0);
 }
 
 // Several products at once: one has the pool, the others run on their own threads.
@@ -340,7 +340,7 @@ void test_nested() {
   std::vector<Stored> results;
   for (int i = 0; i < 5; ++i) results.emplace_back(m, n, DType::f32, Layout::rows);
   parallel_for(5, [&](int64_t i) {
-    kernels().product({m, n, k, a.matrix, b.matrix, results[i].matrix, nullptr, false});
+    kernels().gemm({m, n, k, a.matrix, b.matrix, results[i].matrix, nullptr, false});
   });
   for (const Stored& c : results)
     CHECK(std::memcmp(c.block.get(), results[0].block.get(), c.bytes) == 0, "nested products");
@@ -354,8 +354,8 @@ int main() {
   test_transposed_left();
   test_types_and_strides();
   test_not_finite();
-  test_few_rows();
+  test_gemv();
   test_nested();
-  std::printf("%s: linear %s\n", kernels().isa, failures ? "FAILED" : "passed");
+  std::printf("%s: gemm %s\n", kernels().isa, failures ? "FAILED" : "passed");
   return failures != 0;
 }

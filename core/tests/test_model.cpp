@@ -180,7 +180,7 @@ void test_kept_rates(DType type) {
     decode_step(m, memories.view, 1, tokens.data(), nullptr, logits.data() + m.v);
     for (Layer& layer : m.layers) {
       kept.emplace_back(m.e * m.n);
-      kernels().rates(layer.A_log.data, layer.A_log.type, kept.back().data(), m.e * m.n);
+      kernels().negative_exp(layer.A_log.data, layer.A_log.type, kept.back().data(), m.e * m.n);
       layer.A = kept.back().data();
     }
   }

@@ -15,18 +15,18 @@ struct Case {
 struct Problem {
   Case c;
   std::vector<std::uint8_t> q;
-  std::vector<std::uint16_t> scales, minima;
+  std::vector<std::uint16_t> scales, offsets;
   std::vector<float> x;
   QuantizedWeight weight;
 
   Problem(const Case& chosen, Random& random)
       : c(chosen), q(c.n * c.k * c.bits / 8), scales(c.n * c.k / c.group),
-        minima(c.offset ? scales.size() : 0), x(c.m * c.k) {
+        offsets(c.offset ? scales.size() : 0), x(c.m * c.k) {
     for (auto& byte : q) byte = static_cast<std::uint8_t>(random.next() >> 40);
     for (auto& scale : scales) scale = static_cast<std::uint16_t>(0x3c00 + random.below(256));
-    for (auto& minimum : minima) minimum = static_cast<std::uint16_t>(0xbf00 + random.below(128));
+    for (auto& offset : offsets) offset = static_cast<std::uint16_t>(0xbf00 + random.below(128));
     for (auto& number : x) number = static_cast<float>(random.number());
-    weight = {c.bits, c.group, q.data(), scales.data(), c.offset ? minima.data() : nullptr};
+    weight = {c.bits, c.group, q.data(), scales.data(), c.offset ? offsets.data() : nullptr};
   }
 
   double number(std::int64_t i, std::int64_t p) const {
@@ -39,7 +39,7 @@ struct Problem {
     }
     const std::int64_t at = i * (c.k / c.group) + p / c.group;
     const double scale = float_of(static_cast<std::uint32_t>(scales[at]) << 16);
-    if (c.offset) return scale * whole + float_of(static_cast<std::uint32_t>(minima[at]) << 16);
+    if (c.offset) return scale * whole + float_of(static_cast<std::uint32_t>(offsets[at]) << 16);
     return scale * (whole - (1 << (c.bits - 1)));
   }
 };
@@ -50,17 +50,17 @@ void test_case(const Case& c, Random& random) {
   std::vector<std::int8_t> q(c.m * c.k);
   std::vector<float> scales(c.m * groups);
   std::vector<std::int32_t> sums(c.m * groups);
-  const QuantizedRows rows = {c.m, c.k, c.group, q.data(), scales.data(), sums.data()};
-  kernels().quantize_rows(problem.x.data(), c.k, rows, 0, c.m);
+  const QuantizedActivations rows = {c.m, c.k, c.group, q.data(), scales.data(), sums.data()};
+  kernels().quantize_activations(problem.x.data(), c.k, rows, 0, c.m);
   std::vector<float> few(c.m * c.n), many(c.m * c.n, 1.0f);
-  kernels().few_quantized_rows({problem.weight, rows, nullptr, few.data(), c.n}, 0, c.n);
-  QuantizedProduct product;
+  kernels().quantized_gemv({problem.weight, rows, nullptr, few.data(), c.n}, 0, c.n);
+  QuantizedGemm product;
   product.m = c.m, product.n = c.n, product.k = c.k;
   product.a = problem.x.data(), product.a_row_stride = c.k;
   product.weight = problem.weight;
   product.c = many.data(), product.c_row_stride = c.n;
   product.accumulate = true;
-  kernels().quantized_product(product);
+  kernels().quantized_gemm(product);
   for (std::int64_t r = 0; r < c.m; ++r) {
     for (std::int64_t p = 0; p < c.k; ++p) {
       const double back = double(q[r * c.k + p]) * scales[r * groups + p / c.group];
