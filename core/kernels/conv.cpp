@@ -9,7 +9,7 @@
 // that stays in L1, computed there in place, and copied out: one kernel for all types and strides.
 #include "kernels/conv.h"
 
-#include "kernels/functions.h"
+#include "kernels/kernels.h"
 #include "simd/scratch.h"
 #include "simd/tile.h"
 

@@ -8,51 +8,62 @@
 #include "kernels/kernels.h"
 
 namespace anymamba {
+
+namespace avx512_bf16 { extern const Kernels table; }
+namespace avx512 { extern const Kernels table; }
+namespace avx2 { extern const Kernels table; }
+namespace portable { extern const Kernels table; }
+
 namespace {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-bool has(const char* isa) {
+// The tables of the instruction sets that this machine has, the best first; null behind the last.
+struct Available {
+  const Kernels* tables[5] = {};
+  const char* names[5] = {};
+
+  Available() {
+    int count = 0;
+    const auto add = [&](const Kernels& table, bool has) {
+      if (has) tables[count] = &table, names[count++] = table.isa;
+    };
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-  if (std::strcmp(isa, "avx512_bf16") == 0) return avx512 && __builtin_cpu_supports("avx512bf16");
-  if (std::strcmp(isa, "avx512") == 0) return avx512;
-  if (std::strcmp(isa, "avx2") == 0) return avx2;
+    __builtin_cpu_init();
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("f16c");
+    const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+    const bool has_pairs = has_avx512 && __builtin_cpu_supports("avx512bf16");
+    // Products of bfloat16 pairs outrun those of float32 on AMD's processors, not on Intel's. Only
+    // speed follows from it: pairs are multiplied where both operands are bfloat16.
+    const bool gains_from_pairs = __builtin_cpu_is("amd");
+    add(avx512_bf16::table, has_pairs && gains_from_pairs);
+    add(avx512::table, has_avx512);
+    add(avx512_bf16::table, has_pairs && !gains_from_pairs);
+    add(avx2::table, has_avx2);
 #endif
-  return std::strcmp(isa, "portable") == 0;
-}
+    add(portable::table, true);
+  }
 
-// Whether products of bfloat16 pairs outrun those of float32. On Intel's processors they do not.
-// Nothing but speed follows from it: pairs are multiplied where both operands are bfloat16.
-bool gains_from_pairs() {
-#if defined(__x86_64__)
-  return __builtin_cpu_is("amd");
-#else
-  return false;
-#endif
-}
-
-struct Names {
-  const char* all[5] = {};  // null behind the last
-
-  Names() {
-    const char** next = all;
-    const bool pairs = gains_from_pairs();
-    for (const char* isa : {pairs ? "avx512_bf16" : "avx512", pairs ? "avx512" : "avx512_bf16", "avx2",
-                            "portable"})
-      if (has(isa)) *next++ = isa;
+  // By name; null where this machine or this build does not have it.
+  const Kernels* find(const char* isa) const {
+    for (const Kernels* const* table = tables; *table != nullptr; ++table)
+      if (std::strcmp((*table)->isa, isa) == 0) return *table;
+    return nullptr;
   }
 };
 
+const Available& available() {
+  static const Available found;
+  return found;
+}
+
 const Kernels& choose() {
   const char* wanted = std::getenv("ANYMAMBA_ISA");
-  if (wanted == nullptr || *wanted == '\0') return *kernels_of(isas()[0]);
-  if (const Kernels* found = kernels_of(wanted)) return *found;
+  if (wanted == nullptr || *wanted == '\0') return *available().tables[0];
+  if (const Kernels* found = available().find(wanted)) return *found;
   std::string message = std::string("ANYMAMBA_ISA is '") + wanted +
                         "', which this machine does not have; it has";
   for (const char* const* isa = isas(); *isa != nullptr; ++isa) message += std::string(" ") + *isa;
@@ -61,20 +72,7 @@ const Kernels& choose() {
 
 }  // namespace
 
-const Kernels* kernels_of(const char* isa) {
-  if (!has(isa)) return nullptr;
-#if defined(__x86_64__)
-  if (std::strcmp(isa, "avx512_bf16") == 0) return &avx512_bf16::table;
-  if (std::strcmp(isa, "avx512") == 0) return &avx512::table;
-  if (std::strcmp(isa, "avx2") == 0) return &avx2::table;
-#endif
-  return &portable::table;
-}
-
-const char* const* isas() {
-  static const Names names;
-  return names.all;
-}
+const char* const* isas() { return available().names; }
 
 const Kernels& kernels() {
   const Kernels* table = chosen.load(std::memory_order_acquire);
@@ -86,10 +84,9 @@ const Kernels& kernels() {
 }
 
 bool use_isa(const char* isa) {
-  const Kernels* found = kernels_of(isa);
-  if (found == nullptr) return false;
-  chosen.store(found, std::memory_order_release);
-  return true;
+  const Kernels* found = available().find(isa);
+  if (found != nullptr) chosen.store(found, std::memory_order_release);
+  return found != nullptr;
 }
 
 }  // namespace anymamba

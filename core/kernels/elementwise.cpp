@@ -1,7 +1,7 @@
 // Widening to float32, and the elementary functions over arrays for tests.
 #include "simd/simd.h"
 
-#include "kernels/functions.h"
+#include "kernels/kernels.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {

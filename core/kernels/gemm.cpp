@@ -7,7 +7,7 @@
 // a tile of c in registers over one cut of k. How k is cut depends on k alone, and every number of
 // c is summed in the order of k by one worker, in tiles of any size in the same way: results are
 // the same for any number of threads and any cut of c.
-#include "kernels/functions.h"
+#include "kernels/kernels.h"
 #include "base/integers.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"

@@ -2,7 +2,7 @@
 //
 // However the rows are cut, and with however many vectors beside it, a row's sum is made in the
 // same way: over k a whole vector at a time, then over the lanes in pairs.
-#include "kernels/functions.h"
+#include "kernels/kernels.h"
 #include "base/integers.h"
 #include "simd/lanes.h"
 

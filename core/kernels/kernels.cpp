@@ -1,7 +1,6 @@
 // Compiled once for each instruction set: its table.
 #include "kernels/kernels.h"
 
-#include "kernels/functions.h"
 #include "simd/simd.h"
 
 #define ANYMAMBA_TEXT_OF(x) #x
@@ -11,33 +10,14 @@ namespace anymamba::ANYMAMBA_ISA {
 
 extern const Kernels table;
 const Kernels table = {
-    ANYMAMBA_TEXT(ANYMAMBA_ISA),
+    .isa = ANYMAMBA_TEXT(ANYMAMBA_ISA),
 #if defined(__AVX512BF16__)
-    true,
+    .multiplies_bf16 = true,
 #else
-    false,
+    .multiplies_bf16 = false,
 #endif
-    scan,
-    scan_backward,
-    scan_step,
-    conv,
-    conv_backward,
-    conv_step,
-    norm,
-    norm_backward,
-    gemm,
-    gemv,
-    quantize_activations,
-    quantized_gemv,
-    quantized_gemm,
-    dequantize,
-    to_float32,
-    negative_exp,
-    apply_exp,
-    apply_exp2,
-    apply_silu,
-    apply_softplus,
-    convert,
+#define ANYMAMBA_KERNEL(name, ...) .name = name,
+#include "kernels/kernels.def"
 };
 
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -6,7 +6,7 @@
 // outputs may lie where the inputs did.
 #include "kernels/norm.h"
 
-#include "kernels/functions.h"
+#include "kernels/kernels.h"
 #include "simd/scratch.h"
 #include "simd/simd.h"
 

@@ -4,7 +4,7 @@
 // A weight row is read in chunks of kBytes numbers. A group is some chunks, or one, or half of one:
 // then the lanes of a chunk's sums belong to two groups.
 #include "simd/dot4.h"
-#include "kernels/functions.h"
+#include "kernels/kernels.h"
 #include "base/integers.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"

@@ -12,7 +12,7 @@
 // before the next few do, so any n runs the same code.
 #include "kernels/scan.h"
 
-#include "kernels/functions.h"
+#include "kernels/kernels.h"
 #include "base/integers.h"
 #include "simd/scratch.h"
 #include "simd/simd.h"
