@@ -10,6 +10,7 @@
 #include "kernels/conv.h"
 
 #include "kernels/kernels.h"
+#include "simd/math.h"
 #include "simd/scratch.h"
 #include "simd/tile.h"
 

@@ -1,7 +1,6 @@
 // Widening to float32, and the elementary functions over arrays for tests.
-#include "simd/simd.h"
-
 #include "kernels/kernels.h"
+#include "simd/math.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {

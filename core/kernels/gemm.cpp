@@ -8,7 +8,6 @@
 // c is summed in the order of k by one worker, in tiles of any size in the same way: results are
 // the same for any number of threads and any cut of c.
 #include "kernels/kernels.h"
-#include "base/integers.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"
 
@@ -17,15 +16,9 @@ namespace {
 
 using std::int64_t;
 
-#if defined(__AVX512BF16__)
-constexpr bool kMultipliesPairs = true;  // of bfloat16 numbers, with sums in float32
-#else
-constexpr bool kMultipliesPairs = false;
-#endif
-
 // A tile of c is kTileRows x kTileVectors vectors: as many registers as leave room for one row of
 // the right panel and the broadcast number.
-constexpr int kTileRows = kLanes == 16 ? 14 : kLanes == 8 ? 6 : 4;
+constexpr int kTileRows = kGemmTileRows;
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes;
 constexpr int kDepth = 384;  // of k at a time: fewer passes over c against panels that leave L1
@@ -75,14 +68,6 @@ Job as_pairs(Job job) {
   job.depth /= 2;
   job.pairs = true;
   return job;
-}
-
-ANYMAMBA_INLINE FloatVec sum_of_products(FloatVec a, FloatVec b, FloatVec sum, bool pairs) {
-#if defined(__AVX512BF16__)
-  if (pairs) return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#endif
-  (void)pairs;
-  return fma(a, b, sum);
 }
 
 // A stretch of c.
@@ -146,7 +131,8 @@ void micro_kernel(const Tile& tile) {
       for (int r = 0; r < R; ++r) {
         const FloatVec a = splat(left[r / 3][r % 3 * lane]);
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sums[r][v] = sum_of_products(a, b[v], sums[r][v], pairs);
+        for (int v = 0; v < V; ++v)
+          sums[r][v] = pairs ? fma_bf16_pairs(a, b[v], sums[r][v]) : fma(a, b[v], sums[r][v]);
       }
 #pragma GCC unroll 8
       for (int g = 0; g < kGroups; ++g) left[g] += step;

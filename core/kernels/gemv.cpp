@@ -3,7 +3,6 @@
 // However the rows are cut, and with however many vectors beside it, a row's sum is made in the
 // same way: over k a whole vector at a time, then over the lanes in pairs.
 #include "kernels/kernels.h"
-#include "base/integers.h"
 #include "simd/lanes.h"
 
 namespace anymamba::ANYMAMBA_ISA {
@@ -14,12 +13,6 @@ using std::int64_t;
 // Weight rows at once for a number of vectors: as many accumulators as there are registers. One
 // vector takes the rows one after the other, a single stream through memory that arrives a tenth
 // faster than many beside each other.
-template <int M>
-constexpr int rows_at_once() {
-  if (kLanes == 16) return M == 2 ? 8 : M <= 4 ? 6 : 4;
-  return M == 2 ? 4 : 2;
-}
-constexpr int kVectorsAtOnce = kLanes == 16 ? 6 : 4;
 constexpr int64_t kChunkBytes = 128 << 10;  // of weights, in L2
 // How far ahead a single stream is fetched, in bytes: into L2, which can wait for more lines at a
 // time than L1 can.
@@ -116,7 +109,7 @@ void dot_products_of(int vectors, const Gemv& gemv, int64_t row, int vector, int
 // that the group's part of x stays in L1 and memory is read once.
 template <DType type, int M>
 void gemv_of(const Gemv& gemv, int64_t first, int64_t last) {
-  constexpr int R = rows_at_once<M>();
+  constexpr int R = gemv_rows(M);
   const int64_t row_bytes = gemv.weight_row_stride * (type == DType::f32 ? 4 : 2);
   const int64_t chunk =
       gemv.m > M ? larger(1, kChunkBytes / larger(1, R * row_bytes)) * R : last - first;
@@ -147,9 +140,9 @@ void gemv_in_groups(int group, const Gemv& gemv, int64_t first, int64_t last) {
 }  // namespace
 
 void gemv(const Gemv& gemv, int64_t first, int64_t last) {
-  const int groups = static_cast<int>(ceil_div(gemv.m, kVectorsAtOnce));
+  const int groups = static_cast<int>(ceil_div(gemv.m, kGemvVectors));
   const int group = static_cast<int>(ceil_div(gemv.m, groups > 0 ? groups : 1));
-  constexpr int M = kVectorsAtOnce;
+  constexpr int M = kGemvVectors;
   switch (gemv.type) {
     case DType::f32: return gemv_in_groups<DType::f32, M>(group, gemv, first, last);
     case DType::bf16: return gemv_in_groups<DType::bf16, M>(group, gemv, first, last);

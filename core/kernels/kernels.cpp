@@ -11,11 +11,7 @@ namespace anymamba::ANYMAMBA_ISA {
 extern const Kernels table;
 const Kernels table = {
     .isa = ANYMAMBA_TEXT(ANYMAMBA_ISA),
-#if defined(__AVX512BF16__)
-    .multiplies_bf16 = true,
-#else
-    .multiplies_bf16 = false,
-#endif
+    .multiplies_bf16 = kMultipliesPairs,
 #define ANYMAMBA_KERNEL(name, ...) .name = name,
 #include "kernels/kernels.def"
 };

@@ -3,9 +3,7 @@
 //
 // A weight row is read in chunks of kBytes numbers. A group is some chunks, or one, or half of one:
 // then the lanes of a chunk's sums belong to two groups.
-#include "simd/dot4.h"
 #include "kernels/kernels.h"
-#include "base/integers.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"
 
@@ -15,8 +13,6 @@ namespace {
 using std::int64_t;
 
 constexpr int64_t kPrefetchBytes = 4096;      // bytes to fetch ahead in the stream of weights
-constexpr int kGemvVectors = kLanes == 16 ? 8 : 4;  // taken at once
-constexpr int kGemmRows = kLanes == 16 ? 12 : kLanes == 8 ? 3 : 2;
 constexpr int kPanel = 2 * kLanes;         // weight rows in a panel of the product of many rows
 constexpr int64_t kTaskProducts = 1 << 20;  // less is not worth a hand-over to another thread
 
@@ -29,16 +25,13 @@ constexpr float kSmallest = 7.888609052210118e-31f;
 
 // The whole numbers next to x * y, ties to even. The product is not rounded before, on any machine.
 ANYMAMBA_INLINE IntVec nearest(FloatVec x, FloatVec y) {
-#if defined(__AVX2__)
-  // Adding kRounder rounds to a whole number.
-  return __builtin_convertvector(fma(x, y, splat(kRounder)) - splat(kRounder), IntVec);
-#else
+  if constexpr (kFusedMultiplyAdd)  // adding kRounder rounds to a whole number
+    return __builtin_convertvector(fma(x, y, splat(kRounder)) - splat(kRounder), IntVec);
   IntVec v;
   for (int i = 0; i < kLanes; ++i)
     v[i] = static_cast<std::int32_t>(
         __builtin_nearbyint(static_cast<double>(x[i]) * static_cast<double>(y[i])));
   return v;
-#endif
 }
 
 // q = x / scale, rounded to nearest even, with scale = max |x| / 127.
@@ -212,11 +205,11 @@ template <int bits, int G>
 void gemv_of(const GemvInputs& in, int64_t first, int64_t last) {
   const int64_t m = in.f.x.rows, bytes = in.f.x.k * bits / 8;
   const int64_t block =
-      m > kGemvVectors ? round_up(larger(1, (128 << 10) / bytes), kLanes) : larger(1, last - first);
+      m > kQuantizedGemvVectors ? round_up(larger(1, (128 << 10) / bytes), kLanes) : larger(1, last - first);
   for (int64_t start = first; start < last; start += block)
-    for (int vector = 0; vector < m; vector += kGemvVectors)
-      few_vectors_of<bits, G, kGemvVectors>(
-          static_cast<int>(smaller(kGemvVectors, m - vector)), in, start,
+    for (int vector = 0; vector < m; vector += kQuantizedGemvVectors)
+      few_vectors_of<bits, G, kQuantizedGemvVectors>(
+          static_cast<int>(smaller(kQuantizedGemvVectors, m - vector)), in, start,
           smaller(start + block, last), vector);
 }
 
@@ -398,10 +391,10 @@ void multiply_panel(const QuantizedGemm& p, const QuantizedActivations& x, int64
   Scratch<float> scales(2 * groups * kPanel);
   const Panel panel = {packed, scales, scales + groups * kPanel};
   pack_panel(p, column, columns, bytes, panel);
-  alignas(64) float tile[kGemmRows * kPanel];
-  for (int64_t row = 0; row < p.m; row += kGemmRows) {
-    const int64_t rows = smaller(kGemmRows, p.m - row);
-    multiply_tile_of<kGemmRows>(rows, p, x, row, panel, tile);
+  alignas(64) float tile[kQuantizedTileRows * kPanel];
+  for (int64_t row = 0; row < p.m; row += kQuantizedTileRows) {
+    const int64_t rows = smaller(kQuantizedTileRows, p.m - row);
+    multiply_tile_of<kQuantizedTileRows>(rows, p, x, row, panel, tile);
     add_tile(p, tile, row, rows, column, columns);
   }
 }

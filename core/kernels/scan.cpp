@@ -13,10 +13,9 @@
 #include "kernels/scan.h"
 
 #include "kernels/kernels.h"
-#include "base/integers.h"
-#include "simd/scratch.h"
-#include "simd/simd.h"
 #include "base/subnormals.h"
+#include "simd/math.h"
+#include "simd/scratch.h"
 #include "simd/tile.h"
 
 namespace anymamba::ANYMAMBA_ISA {

@@ -5,25 +5,8 @@
 
 namespace anymamba::ANYMAMBA_ISA {
 
-#if defined(__AVX512F__)
-#define ANYMAMBA_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define ANYMAMBA_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#elif defined(__AVX2__)
-#define ANYMAMBA_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define ANYMAMBA_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#else
-#define ANYMAMBA_LOW 0, 4, 1, 5
-#define ANYMAMBA_HIGH 2, 6, 3, 7
-#endif
-
-ANYMAMBA_INLINE FloatVec interleave_low(FloatVec a, FloatVec b) { return __builtin_shufflevector(a, b, ANYMAMBA_LOW); }
-ANYMAMBA_INLINE FloatVec interleave_high(FloatVec a, FloatVec b) { return __builtin_shufflevector(a, b, ANYMAMBA_HIGH); }
-
-#undef ANYMAMBA_LOW
-#undef ANYMAMBA_HIGH
-
-// v (kLanes, kLanes) becomes its transpose: interleaving row i with row i + kLanes/2 rotates the bits of an
-// entry's place (row, lane) by one, so log2(kLanes) rounds exchange rows and lanes.
+// v (kLanes, kLanes) becomes its transpose: interleaving row i with row i + kLanes / 2 rotates the
+// bits of an entry's place (row, lane) by one, so log2(kLanes) rounds exchange rows and lanes.
 ANYMAMBA_INLINE void transpose(FloatVec (&v)[kLanes]) {
 #pragma GCC unroll 4
   for (int round = 1; round < kLanes; round *= 2) {
