@@ -72,6 +72,8 @@ void* Arena::take(std::int64_t bytes) {
   return memory;
 }
 
+float* Arena::floats(std::int64_t count) { return static_cast<float*>(take(count * 4)); }
+
 void Arena::give_back(void* memory) { next_ = reinterpret_cast<std::uintptr_t>(memory); }
 
 std::int64_t Arena::used() const { return static_cast<std::int64_t>(next_ - first_); }

@@ -19,7 +19,7 @@ class Arena {
   Arena(void* memory, std::int64_t bytes);
   // Aligned to cache lines; null where there is no room.
   void* take(std::int64_t bytes);
-  float* floats(std::int64_t count) { return static_cast<float*>(take(count * 4)); }
+  float* floats(std::int64_t count);
   // The last of what was taken.
   void give_back(void* memory);
   std::int64_t used() const;

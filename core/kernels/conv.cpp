@@ -1,6 +1,6 @@
 // The causal depthwise convolution with bias and silu, forward and backward, and one step of it.
 //
-// A segment is walked by position: position 0 is where it begins (its last step if it is walked in
+// Steps of a segment count by position: position 0 is where it begins (its last step if it runs in
 // reverse), and the window holds the positions before it, -1 in its last column. So
 //
 //   y_p = act(bias + sum_j w_j input_{p - (k - 1) + j})
@@ -10,36 +10,20 @@
 #include "kernels/conv.h"
 
 #include "kernels/kernels.h"
+#include "kernels/tile.h"
 #include "simd/math.h"
 #include "simd/scratch.h"
-#include "simd/tile.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-constexpr int kColumns = 128;  // channels of a block
-constexpr int kSteps = 32;     // steps of a tile
-constexpr int kChunk = 128;    // steps of one piece of work
+constexpr int kColumns = kConvChannels, kSteps = kConvSteps;
+constexpr int kChunk = 128;  // steps of a work item
 // Backward holds two tiles, and reads k - 1 steps on either side of each.
 constexpr int kBackwardColumns = 64;
 constexpr int kBackwardSteps = 64;
 // Sums over time are taken in at most this many parts, whatever the number of threads.
 constexpr std::int64_t kParts = 16;
-
-std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-std::int64_t larger(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-std::int64_t pieces(std::int64_t whole, std::int64_t part) { return (whole + part - 1) / part; }
-
-// Position p of a segment is step first + p * direction of its row.
-struct SegmentSlice {
-  std::int64_t row, first, direction, length, state_in, state_out;
-};
-
-SegmentSlice slice_of(const Segments& segments, std::int64_t s) {
-  const std::int64_t start = segments.starts[s], stop = segments.stops[s];
-  return {segments.rows[s],     segments.reverse ? stop - 1 : start, segments.reverse ? -1 : 1,
-          stop - start,         segments.state_in[s],                segments.state_out[s]};
-}
 
 // All segments cut into chunks of at most `steps` positions, counted through.
 class Chunks {
@@ -48,7 +32,7 @@ class Chunks {
       : segments_(segments), steps_(steps), before_(segments.count + 1) {
     before_[0] = 0;
     for (std::int64_t s = 0; s < segments.count; ++s)
-      before_[s + 1] = before_[s] + pieces(segments.stops[s] - segments.starts[s], steps);
+      before_[s + 1] = before_[s] + ceil_div(segments.stops[s] - segments.starts[s], steps);
   }
 
   std::int64_t count() const { return before_[segments_.count]; }
@@ -66,7 +50,7 @@ class Chunks {
     }
     const SegmentSlice slice = slice_of(segments_, low);
     const std::int64_t start = (chunk - before_[low]) * steps_;
-    return {slice, start, smaller(start + steps_, slice.length)};
+    return {slice, start, smaller(start + steps_, slice.steps)};
   }
 
  private:
@@ -74,18 +58,6 @@ class Chunks {
   const std::int64_t steps_;
   const Scratch<std::int64_t> before_;  // (count + 1,) chunks before each segment
 };
-
-// Neighbouring channels [first, first + channels), padded to `columns`, a multiple of kLanes.
-struct Block {
-  std::int64_t first;
-  int channels, columns;
-};
-
-Block block_of(std::int64_t e, int width, std::int64_t index) {
-  const std::int64_t first = index * width;
-  const int channels = static_cast<int>(smaller(width, e - first));
-  return {first, channels, (channels + kLanes - 1) / kLanes * kLanes};
-}
 
 // A block's weights as the loops read them: (k + 1, columns), the taps and then the bias.
 void load_taps(float* taps, const float* weight, const float* bias, std::int64_t k, Block block) {
@@ -99,12 +71,6 @@ void load_taps(float* taps, const float* weight, const float* bias, std::int64_t
     }
 }
 
-void load_steps(float* buffer, const Tensor3& tensor, const SegmentSlice& slice, std::int64_t position,
-                std::int64_t count, Block block) {
-  load_tile(buffer, block.columns, tensor, slice.row, slice.first + position * slice.direction,
-            slice.direction, static_cast<int>(count), block.first, block.channels);
-}
-
 void fill_zeros(float* buffer, std::int64_t rows, Block block) {
   for (std::int64_t i = 0; i < rows * block.columns; i += kLanes) store(buffer + i, FloatVec{});
 }
@@ -116,13 +82,13 @@ void load_inputs(float* inputs, const Conv& conv, const SegmentSlice& slice, std
   if (old > 0 && conv.initial.data != nullptr && slice.state_in >= 0) {
     const Window& w = conv.initial;
     const Tensor3 window = {w.data, w.type, w.state_stride, w.column_stride, w.channel_stride};
-    load_tile(inputs, block.columns, window, slice.state_in, w.columns + position, 1,
-              static_cast<int>(old), block.first, block.channels);
+    load_tile(inputs, window, {slice.state_in, w.columns + position, 1, old}, block);
   } else {
     fill_zeros(inputs, old, block);
   }
   if (count > old)
-    load_steps(inputs + old * block.columns, conv.x, slice, position + old, count - old, block);
+    load_tile(inputs + old * block.columns, conv.x, part_of(slice, position + old, count - old),
+              block);
 }
 
 // Calls f with the number of taps as a constant, 0 for those without a loop of their own.
@@ -181,12 +147,6 @@ void convolve(float* inputs, const float* taps, std::int64_t k, bool silu, std::
   });
 }
 
-// What convolve_chunk takes.
-std::int64_t chunk_scratch(const Conv& conv) {
-  return Scratch<float>::in_arena((conv.k + 1) * kColumns) +
-         Scratch<float>::in_arena((conv.k - 1 + kSteps) * kColumns);
-}
-
 void convolve_chunk(const Conv& conv, const Tensor3& y, const Chunks::Chunk& chunk, Block block) {
   const std::int64_t k = conv.k, past = k - 1;
   const int columns = block.columns;
@@ -195,10 +155,10 @@ void convolve_chunk(const Conv& conv, const Tensor3& y, const Chunks::Chunk& chu
   load_inputs(inputs, conv, chunk.slice, chunk.start - past, past, block);
   for (std::int64_t p = chunk.start; p < chunk.stop; p += kSteps) {
     const std::int64_t steps = smaller(kSteps, chunk.stop - p);
-    load_steps(inputs + past * columns, conv.x, chunk.slice, p, steps, block);
+    const SegmentSlice here = part_of(chunk.slice, p, steps);
+    load_tile(inputs + past * columns, conv.x, here, block);
     convolve(inputs, taps, k, conv.silu, steps, columns);
-    store_tile(inputs, columns, y, chunk.slice.row, chunk.slice.first + p * chunk.slice.direction,
-               chunk.slice.direction, static_cast<int>(steps), block.first, block.channels);
+    store_tile(inputs, y, here, block);
     __builtin_memmove(inputs, inputs + steps * columns,
                       static_cast<std::size_t>(past * columns) * sizeof(float));
   }
@@ -221,7 +181,7 @@ ANYMAMBA_INLINE void copy_number(void* to, DType to_type, std::int64_t to_index,
 void keep_window(const Conv& conv, const Window& final, const SegmentSlice& slice, Block block) {
   const Window& initial = conv.initial;
   for (std::int64_t column = 0; column < final.columns; ++column) {
-    const std::int64_t position = slice.length - final.columns + column;
+    const std::int64_t position = slice.steps - final.columns + column;
     const std::int64_t old = initial.columns + position;  // the column it had, if before 0
     const bool known = initial.data != nullptr && slice.state_in >= 0 && old >= 0;
     const std::int64_t to = slice.state_out * final.state_stride + column * final.column_stride;
@@ -308,22 +268,22 @@ struct Backward {
 // The gradients of the sums before silu at positions [start, start + count), as far as the segment
 // goes and zeros behind it; and the inputs from start - (k - 1) on that they were made of.
 void load_gradients(float* gradients, float* inputs, const float* taps, const Conv& conv,
-                    const Tensor3& dy, const SegmentSlice& slice, std::int64_t start, std::int64_t count,
-                    Block block) {
-  const std::int64_t there = smaller(count, slice.length - start);
+                    const Tensor3& dy, const SegmentSlice& slice, std::int64_t start,
+                    std::int64_t count, Block block) {
+  const std::int64_t there = smaller(count, slice.steps - start);
   load_inputs(inputs, conv, slice, start - (conv.k - 1), conv.k - 1 + there, block);
-  load_steps(gradients, dy, slice, start, there, block);
+  load_tile(gradients, dy, part_of(slice, start, there), block);
   if (conv.silu) through_silu(gradients, inputs, taps, conv.k, there, block.columns);
   fill_zeros(gradients + there * block.columns, count - there, block);
 }
 
 // gradients (count, columns), for positions from `start` on, += what the final window passes back:
 // its columns are copies of the last positions.
-void add_from_window(float* gradients, const Window& final, const SegmentSlice& slice, std::int64_t start,
-                     std::int64_t count, Block block) {
+void add_from_window(float* gradients, const Window& final, const SegmentSlice& slice,
+                     std::int64_t start, std::int64_t count, Block block) {
   if (final.data == nullptr || slice.state_out < 0) return;
-  const std::int64_t before = slice.length - final.columns;  // the position of column 0
-  for (std::int64_t p = larger(start, before); p < smaller(start + count, slice.length); ++p)
+  const std::int64_t before = slice.steps - final.columns;  // the position of column 0
+  for (std::int64_t p = larger(start, before); p < smaller(start + count, slice.steps); ++p)
     for (int c = 0; c < block.channels; ++c)
       gradients[(p - start) * block.columns + c] +=
           read(final.data, final.type,
@@ -332,39 +292,37 @@ void add_from_window(float* gradients, const Window& final, const SegmentSlice& 
 }
 
 // One tile: its gradient of x is written, its part of the weights' gradients added to `sums`.
-void backward_tile(const Conv& conv, const ConvGradients& d, Backward& backward, float* sums,
-               const Chunks::Chunk& tile, Block block) {
+void backward_tile(const Conv& conv, const ConvGradients& d, Backward& b, float* sums,
+                   const Chunks::Chunk& tile, Block block) {
   const std::int64_t k = conv.k, steps = tile.stop - tile.start;
   const SegmentSlice& slice = tile.slice;
-  load_gradients(backward.gradients, backward.inputs, backward.taps, conv, d.y, slice, tile.start,
+  load_gradients(b.gradients, b.inputs, b.taps, conv, d.y, slice, tile.start,
                  steps + k - 1, block);
-  add_weight_gradients(sums, backward.gradients, backward.inputs, k, steps, block.columns);
-  to_inputs(backward.gradients, backward.taps, k, steps, block.columns);
-  add_from_window(backward.gradients, d.final, slice, tile.start, steps, block);
-  store_tile(backward.gradients, block.columns, d.x, slice.row,
-             slice.first + tile.start * slice.direction, slice.direction, static_cast<int>(steps),
-             block.first, block.channels);
+  add_weight_gradients(sums, b.gradients, b.inputs, k, steps, block.columns);
+  to_inputs(b.gradients, b.taps, k, steps, block.columns);
+  add_from_window(b.gradients, d.final, slice, tile.start, steps, block);
+  store_tile(b.gradients, d.x, part_of(slice, tile.start, steps), block);
 }
 
 // The gradient of the window before a segment, added: segments may begin from the same one.
-void backward_window(const Conv& conv, const ConvGradients& d, Backward& backward, const SegmentSlice& slice,
-                 Block block) {
+void backward_window(const Conv& conv, const ConvGradients& d, Backward& b,
+                     const SegmentSlice& slice, Block block) {
   const std::int64_t past = conv.k - 1, columns = d.initial.columns;
   const Scratch<float> passed(columns * block.columns);
   fill_zeros(passed, columns, block);
   add_from_window(passed, d.final, slice, -columns, columns, block);
   // Position -past + i is row i, and no output lies before position 0.
-  fill_zeros(backward.gradients, past, block);
-  load_gradients(backward.gradients + past * block.columns, backward.inputs, backward.taps, conv, d.y, slice, 0,
+  fill_zeros(b.gradients, past, block);
+  load_gradients(b.gradients + past * block.columns, b.inputs, b.taps, conv, d.y, slice, 0,
                  past, block);
-  to_inputs(backward.gradients, backward.taps, conv.k, past, block.columns);
+  to_inputs(b.gradients, b.taps, conv.k, past, block.columns);
   float* const out = static_cast<float*>(d.initial.data) + slice.state_in * d.initial.state_stride;
   for (std::int64_t column = 0; column < columns; ++column) {
     const std::int64_t row = column - (columns - past);
     for (int c = 0; c < block.channels; ++c)
       out[(block.first + c) * d.initial.channel_stride + column * d.initial.column_stride] +=
           passed[column * block.columns + c] +
-          (row >= 0 ? backward.gradients[row * block.columns + c] : 0);
+          (row >= 0 ? b.gradients[row * block.columns + c] : 0);
   }
 }
 
@@ -375,10 +333,10 @@ void backward_windows(const Conv& conv, const ConvGradients& d, Block block) {
       for (std::int64_t column = 0; column < d.initial.columns; ++column)
         out[state * d.initial.state_stride + (block.first + c) * d.initial.channel_stride +
             column * d.initial.column_stride] = 0;
-  Backward backward(conv, block);
+  Backward b(conv, block);
   for (std::int64_t s = 0; s < conv.segments.count; ++s) {
     const SegmentSlice slice = slice_of(conv.segments, s);
-    if (slice.state_in >= 0) backward_window(conv, d, backward, slice, block);
+    if (slice.state_in >= 0) backward_window(conv, d, b, slice, block);
   }
 }
 
@@ -427,35 +385,35 @@ bool is_packed(const ConvStep& step) {
 }  // namespace
 
 void conv(const Conv& conv, const ConvResult& result) {
-  const std::int64_t blocks = pieces(conv.e, kColumns);
+  const std::int64_t blocks = ceil_div(conv.e, kColumns);
   const Chunks chunks(conv.segments, kChunk);
-  parallel_for(chunks.count() * blocks, chunk_scratch(conv), [&](std::int64_t item) {
+  parallel_for(chunks.count() * blocks, conv_worker_scratch(conv.k), [&](std::int64_t item) {
     convolve_chunk(conv, result.y, chunks[item / blocks],
-                   block_of(conv.e, kColumns, item % blocks));
+                   block_of(0, conv.e, kColumns, item % blocks));
   });
   if (result.final.data == nullptr) return;
   parallel_for(conv.segments.count * blocks, [&](std::int64_t item) {
     const SegmentSlice slice = slice_of(conv.segments, item / blocks);
     if (slice.state_out >= 0)
-      keep_window(conv, result.final, slice, block_of(conv.e, kColumns, item % blocks));
+      keep_window(conv, result.final, slice, block_of(0, conv.e, kColumns, item % blocks));
   });
 }
 
 void conv_backward(const Conv& conv, const ConvGradients& gradients) {
-  const std::int64_t e = conv.e, k = conv.k, blocks = pieces(e, kBackwardColumns);
+  const std::int64_t e = conv.e, k = conv.k, blocks = ceil_div(e, kBackwardColumns);
   const Chunks tiles(conv.segments, kBackwardSteps);
   const std::int64_t parts = smaller(tiles.count(), kParts);
   const Scratch<float> sums(parts * (k + 1) * e);
   const std::int64_t own_scratch = Scratch<float>::in_arena((k + 1) * kBackwardColumns);
   parallel_for(parts * blocks, Backward::scratch(conv) + own_scratch, [&](std::int64_t item) {
     const std::int64_t part = item / blocks;
-    const Block block = block_of(e, kBackwardColumns, item % blocks);
-    Backward backward(conv, block);
+    const Block block = block_of(0, e, kBackwardColumns, item % blocks);
+    Backward b(conv, block);
     const Scratch<float> own((k + 1) * block.columns);
     fill_zeros(own, k + 1, block);
     for (std::int64_t tile = tiles.count() * part / parts;
          tile < tiles.count() * (part + 1) / parts; ++tile)
-      backward_tile(conv, gradients, backward, own, tiles[tile], block);
+      backward_tile(conv, gradients, b, own, tiles[tile], block);
     for (std::int64_t j = 0; j <= k; ++j)
       for (int c = 0; c < block.channels; ++c)
         sums[(part * (k + 1) + j) * e + block.first + c] = own[j * block.columns + c];
@@ -463,7 +421,7 @@ void conv_backward(const Conv& conv, const ConvGradients& gradients) {
   const std::int64_t passed = gradients.initial.columns * kBackwardColumns;
   const std::int64_t window_scratch = Backward::scratch(conv) + Scratch<float>::in_arena(passed);
   parallel_for(blocks, window_scratch, [&](std::int64_t item) {
-    const Block block = block_of(e, kBackwardColumns, item);
+    const Block block = block_of(0, e, kBackwardColumns, item);
     add_parts(gradients, sums, parts, e, k, block);
     if (gradients.initial.data != nullptr) backward_windows(conv, gradients, block);
   });

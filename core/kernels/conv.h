@@ -14,13 +14,17 @@ struct Window {
   std::int64_t columns = 0;
 };
 
-struct Conv {
+// What a convolution and a step of it read.
+struct ConvInputs {
   std::int64_t e = 0, k = 0;
-  Segments segments;
-  Tensor3 x;
+  Tensor3 x;                      // one step of each row for a step
   const float* weight = nullptr;  // (e, k) contiguous
   const float* bias = nullptr;    // (e,) or null
   bool silu = false;
+};
+
+struct Conv : ConvInputs {
+  Segments segments;
   Window initial;                 // absent (data null) means zeros
 };
 
@@ -40,16 +44,18 @@ struct ConvGradients {
 };
 
 // One step for a batch: the window shifts in place by one column and takes x in.
-struct ConvStep {
-  std::int64_t b = 0, e = 0, k = 0;
-  Tensor3 x, y;                   // one step each; step_stride unused
-  const float* weight = nullptr;
-  const float* bias = nullptr;
-  bool silu = false;
+struct ConvStep : ConvInputs {
+  std::int64_t b = 0;
+  Tensor3 y;
   Window window;                  // state_stride is the row's
 };
 
+// Channels and steps of a tile of the forward pass.
+inline constexpr int kConvChannels = 128, kConvSteps = 32;
+
 // The scratch memory of a worker in the forward pass.
-constexpr std::int64_t conv_worker_scratch(std::int64_t k) { return 4 * 128 * (2 * k + 32) + 128; }
+constexpr std::int64_t conv_worker_scratch(std::int64_t k) {
+  return 4 * kConvChannels * (2 * k + kConvSteps);
+}
 
 }  // namespace anymamba

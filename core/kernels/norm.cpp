@@ -16,10 +16,8 @@ namespace {
 constexpr std::int64_t kRows = 16;   // rows of one piece of work
 constexpr std::int64_t kParts = 16;  // sums over rows are taken in at most this many parts
 
-std::int64_t smaller(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-
 // Rows are padded with zeros to whole vectors in buffers, which leaves sums as they are.
-std::int64_t padded(std::int64_t d) { return (d + kLanes - 1) / kLanes * kLanes; }
+std::int64_t padded(std::int64_t d) { return round_up(d, kLanes); }
 
 // buffer (padded(d),) = one row, zeros behind it.
 void load_row(float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) {
@@ -109,8 +107,8 @@ void backward_row(const Norm& norm, const NormGradients& gradients, float* s, fl
 void norm(const Norm& norm, const NormResult& result) {
   const std::int64_t whole = padded(norm.d);
   if (norm.d == 0) return;
-  const std::int64_t items = (norm.rows + kRows - 1) / kRows;
-  parallel_for(items, 2 * Scratch<float>::in_arena(whole), [&](std::int64_t item) {
+  const std::int64_t items = ceil_div(norm.rows, kRows);
+  parallel_for(items, norm_worker_scratch(norm.d), [&](std::int64_t item) {
     const Scratch<float> s(whole), weight(whole);
     load_row(weight, {const_cast<float*>(norm.weight), DType::f32, 0}, 0, norm.d);
     for (std::int64_t row = item * kRows; row < smaller((item + 1) * kRows, norm.rows); ++row)
@@ -119,7 +117,7 @@ void norm(const Norm& norm, const NormResult& result) {
 }
 
 void norm_backward(const Norm& norm, const NormGradients& gradients) {
-  const std::int64_t d = norm.d, whole = padded(d), pieces = (norm.rows + kRows - 1) / kRows;
+  const std::int64_t d = norm.d, whole = padded(d), pieces = ceil_div(norm.rows, kRows);
   const std::int64_t parts = smaller(pieces, kParts);
   const Scratch<float> sums(parts * whole);
   // Each part sums over its rows piece by piece, sums (parts, padded(d)).

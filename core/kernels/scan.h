@@ -19,16 +19,20 @@ struct Projection {
   std::int64_t state_stride = 0;
 };
 
-struct Scan {
+// What a scan and a step of it read.
+struct ScanInputs {
   std::int64_t e = 0, n = 0, groups = 1;
-  Segments segments;
-  Tensor3 x, delta, z;              // z may be absent
+  Tensor3 x, delta, z;                // z may be absent; one step each for a step
   Projection B, C;
-  const float* A = nullptr;         // (e, n), contiguous
-  const float* D = nullptr;         // (e,) or null
+  const float* A = nullptr;           // (e, n), contiguous
+  const float* D = nullptr;           // (e,) or null
   const float* delta_bias = nullptr;  // (e,) or null
   bool softplus = false;
-  const float* initial = nullptr;   // states that state_in counts, (., e, n), or null for zeros
+};
+
+struct Scan : ScanInputs {
+  Segments segments;
+  const float* initial = nullptr;  // states that state_in counts, (., e, n), or null for zeros
 };
 
 // What the forward pass leaves.
@@ -56,30 +60,21 @@ struct ScanGradients {
 };
 
 // One step for a batch: the state changes in place.
-struct ScanStep {
-  std::int64_t b = 0, e = 0, n = 0, groups = 1;
-  Tensor3 x, delta, z, y;         // one step each; step_stride unused
-  Projection B, C;
-  const float* A = nullptr;
-  const float* D = nullptr;
-  const float* delta_bias = nullptr;
-  bool softplus = false;
-  float* state = nullptr;         // (b, e, n), row stride below, contiguous inside a row
+struct ScanStep : ScanInputs {
+  std::int64_t b = 0;
+  Tensor3 y;
+  float* state = nullptr;  // (b, e, n), row stride below, contiguous inside a row
   std::int64_t state_row_stride = 0;
 };
 
-// Steps that a kernel works through at a time. The forward pass leaves the state before each chunk
-// of each segment, from which the backward pass recomputes those inside: l * e * n / 32 floats.
-inline constexpr int kChunkSteps = 32;
-
-inline std::int64_t scan_chunks(const Segments& segments, std::int64_t segment) {
-  const std::int64_t steps = segments.stops[segment] - segments.starts[segment];
-  return (steps + kChunkSteps - 1) / kChunkSteps;
-}
+// Channels and steps that a kernel works through at a time: its tiles stay in the first two caches.
+// The forward pass leaves the state before each chunk of steps of each segment, from which the
+// backward pass recomputes those inside: l * e * n / 32 floats.
+inline constexpr int kScanChannels = 64, kChunkSteps = 32;
 
 // The scratch memory of a worker in the forward pass.
 constexpr std::int64_t scan_worker_scratch(std::int64_t n) {
-  return 4 * (3 * 64 * kChunkSteps + 2 * kChunkSteps * n + 2 * 64 * n + 2 * 64) + 64;
+  return 4 * (kScanChannels * (3 * kChunkSteps + 2 * n + 2) + 2 * kChunkSteps * n);
 }
 
 // Floats that the backward pass needs. The same for every instruction set.

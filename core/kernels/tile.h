@@ -1,10 +1,40 @@
-// Moving a tile of a sequence, steps x channels, between memory of any type and strides and a
-// buffer of floats that kernels compute on. A row of the buffer holds `columns` floats.
+// Moving a tile of a sequence, (steps, channels), between memory of any type and strides and a
+// buffer of floats (steps, columns) that kernels compute on.
 #pragma once
 
 #include "simd/lanes.h"
 
 namespace anymamba::ANYMAMBA_ISA {
+
+// Neighbouring steps of a row, in the order of the recurrence: step t of the slice is step
+// first + t * direction of the row. A whole segment's slice also tells its states.
+struct SegmentSlice {
+  std::int64_t row = 0, first = 0, direction = 1, steps = 0;
+  std::int64_t state_in = -1, state_out = -1;
+};
+
+ANYMAMBA_INLINE SegmentSlice slice_of(const Segments& segments, std::int64_t s) {
+  const std::int64_t start = segments.starts[s], stop = segments.stops[s];
+  return {segments.rows[s], segments.reverse ? stop - 1 : start, segments.reverse ? -1 : 1,
+          stop - start,     segments.state_in[s],                segments.state_out[s]};
+}
+
+ANYMAMBA_INLINE SegmentSlice part_of(const SegmentSlice& s, std::int64_t start, std::int64_t steps) {
+  return {s.row, s.first + start * s.direction, s.direction, steps};
+}
+
+// Neighbouring channels [first, first + channels), padded to `columns`, a multiple of kLanes.
+struct Block {
+  std::int64_t first;
+  int channels, columns;
+};
+
+// Block number `index` of those of `width` channels that [first, last) is cut into.
+ANYMAMBA_INLINE Block block_of(std::int64_t first, std::int64_t last, int width, std::int64_t index) {
+  const std::int64_t start = first + index * width;
+  const int channels = static_cast<int>(smaller(width, last - start));
+  return {start, channels, static_cast<int>(round_up(channels, kLanes))};
+}
 
 // How many steps of a tile are read or written in vectors: along channels if those are neighbours
 // in memory, and in squares of kLanes steps and kLanes channels if instead steps are neighbours.
@@ -38,14 +68,13 @@ ANYMAMBA_INLINE void store_transposed(const float* buffer, int columns, const Te
     write_vector(tensor.data, type, lowest + i * tensor.channel_stride, m[i]);
 }
 
-// buffer[t * columns + c] = tensor(row, first_step + t * direction, first_channel + c), zeros for
-// the channels from `channels` to `columns` (a multiple of kLanes).
-ANYMAMBA_INLINE void load_tile(float* buffer, int columns, const Tensor3& tensor, std::int64_t row,
-                               std::int64_t first_step, std::int64_t direction, int steps,
-                               std::int64_t first_channel, int channels) {
-  const std::int64_t start = row * tensor.row_stride + first_step * tensor.step_stride +
-                             first_channel * tensor.channel_stride;
-  const std::int64_t stride = tensor.step_stride * direction;
+// buffer (steps, columns) = the slice's steps of the block's channels, zeros in the other columns.
+ANYMAMBA_INLINE void load_tile(float* buffer, const Tensor3& tensor, const SegmentSlice& slice,
+                               const Block& block) {
+  const int columns = block.columns, channels = block.channels, steps = static_cast<int>(slice.steps);
+  const std::int64_t direction = slice.direction, stride = tensor.step_stride * direction;
+  const std::int64_t start = slice.row * tensor.row_stride + slice.first * tensor.step_stride +
+                             block.first * tensor.channel_stride;
   for (int t = 0; t < steps; ++t)
     for (int c = channels; c < columns; ++c) buffer[t * columns + c] = 0;
   const int whole = channels - channels % kLanes;
@@ -65,12 +94,12 @@ ANYMAMBA_INLINE void load_tile(float* buffer, int columns, const Tensor3& tensor
   });
 }
 
-ANYMAMBA_INLINE void store_tile(const float* buffer, int columns, const Tensor3& tensor,
-                                std::int64_t row, std::int64_t first_step, std::int64_t direction,
-                                int steps, std::int64_t first_channel, int channels) {
-  const std::int64_t start = row * tensor.row_stride + first_step * tensor.step_stride +
-                             first_channel * tensor.channel_stride;
-  const std::int64_t stride = tensor.step_stride * direction;
+ANYMAMBA_INLINE void store_tile(const float* buffer, const Tensor3& tensor, const SegmentSlice& slice,
+                                const Block& block) {
+  const int columns = block.columns, channels = block.channels, steps = static_cast<int>(slice.steps);
+  const std::int64_t direction = slice.direction, stride = tensor.step_stride * direction;
+  const std::int64_t start = slice.row * tensor.row_stride + slice.first * tensor.step_stride +
+                             block.first * tensor.channel_stride;
   const int whole = channels - channels % kLanes;
   const int rows = steps_in_rows(tensor, steps), squares = steps_in_squares(tensor, steps);
   with_type(tensor.type, [=](auto type) {
