@@ -1,12 +1,24 @@
 // Matrix products of any size; those of few rows go to gemv.
 //
 // The blocked product follows Goto and van de Geijn. Of its two operands one is read a number at a
-// time and broadcast ("left", in rows), the other by whole vectors ("right", in columns). A block
-// of the left operand is packed for L2 and read once for each panel of the right one, which is
-// packed just before, for L1; both become float32 whatever they are stored in. A micro-kernel keeps
-// a tile of c in registers over one cut of k. How k is cut depends on k alone, and every number of
-// c is summed in the order of k by one worker, in tiles of any size in the same way: results are
-// the same for any number of threads and any cut of c.
+// time and broadcast ("left", in rows), the other by whole vectors ("right", in columns):
+//
+//   for each block of c (rows, columns)                         a task, on any worker
+//     for each cut of k (depth)                                 at most kDepth steps
+//       for each part of the rows                               at most kBlockRows
+//         packed (part, depth) = left                           floats, in L2
+//         for each kTileColumns columns of the block
+//           panel (depth, kTileColumns) = right                 floats, in L1
+//           for each kTileRows rows of the part                 micro_kernel
+//             sums (kTileRows, kTileVectors vectors)            in registers
+//             for each step of k
+//               sums += a packed number of each row x the panel's vectors
+//             c (kTileRows, kTileColumns) += sums               or a buffer beside c
+//
+// How k is cut depends on k alone, and every number of c is summed in the order of k by one worker,
+// in tiles of any size in the same way: results are the same for any number of threads and any cut
+// of c.
+#include "kernels/gemm_packing.h"
 #include "kernels/kernels.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"
@@ -14,32 +26,16 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-using std::int64_t;
-
-// A tile of c is kTileRows x kTileVectors vectors: as many registers as leave room for one row of
-// the right panel and the broadcast number.
-constexpr int kTileRows = kGemmTileRows;
-constexpr int kTileVectors = 2;
-constexpr int kTileColumns = kTileVectors * kLanes;
-constexpr int kDepth = 384;  // of k at a time: fewer passes over c against panels that leave L1
-constexpr int kBlockRows = 40 * kTileRows;  // of the left operand in L2
-constexpr int kRowPadding = 16;  // floats: keeps packed rows from falling into the same cache sets
+// Of k at a time: fewer passes over c against panels that leave L1. A panel takes 48 KiB with
+// AVX-512, 24 KiB with AVX2.
+constexpr int kDepth = 384;
+// Of the left operand in L2: 560 rows with AVX-512, about 900 KiB.
+constexpr int kBlockRows = 40 * kTileRows;
 static_assert((kBlockRows * (kDepth + kRowPadding) + kTileColumns * kDepth) * 4 + 256 <= kGemmScratch);
 constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of a block summed beside c
 constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
 constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
 constexpr int64_t kGemvRows = 16, kGemvDepth = 1 << 15;  // beyond these, blocked
-
-// ---------------------------------------------------------------------------------------------
-// The blocked product.
-
-// One factor: `lane` is the stride along the rows of the left or the columns of the right operand,
-// `depth` the stride along k.
-struct Operand {
-  const void* data;
-  DType type;
-  int64_t lane, depth;
-};
 
 struct Job {
   int64_t rows, columns, depth;
@@ -54,7 +50,7 @@ struct Job {
 // pairs: half as many of them, moved and packed as floats are. Only the sums know the difference.
 bool multiplies_pairs(const Operand& left, const Operand& right, int64_t depth) {
   const auto in_pairs = [](const Operand& o) {
-    return o.type == DType::bf16 && o.depth == 1 && o.lane % 2 == 0 &&
+    return o.type == DType::bf16 && o.depth_stride == 1 && o.stride % 2 == 0 &&
            reinterpret_cast<std::uintptr_t>(o.data) % 4 == 0;
   };
   return kMultipliesPairs && in_pairs(left) && in_pairs(right) && depth % 2 == 0;
@@ -63,28 +59,22 @@ bool multiplies_pairs(const Operand& left, const Operand& right, int64_t depth) 
 Job as_pairs(Job job) {
   for (Operand* operand : {&job.left, &job.right}) {
     operand->type = DType::f32;
-    operand->lane /= 2;
+    operand->stride /= 2;
   }
   job.depth /= 2;
   job.pairs = true;
   return job;
 }
 
-// A stretch of c.
+// A part of c.
 struct Block {
   int64_t first_row, last_row, first_column, last_column;
 };
 
-// Left rows as the micro-kernel reads them: number p of row i is data[i * lane + p * depth].
-struct LeftPanel {
-  const float* data;
-  int64_t lane, depth;
-};
-
-// What the tiles of one panel fetch into L2 for the next panel while they compute. It is spread
-// over the loop of each tile, for a burst of fetches would block it. There are `all` stretches of
-// memory; a tile takes `count` of them, each in `steps` steps of `step` bytes.
-struct Fetch {
+// What the tiles of one panel prefetch into L2 for the next panel while they compute. It is spread
+// over the loop of each tile, for a burst of prefetches would block it. There are `all` strips of
+// memory, `stride` bytes apart; a tile takes `count` of them, each in `steps` steps of `step` bytes.
+struct Prefetch {
   const char* data;
   int64_t all, count, stride, steps, step;
 };
@@ -99,16 +89,16 @@ struct Tile {
   const float* bias;
   bool add_old;
   bool pairs;
-  Fetch fetch;
+  Prefetch prefetch;
 };
 
 template <int R, int V, bool pairs>
 void micro_kernel(const Tile& tile) {
   constexpr int kGroups = (R + 2) / 3;  // three rows share a pointer: x86 has few of them
-  const int64_t lane = tile.left.lane, step = tile.left.depth;
+  const int64_t stride = tile.left.stride, step = tile.left.depth_stride;
   const float *left[kGroups], *right = tile.right;
 #pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) left[g] = tile.left.data + 3 * g * lane;
+  for (int g = 0; g < kGroups; ++g) left[g] = tile.left.data + 3 * g * stride;
   // The tile's memory arrives during the sums. Each row of it may touch one line more than V.
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
@@ -116,20 +106,21 @@ void micro_kernel(const Tile& tile) {
     __builtin_prefetch(tile.c + r * tile.c_stride + V * kLanes - 1, 1);
   }
   FloatVec sums[R][V] = {};
-  const char* stretch = tile.fetch.data;
-  for (int64_t p = 0; p < tile.depth; stretch += tile.fetch.stride) {
-    const int64_t stop = smaller(p + tile.fetch.steps, tile.depth);
-    const char* fetch = stretch;
-    const int64_t fetch_step = tile.fetch.step;
+  // All steps of k, in as many parts as there are strips to prefetch.
+  const char* strip = tile.prefetch.data;
+  for (int64_t p = 0; p < tile.depth; strip += tile.prefetch.stride) {
+    const int64_t stop = smaller(p + tile.prefetch.steps, tile.depth);
+    const char* next = strip;
+    const int64_t next_step = tile.prefetch.step;
     for (; p < stop; ++p) {
-      __builtin_prefetch(fetch, 0, 2);
-      fetch += fetch_step;
-      FloatVec b[V];
+      __builtin_prefetch(next, 0, 2);
+      next += next_step;
+      FloatVec b[V];  // a row of the panel
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) b[v] = load(right + v * kLanes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const FloatVec a = splat(left[r / 3][r % 3 * lane]);
+        const FloatVec a = splat(left[r / 3][r % 3 * stride]);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v)
           sums[r][v] = pairs ? fma_bf16_pairs(a, b[v], sums[r][v]) : fma(a, b[v], sums[r][v]);
@@ -139,6 +130,7 @@ void micro_kernel(const Tile& tile) {
       right += V * kLanes;
     }
   }
+  // The sums go to c.
   const int64_t c_stride = tile.c_stride;
   float* c = tile.c;
   const float* bias = tile.bias;
@@ -190,119 +182,18 @@ void run_partial_tile(int64_t rows, int vectors, int64_t columns, const Tile& ti
     }
 }
 
-// Numbers [0, count) of a stretch of neighbours from `from` on, as floats. A count that the compiler
-// knows becomes a few moves.
-template <DType type>
-ANYMAMBA_INLINE void read_stretch(float* to, const void* data, int64_t from, int64_t count) {
-  if constexpr (type == DType::f32)
-    __builtin_memcpy(to, static_cast<const float*>(data) + from,
-                     static_cast<std::size_t>(count) * sizeof(float));
-  else
-    for (int64_t r = 0; r < count; ++r) to[r] = read(data, type, from + r);
-}
-
-// Panels of kTileRows rows that are neighbours in memory. A few steps of k at a time go through all
-// panels, so that each line of cache is read once, however far apart the steps lie: at a power of
-// two they share few sets.
-template <DType type>
-void interleave_neighbours(const Operand& left, int64_t start, int64_t rows, int64_t depth,
-                           float* packed) {
-  constexpr int64_t kSteps = 8;
-  for (int64_t first = 0; first < depth; first += kSteps) {
-    const int64_t last = smaller(depth, first + kSteps);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      float* to = packed + i * depth + first * kTileRows;
-      int64_t from = start + i + first * left.depth;
-      const bool whole = i + kTileRows <= rows;
-      for (int64_t p = first; p < last; ++p, to += kTileRows, from += left.depth)
-        if (whole) read_stretch<type>(to, left.data, from, kTileRows);
-        else read_stretch<type>(to, left.data, from, rows - i);
-    }
-  }
-}
-
-// Rows of the left operand along k become rows of floats; otherwise panels of kTileRows rows are
-// interleaved, number p of each row in the panel beside the next row's.
-template <DType type>
-LeftPanel pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_t first_depth,
-                    int64_t depth, float* packed) {
-  const int64_t start = first_row * left.lane + first_depth * left.depth;
-  if (left.depth == 1) {
-    const int64_t stride = round_up(depth, 16) + kRowPadding, size = size_of(type);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t from = start + i * left.lane;
-      float* to = packed + i * stride;
-      const int64_t ahead = i + 4 < rows ? 4 * left.lane : 0;
-      int64_t p = 0;
-      for (; p + kLanes <= depth; p += kLanes) {
-        __builtin_prefetch(static_cast<const char*>(left.data) + (from + ahead + p) * size);
-        store(to + p, read_vector(left.data, type, from + p));
-      }
-      for (; p < depth; ++p) to[p] = read(left.data, type, from + p);
-    }
-    return {packed, stride, 1};
-  }
-  if (left.lane == 1) {
-    interleave_neighbours<type>(left, start, rows, depth, packed);
-    return {packed, 1, kTileRows};
-  }
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    const int64_t from = start + i * left.lane, count = smaller(kTileRows, rows - i);
-    float* to = packed + i * depth;
-    for (int64_t p = 0; p < depth; ++p)
-      for (int64_t r = 0; r < count; ++r)
-        to[p * kTileRows + r] = read(left.data, type, from + p * left.depth + r * left.lane);
-  }
-  return {packed, 1, kTileRows};
-}
-
-// panel (depth, width) = right (first_depth.., first_column..), zeros behind the last column.
-template <DType type>
-void pack_right(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
-                int64_t depth, int64_t width, float* panel) {
-  const int64_t start = first_column * right.lane + first_depth * right.depth;
-  int64_t j = 0;
-  if (right.lane == 1) {
-    const int64_t whole = columns / kLanes * kLanes;
-    for (int64_t p = 0; p < depth; ++p)
-      for (j = 0; j < whole; j += kLanes)
-        store(panel + p * width + j, read_vector(right.data, type, start + p * right.depth + j));
-    j = whole;
-  } else if (right.depth == 1) {
-    for (; j + kLanes <= columns; j += kLanes) {
-      const int64_t from = start + j * right.lane;
-      int64_t p = 0;
-      for (; p + kLanes <= depth; p += kLanes) {
-        FloatVec v[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) v[i] = read_vector(right.data, type, from + i * right.lane + p);
-        transpose(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(panel + (p + i) * width + j, v[i]);
-      }
-      for (; p < depth; ++p)
-        for (int i = 0; i < kLanes; ++i)
-          panel[p * width + j + i] = read(right.data, type, from + i * right.lane + p);
-    }
-  }
-  for (; j < width; ++j)
-    for (int64_t p = 0; p < depth; ++p)
-      panel[p * width + j] =
-          j < columns ? read(right.data, type, start + p * right.depth + j * right.lane) : 0.0f;
-}
-
-// The fetches, over `tiles` tiles, of what pack_right will read.
-Fetch plan_fetches(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
+// The prefetches, over `tiles` tiles, of what pack_right will read.
+Prefetch plan_prefetch(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
                    int64_t depth, int64_t tiles) {
   const int64_t size = static_cast<int64_t>(size_of(right.type));
-  const int64_t lane = right.lane * size, step = right.depth * size;
-  const int64_t start = first_column * lane + first_depth * step;
-  const bool along_depth = right.depth == 1;
+  const int64_t column = right.stride * size, step = right.depth_stride * size;
+  const int64_t start = first_column * column + first_depth * step;
+  const bool along_depth = right.depth_stride == 1;
   const int64_t all = along_depth ? columns : depth;
   const int64_t count = ceil_div(all, smaller(tiles, all));
   const int64_t steps = ceil_div(depth, smaller(count, depth));
   const int64_t bytes = (along_depth ? depth : columns) * size;
-  const int64_t stride = along_depth ? lane : step;
+  const int64_t stride = along_depth ? column : step;
   return {static_cast<const char*>(right.data) + start, all, count, stride, steps,
           ceil_div(bytes, steps)};
 }
@@ -339,21 +230,6 @@ bool sums_in_place(const Job& job) {
   return job.c.type == DType::f32 && job.c.column_stride == 1;
 }
 
-struct Packing {
-  decltype(&pack_left<DType::f32>) left;
-  decltype(&pack_right<DType::f32>) right;
-};
-
-Packing packing_of(const Job& job) {
-  const auto left = job.left.type == DType::f32    ? pack_left<DType::f32>
-                    : job.left.type == DType::bf16 ? pack_left<DType::bf16>
-                                                   : pack_left<DType::f16>;
-  const auto right = job.right.type == DType::f32    ? pack_right<DType::f32>
-                     : job.right.type == DType::bf16 ? pack_right<DType::bf16>
-                                                     : pack_right<DType::f16>;
-  return {left, right};
-}
-
 // Where the tiles of a block are summed: in c, or in scratch if c is not made of rows of floats.
 struct Sums {
   float* data;
@@ -364,15 +240,15 @@ struct Sums {
 
 // sums (rows, columns) = left (rows, depth) panel (depth, columns), for the columns of one panel.
 void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t columns,
-               int64_t depth, const Sums& sums, bool pairs, const Fetch& fetch) {
+               int64_t depth, const Sums& sums, bool pairs, const Prefetch& prefetch) {
   const int vectors = static_cast<int>(ceil_div(columns, kLanes));
   Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old,
-               pairs, fetch};
-  for (int64_t i = 0, stretch = 0; i < rows; i += kTileRows, stretch += fetch.count) {
-    tile.left.data = left.data + i * (left.lane == 1 ? depth : left.lane);
+               pairs, prefetch};
+  for (int64_t i = 0, strip = 0; i < rows; i += kTileRows, strip += prefetch.count) {
+    tile.left.data = left.data + i * (left.stride == 1 ? depth : left.stride);
     tile.c = sums.data + i * sums.stride;
-    const int64_t first_stretch = smaller(stretch, fetch.all - fetch.count);
-    tile.fetch.data = fetch.data + first_stretch * fetch.stride;
+    const int64_t first_strip = smaller(strip, prefetch.all - prefetch.count);
+    tile.prefetch.data = prefetch.data + first_strip * prefetch.stride;
     const int64_t tile_rows = smaller(kTileRows, rows - i);
     if (columns % kLanes == 0) run_micro_kernel(tile_rows, vectors, tile);
     else run_partial_tile(tile_rows, vectors, columns, tile);
@@ -389,7 +265,8 @@ int64_t row_step_of(int64_t rows) {
   return round_up(ceil_div(rows, ceil_div(rows, kBlockRows)), kTileRows);
 }
 
-// The most floats that a block of so many rows or fewer takes: of packed rows, of a panel, and of sums beside c.
+// The most floats that a block of so many rows or fewer takes: of packed rows, of a panel, and of
+// sums beside c.
 struct BlockScratch {
   int64_t left, panel, sums;
   BlockScratch(const Job& job, int64_t rows, int64_t columns)
@@ -403,7 +280,7 @@ struct BlockScratch {
 };
 
 void run_block(const Job& job, const Block& block) {
-  const Packing packing = packing_of(job);
+  const Packing packing = packing_of(job.left.type, job.right.type);
   const int64_t rows = block.last_row - block.first_row;
   const int64_t columns = block.last_column - block.first_column;
   const int64_t row_step = row_step_of(rows), depth_step = depth_step_of(job);
@@ -424,11 +301,11 @@ void run_block(const Job& job, const Block& block) {
         packing.right(job.right, column, width, p, depth, round_up(width, kLanes), panel);
         const int64_t next = j + kTileColumns < columns ? kTileColumns : 0;
         const int64_t next_width = smaller(kTileColumns, columns - j - next);
-        const Fetch fetch = plan_fetches(job.right, column + next, next_width, p, depth,
+        const Prefetch prefetch = plan_prefetch(job.right, column + next, next_width, p, depth,
                                          ceil_div(part, kTileRows));
         const float* bias = in_place && p == 0 && job.bias != nullptr ? job.bias + column : nullptr;
         const Sums sums = {c + i * stride + j, stride, bias, p > 0 || (in_place && job.accumulate)};
-        run_panel(packed, part, panel, width, depth, sums, job.pairs, fetch);
+        run_panel(packed, part, panel, width, depth, sums, job.pairs, prefetch);
       }
     }
   }
@@ -483,26 +360,21 @@ void run_blocks(const Job& job) {
   for (int64_t task = 0; task < blocks; ++task) run(task);
 }
 
-}  // namespace
+// ---- Few rows of the left operand, spread over the workers by weight rows -----------------------
 
-// ---------------------------------------------------------------------------------------------
-// Few rows of the left operand, spread over the workers by weight rows.
-
-namespace {
-
-bool are_floats(const Operand& left) { return left.type == DType::f32 && left.depth == 1; }
+bool are_floats(const Operand& left) { return left.type == DType::f32 && left.depth_stride == 1; }
 
 // Left rows as rows of floats: themselves where they are, in x (rows, depth) otherwise.
 LeftPanel rows_of_floats(const Operand& left, int64_t rows, int64_t depth, float* x) {
-  if (are_floats(left)) return {static_cast<const float*>(left.data), left.lane, 1};
+  if (are_floats(left)) return {static_cast<const float*>(left.data), left.stride, 1};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t p = 0; p < depth; ++p)
-      x[i * depth + p] = read(left.data, left.type, i * left.lane + p * left.depth);
+      x[i * depth + p] = read(left.data, left.type, i * left.stride + p * left.depth_stride);
   return {x, depth, 1};
 }
 
 bool suits_gemv(const Job& job) {
-  return job.rows <= kGemvRows && job.right.depth == 1 && job.depth <= kGemvDepth;
+  return job.rows <= kGemvRows && job.right.depth_stride == 1 && job.depth <= kGemvDepth;
 }
 
 // The floats of sums beside c for some of its columns.
@@ -515,20 +387,20 @@ void run_gemv(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
   const bool in_place = sums_in_place(job) && !job.accumulate;
   const int64_t size = static_cast<int64_t>(size_of(job.right.type));
   const Scratch<float> beside(gemv_sums(job, last - first));
-  Gemv few;
-  few.k = job.depth;
-  few.weight = static_cast<const char*>(job.right.data) + first * job.right.lane * size;
-  few.type = job.right.type;
-  few.weight_row_stride = job.right.lane;
-  few.bias = in_place && job.bias != nullptr ? job.bias + first : nullptr;
-  few.x = x.data;
-  few.x_row_stride = x.lane;
-  few.y = in_place ? static_cast<float*>(job.c.data) + first
+  Gemv gemv;
+  gemv.k = job.depth;
+  gemv.weight = static_cast<const char*>(job.right.data) + first * job.right.stride * size;
+  gemv.type = job.right.type;
+  gemv.weight_row_stride = job.right.stride;
+  gemv.bias = in_place && job.bias != nullptr ? job.bias + first : nullptr;
+  gemv.x = x.data;
+  gemv.x_row_stride = x.stride;
+  gemv.y = in_place ? static_cast<float*>(job.c.data) + first
                    : static_cast<float*>(beside);
-  few.y_row_stride = in_place ? job.c.row_stride : last - first;
-  few.m = static_cast<int>(job.rows);
-  gemv(few, 0, last - first);
-  if (!in_place) finish(job, {0, job.rows, first, last}, few.y, few.y_row_stride);
+  gemv.y_row_stride = in_place ? job.c.row_stride : last - first;
+  gemv.m = static_cast<int>(job.rows);
+  ANYMAMBA_ISA::gemv(gemv, 0, last - first);
+  if (!in_place) finish(job, {0, job.rows, first, last}, gemv.y, gemv.y_row_stride);
 }
 
 void run_gemv(const Job& job) {
@@ -536,13 +408,13 @@ void run_gemv(const Job& job) {
   const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth, widened);
   const int64_t worth = job.columns * job.depth / kTaskWeights;
   const int64_t most = larger(1, smaller(2 * Threads::count(), worth));
-  const int64_t stretch = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kGemvRows);
-  const int64_t tasks = ceil_div(job.columns, stretch);
+  const int64_t width = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kGemvRows);
+  const int64_t tasks = ceil_div(job.columns, width);
   const auto run = [&](int64_t task) {
-    run_gemv(job, x, task * stretch, smaller((task + 1) * stretch, job.columns));
+    run_gemv(job, x, task * width, smaller((task + 1) * width, job.columns));
   };
   if (most > 1)
-    return parallel_for(tasks, Scratch<float>::in_arena(gemv_sums(job, stretch)), run);
+    return parallel_for(tasks, Scratch<float>::in_arena(gemv_sums(job, width)), run);
   for (int64_t task = 0; task < tasks; ++task) run(task);
 }
 
