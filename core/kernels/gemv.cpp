@@ -10,12 +10,12 @@ namespace {
 
 using std::int64_t;
 
-// Weight rows at once for a number of vectors: as many accumulators as there are registers. One
-// vector takes the rows one after the other, a single stream through memory that arrives a tenth
-// faster than many beside each other.
+// Weight rows go gemv_rows(M) at a time for M vectors, which takes as many accumulators as there are
+// registers. One vector takes the rows one after the other: a single stream through memory arrives
+// a tenth faster than eight beside each other (benchmarks/decode.py).
 constexpr int64_t kChunkBytes = 128 << 10;  // of weights, in L2
-// How far ahead a single stream is fetched, in bytes: into L2, which can wait for more lines at a
-// time than L1 can.
+// How far ahead a single stream is prefetched: into L2, which can wait for more lines at a time than
+// L1 can.
 constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kLine = 64;
 
@@ -60,7 +60,7 @@ void one_vector(const Gemv& gemv, int64_t first, int64_t last) {
 }
 
 // y (M vectors, R rows) from weight rows row.. and x rows vector..; rows `ahead` bytes further on
-// are fetched meanwhile.
+// are prefetched meanwhile.
 template <DType type, int R, int M>
 void dot_products(const Gemv& gemv, int64_t row, int vector, int64_t ahead) {
   constexpr int64_t size = type == DType::f32 ? 4 : 2;

@@ -1,8 +1,25 @@
 // Products with quantized weights: one vector or a few at the speed of reading the weights, many
 // rows at the speed of the byte arithmetic.
 //
-// A weight row is read in chunks of kBytes numbers. A group is some chunks, or one, or half of one:
-// then the lanes of a chunk's sums belong to two groups.
+// A few rows (quantized_gemv) read each weight row in chunks of kBytes numbers. A group is some
+// chunks, or one, or half of one: then the lanes of a chunk's sums belong to two groups.
+//
+//   for each block of weight rows that L2 holds
+//     for each kQuantizedGemvVectors vectors of x
+//       for each weight row
+//         for each group of k
+//           whole (vectors) = dot4 over the group's chunks      32-bit numbers, in registers
+//           sums (vectors) += whole x the two scales
+//
+// Many rows (quantized_gemm) round all of x first, then take kPanel weight rows at a time:
+//
+//   for each panel (k / 4, kPanel, 4) of weight rows            a task, on any worker
+//     for each kQuantizedTileRows rows of x
+//       for each group of k
+//         for each four steps of k
+//           whole (rows, 2 vectors) += dot4 of the panel and four numbers of each row
+//         total (rows, 2 vectors) += whole x the two scales
+//       c (rows, kPanel) += total
 #include "kernels/kernels.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"
@@ -12,8 +29,9 @@ namespace {
 
 using std::int64_t;
 
-constexpr int64_t kPrefetchBytes = 4096;      // bytes to fetch ahead in the stream of weights
-constexpr int kPanel = 2 * kLanes;         // weight rows in a panel of the product of many rows
+constexpr int64_t kPrefetchBytes = 4096;    // ahead in the stream of weights
+constexpr int kPanel = 2 * kLanes;          // weight rows
+constexpr int64_t kL2Bytes = 128 << 10;     // of weight rows that L2 holds for all vectors
 constexpr int64_t kTaskProducts = 1 << 20;  // less is not worth a hand-over to another thread
 
 // ---- Rounding rows to 8 bits -------------------------------------------------------------------
@@ -128,6 +146,7 @@ ANYMAMBA_INLINE void add_groups(const GemvInputs& in, const std::uint8_t* q, int
   const QuantizedWeight& w = in.f.weight;
   const QuantizedActivations& x = in.f.x;
   const int64_t scales_at = row * in.groups + first, vector_at = vector * in.padded + first;
+  // The products of both scales (M, groups), and what the sums of the vectors' groups contribute.
   float both[M][most * kLanes];
   for (int64_t g = 0; g < (most == 1 ? 1 : groups); g += kLanes) {
     const int count = static_cast<int>(smaller(kLanes, groups - g));
@@ -138,7 +157,8 @@ ANYMAMBA_INLINE void add_groups(const GemvInputs& in, const std::uint8_t* q, int
       sums[m] = fma(factors, load(in.scaled_sums + vector_at + m * in.padded + g), sums[m]);
     }
   }
-  constexpr int64_t chunks = G >= kBytes ? G / kBytes : 1;  // summed as whole numbers
+  // Whole numbers chunk by chunk, up to a group; then floats.
+  constexpr int64_t chunks = G >= kBytes ? G / kBytes : 1;
   constexpr int64_t groups_a_step = G >= kBytes ? 1 : kBytes / G;
   q += first * (G * bits / 8);
   int64_t g = 0;
@@ -205,7 +225,7 @@ template <int bits, int G>
 void gemv_of(const GemvInputs& in, int64_t first, int64_t last) {
   const int64_t m = in.f.x.rows, bytes = in.f.x.k * bits / 8;
   const int64_t block =
-      m > kQuantizedGemvVectors ? round_up(larger(1, (128 << 10) / bytes), kLanes) : larger(1, last - first);
+      m > kQuantizedGemvVectors ? round_up(larger(1, kL2Bytes / bytes), kLanes) : larger(1, last - first);
   for (int64_t start = first; start < last; start += block)
     for (int vector = 0; vector < m; vector += kQuantizedGemvVectors)
       few_vectors_of<bits, G, kQuantizedGemvVectors>(
@@ -267,7 +287,7 @@ void dequantize(const QuantizedWeight& w, int64_t row, int64_t k, float* y) {
 
 namespace {
 
-// kPanel weight rows, for tiles: k / 4 rows of kPanel fours of bytes, and each group's scales.
+// kPanel weight rows, four numbers of each row side by side, and each group's scales.
 struct Panel {
   std::uint8_t* q;          // (k / 4, kPanel, 4)
   float *scales, *offsets;   // (k / group, kPanel)
@@ -292,10 +312,11 @@ void pack_panel(const QuantizedGemm& p, int64_t first, int64_t rows, std::uint8_
         }
     }
   }
+  // From rows (kPanel, k) to fours (k / 4, kPanel, 4): transposed in squares, fours as floats.
   for (int64_t v = 0; v < kPanel; v += kLanes) {
     int64_t at = 0;
     for (; at + kBytes <= p.k; at += kBytes) {
-      FloatVec square[kLanes];  // fours of bytes, moved as floats
+      FloatVec square[kLanes];
       for (int i = 0; i < kLanes; ++i)
         __builtin_memcpy(&square[i], bytes + (v + i) * p.k + at, sizeof square[i]);
       transpose(square);
@@ -319,13 +340,13 @@ template <int R>
 void multiply_tile(const QuantizedGemm& p, const QuantizedActivations& x, int64_t row, const Panel& panel,
               float* tile) {
   const int64_t group = p.weight.group, groups = p.k / group;
-  const std::int32_t zero = p.weight.offsets != nullptr ? 0 : zero_point_of(p.weight);
+  const std::int32_t zero_point = p.weight.offsets != nullptr ? 0 : zero_point_of(p.weight);
   FloatVec total[R][2] = {};
   for (int64_t g = 0; g < groups; ++g) {
     IntVec whole[R][2];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
-      whole[r][0] = whole[r][1] = splat_int(-zero * x.sums[(row + r) * groups + g]);
+      whole[r][0] = whole[r][1] = splat_int(-zero_point * x.sums[(row + r) * groups + g]);
     const std::uint8_t* b = panel.q + g * group * kPanel;
     const std::int8_t* a = x.q + row * p.k + g * group;
     for (int64_t i = 0; i < group; i += 4, b += 2 * kBytes, a += 4) {
@@ -339,6 +360,7 @@ void multiply_tile(const QuantizedGemm& p, const QuantizedActivations& x, int64_
         whole[r][1] = dot4(whole[r][1], b1, v);
       }
     }
+    // The group's whole numbers become floats.
     const float* const scales = panel.scales + g * kPanel;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -378,12 +400,6 @@ void add_tile(const QuantizedGemm& p, const float* tile, int64_t row, int64_t ro
     }
 }
 
-// What multiply_panel takes.
-int64_t panel_scratch(const QuantizedGemm& p) {
-  return 2 * Scratch<std::uint8_t>::in_arena(kPanel * p.k) +
-         Scratch<float>::in_arena(2 * (p.k / p.weight.group) * kPanel);
-}
-
 // The columns of c that a panel decides.
 void multiply_panel(const QuantizedGemm& p, const QuantizedActivations& x, int64_t column) {
   const int64_t groups = p.k / p.weight.group, columns = smaller(kPanel, p.n - column);
@@ -391,7 +407,7 @@ void multiply_panel(const QuantizedGemm& p, const QuantizedActivations& x, int64
   Scratch<float> scales(2 * groups * kPanel);
   const Panel panel = {packed, scales, scales + groups * kPanel};
   pack_panel(p, column, columns, bytes, panel);
-  alignas(64) float tile[kQuantizedTileRows * kPanel];
+  alignas(64) float tile[kQuantizedTileRows * kPanel];  // of c
   for (int64_t row = 0; row < p.m; row += kQuantizedTileRows) {
     const int64_t rows = smaller(kQuantizedTileRows, p.m - row);
     multiply_tile_of<kQuantizedTileRows>(rows, p, x, row, panel, tile);
@@ -418,7 +434,7 @@ void quantized_gemm(const QuantizedGemm& p) {
   const int64_t row_blocks = ceil_div(p.m, kRowsAtOnce), panels = ceil_div(p.n, kPanel);
   if (large) {
     parallel_for(row_blocks, quantize);
-    parallel_for(panels, panel_scratch(p), multiply);
+    parallel_for(panels, quantized_worker_scratch(p.k), multiply);
   } else {
     for (int64_t i = 0; i < row_blocks; ++i) quantize(i);
     for (int64_t i = 0; i < panels; ++i) multiply(i);

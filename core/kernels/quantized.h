@@ -1,8 +1,8 @@
 // Products with weights of 8 or 4 bits, which are whole numbers in groups along k:
 //
-//   weight[i, p] = scales[i, g] * (q[i, p] - zero)    or    scales[i, g] * q[i, p] + offsets[i, g]
+//   weight[i, p] = scales[i, g] * (q[i, p] - zero_point)    or    scales[i, g] * q[i, p] + offsets[i, g]
 //
-// with g = p / group and zero = 2^(bits - 1). The rows that they are multiplied with are rounded to
+// with g = p / group and zero_point = 2^(bits - 1). The rows that they are multiplied with are rounded to
 // 8 bits in the same groups, so that within a group all arithmetic is in whole numbers, and exact.
 #pragma once
 
@@ -17,7 +17,7 @@ struct QuantizedWeight {
   int group = 0;                           // 32, 64 or 128; divides k
   const std::uint8_t* q = nullptr;         // (n, k * bits / 8)
   const std::uint16_t* scales = nullptr;   // (n, k / group), bfloat16
-  const std::uint16_t* offsets = nullptr;   // the same, or null
+  const std::uint16_t* offsets = nullptr;  // the same, or null
 };
 
 // Rows rounded to 8 bits: x[r, p] = scales[r, g] * q[r, p], with q from -127 to 127.
