@@ -71,7 +71,7 @@ inline void relax() {
 }
 
 template <class Done>
-void wait_until(const Done& done, WaitQueue& bed) {
+void wait_until(const Done& done, WaitQueue& queue) {
   for (int i = 0; i < kSpins; ++i) {
     if (done()) return;
     relax();
@@ -80,24 +80,24 @@ void wait_until(const Done& done, WaitQueue& bed) {
     if (done()) return;
     sched_yield();
   }
-  bed.sleep_until(done);
+  queue.sleep_until(done);
 }
 
 // The helpers beside the caller. They are never joined and a pool is never freed: threads that
 // wait for work may outlive the program's static objects, and a child of fork has no threads.
 class Pool {
  public:
-  int size() const { return static_cast<int>(beds_.size()) + 1; }
+  int size() const { return static_cast<int>(queues_.size()) + 1; }
 
   // Fewer where the system refuses more threads. Throws std::bad_alloc.
   void grow(int threads) {
     if (size() >= threads || refused_) return;
-    beds_.reserve(static_cast<std::size_t>(threads));
+    queues_.reserve(static_cast<std::size_t>(threads));
     while (size() < threads && !refused_) {
-      auto bed = std::make_unique<WaitQueue>();
+      auto queue = std::make_unique<WaitQueue>();
       try {
-        std::thread([this, worker = size(), own = bed.get()] { serve(worker, *own); }).detach();
-        beds_.push_back(bed.release());
+        std::thread([this, worker = size(), own = queue.get()] { serve(worker, *own); }).detach();
+        queues_.push_back(queue.release());
       } catch (const std::system_error&) {
         refused_ = true;
       }
@@ -122,7 +122,7 @@ class Pool {
     const auto all = static_cast<std::uint64_t>(workers);
     crew_.store(region | (open ? 0 : all - 1));
     ticket_.store(region | (open ? kOpen : 0) | all);
-    for (int worker = 1; worker < workers; ++worker) beds_[worker - 1]->wake();
+    for (int worker = 1; worker < workers; ++worker) queues_[worker - 1]->wake();
     body(context, 0, workers, barrier);
     crew_.fetch_and(kCount);  // nobody enters any more
     const Nanoseconds done = now();
@@ -144,7 +144,7 @@ class Pool {
   static constexpr int kRegionShift = 16;
   static constexpr std::uint64_t kOpen = 1u << 15, kCount = kOpen - 1;
 
-  void serve(int worker, WaitQueue& bed) {
+  void serve(int worker, WaitQueue& queue) {
     for (std::uint64_t seen = 0;;) {
       std::uint64_t ticket = 0;
       wait_until(
@@ -152,7 +152,7 @@ class Pool {
             ticket = ticket_.load();
             return ticket != seen && worker < static_cast<int>(ticket & kCount);
           },
-          bed);
+          queue);
       seen = ticket;
       if ((ticket & kOpen) && !enter(ticket >> kRegionShift)) continue;
       // Counted in: nothing below changes until this worker has counted itself out.
@@ -182,7 +182,7 @@ class Pool {
   Barrier* barrier_ = nullptr;
   // The caller's own.
   std::uint64_t regions_ = 0;
-  std::vector<WaitQueue*> beds_;
+  std::vector<WaitQueue*> queues_;
   bool refused_ = false;
   Pace pace_;
   // For waiting inside a region: at its barrier, or for its end.
@@ -217,7 +217,7 @@ bool Barrier::last_to_arrive() {
   if (arrived_.fetch_add(1) != members_ - 1) return false;
   arrived_.store(0, std::memory_order_relaxed);  // seen by all who see the new generation
   generation_.fetch_add(1);
-  if (bed_ != nullptr) bed_->wake();
+  if (queue_ != nullptr) queue_->wake();
   return true;
 }
 
@@ -226,7 +226,7 @@ void Barrier::sleep_through(unsigned generation) {
   if (passed()) return;
   const bool is_caller = pthread_equal(caller_, pthread_self()) != 0;
   const Nanoseconds start = is_caller ? now() : 0;
-  wait_until(passed, *bed_);
+  wait_until(passed, *queue_);
   if (is_caller) caller_waited_ += now() - start;
 }
 

@@ -21,7 +21,7 @@ class WaitQueue;
 // caller of the region, waits for the others.
 class Barrier {
  public:
-  Barrier(int members, WaitQueue* bed) : members_(members), bed_(bed), caller_(pthread_self()) {}
+  Barrier(int members, WaitQueue* queue) : members_(members), queue_(queue), caller_(pthread_self()) {}
   void wait() { wait([] {}); }
 
   // Calls `meanwhile` again and again until the others come.
@@ -43,7 +43,7 @@ class Barrier {
   void sleep_through(unsigned generation);
 
   const int members_;
-  WaitQueue* const bed_;  // where they sleep when the others take long
+  WaitQueue* const queue_;  // where they sleep when the others take long
   const pthread_t caller_;
   std::int64_t caller_waited_ = 0;
   std::atomic<int> arrived_{0};
@@ -73,7 +73,7 @@ class Threads {
   static void forget_lateness();
 };
 
-// A stretch of rows.
+// Rows [first, last).
 struct RowRange {
   std::int64_t first, last;
 };

@@ -1,17 +1,16 @@
 // What the kernels are given: pointers with types, shapes and strides. No ownership, no framework.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 namespace anymamba {
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-constexpr std::size_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
+constexpr std::int64_t size_of(DType type) { return type == DType::f32 ? 4 : 2; }
 
 // A tensor (rows, steps, channels) in memory; strides count elements and may be negative, which is
-// how a sequence is walked from its end. `data` is null where an optional tensor is absent.
+// how a sequence runs from its end. `data` is null where an optional tensor is absent.
 struct Tensor3 {
   void* data = nullptr;
   DType type = DType::f32;
@@ -22,9 +21,9 @@ struct Tensor3 {
   explicit operator bool() const { return data != nullptr; }
 };
 
-// The stretches of a packed batch over which a recurrence runs by itself. Entry s covers the steps
-// [starts[s], stops[s]) of row rows[s]; it begins from state state_in[s] and leaves state
-// state_out[s], where -1 means zeros, or not kept. With `reverse` it is walked from its end.
+// The sequences inside the rows of a packed batch, each with a recurrence of its own. Segment s is the
+// steps [starts[s], stops[s]) of row rows[s]; it begins from state state_in[s] and leaves state
+// state_out[s], where -1 means zeros, or not kept. With `reverse` it runs from its end.
 struct Segments {
   std::int64_t count = 0;
   const std::int64_t* rows = nullptr;

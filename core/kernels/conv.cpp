@@ -429,7 +429,7 @@ void conv_backward(const Conv& conv, const ConvGradients& gradients) {
 
 void conv_step(const ConvStep& step, std::int64_t first, std::int64_t last) {
   float sums[kColumns];
-  const auto bytes = [](DType type) { return static_cast<std::int64_t>(size_of(type)); };
+  const auto bytes = [](DType type) { return size_of(type); };
   for (std::int64_t row = 0; row < step.b; ++row)
     for (std::int64_t c = first; c < last; c += kColumns) {
       const int channels = static_cast<int>(smaller(kColumns, last - c));

@@ -185,7 +185,7 @@ void run_partial_tile(int64_t rows, int vectors, int64_t columns, const Tile& ti
 // The prefetches, over `tiles` tiles, of what pack_right will read.
 Prefetch plan_prefetch(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
                    int64_t depth, int64_t tiles) {
-  const int64_t size = static_cast<int64_t>(size_of(right.type));
+  const int64_t size = size_of(right.type);
   const int64_t column = right.stride * size, step = right.depth_stride * size;
   const int64_t start = first_column * column + first_depth * step;
   const bool along_depth = right.depth_stride == 1;
@@ -385,7 +385,7 @@ int64_t gemv_sums(const Job& job, int64_t columns) {
 // The columns [first, last) of c.
 void run_gemv(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
   const bool in_place = sums_in_place(job) && !job.accumulate;
-  const int64_t size = static_cast<int64_t>(size_of(job.right.type));
+  const int64_t size = size_of(job.right.type);
   const Scratch<float> beside(gemv_sums(job, last - first));
   Gemv gemv;
   gemv.k = job.depth;

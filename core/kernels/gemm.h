@@ -27,7 +27,7 @@ constexpr std::int64_t kGemmScratch = 1 << 20;
 
 // Weights of shape (n, k), rows contiguous, times a few vectors: bound by reading the weights once.
 // y (m, n) = x (m, k) weight^T + bias, for rows [first, last) of the weight only, 1 <= m <= 16.
-// Not parallel itself: the caller gives each worker its own stretch of rows.
+// Not parallel itself: the caller gives each worker rows of its own.
 struct Gemv {
   std::int64_t k = 0;
   const void* weight = nullptr;

@@ -13,7 +13,7 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-constexpr std::int64_t kRows = 16;   // rows of one piece of work
+constexpr std::int64_t kRows = 16;   // rows of a work item
 constexpr std::int64_t kParts = 16;  // sums over rows are taken in at most this many parts
 
 // Rows are padded with zeros to whole vectors in buffers, which leaves sums as they are.
@@ -117,19 +117,19 @@ void norm(const Norm& norm, const NormResult& result) {
 }
 
 void norm_backward(const Norm& norm, const NormGradients& gradients) {
-  const std::int64_t d = norm.d, whole = padded(d), pieces = ceil_div(norm.rows, kRows);
-  const std::int64_t parts = smaller(pieces, kParts);
+  const std::int64_t d = norm.d, whole = padded(d), blocks = ceil_div(norm.rows, kRows);
+  const std::int64_t parts = smaller(blocks, kParts);
   const Scratch<float> sums(parts * whole);
-  // Each part sums over its rows piece by piece, sums (parts, padded(d)).
+  // Each part sums over its rows block by block, sums (parts, padded(d)).
   const std::int64_t bytes = 4 * Scratch<float>::in_arena(whole);
   parallel_for(d == 0 ? 0 : parts, bytes, [&](std::int64_t part) {
     float* const total = sums + part * whole;
     const Scratch<float> s(whole), g(whole), weight(whole), own(whole);
     load_row(weight, {const_cast<float*>(norm.weight), DType::f32, 0}, 0, d);
     for (std::int64_t i = 0; i < whole; ++i) total[i] = 0;
-    for (std::int64_t piece = pieces * part / parts; piece < pieces * (part + 1) / parts; ++piece) {
+    for (std::int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
       for (std::int64_t i = 0; i < whole; ++i) own[i] = 0;
-      for (std::int64_t row = piece * kRows; row < smaller((piece + 1) * kRows, norm.rows); ++row)
+      for (std::int64_t row = block * kRows; row < smaller((block + 1) * kRows, norm.rows); ++row)
         backward_row(norm, gradients, s, g, weight, own, row);
       for (std::int64_t i = 0; i < whole; ++i) total[i] += own[i];
     }

@@ -10,7 +10,7 @@ void prefetch_tile(const Tensor3& tensor, const SegmentSlice& slice, const Block
                    std::int64_t parts) {
   const bool by_step = tensor.channel_stride == 1;
   if (!tensor || slice.steps == 0 || (!by_step && tensor.step_stride != 1)) return;
-  const std::int64_t size = static_cast<std::int64_t>(size_of(tensor.type));
+  const std::int64_t size = size_of(tensor.type);
   const std::int64_t lowest = slice.direction > 0 ? slice.first : slice.first - (slice.steps - 1);
   const char* start = static_cast<const char*>(tensor.data) +
                       (slice.row * tensor.row_stride + lowest * tensor.step_stride +

@@ -25,7 +25,7 @@ class Ahead {
     const QuantizedWeight& quantized = weight.quantized;
     const bool whole = quantized.bits != 0;
     const std::int64_t row = whole ? k * quantized.bits / 8
-                                   : weight.row_stride * static_cast<std::int64_t>(size_of(weight.type));
+                                   : weight.row_stride * size_of(weight.type);
     next_ = (whole ? reinterpret_cast<const char*>(quantized.q)
                    : static_cast<const char*>(weight.data)) + rows.first * row;
     end_ = next_ + std::min((rows.last - rows.first) * row, kMost);
@@ -152,7 +152,7 @@ struct Own {
 
 std::int64_t bytes_of(const Weight& weight, std::int64_t n, std::int64_t k) {
   const int bits = weight.quantized.bits;
-  return bits != 0 ? n * k * bits / 8 : n * k * static_cast<std::int64_t>(size_of(weight.type));
+  return bits != 0 ? n * k * bits / 8 : n * k * size_of(weight.type);
 }
 
 // As many workers as have enough to do between two barriers. Each vector beyond the first is
@@ -371,7 +371,7 @@ void mixer_step(const Model& model, const States& state, const Rows& x, const Ro
       },
       workers_worth(model, b));
   for (std::int64_t row = 0; row < b; ++row) {
-    const auto offset = row * y.row_stride * static_cast<std::int64_t>(size_of(y.type));
+    const auto offset = row * y.row_stride * size_of(y.type);
     kernels().convert(buffers.change.data() + row * model.d, DType::f32,
                       static_cast<char*>(y.data) + offset, y.type, model.d);
   }

@@ -9,7 +9,7 @@ void embed(const Model& m, const std::int64_t* tokens, std::int64_t count, float
     return;
   }
   const std::int64_t row_bytes = 
-      m.embeddings.row_stride * static_cast<std::int64_t>(size_of(m.embeddings.type));
+      m.embeddings.row_stride * size_of(m.embeddings.type);
   const char* const rows = static_cast<const char*>(m.embeddings.data);
   for (std::int64_t i = 0; i < count; ++i)
     kernels().to_float32(rows + tokens[i] * row_bytes, m.embeddings.type, hidden + i * m.d, m.d);
@@ -18,7 +18,7 @@ void embed(const Model& m, const std::int64_t* tokens, std::int64_t count, float
 Window window_of(const Model& m, const States& states, std::int64_t b, std::int64_t layer) {
   Window window;
   window.data = static_cast<char*>(states.conv) +
-                layer * b * m.e * m.k * static_cast<std::int64_t>(size_of(states.conv_type));
+                layer * b * m.e * m.k * size_of(states.conv_type);
   window.type = states.conv_type;
   window.state_stride = m.e * m.k;
   window.channel_stride = m.k;

@@ -64,7 +64,7 @@ struct States {
 
 // The item at an index of an array.
 inline const void* at(Array array, std::int64_t index) {
-  return static_cast<const char*>(array.data) + index * static_cast<std::int64_t>(size_of(array.type));
+  return static_cast<const char*>(array.data) + index * size_of(array.type);
 }
 
 // Numbers [first, first + count) of a small tensor as floats: where they lie, or widened into

@@ -135,7 +135,7 @@ class Reading {
 
   // Of a layer's states.
   std::int64_t conv_bytes() const {
-    return prompt_.sequences * m_.e * m_.k * static_cast<std::int64_t>(size_of(states_.conv_type));
+    return prompt_.sequences * m_.e * m_.k * size_of(states_.conv_type);
   }
   std::int64_t ssm_bytes() const { return prompt_.sequences * m_.e * m_.n * 4; }
 
@@ -181,7 +181,7 @@ class Reading {
 
   static Tensor3 rows(const Buffer& buffer, std::int64_t width, std::int64_t first = 0) {
     char* const data = static_cast<char*>(buffer.data());
-    return {data + first * static_cast<std::int64_t>(size_of(buffer.type())), buffer.type(), 0, width, 1};
+    return {data + first * size_of(buffer.type()), buffer.type(), 0, width, 1};
   }
 
   void norm(Array weight, float* x, std::int64_t count, const Buffer& normed) {

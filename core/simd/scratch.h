@@ -1,4 +1,4 @@
-// Memory for one piece of a kernel's work.
+// Memory for a work item of a kernel.
 #pragma once
 
 #include <cstdint>

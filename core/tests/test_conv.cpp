@@ -28,7 +28,7 @@ struct Tensor {
     }
     memory = Memory(type, count);
     char* const first = static_cast<char*>(memory.data());
-    view = {first + base * static_cast<std::int64_t>(size_of(type)), type, row, step, channel};
+    view = {first + base * size_of(type), type, row, step, channel};
   }
   std::int64_t index(std::int64_t b, std::int64_t t, std::int64_t c) const {
     return base + b * view.row_stride + t * view.step_stride + c * view.channel_stride;
@@ -116,7 +116,7 @@ struct Problem {
       std::int64_t start = 0;
       do {
         const std::int64_t stop = c.cut ? std::min(c.l, start + random.below(c.l + 1) / 2) : c.l;
-        if (!c.cut || random.below(6) != 0) {  // else a stretch that belongs to none
+        if (!c.cut || random.below(6) != 0) {  // else steps that belong to none
           rows.push_back(b), starts.push_back(start), stops.push_back(stop);
         }
         start = stop;

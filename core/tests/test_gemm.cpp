@@ -94,10 +94,10 @@ struct Stored {
     matrix.column_stride = layout == Layout::columns ? rows : layout == Layout::spread ? 3 : 1;
     numbers = offset;
     if (rows > 0 && columns > 0) numbers += index(rows - 1, columns - 1) + 1;
-    bytes = numbers * static_cast<int64_t>(size_of(type));
+    bytes = numbers * size_of(type);
     block.reset(new char[static_cast<std::size_t>(bytes)]);
     for (int64_t i = 0; i < numbers; ++i) set_value(block.get(), type, i, random_number());
-    matrix.data = block.get() + offset * static_cast<int64_t>(size_of(type));
+    matrix.data = block.get() + offset * size_of(type);
   }
 
   int64_t index(int64_t i, int64_t j) const {
@@ -288,7 +288,7 @@ void check_gemv(int m, int64_t n, int64_t k, DType type, int64_t padding, bool b
   Stored y(m, n, DType::f32, padding ? Layout::padded : Layout::rows, padding % 2);
   Stored biases(1, n, DType::f32, Layout::rows);
   if (padding && n > 0) {  // the last row ends without padding: nothing may be read behind it
-    const int64_t size = static_cast<int64_t>(size_of(type));
+    const int64_t size = size_of(type);
     const int64_t numbers = weight.numbers - padding;
     std::unique_ptr<char[]> shorter(new char[static_cast<std::size_t>(numbers * size)]);
     std::memcpy(shorter.get(), weight.block.get(), static_cast<std::size_t>(numbers * size));

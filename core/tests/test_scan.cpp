@@ -72,7 +72,7 @@ static Floats random_floats(int64_t count, double scale, double shift) {
 
 struct Options {
   int64_t b = 1, l = 1, e = 1, n = 1, groups = 1;
-  int pieces = 0;  // segments a row, empty ones and gaps among them; 0: the whole row
+  int cuts = 0;  // segments a row, empty ones and gaps among them; 0: the whole row
   DType type = DType::f32;
   Layout layout = Layout::channel_last;
   bool reverse = false, gate = true, D = true, bias = true, softplus = true, states = true;
@@ -121,10 +121,10 @@ struct Problem {
   void cut() {
     for (int64_t b = 0; b < o.b; ++b) {
       int64_t start = 0;
-      for (int piece = 0; piece < (o.pieces ? o.pieces : 1); ++piece) {
-        const int64_t stop = o.pieces == 0 ? o.l : start + below(o.l - start + 1);
+      for (int cut = 0; cut < (o.cuts ? o.cuts : 1); ++cut) {
+        const int64_t stop = o.cuts == 0 ? o.l : start + below(o.l - start + 1);
         rows.push_back(b), starts.push_back(start), stops.push_back(stop);
-        start = o.pieces > 2 && stop < o.l && below(3) == 0 ? stop + 1 : stop;
+        start = o.cuts > 2 && stop < o.l && below(3) == 0 ? stop + 1 : stop;
       }
     }
     n_states = static_cast<int64_t>(rows.size()) + 1;
@@ -348,13 +348,13 @@ static void test_step(const Options& o) {
 static void check(Options o) {
   char text[200];
   std::snprintf(text, sizeof text,
-                "b=%d l=%d e=%d n=%d groups=%d pieces=%d type=%d layout=%d reverse=%d gate=%d D=%d "
+                "b=%d l=%d e=%d n=%d groups=%d cuts=%d type=%d layout=%d reverse=%d gate=%d D=%d "
                 "bias=%d softplus=%d states=%d",
-                int(o.b), int(o.l), int(o.e), int(o.n), int(o.groups), o.pieces, int(o.type),
+                int(o.b), int(o.l), int(o.e), int(o.n), int(o.groups), o.cuts, int(o.type),
                 int(o.layout), o.reverse, o.gate, o.D, o.bias, o.softplus, o.states);
   what = text;
   test_scan(o);
-  o.l = 1, o.pieces = 0;
+  o.l = 1, o.cuts = 0;
   if (o.b > 0) test_step(o);
 }
 
@@ -364,7 +364,7 @@ static Options random_options(int64_t e, int64_t n, int64_t l) {
   o.b = below(8) == 0 ? 0 : 1 + below(e * n * l > 50000 ? 1 : 3);
   do o.groups = 1 + below(e);
   while (e % o.groups != 0);
-  o.pieces = below(2) ? 0 : static_cast<int>(1 + below(6));
+  o.cuts = below(2) ? 0 : static_cast<int>(1 + below(6));
   o.type = below(2) ? DType::f32 : static_cast<DType>(below(3));
   o.layout = static_cast<Layout>(below(3));
   o.reverse = below(2), o.gate = below(3), o.D = below(3), o.bias = below(3);
@@ -388,10 +388,10 @@ int main() {
     }
   }
   Options wide;
-  wide.l = 40, wide.e = 1100, wide.n = 5, wide.pieces = 3;
+  wide.l = 40, wide.e = 1100, wide.n = 5, wide.cuts = 3;
   check(wide);
   Options many;
-  many.b = 3, many.l = 64, many.e = 20, many.n = 4, many.pieces = 12;
+  many.b = 3, many.l = 64, many.e = 20, many.n = 4, many.cuts = 12;
   check(many);
   Options none;
   none.l = 3, none.e = 0;

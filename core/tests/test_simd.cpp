@@ -97,7 +97,7 @@ void check_conversion(const char* what, const Memory& from, std::int64_t count, 
   kernels().convert(x.data(), x.type(), together.data(), type, count);
   for (std::int64_t i = 0; i < count; ++i) {
     const auto at = [i](Memory& m) {
-      return static_cast<char*>(m.data()) + i * static_cast<std::int64_t>(size_of(m.type()));
+      return static_cast<char*>(m.data()) + i * size_of(m.type());
     };
     kernels().convert(at(x), x.type(), at(alone), type, 1);
   }
