@@ -150,7 +150,7 @@ class PyModel : WeightTable {
     try {
       WithoutGil unlocked;
       prompt.interrupted = [&] { return unlocked.interrupted(); };
-      read_prompt(model_, states, prompt, out);
+      prefill(model_, states, prompt, out);
     } catch (const Interrupted&) {
       throw nb::python_error();
     }

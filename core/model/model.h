@@ -38,7 +38,7 @@ struct Layer {
   Weight dt_proj;       // (e, r)
   Array dt_bias;        // (e,) or absent
   Array A_log;          // (e, n)
-  const float* A = nullptr;  // (e, n), what negative_exp() makes of A_log, or null
+  const float* A = nullptr;  // (e, n), negative_exp of A_log, or null
   Array D;              // (e,)
   Weight out_proj;      // (d, e)
   Array out_proj_bias;  // (d,) or absent
@@ -67,15 +67,6 @@ inline const void* at(Array array, std::int64_t index) {
   return static_cast<const char*>(array.data) + index * size_of(array.type);
 }
 
-// Numbers [first, first + count) of a small tensor as floats: where they lie, or widened into
-// `buffer`. Indexed from number 0 either way; null where the tensor is absent.
-inline const float* floats(Array array, float* buffer, std::int64_t first, std::int64_t count) {
-  if (array.data == nullptr) return nullptr;
-  if (array.type == DType::f32) return static_cast<const float*>(array.data);
-  kernels().to_float32(at(array, first), array.type, buffer + first, count);
-  return buffer;
-}
-
 // What a product with a weight reads its activations as. With `bf16_products` those of bfloat16
 // weights are rounded to bfloat16; else, and for all other weights, they are float32.
 inline DType operand_type(const Weight& weight, bool bf16_products) {
@@ -86,11 +77,5 @@ inline DType operand_type(const Weight& weight, bool bf16_products) {
 
 // hidden (count, d): the embeddings of tokens.
 void embed(const Model& model, const std::int64_t* tokens, std::int64_t count, float* hidden);
-
-// The convolution windows of a layer, as the cache lays them out.
-Window window_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
-
-// Its states (b, e, n).
-float* states_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
 
 }  // namespace anymamba

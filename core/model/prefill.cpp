@@ -7,7 +7,7 @@
 #include <cstring>
 #include <new>
 
-#include "base/arena.h"
+#include "model/layer_inputs.h"
 
 namespace anymamba {
 namespace {
@@ -15,65 +15,66 @@ namespace {
 // Numbers in memory that is another's, with room for float32: they may be of a narrower type.
 class Buffer {
  public:
-  explicit Buffer(char* data, DType type = DType::f32) : data_(data), type_(type) {}
+  explicit Buffer(void* data, DType type = DType::f32) : data_(data), type_(type) {}
   Buffer as(DType type) const { return Buffer(data_, type); }
   void* data() const { return data_; }
-  float* floats() const { return reinterpret_cast<float*>(data_); }
+  float* floats() const { return static_cast<float*>(data_); }
   DType type() const { return type_; }
 
  private:
-  char* data_;
+  void* data_;
   DType type_;
 };
 
-// One block for all buffers, written before they are read. It comes from the system and goes back
-// to it, for a heap keeps gaps between blocks of some megabytes, and grows with every stretch.
-class Block {
+// Memory for all buffers, written before it is read. It comes from the system and goes back to it,
+// for a heap keeps gaps between blocks of some megabytes, and grows with every prompt.
+class MappedMemory {
  public:
-  explicit Block(std::int64_t numbers) : bytes_(static_cast<std::size_t>(numbers) * 4) {
+  explicit MappedMemory(std::int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)) {
     memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory_ == MAP_FAILED) throw std::bad_alloc();
 #if defined(MADV_HUGEPAGE)
     madvise(memory_, bytes_, MADV_HUGEPAGE);
 #endif
-    next_ = static_cast<char*>(memory_);
+    arena_ = Arena(memory_, bytes);
   }
-  ~Block() { munmap(memory_, bytes_); }
-  Block(const Block&) = delete;
-  Block& operator=(const Block&) = delete;
-
-  Buffer take(std::int64_t count) {
-    char* const data = next_;
-    next_ += rounded(count) * 4;
-    return Buffer(data);
-  }
-  // What a buffer of `count` numbers takes: whole cache lines.
-  static std::int64_t rounded(std::int64_t count) { return (count + 15) / 16 * 16; }
+  ~MappedMemory() { munmap(memory_, bytes_); }
+  MappedMemory(const MappedMemory&) = delete;
+  MappedMemory& operator=(const MappedMemory&) = delete;
+  Arena& arena() { return arena_; }
 
  private:
-  std::size_t bytes_;
+  const std::size_t bytes_;
   void* memory_;
-  char* next_;
+  Arena arena_;
+};
+
+// l tokens' activations, of which `wanted` get logits, and room for copies of the states.
+struct Buffers {
+  Buffer hidden, normed, xz, x, rBC, rounded_rBC, delta, y, chosen, chosen_normed;
+  Buffer conv_before, ssm_before;
+  SmallTensors small;
+
+  Buffers(const Model& m, std::int64_t l, std::int64_t wanted, std::int64_t conv_bytes,
+          std::int64_t ssm_bytes, Arena& memory)
+      : hidden(memory.floats(l * m.d)), normed(memory.floats(l * m.d)),
+        xz(memory.floats(l * 2 * m.e)), x(memory.floats(l * m.e)),
+        rBC(memory.floats(l * (m.r + 2 * m.n))), rounded_rBC(memory.floats(l * (m.r + 2 * m.n))),
+        delta(memory.floats(l * m.e)), y(memory.floats(l * m.e)), chosen(memory.floats(wanted * m.d)),
+        chosen_normed(memory.floats(wanted * m.d)), conv_before(memory.take(conv_bytes)),
+        ssm_before(memory.take(ssm_bytes)), small(m, memory) {}
 };
 
 // So many tokens of each sequence take long enough to be interrupted. Copies of the states take
 // little beside them.
 constexpr std::int64_t kLongTokens = 32;
 
-class Reading {
+class Prefill {
  public:
-  Reading(const Model& model, const States& states, const Prompt& prompt)
+  Prefill(const Model& model, const States& states, const Prompt& prompt)
       : m_(model), states_(states), prompt_(prompt), l_(prompt.offsets[prompt.sequences]),
-        copies_(prompt.interrupted && l_ >= kLongTokens * prompt.sequences), block_(numbers()),
-        hidden_(block_.take(l_ * m_.d)), normed_(block_.take(l_ * m_.d)),
-        xz_(block_.take(l_ * 2 * m_.e)), x_(block_.take(l_ * m_.e)),
-        rBC_(block_.take(l_ * wide())), rounded_rBC_(block_.take(l_ * wide())),
-        delta_(block_.take(l_ * m_.e)), y_(block_.take(l_ * m_.e)), A_(block_.take(m_.e * m_.n)),
-        chosen_(block_.take(prompt.wanted * m_.d)),
-        chosen_normed_(block_.take(prompt.wanted * m_.d)),
-        conv_before_(block_.take(copied(conv_bytes()))),
-        ssm_before_(block_.take(copied(ssm_bytes()))), norm_(m_.d), bias_(2 * m_.e),
-        conv_weight_(m_.e * m_.k), conv_bias_(m_.e), dt_bias_(m_.e), D_(m_.e) {
+        copies_(prompt.interrupted && l_ >= kLongTokens * prompt.sequences), memory_(buffer_bytes()),
+        buf_(buffers(memory_.arena())) {
     for (std::int64_t i = 0; i < prompt.sequences; ++i)
       if (prompt.offsets[i] < prompt.offsets[i + 1]) sequences_.push_back(i);
     zeros_.assign(sequences_.size(), 0);
@@ -86,18 +87,18 @@ class Reading {
 
   void run(float* logits) {
     if (prompt_.tokens != nullptr)
-      embed(m_, prompt_.tokens, l_, hidden_.floats());
+      embed(m_, prompt_.tokens, l_, buf_.hidden.floats());
     else
-      std::memcpy(hidden_.data(), prompt_.hidden, sizeof(float) * l_ * m_.d);
+      std::memcpy(buf_.hidden.data(), prompt_.hidden, sizeof(float) * l_ * m_.d);
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
       if (copies_) keep_or_stop(static_cast<std::int64_t>(index));
-      norm(layer.norm, hidden_.floats(), l_, operand_for(layer.in_proj, normed_));
+      norm(layer.norm, buf_.hidden.floats(), l_, operand_for(layer.in_proj, buf_.normed));
       convolve(layer, static_cast<std::int64_t>(index));
       scan(layer, static_cast<std::int64_t>(index));
-      const float* bias = floats(layer.out_proj_bias, bias_.data(), 0, m_.d);
-      multiply(operand_for(layer.out_proj, y_), m_.e, l_, m_.e, layer.out_proj, m_.d, bias,
-               hidden_.floats(), true);
+      const float* bias = floats(layer.out_proj_bias, buf_.small.out_proj_bias, {0, m_.d});
+      multiply(operand_for(layer.out_proj, buf_.y), m_.e, l_, m_.e, layer.out_proj, m_.d, bias,
+               buf_.hidden.floats(), true);
     }
     if (prompt_.wanted > 0) write_logits(logits);
   }
@@ -125,12 +126,15 @@ class Reading {
     return rounded;
   }
 
+  Buffers buffers(Arena& memory) const {
+    return {m_, l_, prompt_.wanted, copied(conv_bytes()), copied(ssm_bytes()), memory};
+  }
+
   // Of all buffers, each in float32 whatever its type.
-  std::int64_t numbers() const {
-    const auto of = Block::rounded;
-    return 2 * of(l_ * m_.d) + of(l_ * 2 * m_.e) + 3 * of(l_ * m_.e) + 2 * of(l_ * wide()) +
-           of(m_.e * m_.n) + 2 * of(prompt_.wanted * m_.d) + of(copied(conv_bytes())) +
-           of(copied(ssm_bytes()));
+  std::int64_t buffer_bytes() const {
+    Arena counted;
+    buffers(counted);
+    return counted.used();
   }
 
   // Of a layer's states.
@@ -139,9 +143,9 @@ class Reading {
   }
   std::int64_t ssm_bytes() const { return prompt_.sequences * m_.e * m_.n * 4; }
 
-  // Numbers of four bytes for so many bytes of each layer, where states are copied.
+  // So many bytes of each layer, where states are copied.
   std::int64_t copied(std::int64_t bytes) const {
-    return copies_ ? (bytes * static_cast<std::int64_t>(m_.layers.size()) + 3) / 4 : 0;
+    return copies_ ? bytes * static_cast<std::int64_t>(m_.layers.size()) : 0;
   }
 
   // What the kernels below take together: workers, and this thread for itself.
@@ -161,12 +165,12 @@ class Reading {
   // get their copies back.
   void keep_or_stop(std::int64_t layer) {
     if (prompt_.interrupted()) {
-      std::memcpy(states_.conv, conv_before_.data(), static_cast<std::size_t>(layer * conv_bytes()));
-      std::memcpy(states_.ssm, ssm_before_.data(), static_cast<std::size_t>(layer * ssm_bytes()));
+      std::memcpy(states_.conv, buf_.conv_before.data(), static_cast<std::size_t>(layer * conv_bytes()));
+      std::memcpy(states_.ssm, buf_.ssm_before.data(), static_cast<std::size_t>(layer * ssm_bytes()));
       throw Interrupted();
     }
-    copy(conv_before_, states_.conv, layer * conv_bytes(), conv_bytes());
-    copy(ssm_before_, states_.ssm, layer * ssm_bytes(), ssm_bytes());
+    copy(buf_.conv_before, states_.conv, layer * conv_bytes(), conv_bytes());
+    copy(buf_.ssm_before, states_.ssm, layer * ssm_bytes(), ssm_bytes());
   }
 
   static void copy(const Buffer& to, const void* from, std::int64_t at, std::int64_t bytes) {
@@ -179,21 +183,18 @@ class Reading {
             stops_.data(), sequences_.data(), sequences_.data(), false};
   }
 
-  static Tensor3 rows(const Buffer& buffer, std::int64_t width, std::int64_t first = 0) {
-    char* const data = static_cast<char*>(buffer.data());
-    return {data + first * size_of(buffer.type()), buffer.type(), 0, width, 1};
+  static Tensor3 rows(const Buffer& buffer, std::int64_t width) {
+    return {buffer.data(), buffer.type(), 0, width, 1};
   }
 
   void norm(Array weight, float* x, std::int64_t count, const Buffer& normed) {
-    Norm norm;
-    norm.rows = count;
-    norm.d = m_.d;
-    norm.x = {x, DType::f32, m_.d};
-    norm.weight = floats(weight, norm_.data(), 0, m_.d);
-    norm.eps = m_.eps;
-    NormResult result;
-    result.normed = {normed.data(), normed.type(), m_.d};
-    kernels().norm(norm, result);
+    rms_norm(count, m_.d, {x, DType::f32, m_.d}, weight, buf_.small.norm, m_.eps,
+             {normed.data(), normed.type(), m_.d});
+  }
+
+  Activations activations() const {
+    return {rows(buf_.xz, 2 * m_.e), rows(buf_.x, m_.e), rows(buf_.rBC, wide()),
+            rows(buf_.delta, m_.e)};
   }
 
   // c (m, n) = a (m, k) weight^T + bias, or the same added to c; `stride` between rows of a.
@@ -201,87 +202,45 @@ class Reading {
                        const Weight& weight, std::int64_t n, const float* bias, float* c,
                        bool accumulate = false) {
     if (weight.quantized.bits != 0) {
-      QuantizedGemm product;
-      product.m = m;
-      product.n = n;
-      product.k = k;
-      product.a = a.floats();
-      product.a_row_stride = stride;
-      product.weight = weight.quantized;
-      product.c = c;
-      product.c_row_stride = n;
-      product.bias = bias;
-      product.accumulate = accumulate;
-      return kernels().quantized_gemm(product);
+      return kernels().quantized_gemm(
+          {m, n, k, a.floats(), stride, weight.quantized, c, n, bias, accumulate});
     }
-    Gemm product;
-    product.m = m;
-    product.n = n;
-    product.k = k;
-    product.a = {a.data(), a.type(), stride, 1};
-    product.b = {const_cast<void*>(weight.data), weight.type, 1, weight.row_stride};
-    product.c = {c, DType::f32, n, 1};
-    product.bias = bias;
-    product.accumulate = accumulate;
-    kernels().gemm(product);
+    kernels().gemm({m, n, k,
+                    {a.data(), a.type(), stride, 1},
+                    {const_cast<void*>(weight.data), weight.type, 1, weight.row_stride},
+                    {c, DType::f32, n, 1},
+                    bias, accumulate});
   }
 
   // x and z, then x through the convolution.
   void convolve(const Layer& layer, std::int64_t index) {
-    const float* bias = floats(layer.in_proj_bias, bias_.data(), 0, 2 * m_.e);
-    multiply(operand_for(layer.in_proj, normed_), m_.d, l_, m_.d, layer.in_proj, 2 * m_.e, bias,
-             xz_.floats());
-    Conv conv;
-    conv.e = m_.e;
-    conv.k = m_.k;
-    conv.segments = segments();
-    conv.x = rows(xz_, 2 * m_.e);
-    conv.weight = floats(layer.conv_weight, conv_weight_.data(), 0, m_.e * m_.k);
-    conv.bias = floats(layer.conv_bias, conv_bias_.data(), 0, m_.e);
-    conv.silu = true;
-    conv.initial = window_of(m_, states_, prompt_.sequences, index);
-    ConvResult result;
-    result.y = rows(x_, m_.e);
-    result.final = conv.initial;
-    kernels().conv(conv, result);
+    const float* bias = floats(layer.in_proj_bias, buf_.small.in_proj_bias, {0, 2 * m_.e});
+    multiply(operand_for(layer.in_proj, buf_.normed), m_.d, l_, m_.d, layer.in_proj, 2 * m_.e, bias,
+             buf_.xz.floats());
+    const Window window = window_of(m_, states_, prompt_.sequences, index);
+    kernels().conv({conv_of(m_, layer, buf_.small, activations(), {0, m_.e}), segments(), window},
+                   {rows(buf_.x, m_.e), window});
   }
 
   // Step size, B and C from x, then the scan with D and gate.
   void scan(const Layer& layer, std::int64_t index) {
     // y is not written yet: until then its memory holds x as x_proj reads it.
-    multiply(rounded_for(layer.x_proj, x_, m_.e, y_), m_.e, l_, m_.e, layer.x_proj, wide(),
-             nullptr, rBC_.floats());
-    multiply(rounded_for(layer.dt_proj, rBC_, wide(), rounded_rBC_), wide(), l_, m_.r,
-             layer.dt_proj, m_.e, nullptr, delta_.floats());
-    Scan scan;
-    scan.e = m_.e;
-    scan.n = m_.n;
-    scan.segments = segments();
-    scan.x = rows(x_, m_.e);
-    scan.delta = rows(delta_, m_.e);
-    scan.z = rows(xz_, 2 * m_.e, m_.e);
-    scan.B = {rBC_.floats() + m_.r, DType::f32, 0, wide(), 0, 1};
-    scan.C = {rBC_.floats() + m_.r + m_.n, DType::f32, 0, wide(), 0, 1};
-    if (layer.A == nullptr)
-      kernels().negative_exp(layer.A_log.data, layer.A_log.type, A_.floats(), m_.e * m_.n);
-    scan.A = layer.A != nullptr ? layer.A : A_.floats();
-    scan.D = floats(layer.D, D_.data(), 0, m_.e);
-    scan.delta_bias = floats(layer.dt_bias, dt_bias_.data(), 0, m_.e);
-    scan.softplus = true;
+    multiply(rounded_for(layer.x_proj, buf_.x, m_.e, buf_.y), m_.e, l_, m_.e, layer.x_proj, wide(),
+             nullptr, buf_.rBC.floats());
+    multiply(rounded_for(layer.dt_proj, buf_.rBC, wide(), buf_.rounded_rBC), wide(), l_, m_.r,
+             layer.dt_proj, m_.e, nullptr, buf_.delta.floats());
+    compute_A(m_, layer, buf_.small, {0, m_.e});
     float* const state = states_of(m_, states_, prompt_.sequences, index);
-    scan.initial = state;
-    ScanResult result;
-    result.y = rows(operand_for(layer.out_proj, y_), m_.e);
-    result.last = state;
-    kernels().scan(scan, result);
+    kernels().scan({scan_of(m_, layer, buf_.small, activations(), {0, m_.e}), segments(), state},
+                   {rows(operand_for(layer.out_proj, buf_.y), m_.e), state, nullptr});
   }
 
   void write_logits(float* logits) {
     for (std::int64_t i = 0; i < prompt_.wanted; ++i)
-      std::memcpy(chosen_.floats() + i * m_.d, hidden_.floats() + prompt_.positions[i] * m_.d,
+      std::memcpy(buf_.chosen.floats() + i * m_.d, buf_.hidden.floats() + prompt_.positions[i] * m_.d,
                   sizeof(float) * m_.d);
-    const Buffer normed = operand_for(m_.head, chosen_normed_);
-    norm(m_.norm, chosen_.floats(), prompt_.wanted, normed);
+    const Buffer normed = operand_for(m_.head, buf_.chosen_normed);
+    norm(m_.norm, buf_.chosen.floats(), prompt_.wanted, normed);
     multiply(normed, m_.d, prompt_.wanted, m_.d, m_.head, m_.v, nullptr, logits);
   }
 
@@ -290,18 +249,16 @@ class Reading {
   const Prompt& prompt_;
   const std::int64_t l_;  // tokens of all sequences
   const bool copies_;     // whether states are copied
-  Block block_;
-  const Buffer hidden_, normed_, xz_, x_, rBC_, rounded_rBC_, delta_, y_, A_, chosen_,
-      chosen_normed_, conv_before_, ssm_before_;
-  std::vector<float> norm_, bias_, conv_weight_, conv_bias_, dt_bias_, D_;  // widened
+  MappedMemory memory_;
+  const Buffers buf_;
   std::vector<std::int64_t> sequences_, zeros_, starts_, stops_;  // those with tokens
 };
 
 }  // namespace
 
-void read_prompt(const Model& model, const States& states, const Prompt& prompt, float* logits) {
+void prefill(const Model& model, const States& states, const Prompt& prompt, float* logits) {
   if (prompt.offsets[prompt.sequences] == 0) return;
-  Reading(model, states, prompt).run(logits);
+  Prefill(model, states, prompt).run(logits);
 }
 
 }  // namespace anymamba

@@ -1,5 +1,5 @@
-// Many tokens of several sequences through the whole model: reading a prompt. Memory grows with the
-// number of tokens, so long prompts are read in stretches.
+// Many tokens of several sequences through the whole model. Memory grows with the number of tokens,
+// so long prompts come in chunks.
 #pragma once
 
 #include <functional>
@@ -25,6 +25,6 @@ struct Prompt {
 struct Interrupted {};
 
 // logits (wanted, v). Throws std::bad_alloc or Interrupted; then the states are as before.
-void read_prompt(const Model& model, const States& states, const Prompt& prompt, float* logits);
+void prefill(const Model& model, const States& states, const Prompt& prompt, float* logits);
 
 }  // namespace anymamba

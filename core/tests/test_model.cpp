@@ -111,7 +111,7 @@ void test_prompt_of(Example& example, double tolerance, bool bf16_products = fal
     Threads::set_count(threads);
     Memories read(m, b);
     std::vector<float> logits(l * m.v);
-    read_prompt(m, read.view,
+    prefill(m, read.view,
                 {b, offsets.data(), tokens.data(), nullptr, l, positions.data(), bf16_products},
                 logits.data());
     close(logits, stepped, tolerance, "logits");
@@ -176,7 +176,7 @@ void test_kept_rates(DType type) {
   for (std::vector<float>& logits : found) {
     Memories memories(m, 1);
     logits.resize(2 * m.v);
-    read_prompt(m, memories.view, {1, offsets.data(), tokens.data(), nullptr, 1, positions.data()}, logits.data());
+    prefill(m, memories.view, {1, offsets.data(), tokens.data(), nullptr, 1, positions.data()}, logits.data());
     decode_step(m, memories.view, 1, tokens.data(), nullptr, logits.data() + m.v);
     for (Layer& layer : m.layers) {
       kept.emplace_back(m.e * m.n);

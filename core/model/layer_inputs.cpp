@@ -1,0 +1,87 @@
+#include "model/layer_inputs.h"
+
+namespace anymamba {
+namespace {
+
+// The channels of a tensor from `first` on.
+Tensor3 from_channel(Tensor3 tensor, std::int64_t first) {
+  tensor.data = static_cast<char*>(tensor.data) + first * tensor.channel_stride * size_of(tensor.type);
+  return tensor;
+}
+
+// n columns of rBC from `first` on: B or C of the only group.
+Projection projection(const Tensor3& rBC, std::int64_t first) {
+  const Tensor3 part = from_channel(rBC, first);
+  return {part.data, part.type, part.row_stride, part.step_stride, 0, part.channel_stride};
+}
+
+}  // namespace
+
+SmallTensors::SmallTensors(const Model& m, Arena& memory)
+    : norm(memory.floats(m.d)), dt_norm(memory.floats(m.r)), B_norm(memory.floats(m.n)),
+      C_norm(memory.floats(m.n)), in_proj_bias(memory.floats(2 * m.e)),
+      conv_weight(memory.floats(m.e * m.k)), conv_bias(memory.floats(m.e)),
+      dt_bias(memory.floats(m.e)), A(memory.floats(m.e * m.n)), D(memory.floats(m.e)),
+      out_proj_bias(memory.floats(m.d)) {}
+
+const float* floats(Array array, float* buffer, RowRange rows, std::int64_t width) {
+  if (array.data == nullptr) return nullptr;
+  if (array.type == DType::f32) return static_cast<const float*>(array.data);
+  const std::int64_t first = rows.first * width, count = rows.last * width - first;
+  kernels().to_float32(at(array, first), array.type, buffer + first, count);
+  return buffer;
+}
+
+void compute_A(const Model& m, const Layer& layer, const SmallTensors& small, RowRange channels) {
+  if (layer.A != nullptr) return;
+  const std::int64_t first = channels.first * m.n, count = channels.last * m.n - first;
+  kernels().negative_exp(at(layer.A_log, first), layer.A_log.type, small.A + first, count);
+}
+
+ConvInputs conv_of(const Model& m, const Layer& layer, const SmallTensors& small,
+                   const Activations& activations, RowRange channels) {
+  ConvInputs conv;
+  conv.e = m.e;
+  conv.k = m.k;
+  conv.x = activations.xz;
+  conv.weight = floats(layer.conv_weight, small.conv_weight, channels, m.k);
+  conv.bias = floats(layer.conv_bias, small.conv_bias, channels);
+  conv.silu = true;
+  return conv;
+}
+
+ScanInputs scan_of(const Model& m, const Layer& layer, const SmallTensors& small,
+                   const Activations& activations, RowRange channels) {
+  ScanInputs scan;
+  scan.e = m.e;
+  scan.n = m.n;
+  scan.x = activations.x;
+  scan.delta = activations.delta;
+  scan.z = from_channel(activations.xz, m.e);
+  scan.B = projection(activations.rBC, m.r);
+  scan.C = projection(activations.rBC, m.r + m.n);
+  scan.A = layer.A != nullptr ? layer.A : small.A;
+  scan.D = floats(layer.D, small.D, channels);
+  scan.delta_bias = floats(layer.dt_bias, small.dt_bias, channels);
+  scan.softplus = true;
+  return scan;
+}
+
+void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
+              float eps, const Rows& normed) {
+  NormResult result;
+  result.normed = normed;
+  kernels().norm({count, width, x, {}, floats(weight, buffer, {0, width}), eps}, result);
+}
+
+Window window_of(const Model& m, const States& states, std::int64_t b, std::int64_t layer) {
+  const std::int64_t size = m.e * m.k;
+  char* const data = static_cast<char*>(states.conv) + layer * b * size * size_of(states.conv_type);
+  return {data, states.conv_type, size, m.k, 1, m.k};
+}
+
+float* states_of(const Model& m, const States& states, std::int64_t b, std::int64_t layer) {
+  return states.ssm + layer * b * m.e * m.n;
+}
+
+}  // namespace anymamba

@@ -1,0 +1,47 @@
+// What a layer's kernels read, for a step and for a prompt: its small tensors as float32, and the
+// arguments of its norms, its convolution and its scan.
+#pragma once
+
+#include "base/arena.h"
+#include "base/threads.h"
+#include "model/model.h"
+
+namespace anymamba {
+
+// Buffers for the float32 forms of a layer's small tensors, indexed as these.
+struct SmallTensors {
+  float *norm, *dt_norm, *B_norm, *C_norm;
+  float *in_proj_bias, *conv_weight, *conv_bias, *dt_bias, *A, *D, *out_proj_bias;
+  SmallTensors(const Model& model, Arena& memory);
+};
+
+// Rows [first, last), of `width` numbers each, of a small tensor as floats: where they lie, or
+// converted into `buffer`. Indexed from row 0 either way; null where the tensor is absent.
+const float* floats(Array array, float* buffer, RowRange rows, std::int64_t width = 1);
+
+// Makes these channels of A of A_log, unless the layer has A.
+void compute_A(const Model& model, const Layer& layer, const SmallTensors& small, RowRange channels);
+
+// A layer's activations as float32, (rows, steps, .): x and z beside each other, x behind the
+// convolution, what x_proj gave, and the step size.
+struct Activations {
+  Tensor3 xz, x, rBC, delta;
+};
+
+// For these channels, from xz; and from x, rBC, delta and z, with D, gate and softplus.
+ConvInputs conv_of(const Model& model, const Layer& layer, const SmallTensors& small,
+                   const Activations& activations, RowRange channels);
+ScanInputs scan_of(const Model& model, const Layer& layer, const SmallTensors& small,
+                   const Activations& activations, RowRange channels);
+
+// normed (count, width) from x; `buffer` is for the weight.
+void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
+              float eps, const Rows& normed);
+
+// The convolution windows of a layer, as the cache lays them out.
+Window window_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
+
+// Its states (b, e, n).
+float* states_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
+
+}  // namespace anymamba
