@@ -36,7 +36,7 @@ def main() -> int:
     options = options_from(parser("context", __doc__ or "").parse_args())
     machine = describe(options.quick)
     lengths = QUICK_LENGTHS if options.quick else LENGTHS
-    script = Path(__file__).with_name("common") / "reading_on.py"
+    script = Path(__file__).with_name("common") / "context_growth.py"
     command = [sys.executable, script, torch.get_num_threads(), *lengths]
     done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, check=True)
     rows: list[Row] = json.loads(done.stdout)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.limits import seconds_to_read, stored_bytes
 from common.machine import describe
 from common.options import options_from, parser
 from common.results import finish
+from common.roofline import seconds_to_read, stored_bytes
 from common.shapes import MAMBA_130M, QUICK
 from common.tables import Table, not_measured, timed
 from common.timing import Case, Timing, interleave

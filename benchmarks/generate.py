@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from common.limits import seconds_to_read, stored_bytes
 from common.machine import describe
 from common.options import Options, options_from, parser
 from common.results import finish
+from common.roofline import seconds_to_read, stored_bytes
 from common.shapes import MAMBA_130M, QUICK
 from common.tables import MILLISECONDS, NAME, NOTE, SHARE, SPEED, SPREAD, Column, Row, Table, timed
 from common.timing import Case, Timing, interleave

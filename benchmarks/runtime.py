@@ -1,7 +1,8 @@
 """How fast is the torch-free runtime by weight type, beside its limits and llama.cpp?
 
 Decoding is `engine.generate`, greedy, sampling included; its limit is reading the weights' own
-bytes once a token. The limit of a prefill is the matrix products alone, in float32, by PyTorch.
+bytes once a token. The limit of a prefill is its matrix products at the peak of the arithmetic:
+of floats, or of bytes where weights have 8 or 4 bits.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import torch
 
 import anymamba
 from anymamba import Engine
-from common.limits import ModelProducts, seconds_to_read
 from common.machine import describe
 from common.options import options_from, parser
 from common.results import finish
+from common.roofline import ModelProducts, seconds_at_peak, seconds_to_read
 from common.shapes import MAMBA_130M, QUICK
 from common.tables import Table, timed
 from common.timing import Case, interleave
@@ -25,7 +26,8 @@ from contenders.anymamba_model import random_model
 from contenders.registry import LLAMA_QUANTIZED, LLAMA_TYPES, Peers
 
 KINDS = ("f32", "bf16", "int8", "int4")
-PRODUCTS = "limit: matrix products, f32"
+PEAKS = {False: "limit: float products at the peak", True: "limit: byte products at the peak"}
+PRODUCTS = "PyTorch, matrix products alone, f32"
 PEER_ROUNDS = 3
 BATCH = 16
 # llama.cpp at the same bits.
@@ -104,12 +106,19 @@ def prefill(
     """One prompt; the last logits."""
     ids_bl = torch.randint(50, (1, length))
     ids = ids_bl[0].tolist()
-    cases = [Case(PRODUCTS, ModelProducts(source, rows=length, head_rows=1))]
+    products = ModelProducts(source, rows=length, head_rows=1)
+    cases = [Case(PRODUCTS, products)]
+    for in_bytes, name in PEAKS.items():
+        at_peak = partial(seconds_at_peak, products.operations, in_bytes)
+        cases.append(Case(name, at_peak, own_clock=True))
     for kind, engine in engines.items():
         cases.append(Case(f"AnyMamba {kind}", partial(read_prompt, engine, ids)))
     more, missing = llamas(peers, lambda peer: partial(peer.prefill, ids_bl))
     timings = interleave(cases + more, rounds)
-    rows = [timed(name, timing, length, timings[PRODUCTS]) for name, timing in timings.items()]
+    rows = []
+    for name, timing in timings.items():
+        limit = timings[PEAKS[name.endswith(("int8", "int4")) or name == PEAKS[True]]]
+        rows.append(timed(name, timing, length, limit))
     return Table(f"Runtime: prefill of {length} tokens, last logits only", rows=rows + missing)
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from anymamba import ops
-from common.limits import LayerProducts
 from common.machine import describe
 from common.options import Options, options_from, parser
 from common.results import finish
+from common.roofline import LayerProducts
 from common.shapes import MAMBA_130M, QUICK, Shape
 from common.tables import MILLISECONDS, NAME, NOTE, SPREAD, Column, Row, Table, not_measured, timed
 from common.timing import Case, Timing, interleave

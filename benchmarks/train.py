@@ -11,10 +11,10 @@ let_waiting_threads_sleep()  # as `anymamba train` does, before PyTorch is there
 import torch
 from torch import Tensor
 
-from common.limits import ModelProducts
 from common.machine import describe
 from common.options import Options, options_from, parser
 from common.results import finish
+from common.roofline import ModelProducts, seconds_at_peak
 from common.shapes import MAMBA_130M, QUICK, SMALL, Shape
 from common.tables import (
     MILLISECONDS,
@@ -27,13 +27,14 @@ from common.tables import (
     not_measured,
     timed,
 )
-from common.timing import Case, interleave
+from common.timing import Case, Timing, interleave
 from contenders.anymamba_model import AnyMamba, random_model
 from contenders.interface import TorchContender
 from contenders.registry import LLAMA_TYPES, MINIMAL, PEERS, TRANSFORMERS, Peers
 
 OURS = "AnyMamba"
-LIMIT = "limit: 3 x the forward products"
+LIMIT = "limit: 3 x the forward products at the peak"
+PRODUCTS = "PyTorch, 3 x the forward products alone"
 TRAINABLE = tuple(name for name in PEERS if name not in LLAMA_TYPES)
 TIMES = Column("times_transformers", "x Transformers", "{:.1f}")
 
@@ -64,7 +65,7 @@ def beside_limit(
     rows = ids_bl.numel()
     peers = Peers(shape, source, bool(with_peers))
     cases = [
-        Case(LIMIT, ModelProducts(source, rows=rows, head_rows=rows)),
+        *limits(ModelProducts(source, rows=rows, head_rows=rows)),
         step_case(OURS, AnyMamba(source), ids_bl),
     ]
     missing = []
@@ -78,11 +79,22 @@ def beside_limit(
             turns = 1 if name == TRANSFORMERS else 2
             cases.append(step_case(name, built(peers, name), ids_bl, turns))
     timings = interleave(cases, rounds)
-    # The backward pass has two products for each one of the forward pass.
-    timings[LIMIT] = timings[LIMIT].times(3)
+    whole_steps(timings)
     table = Table(title("Training step", shape, ids_bl))
     table.rows = [timed(name, t, rows, timings[LIMIT]) for name, t in timings.items()] + missing
     return table
+
+
+def limits(products: ModelProducts) -> list[Case]:
+    """The forward pass's products at the peak of the arithmetic, and by PyTorch."""
+    at_peak = partial(seconds_at_peak, products.operations)
+    return [Case(LIMIT, at_peak, own_clock=True), Case(PRODUCTS, products)]
+
+
+def whole_steps(timings: dict[str, Timing]) -> None:
+    """Make timings of forward products timings of a step, which has two more for each of them."""
+    for name in (LIMIT, PRODUCTS):
+        timings[name] = timings[name].times(3)
 
 
 def beside_transformers(shape: Shape, batch_and_length: tuple[int, int], options: Options) -> Table:

@@ -8,10 +8,10 @@ let_waiting_threads_sleep()  # as `anymamba train` does, before PyTorch is there
 
 import torch
 
-from common.limits import ModelProducts
 from common.machine import describe
 from common.options import Options, options_from, parser
 from common.results import finish
+from common.roofline import ModelProducts
 from common.shapes import DEEP_5M, QUICK, WIDE_5M, Shape
 from common.tables import (
     MILLISECONDS,
@@ -24,10 +24,10 @@ from common.tables import (
     not_measured,
     timed,
 )
-from common.timing import Case, interleave
+from common.timing import interleave
 from contenders.anymamba_model import AnyMamba, AutocastAnyMamba, random_model
 from contenders.registry import MINIMAL, TRANSFORMERS, Peers
-from train import LIMIT, OURS, TIMES, TRAINABLE, built, step_case, title
+from train import LIMIT, OURS, TIMES, TRAINABLE, built, limits, step_case, title, whole_steps
 
 OURS_IN_BFLOAT16 = "AnyMamba, autocast to bfloat16"
 
@@ -51,7 +51,7 @@ def beside_limit_and_transformers(
     rows = ids_bl.numel()
     peers = Peers(shape, source, options.peers)
     cases = [
-        Case(LIMIT, ModelProducts(source, rows=rows, head_rows=rows)),
+        *limits(ModelProducts(source, rows=rows, head_rows=rows)),
         step_case(OURS, AnyMamba(source), ids_bl),
         step_case(OURS_IN_BFLOAT16, AutocastAnyMamba(source), ids_bl),
     ]
@@ -64,7 +64,7 @@ def beside_limit_and_transformers(
         else:
             cases.append(step_case(name, built(peers, name), ids_bl, turns=1))
     timings = interleave(cases, options.rounds or 5)
-    timings[LIMIT] = timings[LIMIT].times(3)
+    whole_steps(timings)
     table = Table(
         title("Training step of 5 million weights", shape, ids_bl),
         columns=(NAME, MILLISECONDS, SPREAD, SPEED, SHARE, TIMES, NOTE),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from common.limits import core_or_none, read_bandwidth
+from common.roofline import core_or_none, peak_operations, read_bandwidth
 
 __all__ = ["describe", "in_one_line"]
 
@@ -35,6 +35,8 @@ def describe(quick: bool = False) -> dict[str, Any]:
         "memory_gb": _memory_gb(),
         "read_gb_per_second": round(bandwidth / 1e9, 1),
         "read_by": how,
+        "float_gflops": round(peak_operations() / 1e9),
+        "byte_gops": round(peak_operations(bytes=True) / 1e9),
         "instructions": "no native core" if core is None else core.isa(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -5,9 +5,9 @@
 
 #include "bindings/arrays.h"
 #include "bindings/gil.h"
-#include "base/bandwidth.h"
 #include "bindings/modules.h"
 #include "base/threads.h"
+#include "kernels/roofline.h"
 
 namespace anymamba::bindings {
 namespace {
@@ -40,6 +40,16 @@ NB_MODULE(_core, m) {
     const bindings::WithoutGil unlocked;
     return read_bandwidth(bytes, repeats);
   }, "Bytes a second that all threads read together from a buffer; the best of the repeats.");
+  m.def("peak_float_operations", [](int repeats) {
+    if (repeats < 1) bindings::refuse("repeats must be positive");
+    const bindings::WithoutGil unlocked;
+    return peak_float_operations(repeats);
+  }, "Multiplications and additions of floats a second that all threads do at most.");
+  m.def("peak_byte_operations", [](int repeats) {
+    if (repeats < 1) bindings::refuse("repeats must be positive");
+    const bindings::WithoutGil unlocked;
+    return peak_byte_operations(repeats);
+  }, "Multiplications and additions of bytes a second, as for weights of 8 and 4 bits.");
   bindings::add_operators(m);
   bindings::add_model(m);
   bindings::add_watch(m);

@@ -126,7 +126,7 @@ def test_results_become_a_chart_and_a_report(run: Run, tmp_path: Path) -> None:
         status, _, error = run("report", "--results", str(tmp_path), "--readme", str(readme))
         assert status == 0, error
     text = readme.read_text(encoding="utf-8")
-    assert text.count("| limit: 3 x the forward products") == 2
+    assert text.count("| limit: 3 x the forward products at the peak") == 2
     assert "Not measured yet: `python benchmarks/prefill.py`" in text
 
 

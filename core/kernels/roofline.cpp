@@ -1,10 +1,13 @@
-#include "base/bandwidth.h"
+#include "kernels/roofline.h"
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <vector>
 
 #include "base/threads.h"
+#include "kernels/kernels.h"
 
 namespace anymamba {
 namespace {
@@ -33,6 +36,25 @@ std::uint64_t read_all(const std::uint64_t* data, std::int64_t count) {
   return total;
 }
 
+// Some milliseconds, so that starting the threads costs nothing beside it.
+constexpr std::int64_t kTurns = 1 << 20;
+
+double peak(void (*loop)(std::int64_t, std::int64_t*), int repeats) {
+  double best = 0;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    std::atomic<std::int64_t> operations = 0;
+    const auto start = std::chrono::steady_clock::now();
+    parallel_region([&](int, int, Barrier&) {
+      std::int64_t own = 0;
+      loop(kTurns, &own);
+      operations += own;
+    });
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(operations) / took.count());
+  }
+  return best;
+}
+
 }  // namespace
 
 double read_bandwidth(std::int64_t bytes, int repeats) {
@@ -52,5 +74,9 @@ double read_bandwidth(std::int64_t bytes, int repeats) {
   }
   return best;
 }
+
+double peak_float_operations(int repeats) { return peak(kernels().fma_loop, repeats); }
+
+double peak_byte_operations(int repeats) { return peak(kernels().dot4_loop, repeats); }
 
 }  // namespace anymamba

@@ -1,6 +1,6 @@
 """Reads a text on and on and measures at each length; without PyTorch, in a process of its own.
 
-Run by context.py: python benchmarks/common/reading_on.py THREADS LENGTH... prints rows as JSON.
+Run by context.py: python benchmarks/common/context_growth.py THREADS LENGTH... prints rows as JSON.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the machine allows at most: matrix products alone, and weights read once."""
+"""What the machine allows at most: its arithmetic at the peak, and weights read once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ __all__ = [
     "LayerProducts",
     "ModelProducts",
     "core_or_none",
+    "peak_operations",
     "read_bandwidth",
+    "seconds_at_peak",
     "seconds_to_read",
     "stored_bytes",
 ]
@@ -45,6 +47,31 @@ def read_bandwidth(size: int, repeats: int = 3) -> tuple[float, str]:
         data.sum()
         best = max(best, size / (time.perf_counter() - start))
     return best, "torch.sum"
+
+
+def peak_operations(bytes: bool = False, repeats: int = 3) -> float:
+    """Multiplications and additions a second that all threads do together at most.
+
+    A loop of the core's does nothing else: fused multiply-adds of floats, or products of bytes
+    that are summed in fours, as for weights of 8 and 4 bits. Without the core, PyTorch multiplies
+    matrices of floats in its place, which is less.
+    """
+    core = core_or_none()
+    if core is not None:
+        peak = core.peak_byte_operations if bytes else core.peak_float_operations
+        return float(peak(repeats))
+    x = torch.ones(1024, 1024)
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        x @ x
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
+    return best
+
+
+def seconds_at_peak(operations: int, bytes: bool = False) -> float:
+    """The time that so many operations take at the peak of the moment."""
+    return operations / peak_operations(bytes)
 
 
 def stored_bytes(model: Any) -> int:
@@ -82,6 +109,11 @@ class LayerProducts:
                 inputs[width] = torch.randn(rows, width)
             self._pairs.append((inputs[width], weight))
 
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions."""
+        return sum(2 * x.numel() * weight.shape[0] for x, weight in self._pairs)
+
     def __call__(self) -> None:
         """Multiply."""
         for x, weight in self._pairs:
@@ -103,6 +135,12 @@ class ModelProducts:
         self._layers = [LayerProducts(block.mixer, rows, inputs) for block in blocks]
         self._head: Tensor = model.lm_head.weight.detach()
         self._last = torch.randn(head_rows, self._head.shape[1])
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of one pass."""
+        head = 2 * self._last.numel() * self._head.shape[0]
+        return head + sum(layer.operations for layer in self._layers)
 
     @torch.no_grad()
     def __call__(self) -> None:
