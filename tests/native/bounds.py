@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from anymamba import _core
-from tests.native.calls import CALLS, Array, make, model
+from tests.native.calls import CALLS, Array, make, mixer, model
 from tests.native.fence import Side
 
 
@@ -38,6 +38,14 @@ def run_model(rng: Random) -> None:
     native.read(**behind_fences(read, rng))
 
 
+def run_mixer(rng: Random) -> None:
+    call = mixer(rng)
+    step = call.pop("step")
+    native = _core.Mixer(**behind_fences(call, rng))
+    del call
+    native.step(**behind_fences(step, rng))
+
+
 def main(calls: int) -> None:
     torch.manual_seed(0)
     _core.set_threads(3)
@@ -51,6 +59,8 @@ def main(calls: int) -> None:
         for seed in range(calls):
             print(isa, "Model", seed, flush=True)
             run_model(Random(seed))
+            print(isa, "Mixer", seed, flush=True)
+            run_mixer(Random(seed))
 
 
 if __name__ == "__main__":

@@ -308,43 +308,76 @@ CALLS: dict[str, Callable[[Random], Call]] = {
 }
 
 
-def model(rng: Random) -> Call:
-    """The arguments of `Model`, in "step" those of one step, in "read" those of a prompt."""
-    v, d, e, n = rng.randint(1, 40), rng.randint(1, 20), rng.randint(1, 40), rng.randint(1, 17)
-    quantized = rng.random() < 0.4
-    if quantized:
-        d, e = rng.choice([32, 64]), rng.choice([32, 96, 128])
-    r, k, b, n_layer = rng.randint(1, 5), rng.randint(1, 5), rng.randint(0, 20), rng.randint(1, 3)
+@dataclass
+class _Sizes:
+    """Those of a model's layers, some of which may be quantized."""
 
-    def weight(rows: int, columns: int) -> Array | Call:
-        if quantized and columns % 32 == 0 and rng.random() < 0.8:
-            return quantized_weight(rng, rows, columns)
+    rng: Random
+
+    def __post_init__(self) -> None:
+        rng = self.rng
+        self.d, self.e, self.n = rng.randint(1, 20), rng.randint(1, 40), rng.randint(1, 17)
+        self.quantized = rng.random() < 0.4
+        if self.quantized:
+            self.d, self.e = rng.choice([32, 64]), rng.choice([32, 96, 128])
+        self.r, self.k, self.b = rng.randint(1, 5), rng.randint(1, 5), rng.randint(0, 20)
+
+    def weight(self, rows: int, columns: int) -> Array | Call:
+        if self.quantized and columns % 32 == 0 and self.rng.random() < 0.8:
+            return quantized_weight(self.rng, rows, columns)
         return Array((rows, columns), order="rows")
 
-    def layer() -> Call:
+    def mixer(self) -> Call:
+        rng, d, e, n, r = self.rng, self.d, self.e, self.n, self.r
         return {
-            "norm": dense(d),
-            "in_proj": weight(2 * e, d),
+            "in_proj": self.weight(2 * e, d),
             "in_proj_bias": _maybe(rng, dense(2 * e)),
-            "conv_weight": dense(e, k),
+            "conv_weight": dense(e, self.k),
             "conv_bias": _maybe(rng, dense(e)),
-            "x_proj": weight(r + 2 * n, e),
+            "x_proj": self.weight(r + 2 * n, e),
             "dt_proj": Array((e, r), order="rows"),
             "dt_bias": _maybe(rng, dense(e)),
             "A_log": dense(e, n),
             "D": dense(e),
-            "out_proj": weight(d, e),
+            "out_proj": self.weight(d, e),
             "out_proj_bias": _maybe(rng, dense(d)),
         }
 
+
+def mixer(rng: Random) -> Call:
+    """The arguments of `Mixer`, in "step" those of one step."""
+    sizes = _Sizes(rng)
+    b, d, e, n, r = sizes.b, sizes.d, sizes.e, sizes.n, sizes.r
+    layer = sizes.mixer()
+    if rng.random() < 0.5:
+        layer |= {"dt_norm": dense(r), "B_norm": dense(n), "C_norm": dense(n)}
+    return {
+        "layer": layer,
+        "d": d,
+        "eps": 1e-5,
+        "step": {
+            "x": Array((b, d), order="rows"),
+            "conv": Array((b, e, sizes.k), order="dense"),
+            "ssm": dense(b, e, n),
+            "y": Array((b, d), order="rows"),
+            "bf16_products": rng.random() < 0.3,
+        },
+    }
+
+
+def model(rng: Random) -> Call:
+    """The arguments of `Model`, in "step" those of one step, in "read" those of a prompt."""
+    sizes = _Sizes(rng)
+    b, d, e, n, k = sizes.b, sizes.d, sizes.e, sizes.n, sizes.k
+    v, n_layer = rng.randint(1, 40), rng.randint(1, 3)
     tokens = _whole(rng.choices(range(v), k=b))
     hidden = rng.random() < 0.3
     return {
-        "embeddings": weight(v, d),
-        "head": weight(v, d),
+        "embeddings": sizes.weight(v, d),
+        "head": sizes.weight(v, d),
         "norm": dense(d),
         "eps": 1e-5,
-        "layers": [layer() for _ in range(n_layer)],
+        "layers": [{"norm": dense(d), **sizes.mixer()} for _ in range(n_layer)],
         "step": {
             "tokens": None if hidden else tokens,
             "hidden": dense(b, d) if hidden else None,

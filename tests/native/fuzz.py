@@ -21,6 +21,7 @@ from torch import Tensor
 
 from anymamba import _core
 from tests.native.calls import CALLS, Array, make
+from tests.native.calls import mixer as valid_mixer
 from tests.native.calls import model as valid_model
 
 ALLOWED = (TypeError, ValueError, BufferError)
@@ -61,7 +62,7 @@ def other_strides(value: Tensor, rng: Random) -> Any:
         return strided.mT if value.ndim > 1 and rng.random() < 0.5 else strided
     if value.dtype not in (torch.float32, torch.int64):
         return strided
-    return np.zeros(tuple(value.shape), value.numpy().dtype)[::-1]
+    return np.zeros(tuple(value.shape), value.detach().numpy().dtype)[::-1]
 
 
 def one_number_for_all(value: Tensor, rng: Random) -> Tensor:
@@ -241,6 +242,20 @@ def fuzz_model(rng: Random, tries: Tries) -> None:
         tries("Model.read", model.read, read)
 
 
+def fuzz_mixer(rng: Random, tries: Tries) -> None:
+    call = materialized(valid_mixer(rng), rng)
+    step = call.pop("step")
+    weights = [part for part in call["layer"].values() if type(part) is dict]
+    for _ in range(rng.randint(0, 2)):
+        mutate(rng.choice([call, step, step, call["layer"], *weights]), rng)
+        if not isinstance(call.get("layer"), dict):
+            break
+    mixer = tries("Mixer", _core.Mixer, call)
+    del call, weights
+    if mixer is not None:
+        tries("Mixer.step", mixer.step, step)
+
+
 def fuzz_settings(rng: Random, tries: Tries) -> None:
     """The functions that take no arrays; what would only be slow is left out."""
     wild = [-1, 0, 1, 3, -(2**31), *HUGE, None, "2", 1.5, b"", [], float("inf")]
@@ -253,13 +268,15 @@ def fuzz_settings(rng: Random, tries: Tries) -> None:
     tries("scan_checkpoint_floats", _core.scan_checkpoint_floats, sizes)
     bandwidth = {"bytes": rng.choice([-1, 0, 1, 9, 4096, 2**63 - 1, 2**70]), "repeats": 1}
     tries("read_bandwidth", _core.read_bandwidth, bandwidth)
+    peak = rng.choice(["peak_float_operations", "peak_byte_operations"])
+    tries(peak, getattr(_core, peak), {"repeats": rng.choice([-1, 0, 1, None, "2", 2**70])})
 
 
 def main(examples: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     _core.set_threads(2)
     tries = Tries()
-    names = sorted([*CALLS, "Model", "Model", "settings"])
+    names = sorted([*CALLS, "Mixer", "Model", "Model", "settings"])
 
     @settings(
         max_examples=examples,
@@ -275,6 +292,8 @@ def main(examples: int) -> None:
         rng = Random(seed)
         if name == "Model":
             fuzz_model(rng, tries)
+        elif name == "Mixer":
+            fuzz_mixer(rng, tries)
         elif name == "settings":
             fuzz_settings(rng, tries)
         else:

@@ -22,7 +22,7 @@ def test_kernels_stay_inside_what_they_are_given() -> None:
     """Each array ends, or begins, at a page whose touch ends the process."""
     printed = assert_ends_well(run_python("-m", "tests.native.bounds", VALID_CALLS))
     called = {tuple(line.split()[:2]) for line in printed.splitlines()}
-    assert called == {(isa, name) for isa in _core.isas() for name in [*CALLS, "Model"]}
+    assert called == {(isa, name) for isa in _core.isas() for name in [*CALLS, "Mixer", "Model"]}
 
 
 @pytest.mark.parametrize(("side", "place"), [("end", "4 * 5"), ("begin", "-4")])
@@ -50,9 +50,9 @@ def test_wrong_arguments_of_every_kind_are_refused() -> None:
 
 def test_the_calls_cover_every_function() -> None:
     settings = {"isa", "isas", "use_isa", "threads", "set_threads", "read_bandwidth"}
-    settings |= {"threads_at_present"}
+    settings |= {"threads_at_present", "peak_float_operations", "peak_byte_operations"}
     functions = {name for name in dir(_core) if not name.startswith("_")}
-    assert functions == settings | set(CALLS) | {"Model", "Watch"}
+    assert functions == settings | set(CALLS) | {"Mixer", "Model", "Watch"}
     assert all(isinstance(value, Array) for value in CALLS["conv_step"](_Fixed()).values() if value)
 
 
