@@ -16,10 +16,11 @@ PACKAGE = Path(anymamba.__file__).parent
 HEAVY = ("torch", "transformers")
 # What a room of the package must not know of, neither at import time nor later.
 STRANGERS = {
-    "checkpoint": ("ops", "modeling", "runtime", "dropin", "cli", "training"),
-    "ops": ("modeling", "runtime", "checkpoint", "dropin", "cli", "training"),
+    "checkpoint": ("ops", "layers", "modeling", "runtime", "dropin", "cli", "training"),
+    "ops": ("layers", "modeling", "runtime", "checkpoint", "dropin", "cli", "training"),
+    "layers": ("modeling", "runtime", "checkpoint", "dropin", "cli", "training"),
     "modeling": ("runtime", "dropin", "cli", "training"),
-    "runtime": ("modeling", "ops", "dropin", "cli", "training"),
+    "runtime": ("modeling", "ops", "layers", "dropin", "cli", "training"),
     "dropin": ("modeling", "runtime", "cli", "training"),
     "training": ("cli",),
 }

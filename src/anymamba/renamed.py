@@ -122,6 +122,13 @@ MODULES = {
 """Old modules and what they are called now, both without `anymamba.` in front."""
 
 NAMES = {
+    "dropin.common.layer_states": {
+        "at_least_float32": "layers.initialization:at_least_float32",
+        "convolve": "layers.convolution:convolve",
+        "convolve_step": "layers.convolution:convolve_step",
+        "last_inputs": "layers.convolution:last_inputs",
+        "step_bias": "layers.initialization:draw_step_bias",
+    },
     "modeling.packing": {"PackedBatch": "modeling.packing.packing:PackedBatch"},
     "runtime.convert": {
         "FOLDER_WEIGHTS": "runtime.convert.conversion:FOLDER_WEIGHTS",

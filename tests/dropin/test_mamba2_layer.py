@@ -188,6 +188,17 @@ def test_what_replaces_a_projection_is_called() -> None:
     assert_close(mamba(u), 2 * before)
 
 
+def test_what_replaces_the_convolution_is_called_for_packed_sequences() -> None:
+    mamba, u = layer(), inputs(b=2)
+    seq_idx = torch.tensor([[0] * 5 + [1] * 16, [3] * 20 + [-1]], dtype=torch.int32)
+    hooked = layer()
+    hooked.conv1d.register_forward_hook(lambda module, args, out: 2 * out)
+    with torch.no_grad():
+        for weight in mamba.conv1d.parameters():
+            weight.mul_(2)
+        assert_close(hooked(u, seq_idx=seq_idx), mamba(u, seq_idx=seq_idx))
+
+
 def test_names_of_weights() -> None:
     names = ["dt_bias", "A_log", "D", "in_proj.weight", "conv1d.weight", "conv1d.bias"]
     names += ["norm.weight", "out_proj.weight"]

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from anymamba import ops
 from anymamba.dropin.common.gradients import filled, gradients
+from anymamba.dropin.common.ssd_parts import NO_LIMIT, step_sizes
 from anymamba.dropin.dispatch import by_device
 
 __all__ = ["_mamba_chunk_scan_combined_bwd", "_mamba_chunk_scan_combined_fwd"]
-
-NO_LIMIT = (0.0, math.inf)
 
 in_ssd_combined = partial(by_device, module="mamba_ssm.ops.triton.ssd_combined")
 
@@ -52,7 +51,7 @@ def _mamba_chunk_scan_combined_fwd(
     """
     from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    steps = _step_sizes(dt, dt_bias, dt_softplus, dt_limit)
+    steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
     state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=steps.dtype)
     state = state if initial_states is None else state.copy_(initial_states)
     outs, states = [], []
@@ -138,12 +137,3 @@ def _mamba_chunk_scan_combined_bwd(
     places = (dx, ddt, None, dB, dC, None, dz, None, None)
     returned = tuple(filled(place, of) for place, of in zip(places, found, strict=True))
     return (*returned, outputs[0]) if recompute_output else returned
-
-
-def _step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]
-) -> Tensor:
-    steps = dt.to(torch.promote_types(dt.dtype, torch.float32))
-    if dt_bias is not None:
-        steps = steps + dt_bias
-    return (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit)

@@ -21,7 +21,14 @@ from torch.nn.parameter import Parameter
 from anymamba.ops.linear import linear as multiply
 from anymamba.ops.tracing import autocast_is_on
 
-__all__ = ["call_attributes", "fusable", "project", "project_halves", "why_not_plain"]
+__all__ = [
+    "call_attributes",
+    "computes",
+    "fusable",
+    "project",
+    "project_halves",
+    "why_not_plain",
+]
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
 
@@ -143,6 +150,18 @@ def _is_ours(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     # Autocast rewrites torch's own product and knows nothing of ours.
     ours = not autocast_is_on(x.device)
     return ours and type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None
+
+
+def computes(module: nn.Module, function: str) -> bool:
+    """Whether a module is a function of `torch.nn.functional`, and nothing was done to it.
+
+    Example:
+        >>> from torch import nn
+        >>> computes(nn.SiLU(), "silu"), computes(nn.ReLU(), "silu")
+        (True, False)
+    """
+    kind = type(module)
+    return _FUNCTIONS.get(kind) == function and why_not_plain(module, kind) is None
 
 
 def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anymamba.errors import InputError
+from anymamba.layers import convolve
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.mamba import MambaMixer
@@ -157,37 +158,15 @@ class _SequenceParallelMixer(MambaMixer):
         mixed: Tensor = super().forward(hidden_states)
         return mixed
 
-    def _convolve(self, x_ble: Tensor, state: LayerState | None, packed: Layout | None) -> Tensor:
+    def _convolve(self, x_ble: Tensor, *context: Any) -> Tensor:
         k = self.config.conv_kernel
         # A window is k wide, of which the convolution looks at the last k - 1.
         tail_bwe = x_ble[:, x_ble.shape[1] - (k - 1) :]
         window_bke = F.pad(window_before(tail_bwe, self.group), (0, 0, 1, 0))
-        x_conv_ble, _ = self._convolution(x_ble, window_bke.transpose(1, 2), None)
-        return x_conv_ble
+        return convolve(self.conv1d, self.act, x_ble, window_bke.transpose(1, 2))[0]
 
-    def _scan(
-        self,
-        x_ble: Tensor,
-        delta_ble: Tensor,
-        B_bln: Tensor,
-        C_bln: Tensor,
-        z_ble: Tensor,
-        delta_bias_e: Tensor | None,
-        state: LayerState | None,
-        packed: Layout | None,
-    ) -> Tensor:
-        return parallel_scan(
-            x_ble,
-            delta_ble,
-            -torch.exp(self.A_log.float()),
-            B_bln,
-            C_bln,
-            self.D,
-            z_ble,
-            delta_bias_e,
-            group=self.group,
-            fallback="mambapy" if self.config.use_mambapy else "reference",
-        )
+    def _scan(self, inputs: tuple[Any, ...], *context: Any) -> Tensor:
+        return parallel_scan(*inputs, group=self.group, fallback=self._fallback)
 
 
 def _check_long_enough(length: int, conv_kernel: int) -> None:

@@ -6,6 +6,8 @@ Space Duality" (arXiv 2405.21060), section 7.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,18 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
+from anymamba.dropin.common.heads import check_heads, depthwise, log_rates, not_decayed
 from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.common.layer_states import (
-    CachedStates,
-    States,
-    all_plain,
-    at_least_float32,
-    convolve,
-    convolve_step,
-    last_inputs,
-    one_token,
-    step_bias,
-)
+from anymamba.dropin.common.layer_states import CachedStates, all_plain, one_token
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -33,7 +26,17 @@ from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
     mamba_chunk_scan_combined,
     mamba_split_conv1d_scan_combined,
 )
-from anymamba.errors import ConfigError, InputError, NotIncludedError
+from anymamba.errors import InputError, NotIncludedError
+from anymamba.layers import (
+    HeadSizes,
+    States,
+    at_least_float32,
+    convolve,
+    convolve_step,
+    draw_step_bias,
+    last_inputs,
+    mix_heads,
+)
 from anymamba.ops.fusable import project
 
 if TYPE_CHECKING:
@@ -44,7 +47,92 @@ __all__ = ["Mamba2"]
 NO_LIMIT = (0.0, float("inf"))
 
 
-class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
+class HeadsLayer(nn.Module):
+    """A layer with the modules and settings of `Mamba2`, by the names that they have there."""
+
+    conv1d: nn.Conv1d
+    out_proj: nn.Linear
+    norm: Any
+    A_log: nn.Parameter
+    D: nn.Parameter
+    dt_bias: nn.Parameter
+    nheads: int
+    headdim: int
+    ngroups: int
+    d_state: int
+    chunk_size: int
+    activation: str
+    dt_limit: tuple[float, float]
+    use_mem_eff_path: bool
+    rmsnorm = True
+    norm_before_gate = False
+    D_has_hdim = False
+
+    def _A(self) -> Tensor:
+        return -torch.exp(at_least_float32(self.A_log))
+
+    def _D(self) -> Tensor:
+        return self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else self.D
+
+    def _is_one_operator(self) -> bool:
+        return self.use_mem_eff_path and all_plain(self.conv1d, self.out_proj)
+
+    def _as_one_operator(
+        self, zxbcdt: Tensor, seq_idx: Tensor | None, initial_states: Tensor | None = None
+    ) -> Tensor:
+        out = mamba_split_conv1d_scan_combined(
+            zxbcdt,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self._A(),
+            D=self._D(),
+            chunk_size=self.chunk_size,
+            initial_states=initial_states,
+            seq_idx=seq_idx,
+            activation=self.activation,
+            rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
+            rmsnorm_eps=self.norm.eps if self.rmsnorm else 1e-6,
+            outproj_weight=self.out_proj.weight,
+            outproj_bias=self.out_proj.bias,
+            headdim=None if self.D_has_hdim else self.headdim,
+            ngroups=self.ngroups,
+            norm_before_gate=self.norm_before_gate,
+            dt_limit=self.dt_limit,
+        )
+        return cast(Tensor, out)
+
+    def _by_modules(
+        self,
+        zxbcdt: Tensor,
+        convolve: Callable[[Tensor], Tensor],
+        scan: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    ) -> Tensor:
+        """As `mix_heads`, which says what convolution and scan are, with the output projection."""
+        sizes = HeadSizes(self.nheads, self.headdim, self.ngroups, self.d_state)
+        norm = self.norm if self.rmsnorm else None
+        return project(self.out_proj, mix_heads(zxbcdt, sizes, convolve, scan, norm))
+
+    def _chunk_scan(
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, gate: Tensor | None, **options: Any
+    ) -> Any:
+        return mamba_chunk_scan_combined(
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self._D(),
+            z=gate,
+            dt_bias=self.dt_bias,
+            dt_softplus=True,
+            dt_limit=self.dt_limit,
+            **options,
+        )
+
+
+class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
     """The state space layer whose heads each decay at one rate, computed by matrix products.
 
     Args:
@@ -143,7 +231,7 @@ class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
         self.in_proj = nn.Linear(d_model, 2 * e - s + width + h, bias=bias, **factory)
         self.conv1d = depthwise(width, d_conv, conv_bias, conv_init, factory)
         self.act = nn.SiLU()
-        self.dt_bias = not_decayed(step_bias(h, dt_min, dt_max, dt_init_floor, **factory))
+        self.dt_bias = not_decayed(draw_step_bias(h, dt_min, dt_max, dt_init_floor, **factory))
         self.A_log = not_decayed(log_rates(h, A_init_range, device).to(dtype=dtype))
         self.D = not_decayed(torch.ones(s if D_has_hdim else h, device=device))
         if rmsnorm:
@@ -197,71 +285,27 @@ class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
             if inference_params.seqlen_offset > 0:
                 return self.step(u, *states)[0]
         zxbcdt = project(self.in_proj, u)
-        plain = self.use_mem_eff_path and all_plain(self.conv1d, self.out_proj)
-        if plain and states is None:
+        if states is None and self._is_one_operator():
             return self._as_one_operator(zxbcdt, seq_idx)
-        return self._by_modules(zxbcdt, seq_idx, cu_seqlens, states)
 
-    def _A(self) -> Tensor:
-        return -torch.exp(at_least_float32(self.A_log))
+        def convolution(xBC: Tensor) -> Tensor:
+            if states is not None:
+                states[0].copy_(self._window(xBC, seq_idx, cu_seqlens))
+            return convolve(self.conv1d, self.act, xBC, seq_idx=seq_idx)[0]
 
-    def _D(self) -> Tensor:
-        return self.D.unflatten(0, (-1, self.headdim)) if self.D_has_hdim else self.D
+        def scan(*inputs: Any) -> Tensor:
+            y, last_states, *varlen_states = self._chunk_scan(
+                *inputs,
+                seq_idx=seq_idx,
+                cu_seqlens=cu_seqlens,
+                return_final_states=True,
+                return_varlen_states=cu_seqlens is not None and states is not None,
+            )
+            if states is not None:
+                states[1].copy_((varlen_states or [last_states])[0].detach())
+            return cast(Tensor, y)
 
-    def _as_one_operator(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> Tensor:
-        out = mamba_split_conv1d_scan_combined(
-            zxbcdt,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            self._A(),
-            D=self._D(),
-            chunk_size=self.chunk_size,
-            seq_idx=seq_idx,
-            activation=self.activation,
-            rmsnorm_weight=self.norm.weight if self.rmsnorm else None,
-            rmsnorm_eps=self.norm.eps if self.rmsnorm else 1e-6,
-            outproj_weight=self.out_proj.weight,
-            outproj_bias=self.out_proj.bias,
-            headdim=None if self.D_has_hdim else self.headdim,
-            ngroups=self.ngroups,
-            norm_before_gate=self.norm_before_gate,
-            dt_limit=self.dt_limit,
-        )
-        return cast(Tensor, out)
-
-    def _by_modules(
-        self,
-        zxbcdt: Tensor,
-        seq_idx: Tensor | None,
-        cu_seqlens: Tensor | None,
-        states: States | None,
-    ) -> Tensor:
-        mlp_gate, mlp, z, xBC, dt = self._split(zxbcdt)
-        if states is not None:
-            states[0].copy_(self._window(xBC, seq_idx, cu_seqlens))
-        x, B, C = self._split_xBC(convolve(self.conv1d, xBC, self.activation, seq_idx))
-        packed = cu_seqlens is not None and states is not None
-        y, last_states, *varlen_states = mamba_chunk_scan_combined(
-            x,
-            dt,
-            self._A(),
-            B,
-            C,
-            chunk_size=self.chunk_size,
-            D=self._D(),
-            z=None if self.rmsnorm else z.unflatten(-1, (-1, self.headdim)),
-            dt_bias=self.dt_bias,
-            dt_softplus=True,
-            seq_idx=seq_idx,
-            cu_seqlens=cu_seqlens,
-            dt_limit=self.dt_limit,
-            return_final_states=True,
-            return_varlen_states=packed,
-        )
-        if states is not None:
-            states[1].copy_((varlen_states[0] if packed else last_states).detach())
-        return self._finish(y.flatten(-2), z, mlp_gate, mlp)
+        return self._by_modules(zxbcdt, convolution, scan)
 
     def _window(self, xBC: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         if cu_seqlens is None:
@@ -270,26 +314,6 @@ class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
             xBC.detach().squeeze(0), cu_seqlens, state_len=self.d_conv
         )
         return window
-
-    def _split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
-        """The halves of the gated MLP, the gate z, what is convolved, and the step size."""
-        d_mlp = self.d_inner - self.d_ssm
-        sizes = [d_mlp, d_mlp, self.d_ssm, self.conv1d.weight.shape[0], self.nheads]
-        return tuple(zxbcdt.split(sizes, dim=-1))
-
-    def _split_xBC(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (..., h, p), B and C (..., g, n)."""
-        maps = self.ngroups * self.d_state
-        x, B, C = xBC.split([self.d_ssm, maps, maps], dim=-1)
-        groups = (self.ngroups, self.d_state)
-        return x.unflatten(-1, (-1, self.headdim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
-
-    def _finish(self, y: Tensor, z: Tensor, mlp_gate: Tensor, mlp: Tensor) -> Tensor:
-        if self.rmsnorm:
-            y = self.norm(y, z)
-        if self.d_inner > self.d_ssm:
-            y = torch.cat([F.silu(mlp_gate) * mlp, y], dim=-1)
-        return project(self.out_proj, y)
 
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
@@ -307,23 +331,25 @@ class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
         Raises:
             InputError: there is not exactly one token a row.
         """
-        zxbcdt = project(self.in_proj, one_token(hidden_states))
-        mlp_gate, mlp, z, xBC, dt = self._split(zxbcdt)
-        x, B, C = self._split_xBC(convolve_step(self.conv1d, xBC, conv_state, self.activation))
-        # The update knows no limits, so the step size comes to it ready.
-        dt = F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias))
         h, p, n = self.nheads, self.headdim, self.d_state
-        y = selective_state_update(
-            ssm_state,
-            x,
-            dt.clamp(*self.dt_limit).unsqueeze(-1).expand(-1, h, p),
-            self._A().view(h, 1, 1).expand(h, p, n),
-            B,
-            C,
-            self._D().view(h, -1).expand(h, p),
-            z=None if self.rmsnorm else z.unflatten(-1, (h, p)),
-        )
-        out = self._finish(y.flatten(-2), z, mlp_gate, mlp)
+
+        def scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, gate: Tensor | None) -> Tensor:
+            # The update knows no limits, so the step size comes to it ready.
+            dt = F.softplus(at_least_float32(dt) + at_least_float32(self.dt_bias))
+            return selective_state_update(
+                ssm_state,
+                x,
+                dt.clamp(*self.dt_limit).unsqueeze(-1).expand(-1, h, p),
+                self._A().view(h, 1, 1).expand(h, p, n),
+                B,
+                C,
+                self._D().view(h, -1).expand(h, p),
+                z=gate,
+            )
+
+        convolution = partial(convolve_step, self.conv1d, self.act, window_bek=conv_state)
+        zxbcdt = project(self.in_proj, one_token(hidden_states))
+        out = self._by_modules(zxbcdt, convolution, scan)
         return out.unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(
@@ -346,50 +372,6 @@ class Mamba2(CachedStates, nn.Module, PyTorchModelHubMixin):
         state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         sizes = (batch_size, self.nheads, self.headdim, self.d_state)
         return conv_state.transpose(1, 2), weight.new_zeros(sizes, dtype=state_dtype)
-
-
-def check_heads(width: int, headdim: int, ngroups: int) -> None:
-    """Check that heads fill the width, and groups the heads.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    if width % headdim or (width // headdim) % ngroups:
-        raise ConfigError(
-            f"{width} inner channels cannot be split into heads of headdim={headdim} in "
-            f"ngroups={ngroups}; choose a headdim that divides them and ngroups that divides the "
-            "number of heads"
-        )
-
-
-def depthwise(
-    width: int, d_conv: int, bias: bool, init: float | None, factory: dict[str, Any]
-) -> nn.Conv1d:
-    """A causal convolution of each channel with its own kernel."""
-    conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1, bias=bias, **factory)
-    if init is not None:
-        nn.init.uniform_(conv1d.weight, -init, init)
-    return conv1d
-
-
-def log_rates(nheads: int, init_range: tuple[float, float], device: Any) -> Tensor:
-    """Draw the logarithms of the heads' rates of decay, in float32.
-
-    Raises:
-        ConfigError: the range is empty, or goes below zero.
-    """
-    low, high = init_range
-    if not 0 < low <= high:
-        raise ConfigError(f"A_init_range is {init_range}, expected 0 < low <= high")
-    rates = torch.empty(nheads, dtype=torch.float32, device=device).uniform_(low, high)
-    return torch.log(rates)
-
-
-def not_decayed(tensor: Tensor) -> nn.Parameter:
-    """A parameter that asks optimizers for no weight decay."""
-    parameter = nn.Parameter(tensor)
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
 
 
 def _numbered(cu_seqlens: Tensor, l: int) -> Tensor:

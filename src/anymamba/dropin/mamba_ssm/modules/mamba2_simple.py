@@ -6,38 +6,25 @@ Space Duality" (arXiv 2405.21060), section 7.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from anymamba.dropin.common.heads import check_heads, depthwise, log_rates, not_decayed
 from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.common.layer_states import (
-    all_plain,
-    at_least_float32,
-    convolve,
-    step_bias,
-)
 from anymamba.dropin.forks import explained
-from anymamba.dropin.mamba_ssm.modules.mamba2 import (
-    NO_LIMIT,
-    check_heads,
-    depthwise,
-    log_rates,
-    not_decayed,
-)
+from anymamba.dropin.mamba_ssm.modules.mamba2 import NO_LIMIT, HeadsLayer
 from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
-from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
-    mamba_chunk_scan_combined,
-    mamba_split_conv1d_scan_combined,
-)
 from anymamba.errors import ConfigError
+from anymamba.layers import convolve, draw_step_bias
 from anymamba.ops.fusable import project
 
 __all__ = ["Mamba2Simple"]
 
 
-class Mamba2Simple(nn.Module):
+class Mamba2Simple(HeadsLayer):
     """Mamba-2 without what generation and parallel training add, but with learnable first states.
 
     Args:
@@ -103,7 +90,7 @@ class Mamba2Simple(nn.Module):
         if learnable_init_states:
             self.init_states = not_decayed(torch.zeros(h, headdim, d_state, **factory))
         self.act = nn.SiLU()
-        self.dt_bias = not_decayed(step_bias(h, dt_min, dt_max, dt_init_floor, **factory))
+        self.dt_bias = not_decayed(draw_step_bias(h, dt_min, dt_max, dt_init_floor, **factory))
         self.A_log = not_decayed(log_rates(h, A_init_range, device).to(dtype=dtype))
         self.D = not_decayed(torch.ones(h, device=device))
         # The original norms whole rows on one of its paths and groups on the other; the second is
@@ -122,56 +109,11 @@ class Mamba2Simple(nn.Module):
             (b, l, d).
         """
         zxbcdt = project(self.in_proj, u)
-        A = -torch.exp(at_least_float32(self.A_log))
         first = self.init_states.expand(len(u), -1, -1, -1) if self.learnable_init_states else None
-        if self.use_mem_eff_path and all_plain(self.conv1d, self.out_proj):
-            return self._as_one_operator(zxbcdt, A, first, seq_idx)
-        return self._by_modules(zxbcdt, A, first, seq_idx)
-
-    def _as_one_operator(
-        self, zxbcdt: Tensor, A: Tensor, first: Tensor | None, seq_idx: Tensor | None
-    ) -> Tensor:
-        out = mamba_split_conv1d_scan_combined(
+        if self._is_one_operator():
+            return self._as_one_operator(zxbcdt, seq_idx, first)
+        return self._by_modules(
             zxbcdt,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            A,
-            D=self.D,
-            chunk_size=self.chunk_size,
-            initial_states=first,
-            seq_idx=seq_idx,
-            activation=self.activation,
-            rmsnorm_weight=self.norm.weight,
-            rmsnorm_eps=self.norm.eps,
-            outproj_weight=self.out_proj.weight,
-            outproj_bias=self.out_proj.bias,
-            headdim=self.headdim,
-            ngroups=self.ngroups,
-            norm_before_gate=False,
-            dt_limit=self.dt_limit,
+            lambda xBC: convolve(self.conv1d, self.act, xBC, seq_idx=seq_idx)[0],
+            partial(self._chunk_scan, initial_states=first, seq_idx=seq_idx),
         )
-        return cast(Tensor, out)
-
-    def _by_modules(
-        self, zxbcdt: Tensor, A: Tensor, first: Tensor | None, seq_idx: Tensor | None
-    ) -> Tensor:
-        maps = self.ngroups * self.d_state
-        z, xBC, dt = zxbcdt.split([self.d_inner, self.d_inner + 2 * maps, self.nheads], dim=-1)
-        xBC = convolve(self.conv1d, xBC, self.activation, seq_idx)
-        x, B, C = xBC.split([self.d_inner, maps, maps], dim=-1)
-        y = mamba_chunk_scan_combined(
-            x.unflatten(-1, (-1, self.headdim)),
-            dt,
-            A,
-            B.unflatten(-1, (self.ngroups, -1)),
-            C.unflatten(-1, (self.ngroups, -1)),
-            chunk_size=self.chunk_size,
-            D=self.D,
-            dt_bias=self.dt_bias,
-            initial_states=first,
-            seq_idx=seq_idx,
-            dt_softplus=True,
-            dt_limit=self.dt_limit,
-        )
-        return project(self.out_proj, self.norm(cast(Tensor, y).flatten(-2), z))

@@ -24,26 +24,23 @@ from anymamba.dropin.common.borrowed import repeat as repeat
 from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
 from anymamba.dropin.common.layer_states import (
     CachedStates,
-    States,
     all_plain,
-    at_least_float32,
-    convolve,
-    convolve_step,
-    last_inputs,
     one_token,
-    step_bias,
 )
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.modules.block import Block as BlockWithMLP
+from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
-    mamba_inner_fn,
-    selective_scan_fn,
+    selective_scan_fn as selective_scan_fn,
 )
 from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm as RMSNorm
 from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import layer_norm_fn as layer_norm_fn
 from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import rms_norm_fn as rms_norm_fn
-from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
+from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import (
+    selective_state_update as selective_state_update,
+)
 from anymamba.errors import ConfigError
+from anymamba.layers import MambaLayer, States, at_least_float32, draw_step_bias, s4d_real
 from anymamba.ops.fusable import project
 
 if TYPE_CHECKING:
@@ -52,7 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["Block", "Mamba"]
 
 
-class Mamba(CachedStates, nn.Module):
+class Mamba(CachedStates, MambaLayer):
     """The selective state space layer with its projections, convolution and gate.
 
     Args:
@@ -118,10 +115,9 @@ class Mamba(CachedStates, nn.Module):
         self.dt_proj = nn.Linear(r, e, bias=True, **factory)
         _initialize_step(self.dt_proj.weight, dt_init, r**-0.5 * dt_scale)
         with torch.no_grad():
-            self.dt_proj.bias.copy_(step_bias(e, dt_min, dt_max, dt_init_floor, **factory))
+            self.dt_proj.bias.copy_(draw_step_bias(e, dt_min, dt_max, dt_init_floor, **factory))
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
-        rates_n = torch.arange(1, d_state + 1, dtype=torch.float32, device=device)
-        self.A_log = nn.Parameter(torch.log(rates_n).repeat(e, 1))
+        self.A_log = nn.Parameter(s4d_real(e, d_state, device))
         self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
         self.D = nn.Parameter(torch.ones(e, device=device))
         self.D._no_weight_decay = True  # type: ignore[attr-defined]
@@ -147,16 +143,10 @@ class Mamba(CachedStates, nn.Module):
             states = self._get_states_from_cache(inference_params, hidden_states.shape[0])
             if inference_params.seqlen_offset > 0:
                 return self.step(hidden_states, *states)[0]
-        xz_ble = project(self.in_proj, hidden_states)
-        if states is None and self.use_fast_path and self._is_plain():
-            return self._as_one_operator(xz_ble)
-        return self._by_modules(xz_ble, states)
-
-    def _is_plain(self) -> bool:
-        return all_plain(self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
-
-    def _A(self) -> Tensor:
-        return -torch.exp(at_least_float32(self.A_log))
+        plain = all_plain(self.conv1d, self.x_proj, self.dt_proj, self.out_proj)
+        if states is None and self.use_fast_path and plain:
+            return self._as_one_operator(project(self.in_proj, hidden_states))
+        return self._mix(hidden_states, states)
 
     def _as_one_operator(self, xz_ble: Tensor) -> Tensor:
         out: Tensor = mamba_inner_fn(
@@ -176,37 +166,6 @@ class Mamba(CachedStates, nn.Module):
         )
         return out
 
-    def _by_modules(self, xz_ble: Tensor, states: States | None) -> Tensor:
-        x_ble, z_ble = xz_ble.chunk(2, dim=-1)
-        if states is not None:
-            states[0].copy_(last_inputs(x_ble, self.d_conv))
-        x_ble = convolve(self.conv1d, x_ble, self.activation)
-        delta_ble, bias_e, B_bln, C_bln = self._selection(x_ble)
-        y_bel, last_state = selective_scan_fn(
-            x_ble.transpose(1, 2),
-            delta_ble.transpose(1, 2),
-            self._A(),
-            B_bln.transpose(1, 2),
-            C_bln.transpose(1, 2),
-            at_least_float32(self.D),
-            z=z_ble.transpose(1, 2),
-            delta_bias=bias_e,
-            delta_softplus=True,
-            return_last_state=True,
-        )
-        if states is not None:
-            states[1].copy_(last_state.detach())
-        return project(self.out_proj, y_bel.transpose(1, 2))
-
-    def _selection(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """What depends on the input: step size before bias and softplus, the bias, B and C."""
-        delta, B, C = project(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], -1)
-        if not all_plain(self.dt_proj):
-            return self.dt_proj(delta), None, B, C
-        # The bias joins in float32, inside of the scan.
-        bias = at_least_float32(self.dt_proj.bias)
-        return nn.functional.linear(delta, self.dt_proj.weight), bias, B, C
-
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,22 +182,8 @@ class Mamba(CachedStates, nn.Module):
         Raises:
             InputError: there is not exactly one token a row.
         """
-        x_be, z_be = project(self.in_proj, one_token(hidden_states)).chunk(2, dim=-1)
-        x_be = convolve_step(self.conv1d, x_be, conv_state, self.activation)
-        delta_be, bias_e, B_bn, C_bn = self._selection(x_be)
-        y_be = selective_state_update(
-            ssm_state,
-            x_be,
-            delta_be,
-            self._A(),
-            B_bn,
-            C_bn,
-            at_least_float32(self.D),
-            z=z_be,
-            dt_bias=bias_e,
-            dt_softplus=True,
-        )
-        return project(self.out_proj, y_be).unsqueeze(1), conv_state, ssm_state
+        y_bd = self._step(one_token(hidden_states), (conv_state, ssm_state))
+        return y_bd.unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any

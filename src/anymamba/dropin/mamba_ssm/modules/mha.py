@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anymamba.dropin.common.layer_states import (
-    convolve,
-    convolve_step,
-    last_inputs,
-    one_token,
-)
+from anymamba.dropin.common.layer_states import one_token
 from anymamba.dropin.common.rotary import RotaryEmbedding
 from anymamba.dropin.forks import explained
 from anymamba.errors import ConfigError, InputError
+from anymamba.layers import convolve, convolve_step, last_inputs
 from anymamba.ops.fusable import project
 
 if TYPE_CHECKING:
@@ -157,15 +153,15 @@ class MHA(nn.Module):
 
     def _convolve(self, qkv: Tensor, inference_params: InferenceParams | None) -> Tensor:
         if inference_params is None:
-            return convolve(self.conv1d, qkv, None)
+            return convolve(self.conv1d, None, qkv)[0]
         conv_state = inference_params.key_value_memory_dict[self.layer_idx][1]
         start = inference_params.batch_size_offset
         conv_state = conv_state[start : start + qkv.shape[0]]
         if inference_params.seqlen_offset > 0:
-            return convolve_step(self.conv1d, one_token(qkv), conv_state, None).unsqueeze(1)
+            return convolve_step(self.conv1d, None, one_token(qkv), conv_state).unsqueeze(1)
         # What the step needs is the convolution's input, not its output.
         conv_state.copy_(last_inputs(qkv, self.d_conv))
-        return convolve(self.conv1d, qkv, None)
+        return convolve(self.conv1d, None, qkv)[0]
 
     def _attend(
         self, q_blhp: Tensor, k_blhp: Tensor, v_blhp: Tensor, mask: Tensor | None

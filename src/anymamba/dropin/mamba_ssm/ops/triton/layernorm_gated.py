@@ -7,17 +7,14 @@ Computed in float32 (float64 for float64 inputs).
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anymamba import ops
 from anymamba.dropin.common.gradients import filled, gradients
 from anymamba.dropin.dispatch import by_device
-from anymamba.errors import InputError
-from anymamba.ops.checks import check_shape
+from anymamba.layers import gated_norm
+from anymamba.layers.gated_norm import check_gated_norm, in_groups
 
 __all__ = ["LayerNorm", "LayerNormFn", "RMSNorm", "layernorm_fn", "rms_norm_ref", "rmsnorm_fn"]
 
@@ -59,18 +56,7 @@ def layernorm_fn(
         >>> layernorm_fn(x, torch.ones(4), None, eps=0.0, group_size=2).tolist()
         [[-1.0, 1.0, -1.0, 1.0]]
     """
-    d = _check(x, weight, bias, z, group_size)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    gate = None if z is None else F.silu(z.to(wide))
-    rows = x.to(wide)
-    if gate is not None and not norm_before_gate:
-        rows = rows * gate
-    norm = _rms_norm if is_rms_norm else _layer_norm
-    gains = (weight.to(wide), None if bias is None else bias.to(wide))
-    out = norm(rows, *gains, eps, d if group_size is None else group_size)
-    if gate is not None and norm_before_gate:
-        out = out * gate
-    return out.to(x.dtype)
+    return gated_norm(x, weight, bias, z, eps, group_size, norm_before_gate, is_rms_norm)
 
 
 @by_device
@@ -116,11 +102,11 @@ def rms_norm_ref(
     Args:
         upcast: whether x and z are computed with in float32, not in their own type.
     """
-    d = _check(x, weight, bias, z, group_size)
+    d = check_gated_norm(x, weight, bias, z, group_size)
     rows, gate = (x.float(), None if z is None else z.float()) if upcast else (x, z)
     if gate is not None and not norm_before_gate:
         rows = rows * F.silu(gate)
-    groups = _in_groups(rows, group_size or d)
+    groups = in_groups(rows, group_size or d)
     groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
     out = groups.reshape(x.shape) * weight.float()
     if bias is not None:
@@ -209,45 +195,6 @@ class RMSNorm(_Gated):
     is_rms_norm = True
 
 
-def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int
-) -> Tensor:
-    if group_size == x.shape[-1]:
-        return F.layer_norm(x, (group_size,), weight, bias, eps)
-    groups = _in_groups(x, group_size)
-    out = F.layer_norm(groups, (group_size,), eps=eps).reshape(x.shape) * weight
-    return out if bias is None else out + bias
-
-
-def _rms_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int
-) -> Tensor:
-    if group_size == x.shape[-1]:
-        out = cast(Tensor, ops.rms_norm(x, weight, eps))
-    else:
-        groups = _in_groups(x, group_size)
-        normed = cast(Tensor, ops.rms_norm(groups, x.new_ones(group_size), eps))
-        out = normed.reshape(x.shape) * weight
-    return out if bias is None else out + bias
-
-
-def _in_groups(x: Tensor, group_size: int) -> Tensor:
-    return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
-
-
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, group_size: int | None
-) -> int:
-    """The number of channels, after all shapes were found to fit it."""
-    d = x.shape[-1]
-    check_shape("layernorm_fn", "weight", weight, (d,))
-    check_shape("layernorm_fn", "bias", bias, (d,))
-    check_shape("layernorm_fn", "z", z, tuple(x.shape))
-    if group_size is not None and (group_size < 1 or d % group_size):
-        raise InputError(f"layernorm_fn: groups of {group_size} channels do not divide all {d}")
-    return d
-
-
 @by_device
 @torch.no_grad()
 def _layer_norm_fwd(
@@ -268,7 +215,7 @@ def _layer_norm_fwd(
     rows = x.to(wide)
     if z is not None and not norm_before_gate:
         rows = rows * F.silu(z.to(wide))
-    groups = _in_groups(rows, group_size or x.shape[-1])
+    groups = in_groups(rows, group_size or x.shape[-1])
     mean = None if is_rms_norm else groups.mean(-1)
     centred = groups if mean is None else groups - mean[..., None]
     rstd = torch.rsqrt(centred.square().mean(-1) + eps)

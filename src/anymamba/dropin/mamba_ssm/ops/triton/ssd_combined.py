@@ -9,23 +9,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba import ops
-from anymamba.dropin.causal_conv1d.causal_conv1d_interface import causal_conv1d_fn
 from anymamba.dropin.chunk_scan_passes import (
     _mamba_chunk_scan_combined_bwd as _mamba_chunk_scan_combined_bwd,
 )
 from anymamba.dropin.chunk_scan_passes import (
     _mamba_chunk_scan_combined_fwd as _mamba_chunk_scan_combined_fwd,
 )
+from anymamba.dropin.common.ssd_parts import (
+    NO_LIMIT,
+    convolution_of,
+    norm_of,
+    project_out,
+    restart_at,
+    scan_channels,
+    sizes_of,
+    step_sizes,
+    width_of_a_head,
+    with_padding,
+)
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.mamba_ssm.ops.triton.k_activations import swiglu
-from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
 from anymamba.errors import InputError
+from anymamba.layers import HeadSizes, mix_heads
 from anymamba.ops.checks import check_shape
 from anymamba.ops.ssd.reference import ssd_sequential
 
@@ -40,8 +50,6 @@ __all__ = [
     "ssd_chunk_scan_combined_ref",
     "ssd_selective_scan",
 ]
-
-NO_LIMIT = (0.0, math.inf)
 
 
 @by_device
@@ -100,49 +108,23 @@ def mamba_chunk_scan_combined(
         [4.0, 8.0, 12.0]
     """
 
-    def scan(
-        seq_idx: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        initial_states: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        y, states = ops.ssd(
-            *(x, dt, A, B, C, D, z, dt_bias, dt_softplus),
-            dt_limit=dt_limit,
-            initial_states=initial_states,
-            return_final_states=True,
-            seq_idx=seq_idx,
-            cu_seqlens=cu_seqlens,
-        )
-        return y, states
-
+    scan = partial(
+        ops.ssd,
+        *(x, dt, A, B, C, D, z, dt_bias, dt_softplus),
+        dt_limit=dt_limit,
+        return_final_states=True,
+    )
     if not return_varlen_states:
-        out, final_states = scan(seq_idx, initial_states=initial_states)
+        out, final_states = scan(seq_idx=seq_idx, initial_states=initial_states)
         return (out, final_states) if return_final_states else out
     if cu_seqlens is None:
         raise InputError("mamba_chunk_scan_combined: return_varlen_states needs cu_seqlens")
-    offsets = _with_padding(cu_seqlens, x.shape[1])
+    offsets = with_padding(cu_seqlens, x.shape[1])
     out, states = scan(cu_seqlens=offsets)
     final_states, varlen_states = states[-1:], states[: len(cu_seqlens) - 1]
-    if initial_states is not None or not _mark_the_same(seq_idx, offsets):
-        out, final_states = scan(seq_idx, initial_states=initial_states)
+    if initial_states is not None or not restart_at(seq_idx, offsets):
+        out, final_states = scan(seq_idx=seq_idx, initial_states=initial_states)
     return (out, final_states, varlen_states) if return_final_states else (out, varlen_states)
-
-
-def _with_padding(cu_seqlens: Tensor, seqlen: int) -> Tensor:
-    """The offsets, with those of the padding behind the last sequence if there is some."""
-    if int(cu_seqlens[-1]) >= seqlen:
-        return cu_seqlens
-    return F.pad(cu_seqlens, (0, 1), value=seqlen)
-
-
-def _mark_the_same(seq_idx: Tensor | None, cu_seqlens: Tensor) -> bool:
-    """Whether the state restarts exactly where the offsets say, so that one scan does for both."""
-    inner = torch.unique(cu_seqlens[1:-1])
-    if seq_idx is None:
-        return not inner.numel()
-    restarts = torch.nonzero(seq_idx[0, 1:] != seq_idx[0, :-1])[:, 0] + 1
-    # A last sequence without steps has its own, empty, state: the row's is another.
-    return bool(cu_seqlens[-1] > cu_seqlens[-2]) and torch.equal(restarts, inner.long())
 
 
 @by_device
@@ -209,9 +191,7 @@ def ssd_chunk_scan_combined_ref(
         >>> ssd_chunk_scan_combined_ref(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-    steps = dt.to(torch.promote_types(dt.dtype, torch.float32))
-    steps = steps if dt_bias is None else steps + dt_bias
-    steps = F.softplus(steps) if dt_softplus else steps
+    steps = step_sizes(dt, dt_bias, dt_softplus, (-math.inf, math.inf))
     D = D[:, None] if D is not None and D.ndim == 1 else D
     y, _ = ssd_sequential(x, steps, A, B, C, D, None, None)
     return y if z is None else (y * F.silu(z)).to(x.dtype)
@@ -256,37 +236,7 @@ def ssd_selective_scan(
         >>> ssd_selective_scan(x, dt, A, B, C)[0, :, 0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-    b, l, h, p = x.shape
-    check_shape("ssd_selective_scan", "dt", dt, (b, l, h), (b, l, h, p))
-
-    def each_channel(tensor: Tensor | None, axis: int) -> Tensor | None:
-        """Heads at the axis, and channels of a head behind it or not yet, as one axis."""
-        if tensor is None:
-            return None
-        wide = tensor if tensor.ndim > axis + 1 else tensor[..., None].expand(*tensor.shape, p)
-        return wide.flatten(axis)
-
-    steps, bias = each_channel(dt, 2), each_channel(dt_bias, 0)
-    assert steps is not None
-    if dt_limit != NO_LIMIT:
-        steps = steps if bias is None else steps + bias
-        steps = F.softplus(steps) if dt_softplus else steps
-        steps, bias, dt_softplus = steps.clamp(*dt_limit).to(x.dtype), None, False
-    A = A.to(torch.promote_types(A.dtype, torch.float32))
-    rates = A if A.ndim == 2 else A.repeat_interleave(p)[:, None]
-    y = ops.selective_scan(
-        x.flatten(2),
-        steps,
-        rates.expand(-1, B.shape[-1]),
-        B,
-        C,
-        each_channel(D, 0),
-        None if z is None else z.flatten(2),
-        bias,
-        dt_softplus,
-    )
-    assert isinstance(y, Tensor)
-    return y.view(x.shape)
+    return scan_channels(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
 
 
 @by_device
@@ -335,12 +285,12 @@ def mamba_conv1d_scan_ref(
         [4.0, 8.0, 12.0]
     """
     nheads = dt.shape[2]
-    if z is not None:
-        headdim = z.shape[-1] // nheads
-    headdim = _width_of_a_head("mamba_conv1d_scan_ref", D, headdim)
-    x, B, C = _convolved(
-        xBC, conv1d_weight, conv1d_bias, None, activation, nheads, headdim, ngroups
-    )
+    headdim = headdim if z is None else z.shape[-1] // nheads
+    headdim = width_of_a_head("mamba_conv1d_scan_ref", D, headdim)
+    states = (xBC.shape[-1] - nheads * headdim) // (2 * ngroups)
+    convolution = convolution_of(conv1d_weight, conv1d_bias, None, activation)
+    sizes = HeadSizes(nheads, headdim, ngroups, states)
+    x, B, C = sizes.split_convolved(convolution(xBC))
     gate = None if z is None else z.unflatten(-1, (nheads, headdim))
     steps = dt.to(x.dtype)
     y: Tensor = ssd_selective_scan(x, steps, A, B, C, D, gate, dt_bias, dt_softplus, dt_limit)
@@ -406,30 +356,26 @@ def mamba_split_conv1d_scan_combined(
         torch.Size([1, 3, 2])
     """
     name = "mamba_split_conv1d_scan_combined"
-    headdim = _width_of_a_head(name, D, headdim)
-    sizes = _Sizes(name, zxbcdt, conv1d_weight, D.shape[0], headdim, ngroups)
-    mlp, z, xBC, dt = sizes.split(zxbcdt)
-    x, B, C = _convolved(
-        xBC, conv1d_weight, conv1d_bias, seq_idx, activation, D.shape[0], headdim, ngroups
-    )
-    gate = z.unflatten(-1, (-1, headdim)) if rmsnorm_weight is None else None
-    y, final_states = ops.ssd(
-        *(x, dt, A, B, C, D, gate, dt_bias, True),
-        dt_limit=dt_limit,
-        initial_states=initial_states,
-        return_final_states=True,
-        seq_idx=seq_idx,
-    )
-    out = y.flatten(2)
-    if rmsnorm_weight is not None:
-        check_shape(name, "rmsnorm_weight", rmsnorm_weight, (sizes.dim,))
-        out = rmsnorm_fn(
-            out, rmsnorm_weight, None, z, rmsnorm_eps, sizes.dim // ngroups, norm_before_gate
+    sizes = sizes_of(name, zxbcdt, conv1d_weight, D, headdim, ngroups)
+    final_states = []
+
+    def scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, gate: Tensor | None) -> Tensor:
+        y, last = ops.ssd(
+            *(x, dt, A, B, C, D, gate, dt_bias, True),
+            dt_limit=dt_limit,
+            initial_states=initial_states,
+            return_final_states=True,
+            seq_idx=seq_idx,
         )
-    if mlp.shape[-1]:
-        out = torch.cat([swiglu(mlp), out], dim=-1)
-    out = _projected(name, out, outproj_weight, outproj_bias)
-    return (out, final_states) if return_final_states else out
+        final_states.append(last)
+        return y
+
+    check_shape(name, "rmsnorm_weight", rmsnorm_weight, (sizes.width,))
+    norm = norm_of(rmsnorm_weight, rmsnorm_eps, sizes.width // ngroups, norm_before_gate)
+    convolution = convolution_of(conv1d_weight, conv1d_bias, seq_idx, activation)
+    out = mix_heads(zxbcdt, sizes, convolution, scan, norm)
+    out = project_out(name, out, outproj_weight, outproj_bias)
+    return (out, final_states[0]) if return_final_states else out
 
 
 @by_device
@@ -475,79 +421,19 @@ def mamba_split_conv1d_scan_ref(
         torch.Size([1, 3, 2])
     """
     name = "mamba_split_conv1d_scan_ref"
-    headdim = _width_of_a_head(name, D, headdim)
-    sizes = _Sizes(name, zxbcdt, conv1d_weight, D.shape[0], headdim, ngroups)
-    mlp, z, xBC, dt = sizes.split(zxbcdt)
-    if mlp.shape[-1]:
-        extra = mlp.shape[-1]
+    sizes = sizes_of(name, zxbcdt, conv1d_weight, D, headdim, ngroups)
+    extra = zxbcdt.shape[-1] - sizes.projected
+    if extra:
         raise InputError(f"{name}: zxbcdt has {extra} columns for an MLP, expected none")
-    out: Tensor = mamba_conv1d_scan_ref(
-        *(xBC, conv1d_weight, conv1d_bias, dt, A, chunk_size, D),
-        z if rmsnorm_weight is None else None,
-        *(dt_bias, True, dt_limit, activation, headdim, ngroups),
-    )
-    if rmsnorm_weight is not None:
-        out = rmsnorm_fn(
-            out, rmsnorm_weight, None, z, rmsnorm_eps, norm_before_gate=norm_before_gate
-        )
-    return _projected(name, out, outproj_weight, outproj_bias)
 
+    def scan(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, gate: Tensor | None) -> Tensor:
+        options = (dt_bias, True, dt_limit)
+        return ssd_selective_scan(x, dt.to(x.dtype), A, B, C, D, gate, *options)
 
-class _Sizes:
-    """Where the MLP's part, z, x with B and C, and dt lie in the projection's output."""
-
-    def __init__(
-        self, name: str, zxbcdt: Tensor, weight: Tensor, nheads: int, headdim: int, ngroups: int
-    ) -> None:
-        self.dim, convolved = nheads * headdim, weight.shape[0]
-        mlp = zxbcdt.shape[-1] - self.dim - convolved - nheads
-        self._parts = [mlp, self.dim, convolved, nheads]
-        if zxbcdt.ndim != 3 or mlp < 0 or mlp % 2 or (convolved - self.dim) % (2 * ngroups):
-            raise InputError(
-                f"{name}: zxbcdt has shape {tuple(zxbcdt.shape)} and conv1d_weight "
-                f"{tuple(weight.shape)}, expected (batch, seqlen, dim + 2 * ngroups * dstate + dim "
-                f"+ nheads) and (dim + 2 * ngroups * dstate, width) with nheads={nheads}, "
-                f"dim={self.dim}, ngroups={ngroups}"
-            )
-
-    def split(self, zxbcdt: Tensor) -> tuple[Tensor, ...]:
-        """Views of the MLP's part, z, xBC and dt."""
-        return torch.split_with_sizes(zxbcdt, self._parts, dim=-1)
-
-
-def _width_of_a_head(name: str, D: Tensor | None, headdim: int | None) -> int:
-    if D is not None and D.ndim == 2:
-        return D.shape[1]
-    if headdim is None:
-        raise InputError(f"{name}: headdim is needed where D has one axis")
-    return headdim
-
-
-def _convolved(
-    xBC: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seq_idx: Tensor | None,
-    activation: str | None,
-    nheads: int,
-    headdim: int,
-    ngroups: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x in heads, and B and C in groups, as views of the convolution's output."""
-    convolved = causal_conv1d_fn(xBC.mT, weight, bias, seq_idx, activation=activation)
-    assert isinstance(convolved, Tensor)
-    maps = (xBC.shape[-1] - nheads * headdim) // 2
-    x, B, C = torch.split_with_sizes(convolved.mT, [nheads * headdim, maps, maps], dim=-1)
-    in_groups = [part.unflatten(-1, (ngroups, -1)) for part in (B, C)]
-    return x.unflatten(-1, (nheads, headdim)), in_groups[0], in_groups[1]
-
-
-def _projected(name: str, out: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        return F.linear(out, weight, bias)
-    if bias is not None:
-        raise InputError(f"{name}: outproj_bias is given without outproj_weight")
-    return out
+    norm = norm_of(rmsnorm_weight, rmsnorm_eps, None, norm_before_gate)
+    convolution = convolution_of(conv1d_weight, conv1d_bias, None, activation)
+    out = mix_heads(zxbcdt, sizes, convolution, scan, norm)
+    return project_out(name, out, outproj_weight, outproj_bias)
 
 
 class MambaChunkScanCombinedFn:

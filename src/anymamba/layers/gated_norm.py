@@ -1,0 +1,106 @@
+"""LayerNorm and RMSNorm with a gate, over all channels or over groups of them: Mamba-2's norm.
+
+    out = norm(x) * silu(z)     (norm_before_gate)        out = norm(x * silu(z))     (otherwise)
+
+Computed in float32 (float64 for float64 inputs). Source: "Transformers are SSMs: Generalized Models
+and Efficient Algorithms Through Structured State Space Duality" (arXiv 2405.21060), section 7.1.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from anymamba import ops
+from anymamba.errors import InputError
+from anymamba.ops.checks import check_shape
+
+__all__ = ["check_gated_norm", "gated_norm", "in_groups"]
+
+
+def gated_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    is_rms_norm: bool = False,
+) -> Tensor:
+    """Norm rows, or groups of channels in them, with a gate. Differentiable in every tensor.
+
+    Args:
+        x: (..., d).
+        weight, bias: gain and offset of each channel, (d,).
+        z: the gate, like x.
+        eps: added to the variance, or to the mean square.
+        group_size: how many neighbouring channels are normed together; all when None.
+        norm_before_gate: whether the gate comes after the norm.
+        is_rms_norm: RMSNorm in place of LayerNorm.
+
+    Returns:
+        (..., d) in the type of x.
+
+    Raises:
+        InputError: a shape does not fit the others, or groups do not divide d.
+    """
+    d = check_gated_norm(x, weight, bias, z, group_size)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gate = None if z is None else F.silu(z.to(wide))
+    rows = x.to(wide)
+    if gate is not None and not norm_before_gate:
+        rows = rows * gate
+    norm = _rms_norm if is_rms_norm else _layer_norm
+    gains = (weight.to(wide), None if bias is None else bias.to(wide))
+    out = norm(rows, *gains, eps, d if group_size is None else group_size)
+    if gate is not None and norm_before_gate:
+        out = out * gate
+    return out.to(x.dtype)
+
+
+def _layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int
+) -> Tensor:
+    if group_size == x.shape[-1]:
+        return F.layer_norm(x, (group_size,), weight, bias, eps)
+    groups = in_groups(x, group_size)
+    out = F.layer_norm(groups, (group_size,), eps=eps).reshape(x.shape) * weight
+    return out if bias is None else out + bias
+
+
+def _rms_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int
+) -> Tensor:
+    if group_size == x.shape[-1]:
+        out = cast(Tensor, ops.rms_norm(x, weight, eps))
+    else:
+        groups = in_groups(x, group_size)
+        normed = cast(Tensor, ops.rms_norm(groups, x.new_ones(group_size), eps))
+        out = normed.reshape(x.shape) * weight
+    return out if bias is None else out + bias
+
+
+def in_groups(x: Tensor, group_size: int) -> Tensor:
+    """(..., d) as (..., groups, group_size)."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+
+
+def check_gated_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None, group_size: int | None
+) -> int:
+    """The number of channels, after all shapes were found to fit it.
+
+    Raises:
+        InputError: one does not fit.
+    """
+    d = x.shape[-1]
+    check_shape("layernorm_fn", "weight", weight, (d,))
+    check_shape("layernorm_fn", "bias", bias, (d,))
+    check_shape("layernorm_fn", "z", z, tuple(x.shape))
+    if group_size is not None and (group_size < 1 or d % group_size):
+        raise InputError(f"layernorm_fn: groups of {group_size} channels do not divide all {d}")
+    return d
