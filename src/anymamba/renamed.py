@@ -38,6 +38,7 @@ MODULES = {
     "modeling.causal_lm": "modeling.mamba.causal_lm",
     "modeling.finding": "modeling.loading.find",
     "modeling.kept_positions": "modeling.packing.kept_positions",
+    "modeling.layer_state": "modeling.state",
     "modeling.loading_arguments": "modeling.loading.arguments",
     "modeling.loading_quantized": "modeling.loading.quantized",
     "modeling.logits_processors": "modeling.generation.logits_processors",

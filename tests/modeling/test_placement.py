@@ -24,7 +24,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 
 from anymamba import MambaCache, MambaForCausalLM
-from anymamba.modeling.layer_state import LayerState
+from anymamba.modeling.state import LayerState
 from tests.modeling.small import assert_same, talkative_model, words
 
 LAYERS = 3

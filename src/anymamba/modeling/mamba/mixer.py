@@ -16,9 +16,9 @@ from transformers.activations import ACT2FN, SiLUActivation
 from anymamba.layers import MambaLayer, convolve, draw_step_bias, s4d_real
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
+from anymamba.modeling.state import LayerState
 from anymamba.ops.fusable import fusable
 
 __all__ = ["MambaMixer"]

@@ -17,14 +17,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anymamba import ops
 from anymamba.errors import InputError, MissingDependencyError
-from anymamba.modeling.cache import MambaCache, config_of
+from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.loading import FromAnyLayout
 from anymamba.modeling.mamba.mixer import MambaMixer
 from anymamba.modeling.mamba.outputs import MambaOutput
 from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
+from anymamba.modeling.state import LayerState, config_of
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.fusable import fusable
 

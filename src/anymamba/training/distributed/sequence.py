@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from anymamba.errors import InputError
 from anymamba.layers import convolve
 from anymamba.modeling.cache import MambaCache
-from anymamba.modeling.layer_state import LayerState
 from anymamba.modeling.mamba import MambaMixer
 from anymamba.modeling.packing import Layout, next_tokens
+from anymamba.modeling.state import LayerState
 from anymamba.training.distributed.scan import parallel_scan
 from anymamba.training.distributed.states import (
     check_started,
