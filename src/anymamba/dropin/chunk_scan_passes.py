@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anymamba import ops
 from anymamba.dropin.common.gradients import filled, gradients
-from anymamba.dropin.common.ssd_parts import NO_LIMIT, step_sizes
+from anymamba.dropin.common.ssd_parts import NO_LIMIT, step_sizes, with_padding
 from anymamba.dropin.dispatch import by_device
 
 __all__ = ["_mamba_chunk_scan_combined_bwd", "_mamba_chunk_scan_combined_fwd"]
@@ -49,8 +49,6 @@ def _mamba_chunk_scan_combined_fwd(
         chunk, (batch, chunks, nheads, headdim, dstate); the last states; and with cu_seqlens those
         of each packed sequence.
     """
-    from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
     steps = step_sizes(dt, dt_bias, dt_softplus, dt_limit)
     state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=steps.dtype)
     state = state if initial_states is None else state.copy_(initial_states)
@@ -80,13 +78,13 @@ def _mamba_chunk_scan_combined_fwd(
     returned = (*kept, torch.stack(states, 1).to(C.dtype), state)
     if cu_seqlens is None:
         return returned
-    *_, varlen_states = mamba_chunk_scan_combined(
-        *(x, dt, A, B, C, chunk_size, D, None, dt_bias, initial_states, seq_idx, cu_seqlens),
-        dt_softplus=dt_softplus,
-        dt_limit=dt_limit,
-        return_varlen_states=True,
+    _, varlen_states = ops.ssd(
+        *(x, steps, A, B, C),
+        dt_limit=(-math.inf, math.inf),
+        cu_seqlens=with_padding(cu_seqlens, x.shape[1]),
+        return_final_states=True,
     )
-    return (*returned, varlen_states)
+    return (*returned, varlen_states[: len(cu_seqlens) - 1])
 
 
 @in_ssd_combined

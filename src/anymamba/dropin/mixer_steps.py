@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from anymamba.layers.core_tensors import PROJECTIONS, core_tensors
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS, native_is_chosen
 from anymamba.ops.fusable import fusable, why_not_plain
@@ -29,7 +30,6 @@ __all__ = ["give_back", "replace", "take_again", "why_not_fused"]
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
 
-_PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 # The norms of Falcon-Mamba and Jamba, and their names in the core.
 _NORMS = {"dt_layernorm": "dt_norm", "b_layernorm": "B_norm", "c_layernorm": "C_norm"}
 # The functions that a step of Transformers' calls.
@@ -165,7 +165,7 @@ def _why_not_usual(mixer: Any) -> str | None:
             return f"{name}: {reason}"
     if mixer.x_proj.bias is not None:
         return "x_proj has a bias"
-    if len({getattr(mixer, name).weight.dtype for name in _PROJECTIONS}) > 1:
+    if len({getattr(mixer, name).weight.dtype for name in PROJECTIONS}) > 1:
         return "its projections have several types"
     if _has_norms(mixer) and len({_eps(getattr(mixer, name)) for name in _NORMS}) > 1:
         return "its norms have several epsilons"
@@ -197,7 +197,7 @@ def _why_not_shaped(mixer: Any) -> str | None:
 
 def _parts(mixer: Any) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
     """The modules of a mixer that a native step goes past, and the classes that belong there."""
-    for name in _PROJECTIONS:
+    for name in PROJECTIONS:
         yield name, getattr(mixer, name), nn.Linear
     yield "conv1d", mixer.conv1d, nn.Conv1d
     if _has_norms(mixer):
@@ -276,23 +276,15 @@ class Table:
 
 def _layer(mixer: Any) -> dict[str, Any]:
     """A mixer's tensors as the core names them, the model's own memory every one of them."""
-    tensors = {name: getattr(mixer, name).weight for name in _PROJECTIONS} | {
-        "in_proj_bias": mixer.in_proj.bias,
-        "conv_weight": mixer.conv1d.weight[:, 0],
-        "conv_bias": mixer.conv1d.bias,
-        "dt_bias": mixer.dt_proj.bias,
-        "A_log": mixer.A_log,
-        "D": mixer.D,
-        "out_proj_bias": mixer.out_proj.bias,
-    }
+    tensors = core_tensors(mixer)
     if _has_norms(mixer):
         widths = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
         for (name, name_in_core), width in zip(_NORMS.items(), widths, strict=True):
             # Falcon-Mamba's norms have a buffer of this name, which they do not use.
             weight = getattr(mixer, name)._parameters.get("weight")
             plain = torch.ones(width, dtype=torch.float32, device="cpu")
-            tensors[name_in_core] = plain if weight is None else weight
-    return {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
+            tensors[name_in_core] = plain if weight is None else weight.detach()
+    return tensors
 
 
 _TABLES: WeakKeyDictionary[nn.Module, Table] = WeakKeyDictionary()

@@ -21,7 +21,7 @@ __all__ = ["convolve", "convolve_step", "last_inputs"]
 
 
 def convolve(
-    conv1d: nn.Module,
+    conv1d: Any,
     act: nn.Module | None,
     x_ble: Tensor,
     window: Tensor | None = None,
@@ -43,43 +43,27 @@ def convolve(
     Returns:
         (b, l, e), and the windows after the last inputs where `window` is given, else None.
     """
+    silu = act is not None and computes(act, "silu")
     if why_not_plain(conv1d, nn.Conv1d) is not None:
         y_ble, last = _called(conv1d, x_ble, window, seq_idx, cu_seqlens)
-        fused = None
+        silu = False
     else:
-        fused = _fused(act)
-        y_ble, last = _by_weights(conv1d, fused, x_ble, window, seq_idx, cu_seqlens)
-    if act is not None and fused is None:
+        convolved: Any = ops.causal_conv1d(
+            x_ble,
+            conv1d.weight[:, 0],
+            conv1d.bias,
+            "silu" if silu else None,
+            initial_window=window,
+            return_final_window=window is not None,
+            seq_idx=seq_idx,
+            cu_seqlens=cu_seqlens,
+        )
+        y_ble, last = convolved if window is not None else (convolved, None)
+    if act is not None and not silu:
         y_ble = act(y_ble)
     if seq_idx is not None:
         y_ble = y_ble.masked_fill((seq_idx < 0)[..., None], 0)
     return y_ble, last
-
-
-def _fused(act: nn.Module | None) -> str | None:
-    """The activation that the operator can apply in the module's place."""
-    return "silu" if act is not None and computes(act, "silu") else None
-
-
-def _by_weights(
-    conv1d: Any,
-    activation: str | None,
-    x_ble: Tensor,
-    window: Tensor | None,
-    seq_idx: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    convolved = ops.causal_conv1d(
-        x_ble,
-        conv1d.weight[:, 0],
-        conv1d.bias,
-        activation,
-        initial_window=window,
-        return_final_window=window is not None,
-        seq_idx=seq_idx,
-        cu_seqlens=cu_seqlens,
-    )
-    return convolved if isinstance(convolved, tuple) else (convolved, None)
 
 
 def _called(
@@ -90,11 +74,11 @@ def _called(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution through its forward, called once for each packed sequence."""
-    batch, length, channels = x_ble.shape
-    segments = segments_of(batch, length, seq_idx, cu_seqlens, reverse=False)
+    b, l, _ = x_ble.shape
+    segments = segments_of(b, l, seq_idx, cu_seqlens, reverse=False)
     if segments is None:
         return _called_once(conv1d, x_ble, window)
-    outputs, windows = [], []
+    outputs, windows = [], [] if window is None else [window[:0]]
     for row, start, stop, state_in, state_out in segments:
         before = None
         if window is not None:
@@ -103,23 +87,21 @@ def _called(
         outputs.append(y_1le)
         if last is not None and state_out >= 0:
             windows.append(last)
-    y_ble = torch.cat(outputs, 1).view(batch, length, channels) if outputs else x_ble
-    if window is None:
-        return y_ble, None
-    return y_ble, torch.cat(windows) if windows else window
+    y_ble = torch.cat(outputs, 1).view(x_ble.shape) if outputs else x_ble
+    return y_ble, torch.cat(windows) if windows else None
 
 
 def _called_once(
     conv1d: nn.Module, x_ble: Tensor, window: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    inputs_bel = x_ble.transpose(1, 2)
-    if window is None:
-        y_bel = conv1d(inputs_bel)[..., : x_ble.shape[1]] if x_ble.shape[1] else inputs_bel
-        return y_bel.transpose(1, 2), None
-    k = window.shape[2]
-    inputs_bel = torch.cat([window.to(x_ble.dtype), inputs_bel], 2)
-    y_bel = conv1d(inputs_bel)[..., k : inputs_bel.shape[2]]
-    return y_bel.transpose(1, 2), inputs_bel[..., inputs_bel.shape[2] - k :]
+    inputs_bel, k = x_ble.transpose(1, 2), 0
+    if window is not None:
+        k = window.shape[2]
+        inputs_bel = torch.cat([window.to(x_ble.dtype), inputs_bel], 2)
+    if not inputs_bel.shape[2]:
+        return x_ble, None
+    y_ble = conv1d(inputs_bel)[..., k : inputs_bel.shape[2]].transpose(1, 2)
+    return y_ble, inputs_bel[..., inputs_bel.shape[2] - k :] if k else None
 
 
 def convolve_step(conv1d: Any, act: nn.Module | None, x_be: Tensor, window_bek: Tensor) -> Tensor:
@@ -135,12 +117,11 @@ def convolve_step(conv1d: Any, act: nn.Module | None, x_be: Tensor, window_bek: 
     """
     if why_not_plain(conv1d, nn.Conv1d) is not None:
         return _called_step(conv1d, act, x_be, window_bek)
-    fused = _fused(act)
-    arguments = (x_be, window_bek, conv1d.weight[:, 0], conv1d.bias, fused)
+    silu = "silu" if act is not None and computes(act, "silu") else None
+    arguments = (x_be, window_bek, conv1d.weight[:, 0], conv1d.bias, silu)
     y_be = conv_step(*arguments)
-    if y_be is None:
-        y_be = ops.causal_conv1d_update(*arguments)
-    return y_be if act is None or fused else act(y_be)
+    y_be = ops.causal_conv1d_update(*arguments) if y_be is None else y_be
+    return y_be if act is None or silu else act(y_be)
 
 
 @torch.no_grad()

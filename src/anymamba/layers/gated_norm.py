@@ -31,19 +31,11 @@ def gated_norm(
     norm_before_gate: bool = True,
     is_rms_norm: bool = False,
 ) -> Tensor:
-    """Norm rows, or groups of channels in them, with a gate. Differentiable in every tensor.
+    """Norm rows, or groups of `group_size` channels in them, with a gate z. Differentiable.
 
     Args:
-        x: (..., d).
+        x, z: (..., d).
         weight, bias: gain and offset of each channel, (d,).
-        z: the gate, like x.
-        eps: added to the variance, or to the mean square.
-        group_size: how many neighbouring channels are normed together; all when None.
-        norm_before_gate: whether the gate comes after the norm.
-        is_rms_norm: RMSNorm in place of LayerNorm.
-
-    Returns:
-        (..., d) in the type of x.
 
     Raises:
         InputError: a shape does not fit the others, or groups do not divide d.
@@ -54,33 +46,22 @@ def gated_norm(
     rows = x.to(wide)
     if gate is not None and not norm_before_gate:
         rows = rows * gate
-    norm = _rms_norm if is_rms_norm else _layer_norm
-    gains = (weight.to(wide), None if bias is None else bias.to(wide))
-    out = norm(rows, *gains, eps, d if group_size is None else group_size)
+    gain, offset = weight.to(wide), None if bias is None else bias.to(wide)
+    if group_size is None or group_size == d:
+        out = _normed(rows, gain, offset, eps, is_rms_norm)
+    else:
+        groups, ones = in_groups(rows, group_size), rows.new_ones(group_size)
+        out = _normed(groups, ones, None, eps, is_rms_norm).reshape(x.shape) * gain
+        out = out if offset is None else out + offset
     if gate is not None and norm_before_gate:
         out = out * gate
     return out.to(x.dtype)
 
 
-def _layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int
-) -> Tensor:
-    if group_size == x.shape[-1]:
-        return F.layer_norm(x, (group_size,), weight, bias, eps)
-    groups = in_groups(x, group_size)
-    out = F.layer_norm(groups, (group_size,), eps=eps).reshape(x.shape) * weight
-    return out if bias is None else out + bias
-
-
-def _rms_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group_size: int
-) -> Tensor:
-    if group_size == x.shape[-1]:
-        out = cast(Tensor, ops.rms_norm(x, weight, eps))
-    else:
-        groups = in_groups(x, group_size)
-        normed = cast(Tensor, ops.rms_norm(groups, x.new_ones(group_size), eps))
-        out = normed.reshape(x.shape) * weight
+def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    if not rms:
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    out = cast(Tensor, ops.rms_norm(x, weight, eps))
     return out if bias is None else out + bias
 
 

@@ -1,4 +1,4 @@
-"""The whole model in one call of the native core: one token, or a stretch of a prompt.
+"""The whole model in one call of the native core: one token, or a chunk of a prompt.
 
 The core works on the model's own weights, through a table of pointers that was checked when it
 was made. The table is used only while it still describes the model: before each call the modules,
@@ -8,16 +8,19 @@ change as it likes, for nothing that follows from it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
 
 from anymamba.errors import InputError
+from anymamba.layers.core_tensors import core_tensors
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
+from anymamba.modeling.state import MambaState
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.fusable import why_not_plain
@@ -25,24 +28,71 @@ from anymamba.ops.native import core
 from anymamba.ops.tracing import runs_now
 from anymamba.ops.watch import ModuleWatch
 
-if TYPE_CHECKING:
-    from anymamba.modeling.cache import MambaCache
-    from anymamba.modeling.config import MambaConfig
-    from anymamba.modeling.mamba import MambaForCausalLM
-
-__all__ = ["CHUNK_TOKENS", "MOST_ROWS", "Table", "fits", "table_of", "why_not_fused"]
+__all__ = ["CHUNK_TOKENS", "MOST_ROWS", "Part", "Table", "fits", "table_of", "why_not_fused"]
 
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
 
 CHUNK_TOKENS = 512
-"""A prompt is read in stretches of so many tokens, all rows together: long enough for products at
+"""A prompt is read in chunks of so many tokens, all rows together: long enough for products at
 full speed, short enough for little memory."""
+
+# What decides the result of a convolution beside its weights; `why_not_plain` looks at it.
+_OF_CONVOLUTIONS = ("stride", "dilation", "groups", "padding_mode")
+_BLOCK = re.compile(r"layers\.\d+")
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def table_of(model: MambaForCausalLM, input_ids: Tensor) -> Table | None:
+@dataclass(frozen=True)
+class Part:
+    """A module that the core stands in for, and what it must be for that.
+
+    Attributes:
+        name: where it stands in the model, without `backbone.`.
+        module: what stands there now.
+        usual: the class that belongs there.
+        shape: of its weight; None where it has none that is a matrix.
+        may_have_bias: whether the core adds a bias there.
+        settings: attributes that decide its result, and the values that the core assumes.
+    """
+
+    name: str
+    module: Any
+    usual: type[nn.Module]
+    shape: tuple[int, int] | None = None
+    may_have_bias: bool = True
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def why_not_usual(self) -> str | None:
+        """Why the module computes something else than the core would, or None."""
+        reason = why_not_plain(self.module, self.usual)
+        if reason is not None:
+            return reason
+        if not self.may_have_bias and self.module.bias is not None:
+            return "it has a bias"
+        for setting, expected in self.settings.items():
+            found = getattr(self.module, setting, expected)
+            if found != expected:
+                return f"its {setting} is {found}, expected {expected}"
+        if self.shape is not None and _shape_of(self.module) != self.shape:
+            return f"its weight is {_shape_of(self.module)}, and the config says {self.shape}"
+        return None
+
+
+class FusableModel(Protocol):
+    """A language model that says what it consists of."""
+
+    config: Any
+
+    def fused_parts(self) -> Iterable[Part]:
+        """The head, the embeddings, the final norm, the layers, and everything in them."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As every module has it."""
+
+
+def table_of(model: FusableModel, input_ids: Tensor) -> Table | None:
     """The model as the native core runs it, or None where its modules must be called.
 
     Args:
@@ -55,7 +105,7 @@ def table_of(model: MambaForCausalLM, input_ids: Tensor) -> Table | None:
     return None if why_not_table(model) is not None else _TABLES[model]
 
 
-def why_not_table(model: MambaForCausalLM) -> str | None:
+def why_not_table(model: FusableModel) -> str | None:
     """As `why_not_fused`, and a current table of the model is kept where there is no reason."""
     table = _TABLES.get(model)
     if table is not None and table.is_current():
@@ -63,11 +113,11 @@ def why_not_table(model: MambaForCausalLM) -> str | None:
     _TABLES.pop(model, None)
     reason = why_not_fused(model)
     if reason is None:
-        _TABLES[model] = Table(model)
+        _TABLES[model] = Table(cast(nn.Module, model), model.fused_parts())
     return reason
 
 
-def fits(cache: MambaCache) -> bool:
+def fits(cache: MambaState) -> bool:
     """Whether the core can work on a state where it lies."""
     return (
         cache.device.type == "cpu"
@@ -77,7 +127,7 @@ def fits(cache: MambaCache) -> bool:
     )
 
 
-def why_not_fused(model: MambaForCausalLM) -> str | None:
+def why_not_fused(model: FusableModel) -> str | None:
     """The reason why single tokens go through the model's modules one by one, or None.
 
     Args:
@@ -100,125 +150,50 @@ def why_not_fused(model: MambaForCausalLM) -> str | None:
         return f"the activation is {model.config.hidden_act}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if not len(model.backbone.layers):
+    parts = list(model.fused_parts())
+    if not any(part.name.startswith("layers.") for part in parts):
         return "it has no layers"
-    for name, module, kind in _parts(model):
-        reason = why_not_plain(module, kind) or _why_not_usual(name, module, model)
+    for part in parts:
+        reason = part.why_not_usual()
         if reason is not None:
-            return f"{name}: {reason}"
+            return f"{part.name}: {reason}"
     for name, weight in model.named_parameters():
         if weight.device.type != "cpu" or weight.dtype not in _TYPES or not weight.is_contiguous():
             return f"{name} is {weight.dtype} on {weight.device}, or not contiguous"
     return None
 
 
-def _parts(model: MambaForCausalLM) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """Every module of the model, with the class that belongs in its place."""
-    from anymamba.modeling.mamba import MambaBlock, MambaMixer, MambaModel, MambaRMSNorm
-
-    yield "lm_head", model.lm_head, _kind(model.lm_head, nn.Linear)
-    yield "backbone", model.backbone, MambaModel
-    yield "embeddings", model.backbone.embeddings, _kind(model.backbone.embeddings, nn.Embedding)
-    yield "norm_f", model.backbone.norm_f, MambaRMSNorm
-    for index, block in enumerate(model.backbone.layers):
-        name = f"layers.{index}"
-        yield name, block, MambaBlock
-        if type(block) is not MambaBlock:
-            return
-        yield f"{name}.norm", block.norm, MambaRMSNorm
-        yield f"{name}.mixer", block.mixer, MambaMixer
-        if type(block.mixer) is not MambaMixer:
-            return
-        yield f"{name}.mixer.conv1d", block.mixer.conv1d, nn.Conv1d
-        act = block.mixer.act
-        yield f"{name}.mixer.act", act, nn.SiLU if type(act) is nn.SiLU else SiLUActivation
-        for projection in ("in_proj", "x_proj", "dt_proj", "out_proj"):
-            module = getattr(block.mixer, projection)
-            yield f"{name}.mixer.{projection}", module, _kind(module, nn.Linear)
-
-
-def _kind(module: nn.Module, usual: type[nn.Module]) -> type[nn.Module]:
-    """What belongs in a place: the usual class, or our own quantized one where it stands there."""
-    ours = QuantizedLinear if usual is nn.Linear else QuantizedEmbedding
-    return ours if type(module) is ours else usual
-
-
-# What decides a module's result beside its weights.
-_SETTINGS = (
-    "variance_epsilon",
-    "max_norm",
-    "stride",
-    "dilation",
-    "groups",
-    "padding_mode",
-    "ssm_state_size",
-    "time_step_rank",
-)
-
-
-def _why_not_usual(name: str, module: nn.Module, model: MambaForCausalLM) -> str | None:
-    """Why a module of the right class computes something else than the core would."""
-    config: Any = model.config
-    part = name.rpartition(".")[2]
-    if part in ("lm_head", "x_proj") and module.bias is not None:
-        return "it has a bias"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        return "it limits the norm of what it returns"
-    eps = getattr(module, "variance_epsilon", None)
-    if eps is not None and eps != model.backbone.norm_f.variance_epsilon:
-        return "its epsilon is not that of the final norm"
-    for setting, told in {
-        "ssm_state_size": config.state_size,
-        "time_step_rank": config.time_step_rank,
-    }.items():
-        if getattr(module, setting, told) != told:
-            return f"its {setting} is not what the config says"
-    expected = _matrix_shapes(config).get(part)
-    if expected is not None and _shape_of(module) != expected:
-        return f"its weight is {_shape_of(module)}, and the config says {expected}"
-    return None
-
-
-def _matrix_shapes(config: MambaConfig) -> dict[str, tuple[int, int]]:
-    d, e, n = config.hidden_size, config.intermediate_size, config.state_size
-    r, v = int(config.time_step_rank), config.vocab_size
-    return {
-        "embeddings": (v, d),
-        "lm_head": (v, d),
-        "in_proj": (2 * e, d),
-        "x_proj": (r + 2 * n, e),
-        "dt_proj": (e, r),
-        "out_proj": (d, e),
-    }
-
-
-def _shape_of(module: Any) -> tuple[int, ...]:
-    if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-        return module.n, module.k
-    return tuple(module.weight.shape)
-
-
 class Table:
-    """The weights' pointers, and what must not have changed for them to be right."""
+    """The weights' pointers, and what must not have changed for them to be right.
 
-    def __init__(self, model: MambaForCausalLM) -> None:
-        modules = [module for _, module, _ in _parts(model)]
-        self._watch = ModuleWatch(model, modules, _SETTINGS)
-        backbone = model.backbone
-        self._vocabulary = model.config.vocab_size
+    Args:
+        model: the module that holds all parts.
+        parts: what `fused_parts` of it gives, all of them as the core expects them.
+    """
+
+    def __init__(self, model: nn.Module, parts: Iterable[Part]) -> None:
+        parts = list(parts)
+        settings = {name for part in parts for name in part.settings}
+        modules = [part.module for part in parts]
+        self._watch = ModuleWatch(model, modules, (*settings, *_OF_CONVOLUTIONS))
+        by_name = {part.name: part for part in parts}
+        head, norm = by_name["lm_head"], by_name["norm_f"].module
+        assert head.shape is not None
+        self._vocabulary = head.shape[0]
+        blocks = [part.module for part in parts if _BLOCK.fullmatch(part.name)]
         self._model = core().Model(
-            _weight_of(backbone.embeddings),
-            _weight_of(model.lm_head),
-            backbone.norm_f.weight.detach(),
-            backbone.norm_f.variance_epsilon,
-            [_layer(block) for block in backbone.layers],
+            _weight_of(by_name["embeddings"].module),
+            _weight_of(head.module),
+            norm.weight.detach(),
+            norm.variance_epsilon,
+            [_layer(block) for block in blocks],
         )
 
     def is_current(self) -> bool:
         """Whether the model still is what the pointers say."""
         return self._watch.holds()
 
-    def run(self, input_ids: Tensor, cache: MambaCache, wanted: int) -> Tensor:
+    def run(self, input_ids: Tensor, cache: MambaState, wanted: int) -> Tensor:
         """Read what each row goes on with.
 
         Args:
@@ -237,7 +212,7 @@ class Table:
             return self._step(input_ids, cache)
         return self._read(input_ids, cache, wanted)
 
-    def _step(self, input_ids: Tensor, cache: MambaCache) -> Tensor:
+    def _step(self, input_ids: Tensor, cache: MambaState) -> Tensor:
         """(b, 1, v) logits; the cache advances."""
         logits = self._logits(input_ids.shape[0])
         core()
@@ -250,7 +225,7 @@ class Table:
             raise InputError(f"input_ids: {error}") from error
         return logits[:, None]
 
-    def _read(self, input_ids: Tensor, cache: MambaCache, wanted: int) -> Tensor:
+    def _read(self, input_ids: Tensor, cache: MambaState, wanted: int) -> Tensor:
         """(b, wanted, v) logits; the cache advances."""
         batch, length = input_ids.shape
         self._check_tokens(input_ids)
@@ -259,14 +234,14 @@ class Table:
         logits = self._logits(batch, wanted)
         unwanted = length - wanted
         for start in range(0, length, columns):
-            stretch = input_ids[:, start : start + columns]
-            stop = max(start + stretch.shape[1] - unwanted, 0)  # how many logits there are then
-            here = min(stop, stretch.shape[1])
-            logits[:, stop - here : stop] = self._read_stretch(stretch, cache, here)
+            chunk = input_ids[:, start : start + columns]
+            stop = max(start + chunk.shape[1] - unwanted, 0)  # how many logits there are then
+            here = min(stop, chunk.shape[1])
+            logits[:, stop - here : stop] = self._read_chunk(chunk, cache, here)
         return logits
 
-    def _read_stretch(self, ids_bl: Tensor, cache: MambaCache, wanted: int) -> Tensor:
-        """The last (b, wanted, v) logits of a stretch that fits into memory."""
+    def _read_chunk(self, ids_bl: Tensor, cache: MambaState, wanted: int) -> Tensor:
+        """The last (b, wanted, v) logits of a chunk that fits into memory."""
         batch, length = ids_bl.shape
         rows_b = torch.arange(batch + 1, device="cpu") * length
         positions_bw = rows_b[:-1, None] + torch.arange(length - wanted, length, device="cpu")
@@ -305,20 +280,13 @@ def _rounds_to_bfloat16() -> bool:
 
 def _layer(block: Any) -> dict[str, Any]:
     """One layer's tensors, the model's own memory every one of them."""
-    mixer = block.mixer
-    tensors = {
-        "norm": block.norm.weight,
-        "in_proj_bias": mixer.in_proj.bias,
-        "conv_weight": mixer.conv1d.weight[:, 0],
-        "conv_bias": mixer.conv1d.bias,
-        "dt_bias": mixer.dt_proj.bias,
-        "A_log": mixer.A_log,
-        "D": mixer.D,
-        "out_proj_bias": mixer.out_proj.bias,
-    }
-    small = {name: None if tensor is None else tensor.detach() for name, tensor in tensors.items()}
-    projections = ("in_proj", "x_proj", "dt_proj", "out_proj")
-    return small | {name: _weight_of(getattr(mixer, name)) for name in projections}
+    return core_tensors(block.mixer, _weight_of) | {"norm": block.norm.weight.detach()}
+
+
+def _shape_of(module: Any) -> tuple[int, ...]:
+    if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
+        return module.n, module.k
+    return tuple(module.weight.shape)
 
 
 def _weight_of(module: Any) -> Any:
@@ -328,4 +296,4 @@ def _weight_of(module: Any) -> Any:
     return module.weight.detach()
 
 
-_TABLES: WeakKeyDictionary[nn.Module, Table] = WeakKeyDictionary()
+_TABLES: WeakKeyDictionary[FusableModel, Table] = WeakKeyDictionary()

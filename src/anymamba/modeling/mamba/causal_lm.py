@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from anymamba.modeling.mamba.model import (
     check_no_attention,
 )
 from anymamba.modeling.mamba.outputs import MambaCausalLMOutput
+from anymamba.modeling.mamba.parts import parts_of
 from anymamba.modeling.packing import at_kept, check_kept, check_mask, targets_of
 from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.fusable import project
@@ -77,6 +79,10 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another embedding layer in place."""
         self.backbone.set_input_embeddings(new_embeddings)
+
+    def fused_parts(self) -> Iterator[fused.Part]:
+        """The modules that one call of the native core stands in for."""
+        return parts_of(self.config, self.backbone, self.lm_head)
 
     @takes_cache_params
     def forward(

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
-from anymamba.dropin.common.heads import check_heads, depthwise, log_rates, not_decayed
 from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
 from anymamba.dropin.common.layer_states import CachedStates, all_plain, one_token
 from anymamba.dropin.forks import explained
@@ -26,7 +25,7 @@ from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
     mamba_chunk_scan_combined,
     mamba_split_conv1d_scan_combined,
 )
-from anymamba.errors import InputError, NotIncludedError
+from anymamba.errors import ConfigError, InputError, NotIncludedError
 from anymamba.layers import (
     HeadSizes,
     States,
@@ -50,23 +49,66 @@ NO_LIMIT = (0.0, float("inf"))
 class HeadsLayer(nn.Module):
     """A layer with the modules and settings of `Mamba2`, by the names that they have there."""
 
-    conv1d: nn.Conv1d
-    out_proj: nn.Linear
-    norm: Any
-    A_log: nn.Parameter
-    D: nn.Parameter
-    dt_bias: nn.Parameter
-    nheads: int
-    headdim: int
-    ngroups: int
-    d_state: int
-    chunk_size: int
-    activation: str
-    dt_limit: tuple[float, float]
-    use_mem_eff_path: bool
-    rmsnorm = True
-    norm_before_gate = False
-    D_has_hdim = False
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int,
+        d_conv: int,
+        conv_init: float | None,
+        expand: float,
+        headdim: int,
+        ngroups: int,
+        A_init_range: tuple[float, float],
+        step_range: tuple[float, float, float],
+        dt_limit: tuple[float, float],
+        bias: bool,
+        conv_bias: bool,
+        chunk_size: int,
+        use_mem_eff_path: bool,
+        layer_idx: int | None,
+        factory: dict[str, Any],
+        *,
+        activation: str = "silu",
+        d_ssm: int | None = None,
+        D_has_hdim: bool = False,
+        rmsnorm: bool = True,
+        norm_before_gate: bool = False,
+        learnable_init_states: bool = False,
+    ) -> None:
+        super().__init__()
+        self.d_inner = e = inner_width(d_model, expand)
+        self.d_ssm = s = e if d_ssm is None else d_ssm
+        check_sizes(d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
+        check_sizes(chunk_size=chunk_size, d_ssm=s)
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.conv_init, self.headdim, self.ngroups = conv_init, headdim, ngroups
+        check_heads(s, headdim, ngroups)
+        self.nheads = h = s // headdim
+        self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
+        # config.json has a list in the tuple's place.
+        self.dt_limit: tuple[float, float] = (dt_limit[0], dt_limit[1])
+        self.activation, self.chunk_size = activation, chunk_size
+        self.use_mem_eff_path, self.layer_idx = use_mem_eff_path, layer_idx
+        # The order of what is drawn is the original's: one seed gives the same weights in both.
+        width = s + 2 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, 2 * e - s + width + h, bias=bias, **factory)
+        self.conv1d = depthwise(width, d_conv, conv_bias, conv_init, factory)
+        if learnable_init_states:
+            self.init_states = not_decayed(torch.zeros(h, headdim, d_state, **factory))
+        self.act = nn.SiLU()
+        self.dt_bias = not_decayed(draw_step_bias(h, *step_range, **factory))
+        device, dtype = factory["device"], factory["dtype"]
+        self.A_log = not_decayed(log_rates(h, A_init_range, device).to(dtype=dtype))
+        self.D = not_decayed(torch.ones(s if D_has_hdim else h, device=device))
+        if rmsnorm:
+            # The original's Mamba2Simple norms whole rows on one of its paths and groups on the
+            # other; the second is its default, and what Mamba2 does.
+            groups: dict[str, Any] = {
+                "group_size": s // ngroups,
+                "norm_before_gate": norm_before_gate,
+            }
+            self.norm = RMSNorm(s, eps=1e-5, **groups, **factory)
+        self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
 
     def _A(self) -> Tensor:
         return -torch.exp(at_least_float32(self.A_log))
@@ -199,50 +241,22 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if process_group is not None:
             raise NotIncludedError(
                 "Mamba2(process_group=...): tensor-parallel layers are not part of the drop-in, "
                 "whose list is docs/drop-in.md; leave process_group out"
             )
-        e = inner_width(d_model, expand)
-        s = e if d_ssm is None else d_ssm
-        check_sizes(d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
-        check_sizes(chunk_size=chunk_size, d_ssm=s)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.conv_init, self.headdim, self.ngroups = conv_init, headdim, ngroups
+        super().__init__(
+            *(d_model, d_state, d_conv, conv_init, expand, headdim, ngroups, A_init_range),
+            *((dt_min, dt_max, dt_init_floor), dt_limit, bias, conv_bias, chunk_size),
+            *(use_mem_eff_path, layer_idx, {"device": device, "dtype": dtype}),
+            d_ssm=d_ssm,
+            D_has_hdim=D_has_hdim,
+            rmsnorm=rmsnorm,
+            norm_before_gate=norm_before_gate,
+        )
         self.process_group, self.sequence_parallel = None, sequence_parallel
         self.world_size, self.local_rank = 1, 0
-        self.d_inner, self.d_ssm = e, s
-        check_heads(s, headdim, ngroups)
-        self.nheads = h = s // headdim
-        self.D_has_hdim, self.rmsnorm, self.norm_before_gate = D_has_hdim, rmsnorm, norm_before_gate
-        # config.json has a list in the tuple's place.
-        self.dt_limit: tuple[float, float] = (dt_limit[0], dt_limit[1])
-        self.activation = "silu"
-        self.chunk_size, self.use_mem_eff_path, self.layer_idx = (
-            chunk_size,
-            use_mem_eff_path,
-            layer_idx,
-        )
-        # The order of what is drawn is the original's: one seed gives the same weights in both.
-        width = s + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, 2 * e - s + width + h, bias=bias, **factory)
-        self.conv1d = depthwise(width, d_conv, conv_bias, conv_init, factory)
-        self.act = nn.SiLU()
-        self.dt_bias = not_decayed(draw_step_bias(h, dt_min, dt_max, dt_init_floor, **factory))
-        self.A_log = not_decayed(log_rates(h, A_init_range, device).to(dtype=dtype))
-        self.D = not_decayed(torch.ones(s if D_has_hdim else h, device=device))
-        if rmsnorm:
-            self.norm = RMSNorm(
-                s,
-                eps=1e-5,
-                norm_before_gate=norm_before_gate,
-                group_size=s // ngroups,
-                **factory,
-            )
-        self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
 
     def forward(
         self,
@@ -372,6 +386,50 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
         state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         sizes = (batch_size, self.nheads, self.headdim, self.d_state)
         return conv_state.transpose(1, 2), weight.new_zeros(sizes, dtype=state_dtype)
+
+
+def check_heads(width: int, headdim: int, ngroups: int) -> None:
+    """Check that heads fill the width, and groups the heads.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if width % headdim or (width // headdim) % ngroups:
+        raise ConfigError(
+            f"{width} inner channels cannot be split into heads of headdim={headdim} in "
+            f"ngroups={ngroups}; choose a headdim that divides them and ngroups that divides the "
+            "number of heads"
+        )
+
+
+def depthwise(
+    width: int, d_conv: int, bias: bool, init: float | None, factory: dict[str, Any]
+) -> nn.Conv1d:
+    """A causal convolution of each channel with its own kernel."""
+    conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1, bias=bias, **factory)
+    if init is not None:
+        nn.init.uniform_(conv1d.weight, -init, init)
+    return conv1d
+
+
+def log_rates(nheads: int, init_range: tuple[float, float], device: Any) -> Tensor:
+    """Draw the logarithms of the heads' rates of decay, in float32.
+
+    Raises:
+        ConfigError: the range is empty, or goes below zero.
+    """
+    low, high = init_range
+    if not 0 < low <= high:
+        raise ConfigError(f"A_init_range is {init_range}, expected 0 < low <= high")
+    rates = torch.empty(nheads, dtype=torch.float32, device=device).uniform_(low, high)
+    return torch.log(rates)
+
+
+def not_decayed(tensor: Tensor) -> nn.Parameter:
+    """A parameter that asks optimizers for no weight decay."""
+    parameter = nn.Parameter(tensor)
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def _numbered(cu_seqlens: Tensor, l: int) -> Tensor:

@@ -10,15 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from anymamba.dropin.common.heads import check_heads, depthwise, log_rates, not_decayed
-from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.modules.mamba2 import NO_LIMIT, HeadsLayer
-from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
 from anymamba.errors import ConfigError
-from anymamba.layers import convolve, draw_step_bias
+from anymamba.layers import convolve
 from anymamba.ops.fusable import project
 
 __all__ = ["Mamba2Simple"]
@@ -69,34 +66,16 @@ class Mamba2Simple(HeadsLayer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.d_inner = e = inner_width(d_model, expand)
-        check_sizes(d_state=d_state, d_conv=d_conv, headdim=headdim, ngroups=ngroups)
-        check_sizes(chunk_size=chunk_size)
-        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if activation not in ("swish", "silu"):
             raise ConfigError(f"activation is {activation!r}, expected 'swish' or 'silu'")
-        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
-        self.conv_init, self.headdim, self.ngroups = conv_init, headdim, ngroups
-        check_heads(e, headdim, ngroups)
-        self.nheads = h = e // headdim
-        self.dt_limit, self.learnable_init_states = dt_limit, learnable_init_states
-        self.activation, self.chunk_size = activation, chunk_size
-        self.use_mem_eff_path, self.layer_idx = use_mem_eff_path, layer_idx
-        # The order of what is drawn is the original's: one seed gives the same weights in both.
-        width = e + 2 * ngroups * d_state
-        self.in_proj = nn.Linear(d_model, e + width + h, bias=bias, **factory)
-        self.conv1d = depthwise(width, d_conv, conv_bias, conv_init, factory)
-        if learnable_init_states:
-            self.init_states = not_decayed(torch.zeros(h, headdim, d_state, **factory))
-        self.act = nn.SiLU()
-        self.dt_bias = not_decayed(draw_step_bias(h, dt_min, dt_max, dt_init_floor, **factory))
-        self.A_log = not_decayed(log_rates(h, A_init_range, device).to(dtype=dtype))
-        self.D = not_decayed(torch.ones(h, device=device))
-        # The original norms whole rows on one of its paths and groups on the other; the second is
-        # its default, and what Mamba2 does.
-        self.norm = RMSNorm(e, eps=1e-5, norm_before_gate=False, group_size=e // ngroups, **factory)
-        self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
+        super().__init__(
+            *(d_model, d_state, d_conv, conv_init, expand, headdim, ngroups, A_init_range),
+            *((dt_min, dt_max, dt_init_floor), dt_limit, bias, conv_bias, chunk_size),
+            *(use_mem_eff_path, layer_idx, {"device": device, "dtype": dtype}),
+            activation=activation,
+            learnable_init_states=learnable_init_states,
+        )
+        self.learnable_init_states = learnable_init_states
 
     def forward(self, u: Tensor, seq_idx: Tensor | None = None) -> Tensor:
         """Run the layer over sequences.

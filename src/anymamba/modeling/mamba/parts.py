@@ -1,0 +1,67 @@
+"""The modules of a Mamba language model that one call of the native core stands in for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers.activations import SiLUActivation
+
+from anymamba.layers.core_tensors import PROJECTIONS
+from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.fused import Part
+from anymamba.modeling.mamba.mixer import MambaMixer
+from anymamba.modeling.mamba.model import MambaBlock, MambaModel, MambaRMSNorm
+from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
+
+__all__ = ["parts_of"]
+
+
+def parts_of(config: MambaConfig, backbone: MambaModel, lm_head: nn.Module) -> Iterator[Part]:
+    """Every module of the model, with the class and the sizes that the core expects of it.
+
+    Args:
+        config: the language model's.
+        backbone: the model without its head.
+        lm_head: the head.
+    """
+    d, v = config.hidden_size, config.vocab_size
+    embeddings = backbone.embeddings
+    eps = {"variance_epsilon": backbone.norm_f.variance_epsilon}
+    yield Part("lm_head", lm_head, _usual(lm_head, nn.Linear), (v, d), may_have_bias=False)
+    yield Part("backbone", backbone, MambaModel)
+    table = _usual(embeddings, nn.Embedding)
+    yield Part("embeddings", embeddings, table, (v, d), settings={"max_norm": None})
+    yield Part("norm_f", backbone.norm_f, MambaRMSNorm)
+    for index, block in enumerate(backbone.layers):
+        name = f"layers.{index}"
+        yield Part(name, block, MambaBlock)
+        if type(block) is not MambaBlock:
+            return
+        yield Part(f"{name}.norm", block.norm, MambaRMSNorm, settings=eps)
+        yield from _parts_of_mixer(config, f"{name}.mixer", block.mixer)
+        if type(block.mixer) is not MambaMixer:
+            return
+
+
+def _parts_of_mixer(config: MambaConfig, name: str, mixer: Any) -> Iterator[Part]:
+    d, e, n = config.hidden_size, config.intermediate_size, config.state_size
+    r = int(config.time_step_rank)
+    sizes = {"ssm_state_size": n, "time_step_rank": r}
+    yield Part(name, mixer, MambaMixer, settings=sizes)
+    if type(mixer) is not MambaMixer:
+        return
+    yield Part(f"{name}.conv1d", mixer.conv1d, nn.Conv1d)
+    yield Part(f"{name}.act", mixer.act, nn.SiLU if type(mixer.act) is nn.SiLU else SiLUActivation)
+    shapes = ((2 * e, d), (r + 2 * n, e), (e, r), (d, e))
+    for projection, shape in zip(PROJECTIONS, shapes, strict=True):
+        module, may_have_bias = getattr(mixer, projection), projection != "x_proj"
+        linear = _usual(module, nn.Linear)
+        yield Part(f"{name}.{projection}", module, linear, shape, may_have_bias)
+
+
+def _usual(module: nn.Module, pytorch: type[nn.Module]) -> type[nn.Module]:
+    """What belongs in a place: PyTorch's class, or our own quantized one where it stands there."""
+    ours = QuantizedLinear if pytorch is nn.Linear else QuantizedEmbedding
+    return ours if type(module) is ours else pytorch
