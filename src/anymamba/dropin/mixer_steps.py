@@ -17,10 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from anymamba.layers.core_tensors import PROJECTIONS, core_tensors
+from anymamba.layers.native import PROJECTIONS, Part, core_tensors, mixer_parts
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS, native_is_chosen
-from anymamba.ops.fusable import fusable, why_not_plain
+from anymamba.ops.fusable import fusable
 from anymamba.ops.native import TYPES, core, handed
 from anymamba.ops.tracing import runs_now
 from anymamba.ops.watch import ModuleWatch
@@ -159,12 +159,13 @@ def _why_not_usual(mixer: Any) -> str | None:
     """Why the weights of a mixer do not say all that it computes, or the core cannot read them."""
     if mixer.activation not in ("silu", "swish"):
         return f"the activation is {mixer.activation}"
-    for name, part, kind in _parts(mixer):
-        reason = why_not_plain(part, kind)
+    for part in _parts(mixer):
+        reason = part.why_not_usual()
         if reason is not None:
-            return f"{name}: {reason}"
-    if mixer.x_proj.bias is not None:
-        return "x_proj has a bias"
+            return f"{part.name}: {reason}"
+    e, n = mixer.A_log.shape
+    if mixer.ssm_state_size != n or mixer.conv1d.weight.shape[:2] != (e, 1):
+        return "its sizes are not those of its weights"
     if len({getattr(mixer, name).weight.dtype for name in PROJECTIONS}) > 1:
         return "its projections have several types"
     if _has_norms(mixer) and len({_eps(getattr(mixer, name)) for name in _NORMS}) > 1:
@@ -174,38 +175,17 @@ def _why_not_usual(mixer: Any) -> str | None:
             return f"{name} is a {type(weight).__name__} of {weight.dtype}"
         if weight.device.type != "cpu" or not weight.is_contiguous():
             return f"{name} is on {weight.device}, or not contiguous"
-    return _why_not_shaped(mixer)
-
-
-def _why_not_shaped(mixer: Any) -> str | None:
-    e, n = mixer.A_log.shape
-    r, d = mixer.time_step_rank, mixer.in_proj.weight.shape[1]
-    shapes = {
-        "in_proj": (2 * e, d),
-        "x_proj": (r + 2 * n, e),
-        "dt_proj": (e, r),
-        "out_proj": (d, e),
-    }
-    for name, shape in shapes.items():
-        found = tuple(getattr(mixer, name).weight.shape)
-        if found != shape:
-            return f"{name}: its weight is {found}, expected {shape}"
-    if mixer.ssm_state_size != n or mixer.conv1d.weight.shape[:2] != (e, 1):
-        return "its sizes are not those of its weights"
     return None
 
 
-def _parts(mixer: Any) -> Iterator[tuple[str, nn.Module, type[nn.Module]]]:
-    """The modules of a mixer that a native step goes past, and the classes that belong there."""
-    for name in PROJECTIONS:
-        yield name, getattr(mixer, name), nn.Linear
-    yield "conv1d", mixer.conv1d, nn.Conv1d
+def _parts(mixer: Any) -> Iterator[Part]:
+    """The modules of a mixer that a native step goes past."""
+    yield from mixer_parts(mixer, (mixer.hidden_size, *mixer.A_log.shape, mixer.time_step_rank))
     if _has_norms(mixer):
         module = sys.modules[type(mixer).__module__]
         weightless = getattr(module, "FalconMambaWeightlessRMSNorm", None)
-        kind = weightless or module.JambaRMSNorm
         for name in _NORMS:
-            yield name, getattr(mixer, name), kind
+            yield Part(name, getattr(mixer, name), weightless or module.JambaRMSNorm)
 
 
 def _has_norms(mixer: nn.Module) -> bool:
@@ -232,7 +212,7 @@ class Table:
     """The pointers to a mixer's weights, and what must not have changed for them to be right."""
 
     def __init__(self, mixer: Any) -> None:
-        modules = [mixer, *(part for _, part, _ in _parts(mixer))]
+        modules = [mixer, *(part.module for part in _parts(mixer))]
         self.watch = ModuleWatch(mixer, modules, _SETTINGS)
         kind = type(mixer)
         for name in _FUNCTIONS:

@@ -95,16 +95,13 @@ class MambaLayer(nn.Module):
         n = self.A_log.shape[1]
         projected = project(self.x_proj, x)
         delta, B, C = projected.split([projected.shape[-1] - 2 * n, n, n], dim=-1)
-        delta, bias_e = self._step_size(delta, multiply)
-        return project(self.out_proj, scan(x, delta, self._A(), B, C, self.D, z, bias_e))
-
-    def _step_size(
-        self, delta: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Delta, and its bias apart where the weights can be read, so that it stays float32."""
+        bias_e = None
         if why_not_plain(self.dt_proj, nn.Linear) is None:
-            return multiply(delta, self.dt_proj.weight), self.dt_proj.bias
-        return self.dt_proj(delta), None
+            # The bias stays apart, so that it is added in float32.
+            delta, bias_e = multiply(delta, self.dt_proj.weight), self.dt_proj.bias
+        else:
+            delta = self.dt_proj(delta)
+        return project(self.out_proj, scan(x, delta, self._A(), B, C, self.D, z, bias_e))
 
     def _A(self) -> Tensor:
         return -torch.exp(at_least_float32(self.A_log))

@@ -291,21 +291,13 @@ class MambaCache(MambaState, Cache):
         return self.get_seq_length() > 0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: a state cannot forget its last tokens.
-
-        Raises:
-            InputError: always.
-        """
+        """Raise InputError: a state cannot forget its last tokens."""
         raise InputError(
             "MambaCache.crop: a state cannot forget tokens; continue from a clone() of before"
         )
 
     def activate_past_recording(self) -> None:
-        """Refuse: nothing could be rolled back to what was recorded.
-
-        Raises:
-            InputError: always.
-        """
+        """Raise InputError: nothing could be rolled back to what was recorded."""
         raise InputError(
             "MambaCache.activate_past_recording: a state cannot be rolled back, so assisted "
             "decoding is not possible; generate without an assistant"
@@ -318,11 +310,7 @@ class MambaCache(MambaState, Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Refuse: there are no keys and values here.
-
-        Raises:
-            InputError: always.
-        """
+        """Raise InputError: there are no keys and values here."""
         raise InputError(
             "MambaCache.update: a Mamba state has no keys and values; "
             "use update_conv_state and update_ssm_state"

@@ -9,8 +9,7 @@ change as it likes, for nothing that follows from it is kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
@@ -18,17 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from anymamba.errors import InputError
-from anymamba.layers.core_tensors import core_tensors
+from anymamba.layers.native import Part, core_tensors
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 from anymamba.modeling.state import MambaState
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS
-from anymamba.ops.fusable import why_not_plain
 from anymamba.ops.native import core
 from anymamba.ops.tracing import runs_now
 from anymamba.ops.watch import ModuleWatch
 
-__all__ = ["CHUNK_TOKENS", "MOST_ROWS", "Part", "Table", "fits", "table_of", "why_not_fused"]
+__all__ = ["CHUNK_TOKENS", "MOST_ROWS", "Table", "fits", "table_of", "why_not_fused"]
 
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
@@ -42,42 +40,6 @@ _OF_CONVOLUTIONS = ("stride", "dilation", "groups", "padding_mode")
 _BLOCK = re.compile(r"layers\.\d+")
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Part:
-    """A module that the core stands in for, and what it must be for that.
-
-    Attributes:
-        name: where it stands in the model, without `backbone.`.
-        module: what stands there now.
-        usual: the class that belongs there.
-        shape: of its weight; None where it has none that is a matrix.
-        may_have_bias: whether the core adds a bias there.
-        settings: attributes that decide its result, and the values that the core assumes.
-    """
-
-    name: str
-    module: Any
-    usual: type[nn.Module]
-    shape: tuple[int, int] | None = None
-    may_have_bias: bool = True
-    settings: Mapping[str, object] = field(default_factory=dict)
-
-    def why_not_usual(self) -> str | None:
-        """Why the module computes something else than the core would, or None."""
-        reason = why_not_plain(self.module, self.usual)
-        if reason is not None:
-            return reason
-        if not self.may_have_bias and self.module.bias is not None:
-            return "it has a bias"
-        for setting, expected in self.settings.items():
-            found = getattr(self.module, setting, expected)
-            if found != expected:
-                return f"its {setting} is {found}, expected {expected}"
-        if self.shape is not None and _shape_of(self.module) != self.shape:
-            return f"its weight is {_shape_of(self.module)}, and the config says {self.shape}"
-        return None
 
 
 class FusableModel(Protocol):
@@ -281,12 +243,6 @@ def _rounds_to_bfloat16() -> bool:
 def _layer(block: Any) -> dict[str, Any]:
     """One layer's tensors, the model's own memory every one of them."""
     return core_tensors(block.mixer, _weight_of) | {"norm": block.norm.weight.detach()}
-
-
-def _shape_of(module: Any) -> tuple[int, ...]:
-    if isinstance(module, (QuantizedLinear, QuantizedEmbedding)):
-        return module.n, module.k
-    return tuple(module.weight.shape)
 
 
 def _weight_of(module: Any) -> Any:

@@ -60,23 +60,12 @@ class LayerState:
 
 
 class MambaState:
-    """The state of a batch: what `MambaCache` is, without Transformers' protocol of caches.
-
-    Args:
-        config, max_batch_size, dtype, device: as for `MambaCache`.
+    """The state of a batch; `MambaCache` adds Transformers' protocol and explains the arguments.
 
     Attributes:
         conv_states: (n_layer, b, e, k), the last k inputs of each convolution, oldest first.
         ssm_states: (n_layer, b, e, n), the state of each channel, float32.
         token_counts: (b,) int64, how many tokens each row has read; masked ones do not count.
-
-    Raises:
-        InputError: for a batch size that is no integer >= 0, or a dtype that is not floating.
-
-    Example:
-        >>> from anymamba import MambaConfig
-        >>> MambaState(MambaConfig(hidden_size=8, num_hidden_layers=2), 1).conv_states.shape
-        torch.Size([2, 1, 16, 4])
     """
 
     conv_states: Tensor

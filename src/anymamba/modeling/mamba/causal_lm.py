@@ -16,6 +16,7 @@ from transformers.generation.utils import GenerateNonBeamOutput
 from transformers.utils import logging
 
 from anymamba.errors import InputError
+from anymamba.layers.native import Part
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
@@ -80,7 +81,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         """Put another embedding layer in place."""
         self.backbone.set_input_embeddings(new_embeddings)
 
-    def fused_parts(self) -> Iterator[fused.Part]:
+    def fused_parts(self) -> Iterator[Part]:
         """The modules that one call of the native core stands in for."""
         return parts_of(self.config, self.backbone, self.lm_head)
 

@@ -8,9 +8,8 @@ from typing import Any
 from torch import nn
 from transformers.activations import SiLUActivation
 
-from anymamba.layers.core_tensors import PROJECTIONS
+from anymamba.layers.native import Part, mixer_parts
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.fused import Part
 from anymamba.modeling.mamba.mixer import MambaMixer
 from anymamba.modeling.mamba.model import MambaBlock, MambaModel, MambaRMSNorm
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
@@ -46,19 +45,14 @@ def parts_of(config: MambaConfig, backbone: MambaModel, lm_head: nn.Module) -> I
 
 
 def _parts_of_mixer(config: MambaConfig, name: str, mixer: Any) -> Iterator[Part]:
-    d, e, n = config.hidden_size, config.intermediate_size, config.state_size
-    r = int(config.time_step_rank)
-    sizes = {"ssm_state_size": n, "time_step_rank": r}
-    yield Part(name, mixer, MambaMixer, settings=sizes)
+    n, r = config.state_size, int(config.time_step_rank)
+    settings = {"ssm_state_size": n, "time_step_rank": r}
+    yield Part(name, mixer, MambaMixer, settings=settings)
     if type(mixer) is not MambaMixer:
         return
-    yield Part(f"{name}.conv1d", mixer.conv1d, nn.Conv1d)
     yield Part(f"{name}.act", mixer.act, nn.SiLU if type(mixer.act) is nn.SiLU else SiLUActivation)
-    shapes = ((2 * e, d), (r + 2 * n, e), (e, r), (d, e))
-    for projection, shape in zip(PROJECTIONS, shapes, strict=True):
-        module, may_have_bias = getattr(mixer, projection), projection != "x_proj"
-        linear = _usual(module, nn.Linear)
-        yield Part(f"{name}.{projection}", module, linear, shape, may_have_bias)
+    sizes = (config.hidden_size, config.intermediate_size, n, r)
+    yield from mixer_parts(mixer, sizes, lambda linear: _usual(linear, nn.Linear), f"{name}.")
 
 
 def _usual(module: nn.Module, pytorch: type[nn.Module]) -> type[nn.Module]:

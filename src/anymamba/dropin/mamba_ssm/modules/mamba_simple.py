@@ -13,31 +13,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
-    causal_conv1d_fn as causal_conv1d_fn,
+from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (  # noqa: F401
+    causal_conv1d_fn,
+    causal_conv1d_update,
 )
-from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
-    causal_conv1d_update as causal_conv1d_update,
-)
-from anymamba.dropin.common.borrowed import rearrange as rearrange
-from anymamba.dropin.common.borrowed import repeat as repeat
+from anymamba.dropin.common.borrowed import rearrange, repeat  # noqa: F401
 from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.common.layer_states import (
-    CachedStates,
-    all_plain,
-    one_token,
-)
+from anymamba.dropin.common.layer_states import CachedStates, all_plain, one_token
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.modules.block import Block as BlockWithMLP
-from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
-    selective_scan_fn as selective_scan_fn,
+    mamba_inner_fn,
+    selective_scan_fn,  # noqa: F401
 )
-from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm as RMSNorm
-from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import layer_norm_fn as layer_norm_fn
-from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import rms_norm_fn as rms_norm_fn
-from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import (
-    selective_state_update as selective_state_update,
+from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import (  # noqa: F401
+    RMSNorm,
+    layer_norm_fn,
+    rms_norm_fn,
+)
+from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import (  # noqa: F401
+    selective_state_update,
 )
 from anymamba.errors import ConfigError
 from anymamba.layers import MambaLayer, States, at_least_float32, draw_step_bias, s4d_real

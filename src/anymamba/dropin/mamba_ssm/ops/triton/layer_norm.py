@@ -272,19 +272,9 @@ def layer_norm_ref(
         dropout_mask, dropout_mask1: which numbers of x and of x1 to keep; drawn when None.
         upcast: whether to compute in float32. The sum is then returned in it, too.
     """
-    return _reference(
-        _plain_layer_norm,
-        x,
-        ((weight, bias), (weight1, bias1)),
-        residual,
-        x1,
-        eps,
-        dropout_p,
-        rowscale,
-        prenorm,
-        (dropout_mask, dropout_mask1),
-        upcast,
-    )
+    gains, masks = ((weight, bias), (weight1, bias1)), (dropout_mask, dropout_mask1)
+    options = (eps, dropout_p, rowscale, prenorm, masks, upcast)
+    return _reference(_plain_layer_norm, x, gains, residual, x1, *options)
 
 
 def rms_norm_ref(
@@ -304,19 +294,9 @@ def rms_norm_ref(
     upcast: bool = False,
 ) -> Output:
     """`rms_norm_fn` step by step; arguments as in `layer_norm_ref`."""
-    return _reference(
-        _plain_rms_norm,
-        x,
-        ((weight, bias), (weight1, bias1)),
-        residual,
-        x1,
-        eps,
-        dropout_p,
-        rowscale,
-        prenorm,
-        (dropout_mask, dropout_mask1),
-        upcast,
-    )
+    gains, masks = ((weight, bias), (weight1, bias1)), (dropout_mask, dropout_mask1)
+    options = (eps, dropout_p, rowscale, prenorm, masks, upcast)
+    return _reference(_plain_rms_norm, x, gains, residual, x1, *options)
 
 
 def _before_the_residual(
