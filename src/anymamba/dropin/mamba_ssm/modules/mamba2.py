@@ -103,11 +103,7 @@ class HeadsLayer(nn.Module):
         if rmsnorm:
             # The original's Mamba2Simple norms whole rows on one of its paths and groups on the
             # other; the second is its default, and what Mamba2 does.
-            groups: dict[str, Any] = {
-                "group_size": s // ngroups,
-                "norm_before_gate": norm_before_gate,
-            }
-            self.norm = RMSNorm(s, eps=1e-5, **groups, **factory)
+            self.norm = RMSNorm(s, 1e-5, s // ngroups, norm_before_gate, **factory)
         self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
 
     def _A(self) -> Tensor:
