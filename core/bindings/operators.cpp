@@ -62,28 +62,30 @@ struct SegmentList {
   }
 };
 
+// What a scan and a step of it read besides activations, checked.
+ScanInputs scan_parameters(const In& A, const std::optional<In>& D,
+                           const std::optional<In>& delta_bias, bool softplus, std::int64_t e,
+                           std::int64_t groups) {
+  const std::int64_t n = extent(A, 1);
+  if (groups < 1 || e % groups != 0) refuse("the groups of B must divide the channels");
+  return {e, n, groups, {}, {}, {}, {}, {}, floats("A", A, {e, n}), floats("D", D, {e}),
+          floats("delta_bias", delta_bias, {e}), softplus};
+}
+
 // What `scan` and `scan_backward` share: the inputs, checked.
 Scan read_scan(const In& x, const In& delta, const In& A, const In& B, const In& C,
                const std::optional<In>& D, const std::optional<In>& z,
                const std::optional<In>& delta_bias, bool softplus,
                const std::optional<In>& initial, const SegmentList& segments) {
-  Scan scan;
   const std::int64_t b = extent(x, 0), l = extent(x, 1);
-  scan.e = extent(x, 2);
-  scan.n = extent(A, 1);
-  scan.groups = extent(B, 2);
-  if (scan.groups < 1 || scan.e % scan.groups != 0 || scan.n < 1)
-    refuse("the groups of B must divide the channels, and A needs at least one state");
-  scan.segments = segments.view;
+  Scan scan = {scan_parameters(A, D, delta_bias, softplus, extent(x, 2), extent(B, 2)),
+               segments.view, nullptr};
+  if (scan.n < 1) refuse("A needs at least one state");
   scan.x = tensor3("x", x, {b, l, scan.e});
   scan.delta = tensor3("delta", delta, {b, l, scan.e});
   if (z) scan.z = tensor3("z", *z, {b, l, scan.e});
   scan.B = projection("B", B, b, l, scan.groups, scan.n);
   scan.C = projection("C", C, b, l, scan.groups, scan.n);
-  scan.A = floats("A", A, {scan.e, scan.n});
-  scan.D = floats("D", D, {scan.e});
-  scan.delta_bias = floats("delta_bias", delta_bias, {scan.e});
-  scan.softplus = softplus;
   scan.initial = floats("initial", initial, {segments.n_states, scan.e, scan.n});
   return scan;
 }
@@ -117,8 +119,7 @@ void py_scan(const In& x, const In& delta, const In& A, const In& B, const In& C
              const std::optional<Out>& last, const std::optional<Out>& checkpoints) {
   const std::int64_t b = extent(x, 0), l = extent(x, 1);
   const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
-  const Scan scan =
-      read_scan(x, delta, A, B, C, D, z, delta_bias, softplus, initial, list);
+  const Scan scan = read_scan(x, delta, A, B, C, D, z, delta_bias, softplus, initial, list);
   ScanResult result;
   result.y = tensor3("y", y, {b, l, scan.e});
   result.last = floats("last", last, {list.n_states, scan.e, scan.n});
@@ -165,12 +166,8 @@ void py_scan_backward(const In& x, const In& delta, const In& A, const In& B, co
 void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, const In& B,
                   const In& C, const std::optional<In>& D, const std::optional<In>& z,
                   const std::optional<In>& delta_bias, bool softplus, const Out& y) {
-  ScanStep step;
-  step.b = extent(x, 0);
-  step.e = extent(x, 1);
-  step.n = extent(A, 1);
-  step.groups = extent(B, 1);
-  if (step.groups < 1 || step.e % step.groups != 0) refuse("the groups of B must divide the channels");
+  ScanStep step = {scan_parameters(A, D, delta_bias, softplus, extent(x, 1), extent(B, 1)),
+                   extent(x, 0), {}, nullptr, 0};
   step.x = one_step("x", x, {step.b, step.e});
   step.delta = one_step("delta", delta, {step.b, step.e});
   if (z) step.z = one_step("z", *z, {step.b, step.e});
@@ -179,10 +176,6 @@ void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, c
   check_shape("C", C, {step.b, step.groups, step.n});
   step.B = {pointer(B), type_of("B", B), B.stride(0), 0, B.stride(1), B.stride(2)};
   step.C = {pointer(C), type_of("C", C), C.stride(0), 0, C.stride(1), C.stride(2)};
-  step.A = floats("A", A, {step.e, step.n});
-  step.D = floats("D", D, {step.e});
-  step.delta_bias = floats("delta_bias", delta_bias, {step.e});
-  step.softplus = softplus;
   check_shape("state", state, {step.b, step.e, step.n});
   if (type_of("state", state) != DType::f32 || !is_contiguous(state, 1))
     refuse("state must be float32 with contiguous rows");
@@ -279,17 +272,11 @@ void py_conv_step(const In& x, const Out& state, const In& weight, const std::op
 
 void py_norm(const In& x, const std::optional<In>& residual, const In& weight, float eps,
              const Out& normed, const std::optional<Out>& total, const std::optional<Out>& scale) {
-  Norm norm;
-  norm.rows = extent(x, 0);
-  norm.d = extent(x, 1);
-  norm.x = rows("x", x, {norm.rows, norm.d});
-  if (residual) norm.residual = rows("residual", *residual, {norm.rows, norm.d});
-  norm.weight = floats("weight", weight, {norm.d});
-  norm.eps = eps;
-  NormResult result;
-  result.normed = rows("normed", normed, {norm.rows, norm.d});
-  if (total) result.total = rows("total", *total, {norm.rows, norm.d});
-  result.scale = floats("scale", scale, {norm.rows});
+  const std::int64_t n = extent(x, 0), d = extent(x, 1);
+  Norm norm = {n, d, rows("x", x, {n, d}), {}, floats("weight", weight, {d}), eps};
+  if (residual) norm.residual = rows("residual", *residual, {n, d});
+  NormResult result = {rows("normed", normed, {n, d}), {}, floats("scale", scale, {n})};
+  if (total) result.total = rows("total", *total, {n, d});
   const WithoutGil unlocked;
   kernels().norm(norm, result);
 }
@@ -297,92 +284,64 @@ void py_norm(const In& x, const std::optional<In>& residual, const In& weight, f
 void py_norm_backward(const In& sum, const In& weight, float eps, const In& scale,
                       const In& dnormed, const std::optional<In>& dtotal, const Out& dx,
                       const Out& dweight) {
-  Norm norm;
-  norm.rows = extent(sum, 0);
-  norm.d = extent(sum, 1);
-  norm.weight = floats("weight", weight, {norm.d});
-  norm.eps = eps;
+  const std::int64_t n = extent(sum, 0), d = extent(sum, 1);
+  const Norm norm = {n, d, {}, {}, floats("weight", weight, {d}), eps};
   NormGradients gradients;
-  gradients.sum = rows("sum", sum, {norm.rows, norm.d});
-  gradients.scale = floats("scale", scale, {norm.rows});
-  gradients.normed = rows("dnormed", dnormed, {norm.rows, norm.d});
-  if (dtotal) gradients.total = rows("dtotal", *dtotal, {norm.rows, norm.d});
-  gradients.x = rows("dx", dx, {norm.rows, norm.d});
-  gradients.weight = floats("dweight", dweight, {norm.d});
+  gradients.sum = rows("sum", sum, {n, d});
+  gradients.scale = floats("scale", scale, {n});
+  gradients.normed = rows("dnormed", dnormed, {n, d});
+  if (dtotal) gradients.total = rows("dtotal", *dtotal, {n, d});
+  gradients.x = rows("dx", dx, {n, d});
+  gradients.weight = floats("dweight", dweight, {d});
   const WithoutGil unlocked;
   kernels().norm_backward(norm, gradients);
 }
 
 void py_gemm(const In& a, const In& b, const std::optional<In>& bias, const Out& c,
                 bool accumulate) {
-  Gemm product;
-  product.m = extent(a, 0);
-  product.k = extent(a, 1);
-  product.n = extent(b, 1);
-  product.a = matrix("a", a, {product.m, product.k});
-  product.b = matrix("b", b, {product.k, product.n});
-  product.c = matrix("c", c, {product.m, product.n});
-  product.bias = floats("bias", bias, {product.n});
-  product.accumulate = accumulate;
+  const std::int64_t m = extent(a, 0), k = extent(a, 1), n = extent(b, 1);
+  const Gemm gemm = {m, n, k, matrix("a", a, {m, k}), matrix("b", b, {k, n}),
+                     matrix("c", c, {m, n}), floats("bias", bias, {n}), accumulate};
   const WithoutGil unlocked;
-  kernels().gemm(product);
+  kernels().gemm(gemm);
 }
 
-void py_gemv(const In& x, const In& weight_array, const std::optional<In>& bias,
-                 const Out& y) {
-  const std::int64_t n = extent(weight_array, 0);
-  Gemv product;
-  product.k = extent(weight_array, 1);
-  const Weight w = dense_weight("weight", weight_array, n, product.k);
-  product.weight = w.data;
-  product.type = w.type;
-  product.weight_row_stride = w.row_stride;
-  product.bias = floats("bias", bias, {n});
-  const std::int64_t m = extent(x, 0);
+void py_gemv(const In& x, const In& weight, const std::optional<In>& bias, const Out& y) {
+  const std::int64_t m = extent(x, 0), n = extent(weight, 0), k = extent(weight, 1);
+  const Weight w = dense_weight("weight", weight, n, k);
   if (m > 16) refuse("x has more than 16 rows");
-  product.m = static_cast<int>(m);
-  product.x = floats("x", x, {m, product.k});
-  product.x_row_stride = product.k;
-  product.y = floats("y", y, {m, n});
-  product.y_row_stride = n;
+  const Gemv gemv = {k, w.data, w.type, w.row_stride, floats("bias", bias, {n}),
+                     floats("x", x, {m, k}), k, floats("y", y, {m, n}), n, static_cast<int>(m)};
   if (m == 0) return;
   const WithoutGil unlocked;
   parallel_region([&](int worker, int workers, Barrier&) {
     const RowRange mine = share(n, worker, workers);
-    kernels().gemv(product, mine.first, mine.last);
+    kernels().gemv(gemv, mine.first, mine.last);
   });
 }
 
 // y (m, n) = x (m, k) times a quantized weight (n, k), by the kernel for few rows or for many.
-void py_quantized_gemm(const In& x, const In& q, const In& scales, const std::optional<In>& offsets,
+void py_quantized_gemm(const In& x, const In& q, const In& scales, const std::optional<In>& minima,
                           const std::optional<In>& bias, const Out& y, bool few) {
-  QuantizedGemm product;
-  product.m = extent(x, 0);
-  product.k = extent(x, 1);
-  product.n = extent(q, 0);
-  product.a = floats("x", x, {product.m, product.k});
-  product.a_row_stride = product.k;
-  product.weight = quantized_weight("weight", q, scales, offsets, product.n, product.k);
-  product.c = floats("y", y, {product.m, product.n});
-  product.c_row_stride = product.n;
-  product.bias = floats("bias", bias, {product.n});
-  if (product.m == 0) return;
+  const std::int64_t m = extent(x, 0), k = extent(x, 1), n = extent(q, 0);
+  const QuantizedGemm gemm = {m, n, k, floats("x", x, {m, k}), k,
+                              quantized_weight("weight", q, scales, minima, n, k),
+                              floats("y", y, {m, n}), n, floats("bias", bias, {n})};
+  if (m == 0) return;
   const WithoutGil unlocked;
-  if (!few) return kernels().quantized_gemm(product);
-  const std::int64_t groups = product.m * (product.k / product.weight.group);
-  std::vector<std::int8_t> rounded(product.m * product.k);
-  std::vector<float> row_scales(groups);
-  std::vector<std::int32_t> sums(groups);
-  const QuantizedActivations rows = {product.m, product.k, product.weight.group, rounded.data(),
-                              row_scales.data(), sums.data()};
-  kernels().quantize_activations(product.a, product.k, rows, 0, product.m);
-  const std::int64_t scratch = 2 * 4 * product.m * (product.k / product.weight.group + 16);
+  if (!few) return kernels().quantized_gemm(gemm);
+  const std::int64_t groups = k / gemm.weight.group;
+  std::vector<std::int8_t> rounded(m * k);
+  std::vector<float> row_scales(m * groups);
+  std::vector<std::int32_t> sums(m * groups);
+  const QuantizedActivations rows = {m, k, gemm.weight.group, rounded.data(), row_scales.data(),
+                                     sums.data()};
+  kernels().quantize_activations(gemm.a, k, rows, 0, m);
   const auto multiply = [&](int worker, int workers, Barrier&, Arena&) {
-    const RowRange mine = share(product.n, worker, workers);
-    kernels().quantized_gemv({product.weight, rows, product.bias, product.c, product.n},
-                                 mine.first, mine.last);
+    const RowRange mine = share(n, worker, workers);
+    kernels().quantized_gemv({gemm.weight, rows, gemm.bias, gemm.c, n}, mine.first, mine.last);
   };
-  parallel_region(in_arena(scratch), multiply, Threads::count());
+  parallel_region(in_arena(2 * 4 * m * (groups + 16)), multiply, Threads::count());
 }
 
 void apply(const std::string& function, const In& x, const Out& y) {
@@ -399,46 +358,36 @@ void apply(const std::string& function, const In& x, const Out& y) {
 }  // namespace
 
 void add_operators(nb::module_& m) {
+  using namespace nb::literals;
   const auto none = nb::none();
-  m.def("scan_checkpoint_floats", py_scan_checkpoint_floats, nb::arg("b"), nb::arg("l"),
-        nb::arg("e"), nb::arg("n"), nb::arg("segments").none() = none, nb::arg("n_states") = 0);
-  m.def("scan", py_scan, nb::arg("x"), nb::arg("delta"), nb::arg("A"), nb::arg("B"), nb::arg("C"),
-        nb::arg("D").none(), nb::arg("z").none(), nb::arg("delta_bias").none(),
-        nb::arg("softplus"), nb::arg("initial").none(), nb::arg("segments").none(),
-        nb::arg("n_states"), nb::arg("reverse"), nb::arg("y"), nb::arg("last").none(),
-        nb::arg("checkpoints").none());
-  m.def("scan_backward", py_scan_backward, nb::arg("x"), nb::arg("delta"), nb::arg("A"),
-        nb::arg("B"), nb::arg("C"), nb::arg("D").none(), nb::arg("z").none(),
-        nb::arg("delta_bias").none(), nb::arg("softplus"), nb::arg("initial").none(),
-        nb::arg("segments").none(), nb::arg("n_states"), nb::arg("reverse"),
-        nb::arg("checkpoints"), nb::arg("dy"), nb::arg("dlast").none(), nb::arg("dx"),
-        nb::arg("ddelta"), nb::arg("dA"), nb::arg("dB"), nb::arg("dC"), nb::arg("dD").none(),
-        nb::arg("dz").none(), nb::arg("ddelta_bias").none(), nb::arg("dinitial").none());
-  m.def("scan_step", py_scan_step, nb::arg("state"), nb::arg("x"), nb::arg("delta"), nb::arg("A"),
-        nb::arg("B"), nb::arg("C"), nb::arg("D").none(), nb::arg("z").none(),
-        nb::arg("delta_bias").none(), nb::arg("softplus"), nb::arg("y"));
-  m.def("conv", py_conv, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(), nb::arg("silu"),
-        nb::arg("initial").none(), nb::arg("segments").none(), nb::arg("n_states"),
-        nb::arg("reverse"), nb::arg("y"), nb::arg("final").none());
-  m.def("conv_backward", py_conv_backward, nb::arg("x"), nb::arg("weight"),
-        nb::arg("bias").none(), nb::arg("silu"), nb::arg("initial").none(),
-        nb::arg("segments").none(), nb::arg("n_states"), nb::arg("reverse"), nb::arg("dy"),
-        nb::arg("dfinal").none(), nb::arg("dx"), nb::arg("dweight"), nb::arg("dbias").none(),
-        nb::arg("dinitial").none());
-  m.def("conv_step", py_conv_step, nb::arg("x"), nb::arg("window"), nb::arg("weight"),
-        nb::arg("bias").none(), nb::arg("silu"), nb::arg("y"));
-  m.def("norm", py_norm, nb::arg("x"), nb::arg("residual").none(), nb::arg("weight"),
-        nb::arg("eps"), nb::arg("normed"), nb::arg("total").none(), nb::arg("scale").none());
-  m.def("norm_backward", py_norm_backward, nb::arg("sum"), nb::arg("weight"), nb::arg("eps"),
-        nb::arg("scale"), nb::arg("dnormed"), nb::arg("dtotal").none(), nb::arg("dx"),
-        nb::arg("dweight"));
-  m.def("product", py_gemm, nb::arg("a"), nb::arg("b"), nb::arg("bias").none(), nb::arg("c"),
-        nb::arg("accumulate") = false);
-  m.def("few_rows", py_gemv, nb::arg("x"), nb::arg("weight"), nb::arg("bias").none(),
-        nb::arg("y"));
-  m.def("quantized_product", py_quantized_gemm, nb::arg("x"), nb::arg("q"), nb::arg("scales"),
-        nb::arg("minima").none(), nb::arg("bias").none(), nb::arg("y"), nb::arg("few") = false);
-  m.def("apply", apply, nb::arg("function"), nb::arg("x"), nb::arg("y"));
+  m.def("scan_checkpoint_floats", py_scan_checkpoint_floats, "b"_a, "l"_a, "e"_a, "n"_a,
+        "segments"_a.none() = none, "n_states"_a = 0);
+  m.def("scan", py_scan, "x"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(),
+        "delta_bias"_a.none(), "softplus"_a, "initial"_a.none(), "segments"_a.none(),
+        "n_states"_a, "reverse"_a, "y"_a, "last"_a.none(), "checkpoints"_a.none());
+  m.def("scan_backward", py_scan_backward, "x"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(),
+        "z"_a.none(), "delta_bias"_a.none(), "softplus"_a, "initial"_a.none(),
+        "segments"_a.none(), "n_states"_a, "reverse"_a, "checkpoints"_a, "dy"_a, "dlast"_a.none(),
+        "dx"_a, "ddelta"_a, "dA"_a, "dB"_a, "dC"_a, "dD"_a.none(), "dz"_a.none(),
+        "ddelta_bias"_a.none(), "dinitial"_a.none());
+  m.def("scan_step", py_scan_step, "state"_a, "x"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(),
+        "z"_a.none(), "delta_bias"_a.none(), "softplus"_a, "y"_a);
+  m.def("conv", py_conv, "x"_a, "weight"_a, "bias"_a.none(), "silu"_a, "initial"_a.none(),
+        "segments"_a.none(), "n_states"_a, "reverse"_a, "y"_a, "final"_a.none());
+  m.def("conv_backward", py_conv_backward, "x"_a, "weight"_a, "bias"_a.none(), "silu"_a,
+        "initial"_a.none(), "segments"_a.none(), "n_states"_a, "reverse"_a, "dy"_a,
+        "dfinal"_a.none(), "dx"_a, "dweight"_a, "dbias"_a.none(), "dinitial"_a.none());
+  m.def("conv_step", py_conv_step, "x"_a, "window"_a, "weight"_a, "bias"_a.none(), "silu"_a,
+        "y"_a);
+  m.def("norm", py_norm, "x"_a, "residual"_a.none(), "weight"_a, "eps"_a, "normed"_a,
+        "total"_a.none(), "scale"_a.none());
+  m.def("norm_backward", py_norm_backward, "sum"_a, "weight"_a, "eps"_a, "scale"_a, "dnormed"_a,
+        "dtotal"_a.none(), "dx"_a, "dweight"_a);
+  m.def("product", py_gemm, "a"_a, "b"_a, "bias"_a.none(), "c"_a, "accumulate"_a = false);
+  m.def("few_rows", py_gemv, "x"_a, "weight"_a, "bias"_a.none(), "y"_a);
+  m.def("quantized_product", py_quantized_gemm, "x"_a, "q"_a, "scales"_a, "minima"_a.none(),
+        "bias"_a.none(), "y"_a, "few"_a = false);
+  m.def("apply", apply, "function"_a, "x"_a, "y"_a);
 }
 
 }  // namespace anymamba::bindings
