@@ -39,7 +39,7 @@ WITH_EXAMPLES = {
     "runtime.analysis.inspection",
     "runtime.weights.weight_types",
     "runtime.loading",
-    "checkpoint.mmap",
+    "checkpoint.safetensors.mmap",
     "runtime.convert.merging",
     "runtime.native",
     "runtime.analysis.losses_by_position",

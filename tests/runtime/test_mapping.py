@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from anymamba.checkpoint import read_header
-from anymamba.checkpoint.mmap import FileMap
+from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError
 from anymamba.runtime.convert.conversion import convert
 

@@ -22,7 +22,7 @@ from anymamba.checkpoint import bytes_digest, to_transformers_name
 from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, read_json_object, shown, user_path
-from anymamba.checkpoint.mmap import FileMap
+from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError
 
 __all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "Adapter", "Change", "base_model_of", "read_adapter"]

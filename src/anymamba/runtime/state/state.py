@@ -23,7 +23,7 @@ from anymamba.checkpoint import (
 )
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.mmap import FileMap
+from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import InputError, StateError
 from anymamba.runtime.state.batch_state import BatchState
 from anymamba.runtime.state.fingerprint import Identity
