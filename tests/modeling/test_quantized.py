@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from anymamba import MambaCache, MambaForCausalLM, _core, ops
-from anymamba.checkpoint.quantization.arithmetic import dequantize, quantize
+from anymamba.checkpoint.quantization import dequantize, quantize
 from anymamba.errors import BackendError, InputError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.quantized import QuantizedLinear

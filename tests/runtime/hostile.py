@@ -20,7 +20,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anymamba.checkpoint.quantization.arithmetic import quantize
+from anymamba.checkpoint.quantization import quantize
 from anymamba.errors import AnyMambaError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.engine import Engine

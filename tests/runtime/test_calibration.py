@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import anymamba
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import open_checkpoint
-from anymamba.checkpoint.quantization.arithmetic import (
+from anymamba.checkpoint.quantization import (
     QuantizedArray,
     dequantize,
     quantize,

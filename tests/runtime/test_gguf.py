@@ -21,7 +21,7 @@ from anymamba.checkpoint.gguf.names import from_gguf_name, to_gguf_name
 from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.checkpoint.gguf.tokenizer import tokenizer_json
 from anymamba.checkpoint.gguf.writer import GGUF_WEIGHTS, write_gguf
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray
+from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.weights.gguf import load_gguf_weights
 

@@ -13,7 +13,7 @@ from anymamba.checkpoint import TensorRecord
 from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN, TYPES, kept_blocks, widened
 from anymamba.checkpoint.gguf.files import find_gguf
 from anymamba.checkpoint.gguf.reader import read_gguf
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize
+from anymamba.checkpoint.quantization import QuantizedArray, dequantize
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.convert.quantizing import quantize_checkpoint

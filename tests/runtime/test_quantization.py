@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from anymamba import _core
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
-from anymamba.checkpoint.quantization.arithmetic import (
+from anymamba.checkpoint.quantization import (
     QuantizedArray,
     dequantize,
     pack,

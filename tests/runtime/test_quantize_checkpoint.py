@@ -19,7 +19,7 @@ import anymamba
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import expected_shapes, open_checkpoint, read_header
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize
+from anymamba.checkpoint.quantization import QuantizedArray, dequantize
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, InputError
 from anymamba.runtime.convert.calibration import Recipe, calibrate
 from anymamba.runtime.convert.conversion import convert

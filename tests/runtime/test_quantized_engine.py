@@ -12,7 +12,7 @@ import anymamba
 from anymamba import Engine, _core
 from anymamba.checkpoint import open_checkpoint
 from anymamba.checkpoint.dtypes import to_float32
-from anymamba.checkpoint.quantization.arithmetic import dequantize
+from anymamba.checkpoint.quantization import dequantize
 from anymamba.runtime.weights.weights import load_weights
 
 from .small import assert_close, reference_logits, rounded, words, write_small

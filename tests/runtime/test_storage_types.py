@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from anymamba import _core
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize, quantize
+from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantize
 from anymamba.runtime.network import Network
 from anymamba.runtime.state.batch_state import BatchState
 from anymamba.runtime.weights.weights import Weights

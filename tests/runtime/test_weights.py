@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from anymamba.checkpoint import TensorBytes, checkpoint_digest, open_checkpoint, write_safetensors
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
-from anymamba.checkpoint.quantization.arithmetic import QuantizedArray, dequantize, quantize
+from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantize
 from anymamba.errors import CheckpointError, ConfigError
 from anymamba.runtime.weights.weights import load_weights
 

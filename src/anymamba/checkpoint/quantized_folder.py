@@ -14,7 +14,7 @@ from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.shapes import expected_shapes
 from anymamba.errors import ConfigError
 
-__all__ = ["FORMAT", "quantized_bits", "quantized_shapes"]
+__all__ = ["FORMAT", "GROUPS", "quantized_bits", "quantized_shapes"]
 
 FORMAT = "anymamba"
 """What a config calls our format, under the key `format`.
@@ -22,7 +22,8 @@ FORMAT = "anymamba"
 Not under `quant_method`: Transformers only warns of a method that it does not know, and fills the
 weights that it misses with random numbers. Without that key it refuses the folder."""
 _FORMAT_VERSION = 1
-_GROUPS = (32, 64, 128)
+GROUPS = (32, 64, 128)
+"""How many weights may share a scale."""
 _PARTS = ("_q", "_scales", "_minima")
 # The others are small and sensitive.
 _MAY_BE_QUANTIZED = ("embeddings.weight", "in_proj.weight", "out_proj.weight", "lm_head.weight")
@@ -97,7 +98,7 @@ def quantized_shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_shapes(config).items():
         quantized = any(name + part in found for part in _PARTS)
-        if quantized and name.endswith(_MAY_BE_QUANTIZED) and shape[1] % _GROUPS[0] == 0:
+        if quantized and name.endswith(_MAY_BE_QUANTIZED) and shape[1] % GROUPS[0] == 0:
             shapes |= _parts_of(name, shape, found)
         else:
             shapes[name] = shape
@@ -112,7 +113,7 @@ def _parts_of(
     q, scales, minima = (name + part for part in _PARTS)
     by_bits = [(n, k), (n, k // 2)]
     # Of the groups that fit, the largest is the usual one.
-    by_group = [(n, k // group) for group in reversed(_GROUPS) if k % group == 0]
+    by_group = [(n, k // group) for group in reversed(GROUPS) if k % group == 0]
     expected = {
         q: found[q] if found.get(q) in by_bits else by_bits[0],
         scales: found[scales] if found.get(scales) in by_group else by_group[0],

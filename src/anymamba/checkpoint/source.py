@@ -24,8 +24,8 @@ from anymamba.checkpoint import (
 from anymamba.checkpoint.gguf import GgufModel, find_gguf, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, user_path
-from anymamba.checkpoint.safetensors.mmap import TYPES, FileMap
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.safetensors.mmap import TYPES, FileMap
 from anymamba.errors import CheckpointError, MissingDependencyError
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ from anymamba.checkpoint.gguf.names import from_gguf_name, is_matrix
 from anymamba.checkpoint.gguf.parts import read_gguf_files
 from anymamba.checkpoint.gguf.tokenizer import CHAT_TEMPLATE, tokenizer_json
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.safetensors.mmap import check_whole
 from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.quantization import QuantizedArray
+from anymamba.checkpoint.safetensors.mmap import check_whole
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["GgufModel", "GgufTensors", "read_gguf"]

@@ -1,19 +1,24 @@
 """Weights in 8 or 4 bits: the format, and rounding to it."""
 
 from anymamba.checkpoint.quantization.arithmetic import (
+    dequantize,
+    quantize,
+    quantize_rows,
+    quantized_product,
+    ranges,
+    round_to,
+    scales_of,
+    values_of,
+)
+from anymamba.checkpoint.quantization.format import (
     Bits,
     QuantizedArray,
     Tensor,
     check_format,
     check_weight,
-    dequantize,
     pack,
-    quantize,
-    ranges,
-    round_to,
     row_blocks,
-    scales_of,
-    values_of,
+    unpack,
 )
 
 __all__ = [
@@ -25,9 +30,12 @@ __all__ = [
     "dequantize",
     "pack",
     "quantize",
+    "quantize_rows",
+    "quantized_product",
     "ranges",
     "round_to",
     "row_blocks",
     "scales_of",
+    "unpack",
     "values_of",
 ]
