@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from anymamba.checkpoint import checkpoint_digest, open_checkpoint
-from anymamba.checkpoint.gguf.names import is_matrix
+from anymamba.checkpoint.architecture import is_matrix
 from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.convert.conversion import convert

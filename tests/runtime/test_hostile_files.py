@@ -107,7 +107,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 WRITER = """
 import sys
-from anymamba.runtime import sources
 from anymamba.runtime.convert.conversion import convert
 for i in range(int(sys.argv[3])):
     convert(sys.argv[1], sys.argv[2], "gguf", ("f32", "q8_0")[i % 2], overwrite=True)

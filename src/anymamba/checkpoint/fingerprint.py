@@ -14,8 +14,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD, to_transformers_name
+from anymamba.checkpoint.names import to_transformers_name
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.architecture import role_of
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _count(name: str, block: NDArray[Any]) -> int:
         allowed = block == np.uint16(0xFF80)
     else:
         broken, allowed = ~np.isfinite(block), block == -np.inf
-    if name.endswith("A_log"):
+    if role_of(name) == "decay":
         broken &= ~allowed
     return int(np.count_nonzero(broken))
 

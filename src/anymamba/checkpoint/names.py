@@ -7,18 +7,14 @@ a prefix of their own in front of every name (`model.`, `module.`, `_orig_mod.`)
 | Transformers | original and minimal | |
 | --- | --- | --- |
 | `backbone.embeddings.weight` | `backbone.embedding.weight` | the embedding table |
-| `backbone.layers.0.norm.weight` | the same | |
-| `backbone.layers.0.mixer.in_proj.weight` | the same | and the mixer's other tensors |
+| `backbone.layers.0.mixer.D` | the same | and all other tensors of a layer |
 | `backbone.norm_f.weight` | the same | |
 | `lm_head.weight` | the same | absent where it is the embedding table |
 """
 
 from __future__ import annotations
 
-__all__ = ["EMBEDDINGS", "HEAD", "to_transformers_name"]
-
-EMBEDDINGS = "backbone.embeddings.weight"
-HEAD = "lm_head.weight"
+__all__ = ["to_transformers_name"]
 
 _BACKBONE_PARTS = ("embeddings.", "layers.", "norm_f.")
 # Left by PEFT, Lightning and Trainers; by DataParallel; by torch.compile, also amid a name.

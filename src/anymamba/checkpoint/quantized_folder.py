@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from anymamba.checkpoint.architecture import is_large_matrix
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.shapes import expected_shapes
 from anymamba.errors import ConfigError
@@ -25,8 +26,6 @@ _FORMAT_VERSION = 1
 GROUPS = (32, 64, 128)
 """How many weights may share a scale."""
 _PARTS = ("_q", "_scales", "_minima")
-# The others are small and sensitive.
-_MAY_BE_QUANTIZED = ("embeddings.weight", "in_proj.weight", "out_proj.weight", "lm_head.weight")
 
 
 def quantized_bits(config: Mapping[str, Any]) -> int | None:
@@ -98,7 +97,7 @@ def quantized_shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_shapes(config).items():
         quantized = any(name + part in found for part in _PARTS)
-        if quantized and name.endswith(_MAY_BE_QUANTIZED) and shape[1] % GROUPS[0] == 0:
+        if quantized and is_large_matrix(name) and shape[1] % GROUPS[0] == 0:
             shapes |= _parts_of(name, shape, found)
         else:
             shapes[name] = shape

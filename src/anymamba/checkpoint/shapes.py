@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from anymamba.checkpoint.architecture import HEAD, MAMBA
 from anymamba.checkpoint.io import listed, shown
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["ModelShape", "check_tensors", "expected_shapes", "model_shape"]
@@ -55,6 +55,17 @@ class ModelShape:
     bias: bool
     conv_bias: bool
     tied: bool
+
+    @property
+    def untied(self) -> bool:
+        """Whether the head is a matrix of its own."""
+        return not self.tied
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The numbers by the letters of `anymamba.checkpoint.architecture`."""
+        numbers = (self.vocab_size, self.d_model, self.d_inner, self.d_state)
+        return dict(zip("vdenrk", (*numbers, self.dt_rank, self.d_conv), strict=True))
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -124,40 +135,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         >>> shapes["backbone.layers.0.mixer.conv1d.weight"]
         (16, 1, 4)
     """
-    shape = model_shape(config)
-    v, d = shape.vocab_size, shape.d_model
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDINGS: (v, d)}
-    of_one_layer = _layer_shapes(shape)
-    for layer in range(shape.n_layer):
-        for name, dimensions in of_one_layer.items():
-            shapes[f"backbone.layers.{layer}.{name}"] = dimensions
-    shapes["backbone.norm_f.weight"] = (d,)
-    if not shape.tied:
-        shapes[HEAD] = (v, d)
-    return shapes
-
-
-def _layer_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    d, e, n, r, k = shape.d_model, shape.d_inner, shape.d_state, shape.dt_rank, shape.d_conv
-    shapes: dict[str, tuple[int, ...]] = {
-        "norm.weight": (d,),
-        "mixer.in_proj.weight": (2 * e, d),  # x and its gate z
-        "mixer.in_proj.bias": (2 * e,),
-        "mixer.conv1d.weight": (e, 1, k),  # one filter a channel
-        "mixer.conv1d.bias": (e,),
-        "mixer.x_proj.weight": (r + 2 * n, e),  # the step size's r numbers, B and C
-        "mixer.dt_proj.weight": (e, r),
-        "mixer.dt_proj.bias": (e,),
-        "mixer.A_log": (e, n),
-        "mixer.D": (e,),
-        "mixer.out_proj.weight": (d, e),
-        "mixer.out_proj.bias": (d,),
-    }
-    if not shape.bias:
-        del shapes["mixer.in_proj.bias"], shapes["mixer.out_proj.bias"]
-    if not shape.conv_bias:
-        del shapes["mixer.conv1d.bias"]
-    return shapes
+    return MAMBA.shapes(model_shape(config))
 
 
 def check_tensors(

@@ -21,10 +21,10 @@ from anymamba.checkpoint import (
     open_checkpoint,
     resolve,
 )
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.gguf import GgufModel, find_gguf, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, user_path
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.safetensors.mmap import TYPES, FileMap
 from anymamba.errors import CheckpointError, MissingDependencyError
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.checkpoint import Checkpoint, canonical_names, check_shard
 from anymamba.checkpoint.files import WeightFiles
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.safetensors import read_header
 from anymamba.checkpoint.shapes import check_tensors, expected_shapes, model_shape
 from anymamba.errors import CheckpointError

@@ -17,8 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.arithmetic import check_matmul_dtype, matmul_dtype_from_environment
+from anymamba.checkpoint import model_shape
+from anymamba.checkpoint.architecture import (
+    EMBEDDINGS,
+    FINAL_NORM,
+    HEAD,
+    MAMBA,
+    in_layer,
+    is_matrix,
+)
 from anymamba.checkpoint.finite import say_what_is_broken
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.native import core, wanted_threads
 from anymamba.runtime.state import BatchState
@@ -179,9 +187,8 @@ def _wanted_matmul_dtype(name: str | None, tensors: Mapping[str, Tensor]) -> str
     if name is None:
         return matmul_dtype_from_environment()
     check_matmul_dtype(name, "matmul_dtype")
-    matrices = (EMBEDDINGS, HEAD, "_proj.weight")
     narrow = any(
-        isinstance(tensor, np.ndarray) and tensor.dtype == np.uint16 and key.endswith(matrices)
+        isinstance(tensor, np.ndarray) and tensor.dtype == np.uint16 and is_matrix(key)
         for key, tensor in tensors.items()
     )
     if name == "bfloat16" and not narrow:
@@ -204,40 +211,14 @@ def _table(weights: Weights) -> tuple[Any, ...]:
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
         raise CheckpointError(f"the config has layer_norm_epsilon {epsilon!r}, expected 0 to 1")
-    layers = [_layer(tensors, layer) for layer in range(_count_layers(tensors))]
+    layers = [_layer(tensors, index) for index in range(model_shape(config).n_layer)]
     embeddings, head = tensors[EMBEDDINGS], tensors.get(HEAD, tensors[EMBEDDINGS])
-    norm = tensors["backbone.norm_f.weight"]
+    norm = tensors[FINAL_NORM]
     return _given(embeddings), _given(head), norm, float(epsilon), layers
 
 
-def _count_layers(tensors: Mapping[str, Tensor]) -> int:
-    return sum(name.endswith("mixer.A_log") for name in tensors)
-
-
-_LAYER = {
-    "norm": "norm.weight",
-    "in_proj": "mixer.in_proj.weight",
-    "in_proj_bias": "mixer.in_proj.bias",
-    "conv_weight": "mixer.conv1d.weight",
-    "conv_bias": "mixer.conv1d.bias",
-    "x_proj": "mixer.x_proj.weight",
-    "dt_proj": "mixer.dt_proj.weight",
-    "dt_bias": "mixer.dt_proj.bias",
-    "A_log": "mixer.A_log",
-    "D": "mixer.D",
-    "out_proj": "mixer.out_proj.weight",
-    "out_proj_bias": "mixer.out_proj.bias",
-}
-
-
-def _layer(tensors: Mapping[str, Tensor], layer: int) -> dict[str, Any]:
-    """One layer's tensors by the names that the core has for them."""
-    found = {
-        ours: _given(tensors.get(f"backbone.layers.{layer}.{name}"))
-        for ours, name in _LAYER.items()
-    }
-    found["conv_weight"] = found["conv_weight"][:, 0]  # (e, 1, k): one filter a channel
-    return found
+def _layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Any]:
+    return MAMBA.core_layer(lambda name: _given(tensors.get(in_layer(index, name))))
 
 
 def _given(tensor: Tensor | None) -> Any:

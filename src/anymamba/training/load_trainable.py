@@ -7,6 +7,7 @@ import os
 import torch
 from torch import nn
 
+from anymamba.checkpoint.architecture import role_of
 from anymamba.checkpoint.finite import broken_tensor
 from anymamba.errors import ConfigError
 from anymamba.modeling import MambaForCausalLM
@@ -45,7 +46,7 @@ def check_weights(model: nn.Module) -> None:
         if not tensor.is_floating_point():
             continue
         broken = ~torch.isfinite(tensor)
-        if name.endswith("A_log"):
+        if role_of(name) == "decay":
             broken &= tensor != -torch.inf  # A is zero: the channel remembers for ever
         if broken.any():
             raise broken_tensor(name, int(broken.sum()))

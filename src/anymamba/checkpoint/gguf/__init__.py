@@ -2,7 +2,7 @@
 
 from anymamba.checkpoint.gguf.files import find_gguf
 from anymamba.checkpoint.gguf.header import read_gguf_header
-from anymamba.checkpoint.gguf.names import is_gguf, is_matrix
+from anymamba.checkpoint.gguf.names import is_gguf
 from anymamba.checkpoint.gguf.parts import read_gguf_files
 from anymamba.checkpoint.gguf.reader import GgufModel, GgufTensors, read_gguf
 from anymamba.checkpoint.gguf.writer import GGUF_WEIGHTS, write_gguf
@@ -13,7 +13,6 @@ __all__ = [
     "GgufTensors",
     "find_gguf",
     "is_gguf",
-    "is_matrix",
     "read_gguf",
     "read_gguf_files",
     "read_gguf_header",

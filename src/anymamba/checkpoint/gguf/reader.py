@@ -20,14 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import TensorRecord, check_tensors, expected_shapes, model_shape
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, MAMBA, in_layer, is_matrix, role_of
 from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN, kept_blocks, widened
 from anymamba.checkpoint.gguf.header import GgufHeader
-from anymamba.checkpoint.gguf.names import from_gguf_name, is_matrix
+from anymamba.checkpoint.gguf.names import from_gguf_name
 from anymamba.checkpoint.gguf.parts import read_gguf_files
 from anymamba.checkpoint.gguf.tokenizer import CHAT_TEMPLATE, tokenizer_json
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.checkpoint.safetensors.mmap import check_whole
 from anymamba.errors import CheckpointError, ConfigError
@@ -157,7 +157,7 @@ class GgufTensors(Mapping[str, Any]):
         else:
             values = widened(record.dtype, data, record.shape)
         values = values.reshape(_our_shape(name, record.shape))
-        return _a_log(record, values) if name.endswith("A_log") else values
+        return _a_log(record, values) if role_of(name) == "decay" else values
 
     def bytes_of(self, name: str) -> memoryview:
         """A tensor's bytes as the file holds them.
@@ -183,7 +183,7 @@ class GgufTensors(Mapping[str, Any]):
 def _by_our_names(header: GgufHeader) -> dict[str, TensorRecord]:
     """The tensors' places by Transformers' names, if the file is of a Mamba at all."""
     architecture = header.metadata.get("general.architecture")
-    if architecture != "mamba":
+    if architecture != MAMBA.name:
         raise CheckpointError(
             f"{str(header.file)!r} is a model of architecture {shown(architecture)}, expected "
             "'mamba'; AnyMamba reads pure Mamba-1 models only"
@@ -208,7 +208,7 @@ def _config(header: GgufHeader, records: Mapping[str, TensorRecord]) -> dict[str
     config["layer_norm_epsilon"] = _epsilon(metadata[_EPSILON])
     config["vocab_size"] = metadata.get("mamba.vocab_size", records[EMBEDDINGS].shape[0])
     config["use_bias"] = False
-    config["use_conv_bias"] = "backbone.layers.0.mixer.conv1d.bias" in records
+    config["use_conv_bias"] = in_layer(0, "mixer.conv1d.bias") in records
     config["tie_word_embeddings"] = HEAD not in records
     config["dtype"] = _DTYPES.get(records[EMBEDDINGS].dtype, "float32")
     vocab_size = model_shape(config).vocab_size  # refuses a shape that makes no sense
@@ -245,7 +245,7 @@ def _special_tokens(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, i
 
 
 def _our_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if name.endswith("conv1d.weight") and len(shape) == 2:
+    if role_of(name) == "convolution" and len(shape) == 2:
         return (shape[0], 1, shape[1])
     return shape
 

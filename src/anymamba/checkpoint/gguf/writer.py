@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_atomically
+from anymamba.checkpoint.architecture import is_matrix, role_of
 from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
-from anymamba.checkpoint.gguf.names import is_matrix, to_gguf_name
+from anymamba.checkpoint.gguf.names import to_gguf_name
 from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_tokenizer
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.tokenizer import tokenizer_from_json
@@ -195,14 +196,14 @@ def _kind(gguf: Any, name: str, shape: tuple[int, ...], weights: str) -> Any:
 
 
 def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], shape[2]) if name.endswith("conv1d.weight") else shape
+    return (shape[0], shape[2]) if role_of(name) == "convolution" else shape
 
 
 def _values(name: str, tensor: NDArray[Any], kind: str) -> NDArray[np.float32]:
     """A tensor's numbers as GGUF keeps them, before they are rounded to their type."""
     check_finite(name, tensor)
     values = to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
-    if name.endswith("A_log"):
+    if role_of(name) == "decay":
         values = -np.exp(values.astype(np.float64)).astype(np.float32)
     if kind in ("F16", "Q8_0", "Q4_0") and not (np.abs(values) <= _LARGEST_FLOAT16).all():
         raise ConfigError(

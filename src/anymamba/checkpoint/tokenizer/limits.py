@@ -35,6 +35,11 @@ def check_limits(tokenizer: Tokenizer, source: bytes, where: str) -> None:
 
     Raises:
         CheckpointError: it can.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models
+        >>> tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+        >>> check_limits(tokenizer, tokenizer.to_str().encode(), "tokenizer.json")
     """
     encoding = _growth(tokenizer.normalizer) * _growth(tokenizer.pre_tokenizer)
     for growth in (encoding, _growth(tokenizer.post_processor), _growth(tokenizer.decoder)):

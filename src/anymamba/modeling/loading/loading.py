@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from anymamba import checkpoint as files
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.torch_weights import (
     check_floating_point,
     check_repeated_head,

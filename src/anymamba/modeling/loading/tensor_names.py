@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD, to_transformers_name
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint.names import to_transformers_name
 
 __all__ = ["is_of_mamba", "own_names", "rename_state_dict", "tensor_names", "ties_head"]
 

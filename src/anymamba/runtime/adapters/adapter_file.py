@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import bytes_digest, to_transformers_name
+from anymamba.checkpoint.architecture import MAMBA
 from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, read_json_object, shown, user_path
@@ -40,7 +41,6 @@ _ENDINGS = {
     ".lora_magnitude_vector.weight": "magnitude",  # as PEFT wrote it before version 0.10
 }
 _TABLES = ("embeddings", "embedding")  # Transformers' name, and the authors'
-_MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 # Settings that change nothing once training is over, whatever they are set to.
 _IDLE = {
@@ -274,9 +274,9 @@ def _module_and_part(name: str, path: Path) -> tuple[str, str]:
             "causal language model; merge it with PEFT's merge_and_unload"
         )
     last = module.rpartition(".")[2]
-    if last not in (*_TABLES, *_MATRICES):
+    if last not in (*_TABLES, *MAMBA.adapted()):
         raise CheckpointError(
-            f"{str(path)!r} adapts {shown(module)}, expected {listed(('embeddings', *_MATRICES))}; "
+            f"{str(path)!r} adapts {shown(module)}, expected {listed(MAMBA.adapted())}; "
             "merge the adapter with PEFT's merge_and_unload"
         )
     is_factor = _ENDINGS[ending] != "magnitude"

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import model_shape
+from anymamba.checkpoint.architecture import EMBEDDINGS
 from anymamba.checkpoint.finite import say_what_is_broken
-from anymamba.checkpoint.names import EMBEDDINGS
 from anymamba.errors import InputError
 from anymamba.runtime.analysis.layerwise import Layer, Selected
 from anymamba.runtime.native import core
@@ -174,13 +174,13 @@ def _inspect_layer(
     layer: Layer, selected: Selected, ages: tuple[int, ...]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """A layer's step sizes (l,), what is left at each age (a, l), and at the end (l,)."""
-    dt_le = selected.dt_ble[0].astype(np.float64) + layer.dt_bias_e
+    dt_le = selected.dt_ble[0].astype(np.float64) + layer.dt_bias
     delta_le = np.logaddexp(0.0, dt_le)  # softplus
     length = len(delta_le)
     left_al = np.zeros((len(ages), length))
     final_l = np.zeros(length)
-    for channels in _channel_blocks(layer.A_en.shape, length):
-        A_en = layer.A_en[channels]
+    for channels in _channel_blocks(layer.A.shape, length):
+        A_en = layer.A[channels]
         # When each token came, in the model's own time: decay between two depends on that alone.
         time_le = delta_le[:, channels].cumsum(axis=0)
         scale_le = np.abs(delta_le[:, channels] * selected.x_ble[0][:, channels])

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.architecture import MAMBA, in_layer
 from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import core
@@ -52,31 +53,27 @@ class Layer:
     """The tensors of a layer in float32; `in_proj` and `out_proj` may be quantized.
 
     Args:
-        norm_d: scale of the norm.
-        in_proj: (2e, d).
-        in_proj_bias: (2e,) or None.
-        conv_ek: one filter a channel.
-        conv_bias: (e,) or None.
+        norm: (d,), scale of the norm.
+        in_proj, in_proj_bias: (2e, d), and (2e,) or None.
+        conv_weight, conv_bias: (e, k), one filter a channel, and (e,) or None.
         x_proj: (r + 2n, e).
-        dt_proj: (e, r).
-        dt_bias_e: bias of the step size.
-        A_en: decay rates, negative.
-        D_e: the share of x that passes by the state.
-        out_proj: (d, e).
-        out_proj_bias: (d,) or None.
+        dt_proj, dt_bias: (e, r) and (e,).
+        A: (e, n), decay rates, negative.
+        D: (e,), the share of x that passes by the state.
+        out_proj, out_proj_bias: (d, e), and (d,) or None.
         epsilon: of the norm.
     """
 
-    norm_d: NDArray[np.float32]
+    norm: NDArray[np.float32]
     in_proj: Matrix
     in_proj_bias: NDArray[np.float32] | None
-    conv_ek: NDArray[np.float32]
+    conv_weight: NDArray[np.float32]
     conv_bias: NDArray[np.float32] | None
     x_proj: NDArray[np.float32]
     dt_proj: NDArray[np.float32]
-    dt_bias_e: NDArray[np.float32]
-    A_en: NDArray[np.float32]
-    D_e: NDArray[np.float32]
+    dt_bias: NDArray[np.float32]
+    A: NDArray[np.float32]
+    D: NDArray[np.float32]
     out_proj: Matrix
     out_proj_bias: NDArray[np.float32] | None
     epsilon: float
@@ -96,37 +93,22 @@ class Layer:
             config: fields in Transformers' names.
         """
 
-        def get(name: str) -> Any:
-            return tensor(f"backbone.layers.{index}.{name}")
-
-        return cls(
-            norm_d=get("norm.weight"),
-            in_proj=get("mixer.in_proj.weight"),
-            in_proj_bias=get("mixer.in_proj.bias"),
-            conv_ek=np.ascontiguousarray(get("mixer.conv1d.weight")[:, 0]),
-            conv_bias=get("mixer.conv1d.bias"),
-            x_proj=get("mixer.x_proj.weight"),
-            dt_proj=get("mixer.dt_proj.weight"),
-            dt_bias_e=get("mixer.dt_proj.bias"),
-            A_en=-np.exp(get("mixer.A_log")),
-            D_e=get("mixer.D"),
-            out_proj=get("mixer.out_proj.weight"),
-            out_proj_bias=get("mixer.out_proj.bias"),
-            epsilon=epsilon_of(config),
-        )
+        tensors = MAMBA.core_layer(lambda name: tensor(in_layer(index, name)))
+        tensors["conv_weight"] = np.ascontiguousarray(tensors["conv_weight"])
+        return cls(A=-np.exp(tensors.pop("A_log")), **tensors, epsilon=epsilon_of(config))
 
     def normed(self, hidden_bld: NDArray[np.float32]) -> NDArray[np.float32]:
         """What `in_proj` reads, (b, l, d)."""
-        return normed(hidden_bld, self.norm_d, self.epsilon)
+        return normed(hidden_bld, self.norm, self.epsilon)
 
     def selected(self, normed_bld: NDArray[np.float32]) -> Selected:
         """What the scan reads: made of the text, which is what selection means."""
         xz = linear(normed_bld, self.in_proj, self.in_proj_bias)
-        e, (r, n) = self.conv_ek.shape[0], (self.dt_proj.shape[1], self.A_en.shape[1])
+        e, (r, n) = self.conv_weight.shape[0], (self.dt_proj.shape[1], self.A.shape[1])
         x_ble, z_ble = xz[..., :e], xz[..., e:]
         convolved = np.empty(x_ble.shape, np.float32)
         core().conv(
-            x_ble, self.conv_ek, self.conv_bias, True, None, None, 0, False, convolved, None
+            x_ble, self.conv_weight, self.conv_bias, True, None, None, 0, False, convolved, None
         )
         projected = linear(convolved, self.x_proj)
         return Selected(
@@ -146,8 +128,8 @@ class Layer:
         B_blgn, C_blgn = found.B_bln[..., None, :], found.C_bln[..., None, :]
         y_ble = np.empty(found.x_ble.shape, np.float32)
         core().scan(
-            *(found.x_ble, found.dt_ble, self.A_en, B_blgn, C_blgn, self.D_e, found.z_ble),
-            *(self.dt_bias_e, True, None, None, 0, False, y_ble, None, None),
+            *(found.x_ble, found.dt_ble, self.A, B_blgn, C_blgn, self.D, found.z_ble),
+            *(self.dt_bias, True, None, None, 0, False, y_ble, None, None),
         )
         return y_ble
 

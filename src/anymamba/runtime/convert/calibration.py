@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import expected_shapes, model_shape
+from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, in_layer, is_large_matrix
 from anymamba.checkpoint.dtypes import to_bfloat16
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.quantization import (
     Bits,
     QuantizedArray,
@@ -56,7 +56,6 @@ __all__ = [
 Tensor = Callable[[str], NDArray[np.float32] | None]
 """Gives the float32 tensor of a name, None if there is none."""
 
-_LARGE = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
 _CLIPS = np.linspace(1.0, 0.6, 9, dtype=np.float32)
 # The paper takes 0.01. On the bundled model that is no better with 32,768 tokens of text, and worse
 # than no calibration at all with 256.
@@ -365,7 +364,7 @@ def calibrate(
     hidden = [table[ids] for ids in batches]
     for index in range(shape.n_layer):
         layer = Layer.read(index, tensor, config)
-        yield from _calibrate_layer(f"backbone.layers.{index}.mixer.", layer, hidden, recipe)
+        yield from _calibrate_layer(index, layer, hidden, recipe)
         if progress is not None:
             progress(index + 1, shape.n_layer)
     if not shape.tied and shape.d_model % recipe.group == 0:
@@ -376,25 +375,25 @@ def calibrate(
 def _check_weights(tensor: Tensor, config: Mapping[str, Any], recipe: Recipe) -> None:
     """Before anything is computed: what is broken in one place makes all that follows it NaN."""
     for name, shape in expected_shapes(config).items():
-        if name.endswith(_LARGE) and shape[1] % recipe.group == 0:
+        if is_large_matrix(name) and shape[1] % recipe.group == 0:
             check_weight(_there(tensor, name), recipe.bits, recipe.group, name)
 
 
 def _calibrate_layer(
-    prefix: str, layer: Layer, hidden: list[NDArray[np.float32]], recipe: Recipe
+    index: int, layer: Layer, hidden: list[NDArray[np.float32]], recipe: Recipe
 ) -> Iterator[tuple[str, QuantizedArray]]:
     """Quantize a layer's two large matrices, and let `hidden` go through it."""
     reads = [layer.normed(batch) for batch in hidden]
-    for name, attribute in (("in_proj.weight", "in_proj"), ("out_proj.weight", "out_proj")):
-        if attribute == "out_proj":
+    for matrix in ("in_proj", "out_proj"):
+        if matrix == "out_proj":
             reads = [layer.mixed(batch) for batch in reads]
-        weight = getattr(layer, attribute)
+        weight, name = getattr(layer, matrix), in_layer(index, f"mixer.{matrix}.weight")
         if weight.shape[1] % recipe.group == 0:
-            made = round_with_feedback(weight, second_moment(reads), recipe, prefix + name)
-            setattr(layer, attribute, made)
-            yield prefix + name, made
-    for index, mixed in enumerate(reads):
-        hidden[index] = layer.added(hidden[index], mixed)
+            made = round_with_feedback(weight, second_moment(reads), recipe, name)
+            setattr(layer, matrix, made)
+            yield name, made
+    for batch, mixed in enumerate(reads):
+        hidden[batch] = layer.added(hidden[batch], mixed)
 
 
 def _last_hidden(
@@ -414,7 +413,7 @@ def _normed(
     config: Mapping[str, Any],
     hidden: list[NDArray[np.float32]],
 ) -> list[NDArray[np.float32]]:
-    weight_d = _there(tensor, "backbone.norm_f.weight")
+    weight_d = _there(tensor, FINAL_NORM)
     return [normed(batch, weight_d, epsilon_of(config)) for batch in hidden]
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import Layout, expected_shapes, model_shape
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, is_matrix
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.finite import check_finite
-from anymamba.checkpoint.gguf import GGUF_WEIGHTS, is_gguf, is_matrix, write_gguf
+from anymamba.checkpoint.gguf import GGUF_WEIGHTS, is_gguf, write_gguf
 from anymamba.checkpoint.io import parse_json_object
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
 from anymamba.errors import ConfigError

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import to_float32
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.source import Source, companions_in, open_source
 from anymamba.errors import ConfigError
 from anymamba.runtime.adapters import Adapter, check_fits, merged, read_adapter

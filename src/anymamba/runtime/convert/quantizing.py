@@ -7,9 +7,9 @@ in model.safetensors in place of each large `<module>.weight`
     <module>.weight_scales   BF16   (n, k / group)
     <module>.weight_minima   BF16   (n, k / group), with an offset only
 
-as `anymamba.checkpoint.quantization.arithmetic` describes them. Large are `in_proj`, `out_proj`,
-the embeddings and an untied head. `x_proj` and `dt_proj` are small and sensitive, and stay
-bfloat16, as do large matrices whose rows the group does not divide. All else becomes float32.
+as `anymamba.checkpoint.quantization.format` describes them. Which matrices are large stands in
+`anymamba.checkpoint.architecture`. The small ones are sensitive, and become bfloat16, as do large
+ones whose rows the group does not divide. All else becomes float32.
 `docs/quantization.md` has the measurements behind this.
 """
 
@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import FORMAT, expected_shapes
+from anymamba.checkpoint.architecture import is_large_matrix, is_matrix, role_of
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, shown
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
 from anymamba.checkpoint.quantization import QuantizedArray, check_format
 from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
@@ -46,8 +46,6 @@ Progress = Callable[[int, int], object]
 
 FORMAT_VERSION = 1
 _BITS = {"int8": 8, "int4": 4}
-_LARGE = (".in_proj.weight", ".out_proj.weight")
-_SMALL_MATRICES = (".x_proj.weight", ".dt_proj.weight")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -185,7 +183,7 @@ def _plans(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, T
     plans: dict[str, TensorPlan] = {}
     for name, shape in shapes.items():
         if not _is_quantized(name, shape, recipe):
-            plans[name] = TensorPlan("BF16" if _is_matrix(name) else "F32", shape)
+            plans[name] = TensorPlan("BF16" if is_matrix(name) else "F32", shape)
             continue
         n, k = shape
         plans[f"{name}_q"] = TensorPlan("U8", (n, k * recipe.bits // 8))
@@ -217,7 +215,7 @@ def _tensors(
         values = (
             to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype("<f4", copy=False)
         )
-        return to_float32(to_bfloat16(values)) if name.endswith(_SMALL_MATRICES) else values
+        return to_float32(to_bfloat16(values)) if role_of(name) == "small matrix" else values
 
     try:
         if windows_bl is not None:
@@ -227,17 +225,12 @@ def _tensors(
             assert values is not None  # open_source has checked that all are there
             check_finite(name, values)
             if not _is_quantized(name, shape, recipe):
-                yield name, to_bfloat16(values) if _is_matrix(name) else values
+                yield name, to_bfloat16(values) if is_matrix(name) else values
             elif windows_bl is None:
                 yield name, recipe.rounded(values, name)
     except InputError as error:
         raise CheckpointError(str(error)) from error
 
 
-def _is_matrix(name: str) -> bool:
-    return name in (EMBEDDINGS, HEAD) or name.endswith(_LARGE + _SMALL_MATRICES)
-
-
 def _is_quantized(name: str, shape: tuple[int, ...], recipe: Recipe) -> bool:
-    large = name in (EMBEDDINGS, HEAD) or name.endswith(_LARGE)
-    return large and shape[1] % recipe.group == 0
+    return is_large_matrix(name) and shape[1] % recipe.group == 0

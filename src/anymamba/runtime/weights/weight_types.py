@@ -1,9 +1,9 @@
 """In which storage a model's weights are used.
 
-The matrices are brought into the storage that is asked for. What is small (norms, convolutions,
-A, D, biases) stays as it is, or becomes float32.
+The matrices are brought into the storage that is asked for. The rest (norms, convolutions, A, D,
+biases) stays as it is, or becomes float32. `anymamba.checkpoint.architecture` says which is which.
 
-| kind | `embeddings`, `lm_head`, `in_proj`, `out_proj` | `x_proj`, `dt_proj` | the rest |
+| kind | large matrices | small matrices | the rest |
 | --- | --- | --- | --- |
 | auto | as stored | as stored | as stored |
 | f32 | float32 | float32 | float32 |
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.architecture import is_large_matrix, is_matrix
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.errors import ConfigError
 
@@ -34,8 +35,6 @@ KINDS = ("auto", "f32", "bf16", "int8", "int4")
 """What may be asked for."""
 
 _BITS = {"int8": 8, "int4": 4}
-_SMALL_MATRICES = ("x_proj.weight", "dt_proj.weight")
-_LARGE_MATRICES = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
 
 
 def check_kind(kind: str) -> None:
@@ -85,7 +84,7 @@ def bytes_of(name: str, shape: tuple[int, ...], kind: str, group: int = 128) -> 
         132
     """
     count = math.prod(shape)
-    if kind == "f32" or not name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES)):
+    if kind == "f32" or not is_matrix(name):
         return 4 * count
     if kind == "bf16" or not _is_quantized(name, shape, group):
         return 2 * count
@@ -93,7 +92,7 @@ def bytes_of(name: str, shape: tuple[int, ...], kind: str, group: int = 128) -> 
 
 
 def _is_quantized(name: str, shape: tuple[int, ...], group: int) -> bool:
-    return name.endswith(_LARGE_MATRICES) and shape[1] % group == 0
+    return is_large_matrix(name) and shape[1] % group == 0
 
 
 def _converted(name: str, tensor: Tensor, kind: str, group: int) -> Tensor:
@@ -102,8 +101,7 @@ def _converted(name: str, tensor: Tensor, kind: str, group: int) -> Tensor:
     if kind == "f32":
         return _widened(tensor)
     if kind == "bf16":
-        is_matrix = name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES))
-        return _narrowed(tensor) if is_matrix else tensor
+        return _narrowed(tensor) if is_matrix(name) else tensor
     return _quantized(name, tensor, kind, group)
 
 
@@ -126,9 +124,7 @@ def _quantized(name: str, tensor: NDArray[Any], kind: str, group: int) -> Tensor
         from anymamba.checkpoint.quantization import quantize
 
         return quantize(_widened(tensor), bits=cast(Any, _BITS[kind]), group=group, name=name)
-    if name.endswith((*_SMALL_MATRICES, *_LARGE_MATRICES)):
-        return _narrowed(tensor)
-    return _widened(tensor)
+    return _narrowed(tensor) if is_matrix(name) else _widened(tensor)
 
 
 def _widened(tensor: NDArray[Any]) -> NDArray[np.float32]:

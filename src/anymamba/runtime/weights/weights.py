@@ -21,7 +21,7 @@ from anymamba.checkpoint import (
     check_tensors,
     expected_shapes,
 )
-from anymamba.checkpoint.names import EMBEDDINGS, HEAD
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError, ConfigError

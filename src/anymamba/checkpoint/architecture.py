@@ -1,0 +1,254 @@
+"""The tensors of an architecture: one table each, and what follows from it.
+
+Whatever needs to know which tensors a model has asks here: their shapes, GGUF's and the native
+core's names for them, which of them are quantized, which an adapter may change. A second
+architecture is a second table.
+
+Shapes are written in the letters of `anymamba.minimal`:
+
+    v  vocabulary      d  model width     e  inner width
+    n  states          r  rank of dt      k  convolution width
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from anymamba.checkpoint.shapes import ModelShape
+
+__all__ = [
+    "EMBEDDINGS",
+    "FINAL_NORM",
+    "HEAD",
+    "MAMBA",
+    "Architecture",
+    "Role",
+    "TensorRow",
+    "in_layer",
+    "is_large_matrix",
+    "is_matrix",
+    "role_of",
+]
+
+Role = Literal["large matrix", "small matrix", "convolution", "vector", "decay"]
+"""What a tensor is for. A large matrix may be quantized; a small one is sensitive, and bfloat16 at
+least. The others stay as they are, or float32. The decay is A, as the logarithm of its negative."""
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """A tensor of an architecture.
+
+    Args:
+        name: Transformers' name; of a layer's tensor the part that follows the layer's number.
+        shape: a word in the letters above for each dimension, as "r+2n e".
+        role: what it is for.
+        core: the native core's name.
+        gguf: GGUF's name, or None where llama.cpp has no such tensor.
+        flag: the field of `ModelShape` that says whether a model has it; None for always.
+    """
+
+    name: str
+    shape: str
+    role: Role
+    core: str
+    gguf: str | None
+    flag: str | None = None
+
+    @property
+    def module(self) -> str:
+        """The last word of the name of the module that owns it.
+
+        Example:
+            >>> MAMBA.layer[1].module
+            'in_proj'
+        """
+        return self.name.split(".")[-2]
+
+    def dimensions(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape in numbers.
+
+        Args:
+            sizes: the number that each letter stands for.
+
+        Example:
+            >>> TensorRow("x", "r+2n e", "small matrix", "x", None).dimensions(dict(r=3, n=4, e=8))
+            (11, 8)
+        """
+        return tuple(_number(word, sizes) for word in self.shape.split())
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All tensors of an architecture, in the order of the forward pass.
+
+    Args:
+        name: Transformers' `model_type`, and GGUF's `general.architecture`.
+        embeddings: the embedding table.
+        layer: the tensors of each layer.
+        norm: the scale of the norm after the last layer.
+        head: the language model's head.
+    """
+
+    name: str
+    embeddings: TensorRow
+    layer: tuple[TensorRow, ...]
+    norm: TensorRow
+    head: TensorRow
+
+    @property
+    def outside(self) -> tuple[TensorRow, ...]:
+        """The tensors that are in no layer."""
+        return self.embeddings, self.norm, self.head
+
+    def shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+        """The shapes of a model's tensors, by Transformers' names.
+
+        Args:
+            shape: the model's.
+
+        Example:
+            >>> from anymamba.checkpoint import model_shape
+            >>> shapes = MAMBA.shapes(model_shape({"hidden_size": 8, "num_hidden_layers": 1}))
+            >>> shapes["backbone.layers.0.mixer.conv1d.weight"]
+            (16, 1, 4)
+        """
+        sizes = shape.sizes
+        layer = {row.name: row.dimensions(sizes) for row in self.layer if _has(shape, row)}
+        shapes = {EMBEDDINGS: self.embeddings.dimensions(sizes)}
+        for index in range(shape.n_layer):
+            shapes |= {in_layer(index, name): numbers for name, numbers in layer.items()}
+        outside = (row for row in (self.norm, self.head) if _has(shape, row))
+        return shapes | {row.name: row.dimensions(sizes) for row in outside}
+
+    def core_layer(self, get: Callable[[str], Any]) -> dict[str, Any]:
+        """A layer's tensors by the names that the native core has for them.
+
+        Args:
+            get: gives the tensor of a name in `layer`, or None for one that the model lacks.
+
+        Returns:
+            The tensors; a convolution's (e, 1, k) as (e, k).
+
+        Example:
+            >>> import numpy as np
+            >>> MAMBA.core_layer(lambda name: np.ones((2, 1, 4)))["conv_weight"].shape
+            (2, 4)
+        """
+        found = {row.core: get(row.name) for row in self.layer}
+        for row in self.layer:
+            if row.role == "convolution":
+                found[row.core] = found[row.core][:, 0]  # one filter a channel
+        return found
+
+    def adapted(self) -> tuple[str, ...]:
+        """The modules that an adapter may change: those with matrices, but for the head.
+
+        Example:
+            >>> MAMBA.adapted()[:2]
+            ('embeddings', 'in_proj')
+        """
+        return tuple(r.module for r in (self.embeddings, *self.layer) if r.role.endswith("matrix"))
+
+
+MAMBA = Architecture(
+    name="mamba",
+    embeddings=TensorRow(
+        "backbone.embeddings.weight", "v d", "large matrix", "embeddings", "token_embd.weight"
+    ),
+    layer=(
+        TensorRow("norm.weight", "d", "vector", "norm", "attn_norm.weight"),
+        # x and its gate z
+        TensorRow("mixer.in_proj.weight", "2e d", "large matrix", "in_proj", "ssm_in.weight"),
+        TensorRow("mixer.in_proj.bias", "2e", "vector", "in_proj_bias", None, "bias"),
+        # One filter a channel.
+        TensorRow(
+            "mixer.conv1d.weight", "e 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"
+        ),
+        TensorRow("mixer.conv1d.bias", "e", "vector", "conv_bias", "ssm_conv1d.bias", "conv_bias"),
+        # What the step size is made of, B and C.
+        TensorRow("mixer.x_proj.weight", "r+2n e", "small matrix", "x_proj", "ssm_x.weight"),
+        TensorRow("mixer.dt_proj.weight", "e r", "small matrix", "dt_proj", "ssm_dt.weight"),
+        TensorRow("mixer.dt_proj.bias", "e", "vector", "dt_bias", "ssm_dt.bias"),
+        TensorRow("mixer.A_log", "e n", "decay", "A_log", "ssm_a"),
+        TensorRow("mixer.D", "e", "vector", "D", "ssm_d"),
+        TensorRow("mixer.out_proj.weight", "d e", "large matrix", "out_proj", "ssm_out.weight"),
+        TensorRow("mixer.out_proj.bias", "d", "vector", "out_proj_bias", None, "bias"),
+    ),
+    norm=TensorRow("backbone.norm_f.weight", "d", "vector", "norm_f", "output_norm.weight"),
+    head=TensorRow("lm_head.weight", "v d", "large matrix", "head", "output.weight", "untied"),
+)
+"""Mamba-1, as Transformers names its tensors."""
+
+EMBEDDINGS = MAMBA.embeddings.name
+FINAL_NORM = MAMBA.norm.name
+HEAD = MAMBA.head.name
+
+_ROLES = {row.name: row.role for row in (*MAMBA.outside, *MAMBA.layer)}
+_BEFORE = re.compile(r".*\blayers\.\d+\.")
+
+
+def in_layer(index: int | str, name: str) -> str:
+    """Transformers' full name of a layer's tensor.
+
+    Args:
+        index: the layer, from 0.
+        name: the tensor's name in the layer.
+
+    Example:
+        >>> in_layer(3, "mixer.D")
+        'backbone.layers.3.mixer.D'
+    """
+    return f"backbone.layers.{index}.{name}"
+
+
+def role_of(name: str) -> Role | None:
+    """What a tensor is for.
+
+    Args:
+        name: Transformers' name, also that of a layer's tensor alone.
+
+    Returns:
+        Its role, or None where no architecture has such a tensor.
+
+    Example:
+        >>> role_of("backbone.layers.3.mixer.A_log"), role_of("mixer.D"), role_of("score.weight")
+        ('decay', 'vector', None)
+    """
+    return _ROLES.get(_BEFORE.sub("", name))
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a tensor is a matrix that multiplies: one worth storing in fewer bits.
+
+    Example:
+        >>> is_matrix("backbone.layers.0.mixer.in_proj.weight")
+        True
+        >>> is_matrix("backbone.layers.0.mixer.conv1d.weight")
+        False
+    """
+    return role_of(name) in ("large matrix", "small matrix")
+
+
+def is_large_matrix(name: str) -> bool:
+    """Whether a tensor is one of the matrices that hold most of the weights, and may be quantized.
+
+    Example:
+        >>> is_large_matrix("lm_head.weight"), is_large_matrix("backbone.layers.0.mixer.D")
+        (True, False)
+    """
+    return role_of(name) == "large matrix"
+
+
+def _number(word: str, sizes: Mapping[str, int]) -> int:
+    """A dimension such as "r+2n" in numbers."""
+    terms = (re.fullmatch(r"(\d*)(\D?)", term) for term in word.split("+"))
+    return sum(int(t[1] or 1) * (sizes[t[2]] if t[2] else 1) for t in terms if t)
+
+
+def _has(shape: ModelShape, row: TensorRow) -> bool:
+    return row.flag is None or bool(getattr(shape, row.flag))
