@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint.dtypes import DTYPES
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.names import to_transformers_name
 from anymamba.errors import CheckpointError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["bytes_digest", "checkpoint_digest", "state_dict_digest"]
 
 _CHUNK_BYTES = 1 << 20
+_BY_TORCH = {dtype.torch: name for name, dtype in DTYPES.items() if dtype.torch}
 
 
 class _Fingerprint(NamedTuple):
@@ -170,26 +172,11 @@ def _of_tensor(name: str, tensor: torch.Tensor) -> _Fingerprint:
 
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
     dtype = str(tensor.dtype).removeprefix("torch.")
-    if not plain or tensor.is_meta or tensor.layout != torch.strided or dtype not in _DTYPES:
+    if not plain or tensor.is_meta or tensor.layout != torch.strided or dtype not in _BY_TORCH:
         raise CheckpointError(
             f"tensor {shown(name)} has no plain bytes ({type(tensor).__name__}, {dtype}, on "
             f"{tensor.device}); take the digest of the weights before quantizing them"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     # The array shares the tensor's memory: little is copied to be hashed.
-    return _of_bytes(_DTYPES[dtype], tuple(tensor.shape), flat.numpy().data)
-
-
-# torch's names of the types that weights are stored in, and safetensors' names of the same.
-_DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "int32": "I32",
-    "int16": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
+    return _of_bytes(_BY_TORCH[dtype], tuple(tensor.shape), flat.numpy().data)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint.architecture import role_of
+from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def count_nonfinite(name: str, tensor: Tensor) -> int:
 
 
 def _count(name: str, block: NDArray[Any]) -> int:
-    if block.dtype == np.uint16:
+    if dtype_of(block) == "BF16":
         broken = (block & _EXPONENT) == _EXPONENT
         allowed = block == np.uint16(0xFF80)
     else:

@@ -14,7 +14,11 @@ a prefix of their own in front of every name (`model.`, `module.`, `_orig_mod.`)
 
 from __future__ import annotations
 
+from anymamba.renamed import old_names
+
 __all__ = ["to_transformers_name"]
+
+__getattr__ = old_names(__name__)
 
 _BACKBONE_PARTS = ("embeddings.", "layers.", "norm_f.")
 # Left by PEFT, Lightning and Trainers; by DataParallel; by torch.compile, also amid a name.

@@ -22,10 +22,11 @@ from anymamba.checkpoint import (
     resolve,
 )
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint.dtypes import DTYPES, FLOATS, dtype_of
 from anymamba.checkpoint.gguf import GgufModel, find_gguf, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, user_path
-from anymamba.checkpoint.safetensors.mmap import TYPES, FileMap
+from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Source", "companions_in", "open_source"]
 
-_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": TYPES["BF16"], "F64": "<f8"}
 # The largest tokenizer.json of a published model is half of this.
 _MOST_COMPANION_BYTES = 4 * MAX_JSON_BYTES
 
@@ -137,17 +137,17 @@ class _Mapped(Mapping[str, NDArray[Any]]):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         record = self._records[name]
-        if record.dtype not in _TYPES:
+        if record.dtype not in FLOATS:
             raise CheckpointError(
                 f"{name} in {str(record.file)!r} is stored as {record.dtype}, expected one of "
-                f"{', '.join(_TYPES)}"
+                f"{', '.join(FLOATS)}"
             )
         # The numbers must come from the file whose header was read, and not from a newer one.
         if self._files.header(record.file).tensors.get(record.name) != record:
             raise CheckpointError(
                 f"{str(record.file)!r} was replaced while it was read; convert the model again"
             )
-        data = np.frombuffer(self._files.bytes_of(record), _TYPES[record.dtype])
+        data = np.frombuffer(self._files.bytes_of(record), DTYPES[record.dtype].numpy)
         return data.reshape(record.shape)
 
 
@@ -171,8 +171,7 @@ def _unpickled(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[Any]], dict[st
             "PyTorch, once: pip install 'anymamba[torch]'"
         )
     tensors = {n: _of_torch(n, t) for n, t in load_torch_state_dict(checkpoint).items()}
-    by_type = {np.dtype(name): kind for kind, name in _TYPES.items()}
-    return tensors, {name: by_type[tensor.dtype] for name, tensor in tensors.items()}
+    return tensors, {name: dtype_of(tensor) for name, tensor in tensors.items()}
 
 
 def _of_torch(name: str, tensor: torch.Tensor) -> NDArray[Any]:

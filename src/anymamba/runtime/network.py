@@ -26,6 +26,7 @@ from anymamba.checkpoint.architecture import (
     in_layer,
     is_matrix,
 )
+from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.errors import CheckpointError, ConfigError, InputError
 from anymamba.runtime.native import core, wanted_threads
@@ -188,7 +189,7 @@ def _wanted_matmul_dtype(name: str | None, tensors: Mapping[str, Tensor]) -> str
         return matmul_dtype_from_environment()
     check_matmul_dtype(name, "matmul_dtype")
     narrow = any(
-        isinstance(tensor, np.ndarray) and tensor.dtype == np.uint16 and is_matrix(key)
+        isinstance(tensor, np.ndarray) and dtype_of(tensor) == "BF16" and is_matrix(key)
         for key, tensor in tensors.items()
     )
     if name == "bfloat16" and not narrow:

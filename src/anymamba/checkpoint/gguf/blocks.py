@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint.dtypes import to_bfloat16
+from anymamba.checkpoint.dtypes import DTYPES, to_bfloat16
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.quantization import QuantizedArray, pack, row_blocks
 from anymamba.errors import CheckpointError, MissingDependencyError
@@ -93,8 +93,8 @@ OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
 }
 """The others are known by name alone, to be refused by it."""
 
-PLAIN = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-"""Types without blocks, as numpy has them. There is no bfloat16 in numpy: its bits stand for it."""
+PLAIN = {name: DTYPES[name].numpy for name in ("F32", "F16", "BF16")}
+"""Types without blocks, as numpy has them."""
 
 KEPT = {"Q8_0": 8, "Q4_0": 4, "Q4_1": 4, "Q4_K": 4}
 """The types that `kept_blocks` takes, and the bits of their numbers."""

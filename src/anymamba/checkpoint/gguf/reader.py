@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from anymamba.checkpoint import TensorRecord, check_tensors, expected_shapes, model_shape
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, MAMBA, in_layer, is_matrix, role_of
-from anymamba.checkpoint.dtypes import to_float32
+from anymamba.checkpoint.dtypes import DTYPES, as_float32
 from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN, kept_blocks, widened
 from anymamba.checkpoint.gguf.header import GgufHeader
 from anymamba.checkpoint.gguf.names import from_gguf_name
@@ -45,7 +45,6 @@ _COUNTS = {
 _INNER = "mamba.ssm.inner_size"
 _EPSILON = "mamba.attention.layer_norm_rms_epsilon"
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-_DTYPES = {"F16": "float16", "BF16": "bfloat16"}
 
 
 class GgufModel(NamedTuple):
@@ -210,7 +209,8 @@ def _config(header: GgufHeader, records: Mapping[str, TensorRecord]) -> dict[str
     config["use_bias"] = False
     config["use_conv_bias"] = in_layer(0, "mixer.conv1d.bias") in records
     config["tie_word_embeddings"] = HEAD not in records
-    config["dtype"] = _DTYPES.get(records[EMBEDDINGS].dtype, "float32")
+    stored = records[EMBEDDINGS].dtype
+    config["dtype"] = DTYPES[stored if stored in PLAIN else "F32"].torch
     vocab_size = model_shape(config).vocab_size  # refuses a shape that makes no sense
     return config | _special_tokens(metadata, vocab_size)
 
@@ -256,7 +256,7 @@ def _plain(record: TensorRecord, data: memoryview) -> NDArray[Any]:
 
 
 def _a_log(record: TensorRecord, values: NDArray[Any]) -> NDArray[np.float32]:
-    a = to_float32(values) if values.dtype == np.uint16 else values
+    a = as_float32(values)
     if not (np.isfinite(a) & (a <= 0)).all():
         raise CheckpointError(
             f"tensor {shown(record.name)} in {str(record.file)!r} holds numbers above zero or no "

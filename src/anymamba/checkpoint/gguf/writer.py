@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_atomically
 from anymamba.checkpoint.architecture import is_matrix, role_of
-from anymamba.checkpoint.dtypes import to_float32
+from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
 from anymamba.checkpoint.gguf.names import to_gguf_name
@@ -32,7 +32,6 @@ GGUF_WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
 _CONTEXT = 1 << 20  # a Mamba has no limit; llama.cpp refuses to go beyond this
-_LARGEST_FLOAT16 = 65504.0
 _EPSILON = 1e-5
 _PROBE_BYTES = 1 << 20
 
@@ -202,12 +201,12 @@ def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _values(name: str, tensor: NDArray[Any], kind: str) -> NDArray[np.float32]:
     """A tensor's numbers as GGUF keeps them, before they are rounded to their type."""
     check_finite(name, tensor)
-    values = to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
+    values = as_float32(tensor)
     if role_of(name) == "decay":
         values = -np.exp(values.astype(np.float64)).astype(np.float32)
-    if kind in ("F16", "Q8_0", "Q4_0") and not (np.abs(values) <= _LARGEST_FLOAT16).all():
+    if kind in ("F16", "Q8_0", "Q4_0") and not (np.abs(values) <= LARGEST_FLOAT16).all():
         raise ConfigError(
-            f"{name} holds numbers beyond float16's {_LARGEST_FLOAT16:.0f}, which {kind} cannot "
+            f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}, which {kind} cannot "
             "keep; write it as f32 or bf16"
         )
     return values.reshape(_stored_shape(name, values.shape))

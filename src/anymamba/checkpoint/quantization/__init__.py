@@ -20,8 +20,10 @@ from anymamba.checkpoint.quantization.format import (
     row_blocks,
     unpack,
 )
+from anymamba.checkpoint.quantized_folder import GROUPS
 
 __all__ = [
+    "GROUPS",
     "Bits",
     "QuantizedArray",
     "Tensor",

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
+from anymamba.checkpoint.dtypes import DTYPES
 from anymamba.checkpoint.io import MAX_JSON_BYTES, listed, parse_json_object, shown
 from anymamba.errors import CheckpointError
 
@@ -25,27 +26,6 @@ __all__ = ["SafetensorsHeader", "TensorRecord", "header_of", "read_header"]
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
-
-# Types of less than a byte exist too (F4, F6); no weights that this package reads use them.
-_BYTES_OF = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "U16": 2,
-    "I16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "U32": 4,
-    "I32": 4,
-    "F32": 4,
-    "U64": 8,
-    "I64": 8,
-    "F64": 8,
-    "C64": 8,
-}
 
 
 @dataclass(frozen=True)
@@ -179,14 +159,14 @@ def _record(file: Path, name: str, entry: Any, start: int) -> TensorRecord:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         _broken(file, f"{tensor} needs exactly dtype, shape and data_offsets, got {shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BYTES_OF:
-        _broken(file, f"{tensor} has dtype {shown(dtype)}, known are {', '.join(_BYTES_OF)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        _broken(file, f"{tensor} has dtype {shown(dtype)}, known are {', '.join(DTYPES)}")
     if not _are_counts(shape):
         _broken(file, f"{tensor} has shape {shown(shape)}, expected whole numbers from 0 to 2^63")
     if not _are_counts(offsets) or len(offsets) != 2:
         _broken(file, f"{tensor} has data_offsets {shown(offsets)}, expected its begin and end")
     begin, end = offsets
-    needed = math.prod(shape) * _BYTES_OF[dtype]
+    needed = math.prod(shape) * DTYPES[dtype].nbytes
     if end - begin != needed:
         _broken(
             file,

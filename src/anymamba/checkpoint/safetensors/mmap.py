@@ -17,14 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import SafetensorsHeader, TensorRecord
+from anymamba.checkpoint.dtypes import DTYPES, FLOATS
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.safetensors import header_of
 from anymamba.errors import CheckpointError
 
 __all__ = ["TYPES", "FileMap", "check_whole"]
 
-TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1"}
-"""numpy's types by safetensors' names. There is no bfloat16 in numpy: its bits stand for it."""
+TYPES = {name: DTYPES[name].numpy for name in (*FLOATS, "U8")}
+"""numpy's types by safetensors' names, of all that weights are stored in."""
 
 
 class FileMap:

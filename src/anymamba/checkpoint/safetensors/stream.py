@@ -14,10 +14,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from anymamba.checkpoint.dtypes import DTYPES
+
 __all__ = ["Planned", "SafetensorsStream", "TensorPlan"]
 
 _ALIGNMENT = 64
-_BYTES_OF = {"U8": 1, "F16": 2, "BF16": 2, "F32": 4}
 
 
 class Planned(Protocol):
@@ -41,7 +42,7 @@ class TensorPlan:
     """A tensor that will be written.
 
     Args:
-        dtype: safetensors' name of its type: U8, F16, BF16 or F32.
+        dtype: safetensors' name of its type.
         shape: its dimensions, outermost first.
     """
 
@@ -51,7 +52,7 @@ class TensorPlan:
     @property
     def nbytes(self) -> int:
         """How many bytes it takes."""
-        return math.prod(self.shape) * _BYTES_OF[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].nbytes
 
 
 class SafetensorsStream:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.checkpoint.dtypes import DTYPES, FLOATS
 from anymamba.cli.terminal.sizes import size
 from anymamba.cli.terminal.table import table
 
@@ -14,10 +15,6 @@ if TYPE_CHECKING:
     from anymamba.checkpoint import Checkpoint, ModelShape
 
 __all__ = ["as_text", "describe"]
-
-# safetensors' names of types.
-_BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_FLOAT32 = 4
 
 
 def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
@@ -93,8 +90,8 @@ def state_bytes(shape: ModelShape, checkpoint: Checkpoint) -> dict[str, int]:
     types = stored_types(checkpoint)
     commonest = max(types, key=types.__getitem__) if types else "F32"
     channels = shape.n_layer * shape.d_inner
-    window = channels * shape.d_conv * _BYTES_OF.get(commonest, _FLOAT32)
-    state = channels * shape.d_state * _FLOAT32
+    window = channels * shape.d_conv * DTYPES[commonest if commonest in FLOATS else "F32"].nbytes
+    state = channels * shape.d_state * DTYPES["F32"].nbytes
     return {"conv_states": window, "ssm_states": state, "total": window + state}
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from anymamba.checkpoint import bytes_digest, to_transformers_name
 from anymamba.checkpoint.architecture import MAMBA
-from anymamba.checkpoint.dtypes import to_float32
+from anymamba.checkpoint.dtypes import as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, read_json_object, shown, user_path
 from anymamba.checkpoint.safetensors.mmap import FileMap
@@ -256,11 +256,10 @@ def _read_parts(folder: Path) -> tuple[dict[str, dict[str, NDArray[np.float32]]]
             )
         array = files.array(record)
         check_finite(name, array)
-        wide = to_float32(array) if array.dtype == np.uint16 else array.astype(np.float32)
         found = parts.setdefault(module, {})
         if part in found:
             raise CheckpointError(f"{str(path)!r} has the {part} of {shown(module)} twice")
-        found[part] = wide
+        found[part] = as_float32(array, copy=True)
     digest = bytes_digest({n: (r.dtype, r.shape, files.bytes_of(r)) for n, r in stored.items()})
     return parts, digest
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
-from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.dtypes import as_dtype, as_float32, dtype_of
 from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError
 from anymamba.runtime.adapters.adapter_file import Adapter, Change
@@ -63,7 +63,7 @@ def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Wei
         >>> both = merge_adapter(weights, adapter).tensors
         >>> both["lm_head.weight"] is table
         True
-        >>> before, after = (to_float32(t) for t in (table, both["backbone.embeddings.weight"]))
+        >>> before, after = (as_float32(t) for t in (table, both["backbone.embeddings.weight"]))
         >>> bool(abs(after - before - 0.5).max() < 0.01)  # bfloat16's rounding
         True
     """
@@ -81,7 +81,7 @@ def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Wei
         if change is None:
             result |= {name: tensor} if kind == "auto" else convert({name: tensor}, kind)
         else:
-            result[name] = _stored(name, merged(_wide(tensor), change, name), tensor, kind)
+            result[name] = _stored(name, merged(as_float32(tensor), change, name), tensor, kind)
 
     def digest() -> str:
         return hashlib.sha256(f"{weights.digest()}\n{adapter.digest}".encode()).hexdigest()
@@ -145,14 +145,6 @@ def check_fits(adapter: Adapter, tensors: Mapping[str, Any]) -> None:
             )
 
 
-def _wide(tensor: Tensor) -> NDArray[np.float32]:
-    if isinstance(tensor, np.ndarray):
-        return to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
-    from anymamba.checkpoint.quantization import dequantize
-
-    return dequantize(tensor)
-
-
 def _stored(name: str, wide: NDArray[np.float32], before: Tensor, kind: str) -> Tensor:
     """A merged matrix in the kind asked for, which by "auto" is that of the matrix before."""
     if isinstance(before, np.ndarray):
@@ -167,11 +159,8 @@ def _stored(name: str, wide: NDArray[np.float32], before: Tensor, kind: str) -> 
 
 
 def _typed(name: str, wide: NDArray[np.float32], before: NDArray[Any]) -> NDArray[Any]:
-    if before.dtype == np.uint16:
-        return to_bfloat16(wide)
-    with np.errstate(over="ignore"):
-        narrow = wide.astype(before.dtype, copy=False)
-    if not np.isfinite(narrow).all():
+    narrow = as_dtype(wide, dtype_of(before))
+    if narrow.dtype == np.float16 and not np.isfinite(narrow).all():
         raise CheckpointError(
             f"with the adapter, {name} holds numbers beyond float16's 65504; load the model with "
             "weights='f32' or 'bf16'"

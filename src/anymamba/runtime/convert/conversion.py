@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import Layout, expected_shapes, model_shape
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, is_matrix
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
-from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_dtype, as_float32, dtype_of
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf import GGUF_WEIGHTS, is_gguf, write_gguf
 from anymamba.checkpoint.io import parse_json_object
@@ -35,9 +35,6 @@ LAYOUTS = (*get_args(Layout), "gguf")
 
 FOLDER_WEIGHTS = ("f32", "f16", "bf16")
 """The types that matrices in a folder can have. `anymamba quantize` writes those with less bits."""
-
-_LARGEST_FLOAT16 = 65504.0
-_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 
 
 def convert(
@@ -191,16 +188,12 @@ def _kind(name: str, stored: str, weights: str | None) -> str:
 
 def _typed(name: str, tensor: NDArray[Any], kind: str) -> NDArray[Any]:
     """A tensor in such a type, where it lies if it has that type."""
-    if tensor.dtype == _DTYPES[kind]:
+    if dtype_of(tensor) == kind:
         return tensor
-    wide = to_float32(tensor) if tensor.dtype == _DTYPES["BF16"] else tensor.astype("<f4")
-    if kind == "F32":
-        return wide
-    if kind == "BF16":
-        return to_bfloat16(wide)
-    if not (np.abs(wide) <= _LARGEST_FLOAT16).all():
+    wide = as_float32(tensor)
+    if kind == "F16" and not (np.abs(wide) <= LARGEST_FLOAT16).all():
         raise ConfigError(
-            f"{name} holds numbers beyond float16's {_LARGEST_FLOAT16:.0f}; write the "
+            f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}; write the "
             "weights as f32 or bf16"
         )
-    return wide.astype("<f2")
+    return as_dtype(wide, kind)

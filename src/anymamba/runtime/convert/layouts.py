@@ -7,6 +7,7 @@ from typing import Any
 
 from anymamba.checkpoint import Layout, ModelShape, model_shape
 from anymamba.checkpoint.config import LAYER_FIELDS, MODEL_FIELDS
+from anymamba.checkpoint.dtypes import DTYPES
 from anymamba.checkpoint.io import shown
 from anymamba.errors import ConfigError
 
@@ -14,7 +15,6 @@ __all__ = ["config_of_layout", "name_in_layout", "repeats_head"]
 
 # What the other layouts cannot say, and what their programs do.
 _FIXED = {"layer_norm_epsilon": 1e-5, "hidden_act": "silu"}
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def config_of_layout(config: Mapping[str, Any], layout: Layout, dtype: str) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _transformers(config: Mapping[str, Any], shape: ModelShape, dtype: str) -> d
         "use_bias": shape.bias,
         "use_conv_bias": shape.conv_bias,
         "tie_word_embeddings": shape.tied,
-        "dtype": _DTYPES[dtype],
+        "dtype": DTYPES[dtype].torch,
     }
 
 

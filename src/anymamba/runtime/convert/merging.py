@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
-from anymamba.checkpoint.dtypes import to_float32
+from anymamba.checkpoint.dtypes import as_float32
 from anymamba.checkpoint.source import Source, companions_in, open_source
 from anymamba.errors import ConfigError
 from anymamba.runtime.adapters import Adapter, check_fits, merged, read_adapter
@@ -118,5 +117,4 @@ class _Merged(Mapping[str, NDArray[Any]]):
         tensor = self._tensors[EMBEDDINGS if name == self._head else name]
         if name not in self._changes:
             return tensor
-        wide = to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32)
-        return merged(wide, self._changes[name], name)
+        return merged(as_float32(tensor), self._changes[name], name)

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import FORMAT, expected_shapes
 from anymamba.checkpoint.architecture import is_large_matrix, is_matrix, role_of
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
-from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.dtypes import FLOATS, as_dtype, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, shown
 from anymamba.checkpoint.quantization import QuantizedArray, check_format
@@ -46,7 +46,6 @@ Progress = Callable[[int, int], object]
 
 FORMAT_VERSION = 1
 _BITS = {"int8": 8, "int4": 4}
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def quantize_checkpoint(
@@ -107,7 +106,7 @@ def quantize_checkpoint(
     check_apart(source, destination)
     target = check_destination(destination, overwrite)
     model = open_source(source, offline)
-    rounded = sorted(set(model.kinds.values()).difference(_FLOATS))
+    rounded = sorted(set(model.kinds.values()).difference(FLOATS))
     if rounded:
         raise CheckpointError(
             f"weights in {os.fspath(source)!r} are stored as {listed(rounded)}, and would be "
@@ -212,10 +211,7 @@ def _tensors(
         tensor = model.tensors.get(name) if name in shapes else None
         if tensor is None:
             return None
-        values = (
-            to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype("<f4", copy=False)
-        )
-        return to_float32(to_bfloat16(values)) if role_of(name) == "small matrix" else values
+        return as_float32(as_dtype(tensor, "BF16") if role_of(name) == "small matrix" else tensor)
 
     try:
         if windows_bl is not None:
@@ -225,7 +221,7 @@ def _tensors(
             assert values is not None  # open_source has checked that all are there
             check_finite(name, values)
             if not _is_quantized(name, shape, recipe):
-                yield name, to_bfloat16(values) if is_matrix(name) else values
+                yield name, as_dtype(values, "BF16") if is_matrix(name) else values
             elif windows_bl is None:
                 yield name, recipe.rounded(values, name)
     except InputError as error:

@@ -21,7 +21,7 @@ from anymamba.checkpoint import (
     write_atomically,
     write_safetensors,
 )
-from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.dtypes import as_float32, to_bfloat16
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import InputError, StateError
@@ -280,8 +280,7 @@ def _widened(files: FileMap, file: StateFile, name: str) -> NDArray[np.float32]:
             f"{file.source} has {name} as {record.dtype}, expected F32, F16 or BF16; save it again "
             "from a MambaCache of such a type"
         )
-    array = files.array(record)
-    return to_float32(array) if array.dtype == np.uint16 else np.array(array, np.float32)
+    return as_float32(files.array(record), copy=True)
 
 
 def _check_numbers(blocks: dict[str, NDArray[np.float32]], source: str) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from anymamba.checkpoint import bytes_digest
 from anymamba.checkpoint.architecture import MAMBA, in_layer
 from anymamba.checkpoint.gguf import read_gguf
+from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN
 from anymamba.runtime.weights.weight_types import check_kind, convert
 from anymamba.runtime.weights.weights import Weights
 
@@ -20,8 +21,7 @@ __all__ = ["load_gguf_weights"]
 
 # Writers of GGUF may keep the embedding table in more bits than the rest.
 _OF_MOST = next(in_layer(0, row.name) for row in MAMBA.layer if row.role == "large matrix")
-_KINDS = {"F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "int8"}
-_KINDS |= {"Q4_0": "int4", "Q4_1": "int4", "Q4_K": "int4"}
+_KINDS = {name: name.lower() for name in PLAIN} | {n: f"int{bits}" for n, bits in KEPT.items()}
 _GROUP = 32
 
 

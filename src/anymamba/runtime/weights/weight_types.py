@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint.architecture import is_large_matrix, is_matrix
-from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
+from anymamba.checkpoint.dtypes import as_dtype, as_float32
 from anymamba.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -99,17 +99,15 @@ def _converted(name: str, tensor: Tensor, kind: str, group: int) -> Tensor:
     if not isinstance(tensor, np.ndarray):
         return _from_quantized(name, tensor, kind, group)
     if kind == "f32":
-        return _widened(tensor)
+        return as_float32(tensor)
     if kind == "bf16":
-        return _narrowed(tensor) if is_matrix(name) else tensor
+        return as_dtype(tensor, "BF16") if is_matrix(name) else tensor
     return _quantized(name, tensor, kind, group)
 
 
 def _from_quantized(name: str, tensor: QuantizedArray, kind: str, group: int) -> Tensor:
     if kind not in _BITS:
-        from anymamba.checkpoint.quantization import dequantize
-
-        return _converted(name, dequantize(tensor), kind, group)
+        return _converted(name, as_float32(tensor), kind, group)
     if tensor.bits == _BITS[kind]:
         return tensor
     raise ConfigError(
@@ -123,13 +121,5 @@ def _quantized(name: str, tensor: NDArray[Any], kind: str, group: int) -> Tensor
     if _is_quantized(name, tensor.shape, group):
         from anymamba.checkpoint.quantization import quantize
 
-        return quantize(_widened(tensor), bits=cast(Any, _BITS[kind]), group=group, name=name)
-    return _narrowed(tensor) if is_matrix(name) else _widened(tensor)
-
-
-def _widened(tensor: NDArray[Any]) -> NDArray[np.float32]:
-    return to_float32(tensor) if tensor.dtype == np.uint16 else tensor.astype("<f4", copy=False)
-
-
-def _narrowed(tensor: NDArray[Any]) -> NDArray[np.uint16]:
-    return tensor if tensor.dtype == np.uint16 else to_bfloat16(tensor)
+        return quantize(as_float32(tensor), bits=cast(Any, _BITS[kind]), group=group, name=name)
+    return as_dtype(tensor, "BF16") if is_matrix(name) else as_float32(tensor)

@@ -22,6 +22,7 @@ from anymamba.checkpoint import (
     expected_shapes,
 )
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError, ConfigError
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
 
 __all__ = ["Weights", "load_weights"]
-
-_BY_TYPE = {np.dtype(np.float32): "f32", np.dtype(np.float16): "f16", np.dtype(np.uint16): "bf16"}
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def load_weights(checkpoint: Checkpoint, kind: str = "auto") -> Weights:
         records = checkpoint.tensors.items()
         return bytes_digest({n: (r.dtype, r.shape, files.bytes_of(r)) for n, r in records})
 
-    own = f"int{bits}" if bits else _BY_TYPE[cast(Any, tensors[EMBEDDINGS]).dtype]
+    own = f"int{bits}" if bits else dtype_of(cast(Any, tensors[EMBEDDINGS])).lower()
     if kind == "auto" or (bits and kind == own):
         return Weights(checkpoint.config, tensors, own, digest, files.check)
     return Weights(checkpoint.config, convert(tensors, kind), kind, digest, files.check)
