@@ -136,6 +136,10 @@ NAMES = {
         "HEAD": "checkpoint.architecture:HEAD",
     },
     "modeling.packing": {"PackedBatch": "modeling.packing.packing:PackedBatch"},
+    "runtime.analysis.layerwise": {
+        "check_computable": "runtime.native:epsilon_of",
+        "epsilon_of": "runtime.native:epsilon_of",
+    },
     "runtime.convert": {
         "FOLDER_WEIGHTS": "runtime.convert.conversion:FOLDER_WEIGHTS",
         "LAYOUTS": "runtime.convert.conversion:LAYOUTS",
@@ -151,6 +155,7 @@ NAMES = {
         "TextStream": "runtime.generation:StreamingDetokenizer",
     },
     "runtime.state.batch_state": {"Blocks": "runtime.state:BatchState"},
+    "runtime.weights.weight_types": {"convert": "runtime.weights.weight_types:to_weight_type"},
     "runtime.tokenizer": {
         "read_tokenizer": "checkpoint.tokenizer:read_tokenizer",
         "tokenizer_from_json": "checkpoint.tokenizer:tokenizer_from_json",

@@ -29,7 +29,6 @@ __all__ = [
     "Role",
     "TensorRow",
     "in_layer",
-    "is_large_matrix",
     "is_matrix",
     "role_of",
 ]
@@ -79,7 +78,9 @@ class TensorRow:
             >>> TensorRow("x", "r+2n e", "small matrix", "x", None).dimensions(dict(r=3, n=4, e=8))
             (11, 8)
         """
-        return tuple(_number(word, sizes) for word in self.shape.split())
+        known = {"1": 1, **sizes}
+        words = [word.split("+") for word in self.shape.split()]
+        return tuple(sum(int(t[:-1] or 1) * known[t[-1]] for t in terms) for terms in words)
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,16 @@ class Architecture:
             >>> shapes["backbone.layers.0.mixer.conv1d.weight"]
             (16, 1, 4)
         """
-        sizes = shape.sizes
-        layer = {row.name: row.dimensions(sizes) for row in self.layer if _has(shape, row)}
-        shapes = {EMBEDDINGS: self.embeddings.dimensions(sizes)}
+
+        def has(row: TensorRow) -> bool:
+            return row.flag is None or bool(getattr(shape, row.flag))
+
+        layer = {row.name: row.dimensions(shape.sizes) for row in self.layer if has(row)}
+        shapes = {EMBEDDINGS: self.embeddings.dimensions(shape.sizes)}
         for index in range(shape.n_layer):
             shapes |= {in_layer(index, name): numbers for name, numbers in layer.items()}
-        outside = (row for row in (self.norm, self.head) if _has(shape, row))
-        return shapes | {row.name: row.dimensions(sizes) for row in outside}
+        rest = (row for row in (self.norm, self.head) if has(row))
+        return shapes | {row.name: row.dimensions(shape.sizes) for row in rest}
 
     def core_layer(self, get: Callable[[str], Any]) -> dict[str, Any]:
         """A layer's tensors by the names that the native core has for them.
@@ -140,10 +144,9 @@ class Architecture:
             (2, 4)
         """
         found = {row.core: get(row.name) for row in self.layer}
-        for row in self.layer:
-            if row.role == "convolution":
-                found[row.core] = found[row.core][:, 0]  # one filter a channel
-        return found
+        # One filter a channel.
+        squeezed = {r.core: found[r.core][:, 0] for r in self.layer if r.role == "convolution"}
+        return found | squeezed
 
     def adapted(self) -> tuple[str, ...]:
         """The modules that an adapter may change: those with matrices, but for the head.
@@ -232,23 +235,3 @@ def is_matrix(name: str) -> bool:
         False
     """
     return role_of(name) in ("large matrix", "small matrix")
-
-
-def is_large_matrix(name: str) -> bool:
-    """Whether a tensor is one of the matrices that hold most of the weights, and may be quantized.
-
-    Example:
-        >>> is_large_matrix("lm_head.weight"), is_large_matrix("backbone.layers.0.mixer.D")
-        (True, False)
-    """
-    return role_of(name) == "large matrix"
-
-
-def _number(word: str, sizes: Mapping[str, int]) -> int:
-    """A dimension such as "r+2n" in numbers."""
-    terms = (re.fullmatch(r"(\d*)(\D?)", term) for term in word.split("+"))
-    return sum(int(t[1] or 1) * (sizes[t[2]] if t[2] else 1) for t in terms if t)
-
-
-def _has(shape: ModelShape, row: TensorRow) -> bool:
-    return row.flag is None or bool(getattr(shape, row.flag))

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from anymamba.checkpoint.architecture import is_large_matrix
+from anymamba.checkpoint.architecture import role_of
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.shapes import expected_shapes
 from anymamba.errors import ConfigError
 
-__all__ = ["FORMAT", "GROUPS", "quantized_bits", "quantized_shapes"]
+__all__ = ["FORMAT", "GROUPS", "PARTS", "quantized_bits", "quantized_shapes"]
 
 FORMAT = "anymamba"
 """What a config calls our format, under the key `format`.
@@ -25,7 +25,8 @@ weights that it misses with random numbers. Without that key it refuses the fold
 _FORMAT_VERSION = 1
 GROUPS = (32, 64, 128)
 """How many weights may share a scale."""
-_PARTS = ("_q", "_scales", "_minima")
+PARTS = ("_q", "_scales", "_minima")
+"""What the names of a quantized matrix's tensors have behind that of the matrix."""
 
 
 def quantized_bits(config: Mapping[str, Any]) -> int | None:
@@ -96,8 +97,8 @@ def quantized_shapes(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_shapes(config).items():
-        quantized = any(name + part in found for part in _PARTS)
-        if quantized and is_large_matrix(name) and shape[1] % GROUPS[0] == 0:
+        quantized = any(name + part in found for part in PARTS)
+        if quantized and role_of(name) == "large matrix" and shape[1] % GROUPS[0] == 0:
             shapes |= _parts_of(name, shape, found)
         else:
             shapes[name] = shape
@@ -109,7 +110,7 @@ def _parts_of(
 ) -> dict[str, tuple[int, ...]]:
     """What stands for a matrix (n, k), where the parts that are there decide between formats."""
     n, k = shape
-    q, scales, minima = (name + part for part in _PARTS)
+    q, scales, minima = (name + part for part in PARTS)
     by_bits = [(n, k), (n, k // 2)]
     # Of the groups that fit, the largest is the usual one.
     by_group = [(n, k // group) for group in reversed(GROUPS) if k % group == 0]

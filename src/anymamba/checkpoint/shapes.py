@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anymamba.checkpoint.architecture import HEAD, MAMBA
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, MAMBA
 from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["ModelShape", "check_tensors", "expected_shapes", "model_shape"]
+__all__ = ["ModelShape", "check_repeated_head", "check_tensors", "expected_shapes", "model_shape"]
 
 # Transformers' names and defaults, for fields that a config leaves out.
 _COUNTS = {
@@ -60,6 +60,22 @@ class ModelShape:
     def untied(self) -> bool:
         """Whether the head is a matrix of its own."""
         return not self.tied
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The same in Transformers' names, but for `expand`."""
+        return {
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.n_layer,
+            "intermediate_size": self.d_inner,
+            "state_size": self.d_state,
+            "time_step_rank": self.dt_rank,
+            "conv_kernel": self.d_conv,
+            "vocab_size": self.vocab_size,
+            "use_bias": self.bias,
+            "use_conv_bias": self.conv_bias,
+            "tie_word_embeddings": self.tied,
+        }
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -175,6 +191,28 @@ unexpected 'a'
         ],
     }
     _raise_for(defects, where)
+
+
+def check_repeated_head(tensors: Mapping[str, Any], where: object) -> None:
+    """Refuse a tied model's stored head that is not the embedding table: one would be lost.
+
+    Args:
+        tensors: the head and the table by Transformers' names, numpy's arrays or torch's tensors.
+        where: what was read, for the message.
+
+    Raises:
+        CheckpointError: the two differ.
+
+    Example:
+        >>> import numpy as np
+        >>> check_repeated_head({HEAD: np.ones((3, 2)), EMBEDDINGS: np.ones((3, 2))}, "here")
+    """
+    head, table = tensors[HEAD], tensors[EMBEDDINGS]
+    if tuple(head.shape) != tuple(table.shape) or not (head == table).all():
+        raise CheckpointError(
+            f"the config in {where} ties {HEAD} to {EMBEDDINGS}, but the two "
+            "differ there; set tie_word_embeddings to false to use both"
+        )
 
 
 def _raise_for(defects: Mapping[str, Iterable[str]], where: object) -> None:

@@ -1,16 +1,15 @@
-"""Opening what `convert` reads: a model's folder in any layout, or a GGUF file."""
+"""Opening a model on disk, whatever it is stored in: safetensors, pickles or a GGUF file."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import (
@@ -22,17 +21,17 @@ from anymamba.checkpoint import (
     resolve,
 )
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
-from anymamba.checkpoint.dtypes import DTYPES, FLOATS, dtype_of
+from anymamba.checkpoint.dtypes import FLOATS, dtype_of
 from anymamba.checkpoint.gguf import GgufModel, find_gguf, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, user_path
-from anymamba.checkpoint.safetensors.mmap import FileMap
-from anymamba.errors import CheckpointError, MissingDependencyError
+from anymamba.checkpoint.quantized_folder import PARTS, quantized_bits, quantized_shapes
+from anymamba.checkpoint.safetensors.mmap import MappedTensors
+from anymamba.checkpoint.shapes import check_repeated_head
+from anymamba.checkpoint.torch_weights import to_numpy
+from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Source", "companions_in", "open_source"]
+__all__ = ["Source", "companions_in", "open_source", "open_tensors"]
 
 # The largest tokenizer.json of a published model is half of this.
 _MOST_COMPANION_BYTES = 4 * MAX_JSON_BYTES
@@ -40,7 +39,7 @@ _MOST_COMPANION_BYTES = 4 * MAX_JSON_BYTES
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is to be converted.
+    """A model on disk, whose tensors are read when they are asked for.
 
     Args:
         config: the config's fields in Transformers' names.
@@ -51,7 +50,7 @@ class Source:
     """
 
     config: Mapping[str, Any]
-    tensors: Mapping[str, NDArray[Any]]
+    tensors: Mapping[str, Any]
     kinds: Mapping[str, str]
     companions: Mapping[str, bytes]
 
@@ -82,7 +81,7 @@ class Source:
 
 
 def open_source(source: str | os.PathLike[str], offline: bool = False) -> Source:
-    """Open a model that is to be converted.
+    """Open a model on disk, to make another of it.
 
     Args:
         source: a folder, a GGUF file or a folder that holds one, or a hub id.
@@ -110,82 +109,63 @@ def open_source(source: str | os.PathLike[str], offline: bool = False) -> Source
             f"the weights in {where} are quantized, and have lost what another form would need; "
             "convert the model that they were made of"
         )
-    expected = expected_shapes(checkpoint.config)
-    tensors: Mapping[str, NDArray[Any]]
+    tensors: Mapping[str, Any]
     if checkpoint.pickled:
-        tensors, kinds = _unpickled(checkpoint)
+        tensors = _unpickled(checkpoint)
+        kinds = {name: dtype_of(tensor) for name, tensor in tensors.items()}
     else:
-        found = {name: record.shape for name, record in checkpoint.tensors.items()}
-        check_tensors(found, expected, where)
-        tensors = _Mapped(checkpoint)
-        kinds = {name: record.dtype for name, record in checkpoint.tensors.items()}
-        _check_repeated_head(tensors, expected, where)
+        tensors = open_tensors(checkpoint, FLOATS)
+        kinds = {name: record.dtype for name, record in tensors.records.items()}
     return Source(checkpoint.config, tensors, kinds, companions_in(checkpoint.folder))
 
 
-class _Mapped(Mapping[str, NDArray[Any]]):
-    """A checkpoint's tensors where they lie in their files."""
+def open_tensors(checkpoint: Checkpoint, types: Sequence[str] = FLOATS[:3]) -> MappedTensors:
+    """Map the tensors of safetensors files, checked against the model's config.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._records, self._files = checkpoint.tensors, FileMap()
+    Args:
+        checkpoint: what `open_checkpoint` returned; not a pickled one.
+        types: those that weights may have which are not quantized.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._records)
+    Returns:
+        The tensors; of a tied model without the head.
 
-    def __len__(self) -> int:
-        return len(self._records)
+    Raises:
+        CheckpointError: another program quantized the weights, they do not fit the config, or a
+            tied model's files hold a head of its own.
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        record = self._records[name]
-        if record.dtype not in FLOATS:
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> len(open_tensors(open_checkpoint(bundled_model())))
+        72
+    """
+    config, records, where = checkpoint.config, checkpoint.tensors, repr(str(checkpoint.folder))
+    found = {name: record.shape for name, record in records.items()}
+    try:
+        quantized = quantized_bits(config) is not None
+    except ConfigError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    shapes = expected_shapes(config)
+    check_tensors(found, quantized_shapes(config, found) if quantized else shapes, where)
+    for name, record in records.items():
+        fitting = types if not name.endswith(PARTS) else ["U8" if name.endswith("_q") else "BF16"]
+        if record.dtype not in fitting:
             raise CheckpointError(
-                f"{name} in {str(record.file)!r} is stored as {record.dtype}, expected one of "
-                f"{', '.join(FLOATS)}"
+                f"{name} in {where} is stored as {record.dtype}, expected {' or '.join(fitting)}"
             )
-        # The numbers must come from the file whose header was read, and not from a newer one.
-        if self._files.header(record.file).tensors.get(record.name) != record:
-            raise CheckpointError(
-                f"{str(record.file)!r} was replaced while it was read; convert the model again"
-            )
-        data = np.frombuffer(self._files.bytes_of(record), DTYPES[record.dtype].numpy)
-        return data.reshape(record.shape)
+    tensors = MappedTensors(records, shapes)
+    if HEAD in records and HEAD not in shapes:
+        check_repeated_head(tensors, where)
+        del tensors.records[HEAD]
+    return tensors
 
 
-def _check_repeated_head(
-    tensors: Mapping[str, NDArray[Any]], expected: Mapping[str, Any], where: str
-) -> None:
-    """A tied model's head may be stored, if it is the embedding table; another would be lost."""
-    if HEAD in tensors and HEAD not in expected:
-        head, table = tensors[HEAD], tensors[EMBEDDINGS]
-        if head.dtype != table.dtype or head.tobytes() != table.tobytes():
-            raise CheckpointError(
-                f"the config in {where} ties {HEAD} to {EMBEDDINGS}, but the two differ there; "
-                "set tie_word_embeddings to false to use both"
-            )
-
-
-def _unpickled(checkpoint: Checkpoint) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def _unpickled(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
     if find_spec("torch") is None:
         raise MissingDependencyError(
             f"the weights in {str(checkpoint.folder)!r} are pickled, and reading pickles needs "
             "PyTorch, once: pip install 'anymamba[torch]'"
         )
-    tensors = {n: _of_torch(n, t) for n, t in load_torch_state_dict(checkpoint).items()}
-    return tensors, {name: dtype_of(tensor) for name, tensor in tensors.items()}
-
-
-def _of_torch(name: str, tensor: torch.Tensor) -> NDArray[Any]:
-    import torch
-
-    if tensor.dtype == torch.bfloat16:
-        bits: NDArray[Any] = tensor.contiguous().view(torch.int16).numpy()
-        return bits.view(np.uint16)
-    if tensor.dtype not in (torch.float32, torch.float16, torch.float64):
-        raise CheckpointError(
-            f"{name} is stored as {tensor.dtype}, expected float32, float16, bfloat16 or float64"
-        )
-    array: NDArray[Any] = tensor.contiguous().numpy()
-    return array
+    return {n: to_numpy(n, tensor) for n, tensor in load_torch_state_dict(checkpoint).items()}
 
 
 def companions_in(folder: Path) -> dict[str, bytes]:

@@ -88,15 +88,9 @@ def state_identity(config: Mapping[str, Any]) -> dict[str, str | int]:
         >>> state_identity({"hidden_size": 8, "num_hidden_layers": 2})["intermediate_size"]
         16
     """
-    shape = model_shape(config)
-    return {
-        "model_type": "mamba",
-        "num_hidden_layers": shape.n_layer,
-        "hidden_size": shape.d_model,
-        "intermediate_size": shape.d_inner,
-        "state_size": shape.d_state,
-        "conv_kernel": shape.d_conv,
-    }
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "state_size", "conv_kernel")
+    fields = model_shape(config).fields
+    return {"model_type": "mamba", **{name: fields[name] for name in names}}
 
 
 def state_metadata(

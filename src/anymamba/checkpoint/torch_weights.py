@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint.architecture import HEAD
 from anymamba.checkpoint.checkpoint import Checkpoint, canonical_names, check_shard
+from anymamba.checkpoint.dtypes import DTYPES, FLOATS, dtype_of
 from anymamba.checkpoint.files import WeightFiles
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.safetensors import read_header
-from anymamba.checkpoint.shapes import check_tensors, expected_shapes, model_shape
+from anymamba.checkpoint.safetensors import TensorRecord
+from anymamba.checkpoint.shapes import (
+    check_repeated_head,
+    check_tensors,
+    expected_shapes,
+    model_shape,
+)
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
+
+    from anymamba.checkpoint.safetensors.mmap import FileMap
 
 __all__ = [
     "check_floating_point",
@@ -24,6 +33,8 @@ __all__ = [
     "load_named_tensors",
     "load_stored_tensors",
     "load_torch_state_dict",
+    "to_numpy",
+    "to_torch",
 ]
 
 _ZIP_SIGNATURE = b"PK\x03\x04"
@@ -94,7 +105,14 @@ def load_named_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         >>> len(load_named_tensors(open_checkpoint(bundled_model())))
         72
     """
-    return _translated_pickles(checkpoint) if checkpoint.pickled else _located(checkpoint)
+    if checkpoint.pickled:
+        stored = load_stored_tensors(checkpoint.files)
+        names = canonical_names(stored, checkpoint.files.paths[0], checkpoint.key_mapping)
+        return {new: stored[old] for new, old in names.items()}
+    from anymamba.checkpoint.safetensors.mmap import FileMap
+
+    maps = FileMap(private=True)
+    return {name: _mapped(maps, maps.current(r)) for name, r in checkpoint.tensors.items()}
 
 
 def check_floating_point(tensors: Mapping[str, torch.Tensor], where: object) -> None:
@@ -118,95 +136,100 @@ def check_floating_point(tensors: Mapping[str, torch.Tensor], where: object) -> 
             )
 
 
-def check_repeated_head(tensors: Mapping[str, torch.Tensor], where: object) -> None:
-    """Refuse a tied model's stored head that is not the embedding table: one would be lost.
-
-    Args:
-        tensors: the head and the table by Transformers' names.
-        where: what was read, for the message.
-
-    Raises:
-        CheckpointError: the two differ.
-
-    Example:
-        >>> import torch
-        >>> table = torch.ones(3, 2)
-        >>> check_repeated_head({HEAD: table, EMBEDDINGS: table.clone()}, "here")
-    """
-    import torch
-
-    head, table = tensors[HEAD], tensors[EMBEDDINGS]
-    if head.shape != table.shape or not torch.equal(head, table):
-        raise CheckpointError(
-            f"the config in {where} ties {HEAD} to {EMBEDDINGS}, but the two "
-            "differ there; set tie_word_embeddings to false to use both"
-        )
-
-
 def load_stored_tensors(files: WeightFiles) -> dict[str, torch.Tensor]:
     """Load all tensors of a model's files, of whatever kind of model, under their stored names.
 
-    Nothing in a file is run, and the tensors are mapped where the format allows it, as in
-    `load_torch_state_dict`; but names, shapes and types are for the caller to check.
+        Nothing in a file is run, and the tensors are mapped where the format allows it, as in
+        `load_torch_state_dict`; but names, shapes and types are for the caller to check.
 
-    Args:
-        files: what `find_weight_files` returned.
+        Args:
+            files: what `find_weight_files` returned.
 
-    Returns:
-        The tensors, on the CPU, in the types they are stored in.
+        Returns:
+            The tensors, on the CPU, in the types they are stored in.
 
-    Raises:
-        CheckpointError: a file is broken or would run code, or a shard does not hold what the
-            index says.
+        Raises:
+            CheckpointError: a file is broken or would run code, or a shard does not hold what the
+                index says.
 
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> from anymamba.checkpoint.files import find_weight_files
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> torch.save({"conv1d.bias": torch.ones(3)}, folder / "pytorch_model.bin")
-        >>> load_stored_tensors(find_weight_files(folder))
-        {'conv1d.bias': tensor([1., 1., 1.])}
+        Example:
+            >>> import tempfile
+            >>> import torch
+            >>> from anymamba.checkpoint.dtypes import DTYPES, FLOATS, dtype_of
+    from anymamba.checkpoint.files import find_weight_files
+            >>> folder = Path(tempfile.mkdtemp())
+            >>> torch.save({"conv1d.bias": torch.ones(3)}, folder / "pytorch_model.bin")
+            >>> load_stored_tensors(find_weight_files(folder))
+            {'conv1d.bias': tensor([1., 1., 1.])}
     """
+    from anymamba.checkpoint.safetensors.mmap import FileMap
+
     stored: dict[str, torch.Tensor] = {}
+    maps = FileMap(private=True)
     for path in files.paths:
-        # read_header says in one line what is wrong with a broken file.
-        tensors = (
-            _read_pickle(path)
-            if files.pickled
-            else _read_safetensors(path, read_header(path).tensors)
-        )
+        if files.pickled:
+            tensors = _read_pickle(path)
+        else:
+            records = maps.header(path).tensors
+            tensors = {name: _mapped(maps, record) for name, record in records.items()}
         check_shard(files, path, tensors)
         stored |= tensors
     return stored
 
 
-def _translated_pickles(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    stored = load_stored_tensors(checkpoint.files)
-    names = canonical_names(stored, checkpoint.files.paths[0], checkpoint.key_mapping)
-    return {new: stored[old] for new, old in names.items()}
+def to_torch(array: NDArray[Any]) -> torch.Tensor:
+    """Copy an array into a tensor of its type.
+
+    Args:
+        array: of a type in `anymamba.checkpoint.dtypes`.
+
+    Example:
+        >>> import numpy as np
+        >>> to_torch(np.uint16([0x3F80]))
+        tensor([1.], dtype=torch.bfloat16)
+    """
+    import torch
+
+    dtype = getattr(torch, str(DTYPES[dtype_of(array)].torch))
+    return torch.from_numpy(array.view(f"i{array.itemsize}").copy()).view(dtype)
 
 
-def _located(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """The tensors of safetensors files, which were located when the checkpoint was opened."""
-    names: dict[Path, dict[str, str]] = {}
-    for new, record in checkpoint.tensors.items():
-        names.setdefault(record.file, {})[record.name] = new
-    return {
-        new_of[old]: tensor
-        for path, new_of in names.items()
-        for old, tensor in _read_safetensors(path, new_of).items()
-    }
+def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
+    """An array of the type of a tensor, in its memory.
+
+    Args:
+        name: what it is called, for the message.
+        tensor: on the CPU.
+
+    Raises:
+        CheckpointError: it has a type that weights are not stored in.
+
+    Example:
+        >>> import torch
+        >>> to_numpy("mixer.D", torch.ones(1, dtype=torch.bfloat16))
+        array([16256], dtype=uint16)
+    """
+    import torch
+
+    dtype = next((d for d in FLOATS if str(tensor.dtype) == f"torch.{DTYPES[d].torch}"), None)
+    if dtype is None:
+        raise CheckpointError(
+            f"{name} is stored as {tensor.dtype}, expected float32, float16, bfloat16 or float64"
+        )
+    bits = tensor.contiguous().view(getattr(torch, f"int{8 * DTYPES[dtype].nbytes}")).numpy()
+    array: NDArray[Any] = bits.view(str(DTYPES[dtype].numpy))
+    return array
 
 
-def _read_safetensors(path: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError, safe_open
+def _mapped(maps: FileMap, record: TensorRecord) -> torch.Tensor:
+    """A tensor where it lies, unless numbers straddle the addresses of their type."""
+    import torch
 
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"cannot read {str(path)!r}: {_one_line(error)}") from error
+    data, (nbytes, name, _) = maps.bytes_of(record), DTYPES[record.dtype]
+    if not data:
+        return torch.empty(record.shape, dtype=getattr(torch, str(name)))
+    whole = data if record.begin % nbytes == 0 else bytearray(data)
+    return torch.frombuffer(whole, dtype=getattr(torch, str(name))).reshape(record.shape)
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
@@ -251,8 +274,3 @@ def _plain_tensors(path: Path, value: Any) -> dict[str, torch.Tensor]:
                 f"({type(tensor).__name__}); save the model's state_dict alone"
             )
     return {name: tensor.detach() for name, tensor in value.items()}
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:120] if lines else type(error).__name__

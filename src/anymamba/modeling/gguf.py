@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, cast
 
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
-
-    from anymamba.checkpoint.quantization import QuantizedArray
 
 __all__ = ["find_mamba_gguf", "gguf_config", "gguf_state_dict", "hub_pattern"]
 
@@ -111,16 +107,8 @@ def gguf_state_dict(path: Path) -> dict[str, torch.Tensor]:
         torch.Size([256])
     """
     from anymamba.checkpoint.gguf import read_gguf
+    from anymamba.checkpoint.torch_weights import to_torch
 
     tensors = read_gguf(path, tokenizer=False).tensors
-    return {name: _to_torch(tensors[name]) for name in tensors}
-
-
-def _to_torch(array: NDArray[Any] | QuantizedArray) -> torch.Tensor:
-    import torch
-
-    assert isinstance(array, np.ndarray)  # blocks are kept only where they are asked for
-
-    # A copy: the file's memory cannot be written, and the model's tensors are.
-    tensor = torch.from_numpy(np.array(array.view(np.int16) if array.dtype == np.uint16 else array))
-    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
+    # Blocks are kept only where they are asked for.
+    return {name: to_torch(cast("NDArray[Any]", tensors[name])) for name in tensors}

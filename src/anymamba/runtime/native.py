@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from anymamba.arithmetic import load_core
-from anymamba.errors import BackendError, InputError, MissingDependencyError
+from anymamba.errors import BackendError, ConfigError, InputError, MissingDependencyError
 from anymamba.processors import available_processors
 
-__all__ = ["MOST_THREADS", "core", "wanted_threads"]
+__all__ = ["MOST_THREADS", "core", "epsilon_of", "wanted_threads"]
 
 MOST_THREADS = 1024
 """More would be a mistake: no machine has so many cores, and each thread takes memory."""
@@ -34,6 +35,36 @@ def core() -> Any:
             "compiler (GCC or Clang) and run `pip install --force-reinstall --no-cache-dir "
             "anymamba`; or run the model in PyTorch: pip install 'anymamba[torch]'"
         ) from error
+
+
+def epsilon_of(
+    config: Mapping[str, Any],
+    remedy: str = "MambaForCausalLM computes others (pip install 'anymamba[torch]')",
+) -> float:
+    """The norms' epsilon of a model that the native core computes.
+
+    Args:
+        config: fields in Transformers' names.
+        remedy: what to do about a model with another activation.
+
+    Raises:
+        ConfigError: the core does not compute such a model: it has another activation, or an
+            epsilon that makes no sense.
+
+    Example:
+        >>> epsilon_of({"hidden_act": "silu"})
+        1e-05
+    """
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise ConfigError(
+            f"the config has hidden_act {activation!r}, and the native core computes 'silu' only; "
+            + remedy
+        )
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
+        raise ConfigError(f"the config has layer_norm_epsilon {epsilon!r}, expected 0 to 1")
+    return float(epsilon)
 
 
 def wanted_threads(threads: int | None) -> int:

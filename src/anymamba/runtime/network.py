@@ -29,7 +29,7 @@ from anymamba.checkpoint.architecture import (
 from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.errors import CheckpointError, ConfigError, InputError
-from anymamba.runtime.native import core, wanted_threads
+from anymamba.runtime.native import core, epsilon_of, wanted_threads
 from anymamba.runtime.state import BatchState
 
 if TYPE_CHECKING:
@@ -203,19 +203,14 @@ def _wanted_matmul_dtype(name: str | None, tensors: Mapping[str, Tensor]) -> str
 def _table(weights: Weights) -> tuple[Any, ...]:
     """What the core's model is made of: embeddings, head, norm, epsilon, layers."""
     config, tensors = weights.config, weights.tensors
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise CheckpointError(
-            f"the config has hidden_act {activation!r}, and the runtime computes 'silu' only; "
-            "MambaForCausalLM computes others (pip install 'anymamba[torch]')"
-        )
-    epsilon = config.get("layer_norm_epsilon", 1e-5)
-    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
-        raise CheckpointError(f"the config has layer_norm_epsilon {epsilon!r}, expected 0 to 1")
+    try:
+        epsilon = epsilon_of(config)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
     layers = [_layer(tensors, index) for index in range(model_shape(config).n_layer)]
     embeddings, head = tensors[EMBEDDINGS], tensors.get(HEAD, tensors[EMBEDDINGS])
     norm = tensors[FINAL_NORM]
-    return _given(embeddings), _given(head), norm, float(epsilon), layers
+    return _given(embeddings), _given(head), norm, epsilon, layers
 
 
 def _layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Any]:

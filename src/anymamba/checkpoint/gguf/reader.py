@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,8 @@ from anymamba.checkpoint.gguf.names import from_gguf_name
 from anymamba.checkpoint.gguf.parts import read_gguf_files
 from anymamba.checkpoint.gguf.tokenizer import CHAT_TEMPLATE, tokenizer_json
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.quantization import QuantizedArray
-from anymamba.checkpoint.safetensors.mmap import check_whole
+from anymamba.checkpoint.quantization import Tensor
+from anymamba.checkpoint.safetensors.mmap import StoredTensors, check_whole
 from anymamba.errors import CheckpointError, ConfigError
 
 __all__ = ["GgufModel", "GgufTensors", "read_gguf"]
@@ -111,11 +111,8 @@ def read_gguf(
     )
 
 
-class GgufTensors(Mapping[str, Any]):
+class GgufTensors(StoredTensors):
     """The tensors of a GGUF file by Transformers' names, in Transformers' form.
-
-    Values are numpy arrays in float32, float16 or, for bfloat16, uint16, or `QuantizedArray`.
-    Nothing is kept: asking twice reads twice.
 
     Args:
         records: where the tensors are, by Transformers' names.
@@ -137,17 +134,11 @@ class GgufTensors(Mapping[str, Any]):
         data: Mapping[Path, memoryview],
         keep_blocks: bool,
     ) -> None:
-        self.records = dict(records)
+        super().__init__(records)
         self._data = data
         self._keep_blocks = keep_blocks
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.records)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, name: str) -> NDArray[Any] | QuantizedArray:
+    def __getitem__(self, name: str) -> Tensor:
         record, data = self.records[name], self.bytes_of(name)
         if record.dtype in KEPT and self._keep_blocks and is_matrix(name):
             return kept_blocks(record, data)
@@ -159,21 +150,13 @@ class GgufTensors(Mapping[str, Any]):
         return _a_log(record, values) if role_of(name) == "decay" else values
 
     def bytes_of(self, name: str) -> memoryview:
-        """A tensor's bytes as the file holds them.
-
-        Raises:
-            CheckpointError: the file has become shorter.
-        """
+        """As in `StoredTensors`."""
         record = self.records[name]
         self.check()
         return self._data[record.file][record.begin : record.end]
 
     def check(self) -> None:
-        """Look whether the files still are as long as they were.
-
-        Raises:
-            CheckpointError: one is not, and to touch its tensors might end the process.
-        """
+        """As in `StoredTensors`."""
         for file, data in self._data.items():
             if isinstance(data.obj, mmap.mmap):
                 check_whole(file, data.obj)

@@ -196,10 +196,10 @@ def check_weight(weight_nk: NDArray[Any], bits: int, group: int, name: str) -> N
             holds NaN, infinity or a number beyond 2^120.
 
     Example:
-        >>> check_weight(np.full((1, 32), np.nan, np.float32), 4, 32, "in_proj")
+        >>> check_weight(np.full((1, 32), np.nan, np.float32), 4, 32, "out")
         Traceback (most recent call last):
             ...
-        anymamba.errors.InputError: in_proj holds NaN, infinity or numbers beyond 2^120 (in 1 of \
+        anymamba.errors.InputError: out holds NaN, infinity or numbers beyond 2^120 (in 1 of \
 1 rows), which no scale fits; the file may be broken
     """
     if weight_nk.ndim != 2 or weight_nk.dtype != np.float32:

@@ -48,28 +48,12 @@ def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
         "model": model,
         "folder": str(checkpoint.folder),
         "layout": checkpoint.layout,
-        "architecture": architecture(shape),
+        "architecture": shape.fields,
         "parameters": sum(math.prod(dimensions) for dimensions in expected.values()),
         "quantization": checkpoint.config["quantization_config"] if bits else None,
         "dtypes": stored_types(checkpoint),
         "state_bytes": state_bytes(shape, checkpoint),
         "files": files(checkpoint.folder),
-    }
-
-
-def architecture(shape: ModelShape) -> dict[str, Any]:
-    """The sizes that make the model, in Transformers' names."""
-    return {
-        "hidden_size": shape.d_model,
-        "num_hidden_layers": shape.n_layer,
-        "intermediate_size": shape.d_inner,
-        "state_size": shape.d_state,
-        "time_step_rank": shape.dt_rank,
-        "conv_kernel": shape.d_conv,
-        "vocab_size": shape.vocab_size,
-        "use_bias": shape.bias,
-        "use_conv_bias": shape.conv_bias,
-        "tie_word_embeddings": shape.tied,
     }
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import GenerationConfig
 
-from anymamba.checkpoint import Checkpoint, canonical_names, check_tensors
+from anymamba.checkpoint import Checkpoint, check_tensors
 from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
+from anymamba.checkpoint.torch_weights import load_named_tensors
 from anymamba.errors import InputError
 from anymamba.modeling.loading.arguments import make_config
 from anymamba.modeling.loading.tensor_names import ties_head
@@ -104,11 +104,7 @@ def _refuse_others(given: Mapping[str, Any]) -> None:
 
 
 def _put_weights(model: Any, found: Checkpoint) -> None:
-    weights: dict[str, torch.Tensor] = {}
-    for path in found.files.paths:
-        stored = load_file(path)
-        names = canonical_names(stored, path, found.key_mapping)
-        weights |= {new: stored[old] for new, old in names.items()}
+    weights = load_named_tensors(found)
     if not ties_head(type(model)):
         weights = {n.removeprefix("backbone."): w for n, w in weights.items() if "lm_head" not in n}
     put_quantized_layers(model, weights)

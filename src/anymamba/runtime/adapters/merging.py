@@ -24,7 +24,7 @@ from anymamba.checkpoint.dtypes import as_dtype, as_float32, dtype_of
 from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError
 from anymamba.runtime.adapters.adapter_file import Adapter, Change
-from anymamba.runtime.weights import Weights, check_kind, convert
+from anymamba.runtime.weights import Weights, check_kind, to_weight_type
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
@@ -79,7 +79,7 @@ def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Wei
     for name, tensor in tensors.items():
         change = adapter.changes.get(name)
         if change is None:
-            result |= {name: tensor} if kind == "auto" else convert({name: tensor}, kind)
+            result |= {name: tensor} if kind == "auto" else to_weight_type({name: tensor}, kind)
         else:
             result[name] = _stored(name, merged(as_float32(tensor), change, name), tensor, kind)
 
@@ -147,12 +147,12 @@ def check_fits(adapter: Adapter, tensors: Mapping[str, Any]) -> None:
 
 def _stored(name: str, wide: NDArray[np.float32], before: Tensor, kind: str) -> Tensor:
     """A merged matrix in the kind asked for, which by "auto" is that of the matrix before."""
+    if kind in ("f32", "bf16") or (kind != "auto" and isinstance(before, np.ndarray)):
+        return to_weight_type({name: wide}, kind)[name]
     if isinstance(before, np.ndarray):
-        return convert({name: wide}, kind)[name] if kind != "auto" else _typed(name, wide, before)
-    if kind in ("f32", "bf16"):
-        return convert({name: wide}, kind)[name]
+        return _typed(name, wide, before)
     if kind != "auto":
-        convert({name: before}, kind)  # refuses other bits, as it does without an adapter
+        to_weight_type({name: before}, kind)  # refuses other bits, as it does without an adapter
     from anymamba.checkpoint.quantization import quantize
 
     return quantize(wide, before.bits, before.group, symmetric=before.symmetric, name=name)

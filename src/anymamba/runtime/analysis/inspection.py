@@ -27,7 +27,7 @@ from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.errors import InputError
 from anymamba.runtime.analysis.layerwise import Layer, Selected
 from anymamba.runtime.native import core
-from anymamba.runtime.weights import convert
+from anymamba.runtime.weights import to_weight_type
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
@@ -165,7 +165,7 @@ def _getter(weights: Weights) -> Callable[[str], Any]:
         tensor = weights.tensors.get(name)
         if tensor is None or (not isinstance(tensor, np.ndarray) and name != EMBEDDINGS):
             return tensor
-        return convert({name: tensor}, "f32")[name]
+        return to_weight_type({name: tensor}, "f32")[name]
 
     return get
 

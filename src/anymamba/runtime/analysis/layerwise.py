@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from anymamba.checkpoint.architecture import MAMBA, in_layer
 from anymamba.checkpoint.quantization import QuantizedArray
-from anymamba.errors import ConfigError
-from anymamba.runtime.native import core
+from anymamba.renamed import old_names
+from anymamba.runtime.native import core, epsilon_of
 
-__all__ = ["Layer", "Matrix", "Selected", "check_computable", "epsilon_of", "linear", "normed"]
+__all__ = ["Layer", "Matrix", "Selected", "linear", "normed"]
+
+__getattr__ = old_names(__name__)
 
 Matrix = NDArray[np.float32] | QuantizedArray
 """A weight (n, k); one that is quantized is multiplied with as `Network` does it."""
@@ -184,33 +186,3 @@ def normed(
     result, scale = np.empty_like(rows), np.empty(rows.shape[0], np.float32)
     core().norm(rows, None, weight_d, epsilon, result, None, scale)
     return result.reshape(hidden.shape)
-
-
-def epsilon_of(config: Mapping[str, Any]) -> float:
-    """The norms' epsilon.
-
-    Example:
-        >>> epsilon_of({})
-        1e-05
-    """
-    return float(config.get("layer_norm_epsilon", 1e-5))
-
-
-def check_computable(config: Mapping[str, Any]) -> None:
-    """Refuse a model that the native core does not compute.
-
-    Raises:
-        ConfigError: it has another activation or no sensible epsilon.
-
-    Example:
-        >>> check_computable({"hidden_act": "silu"})
-    """
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ConfigError(
-            f"the config has hidden_act {activation!r}, and calibration computes 'silu' only; "
-            "quantize without a calibration text"
-        )
-    epsilon = config.get("layer_norm_epsilon", 1e-5)
-    if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
-        raise ConfigError(f"the config has layer_norm_epsilon {epsilon!r}, expected 0 to 1")

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import expected_shapes, model_shape
-from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, in_layer, is_large_matrix
+from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, in_layer, role_of
 from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.checkpoint.quantization import (
     Bits,
@@ -41,7 +41,8 @@ from anymamba.checkpoint.quantization import (
     values_of,
 )
 from anymamba.errors import InputError
-from anymamba.runtime.analysis import Layer, check_computable, epsilon_of, normed
+from anymamba.runtime.analysis import Layer, normed
+from anymamba.runtime.native import epsilon_of
 
 __all__ = [
     "Recipe",
@@ -309,7 +310,7 @@ def check_readable(ids_bl: NDArray[np.int64], config: Mapping[str, Any]) -> None
         anymamba.errors.InputError: the calibration text has token 9, and the model's vocabulary \
 has 8; does the tokenizer belong to the model?
     """
-    check_computable(config)
+    epsilon_of(config, "quantize without a calibration text")
     vocabulary = model_shape(config).vocab_size
     wrong = ids_bl[(ids_bl < 0) | (ids_bl >= vocabulary)]
     if wrong.size:
@@ -375,7 +376,7 @@ def calibrate(
 def _check_weights(tensor: Tensor, config: Mapping[str, Any], recipe: Recipe) -> None:
     """Before anything is computed: what is broken in one place makes all that follows it NaN."""
     for name, shape in expected_shapes(config).items():
-        if is_large_matrix(name) and shape[1] % recipe.group == 0:
+        if role_of(name) == "large matrix" and shape[1] % recipe.group == 0:
             check_weight(_there(tensor, name), recipe.bits, recipe.group, name)
 
 

@@ -75,17 +75,8 @@ def _transformers(config: Mapping[str, Any], shape: ModelShape, dtype: str) -> d
         "architectures": ["MambaForCausalLM"],
         **kept,
         "model_type": "mamba",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.d_model,
-        "intermediate_size": shape.d_inner,
-        "num_hidden_layers": shape.n_layer,
-        "state_size": shape.d_state,
-        "conv_kernel": shape.d_conv,
+        **shape.fields,
         "expand": shape.d_inner // shape.d_model,
-        "time_step_rank": shape.dt_rank,
-        "use_bias": shape.bias,
-        "use_conv_bias": shape.conv_bias,
-        "tie_word_embeddings": shape.tied,
         "dtype": DTYPES[dtype].torch,
     }
 

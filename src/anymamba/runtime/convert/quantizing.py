@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import FORMAT, expected_shapes
-from anymamba.checkpoint.architecture import is_large_matrix, is_matrix, role_of
+from anymamba.checkpoint.architecture import is_matrix, role_of
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import FLOATS, as_dtype, as_float32
 from anymamba.checkpoint.finite import check_finite
@@ -229,4 +229,4 @@ def _tensors(
 
 
 def _is_quantized(name: str, shape: tuple[int, ...], recipe: Recipe) -> bool:
-    return is_large_matrix(name) and shape[1] % recipe.group == 0
+    return role_of(name) == "large matrix" and shape[1] % recipe.group == 0

@@ -6,11 +6,10 @@ import os
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from anymamba.checkpoint import bytes_digest
 from anymamba.checkpoint.architecture import MAMBA, in_layer
 from anymamba.checkpoint.gguf import read_gguf
 from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN
-from anymamba.runtime.weights.weight_types import check_kind, convert
+from anymamba.runtime.weights.weight_types import check_kind, to_weight_type
 from anymamba.runtime.weights.weights import Weights
 
 if TYPE_CHECKING:
@@ -62,18 +61,13 @@ def load_gguf_weights(
     model = read_gguf(path, keep_blocks=kind not in ("f32", "bf16"), tokenizer=tokenizer)
     own = _KINDS.get(model.tensors.records[_OF_MOST].dtype, "int8")
 
-    def digest() -> str:
-        stored = model.tensors
-        return bytes_digest(
-            {n: (r.dtype, r.shape, stored.bytes_of(n)) for n, r in stored.records.items()}
-        )
-
     if kind == "auto" or (kind == own and kind in ("int8", "int4")):
         tensors, used, changed = _as_stored(model.tensors), own, "int8"
     else:
-        tensors, used, changed = convert(model.tensors, kind), kind, kind
+        tensors, used, changed = to_weight_type(model.tensors, kind), kind, kind
     remark = _remark(path, model.tensors, changed) if changed in ("int8", "int4") else None
-    return Weights(model.config, tensors, used, digest, model.tensors.check, remark), model
+    stored = model.tensors
+    return Weights(model.config, tensors, used, stored.digest, stored.check, remark), model
 
 
 def _as_stored(stored: GgufTensors) -> dict[str, Tensor]:
@@ -81,7 +75,7 @@ def _as_stored(stored: GgufTensors) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         is_other = stored.records[name].dtype not in _KINDS
-        tensors[name] = convert({name: tensor}, "int8", _GROUP)[name] if is_other else tensor
+        tensors[name] = to_weight_type({name: tensor}, "int8", _GROUP)[name] if is_other else tensor
     return tensors
 
 

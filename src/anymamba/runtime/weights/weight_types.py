@@ -22,14 +22,17 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint.architecture import is_large_matrix, is_matrix
+from anymamba.checkpoint.architecture import is_matrix, role_of
 from anymamba.checkpoint.dtypes import as_dtype, as_float32
 from anymamba.errors import ConfigError
+from anymamba.renamed import old_names
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import QuantizedArray, Tensor
 
-__all__ = ["KINDS", "bytes_of", "check_kind", "convert"]
+__all__ = ["KINDS", "bytes_of", "check_kind", "to_weight_type"]
+
+__getattr__ = old_names(__name__)
 
 KINDS = ("auto", "f32", "bf16", "int8", "int4")
 """What may be asked for."""
@@ -50,7 +53,7 @@ def check_kind(kind: str) -> None:
         raise ConfigError(f"weights must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
-def convert(tensors: Mapping[str, Tensor], kind: str, group: int = 128) -> dict[str, Tensor]:
+def to_weight_type(tensors: Mapping[str, Tensor], kind: str, group: int = 128) -> dict[str, Tensor]:
     """Bring a model's tensors into another storage.
 
     Args:
@@ -65,7 +68,7 @@ def convert(tensors: Mapping[str, Tensor], kind: str, group: int = 128) -> dict[
         ConfigError: quantized weights were to be quantized in other bits.
 
     Example:
-        >>> convert({"backbone.norm_f.weight": np.ones(2, np.float16)}, "int8")
+        >>> to_weight_type({"backbone.norm_f.weight": np.ones(2, np.float16)}, "int8")
         {'backbone.norm_f.weight': array([1., 1.], dtype=float32)}
     """
     return {name: _converted(name, tensor, kind, group) for name, tensor in tensors.items()}
@@ -77,7 +80,7 @@ def bytes_of(name: str, shape: tuple[int, ...], kind: str, group: int = 128) -> 
     Args:
         name: Transformers' name.
         shape: of its values.
-        kind, group: as for `convert`.
+        kind, group: as for `to_weight_type`.
 
     Example:
         >>> bytes_of("lm_head.weight", (2, 128), "int4")  # 256 numbers, and 2 scales in bfloat16
@@ -92,7 +95,7 @@ def bytes_of(name: str, shape: tuple[int, ...], kind: str, group: int = 128) -> 
 
 
 def _is_quantized(name: str, shape: tuple[int, ...], group: int) -> bool:
-    return is_large_matrix(name) and shape[1] % group == 0
+    return role_of(name) == "large matrix" and shape[1] % group == 0
 
 
 def _converted(name: str, tensor: Tensor, kind: str, group: int) -> Tensor:

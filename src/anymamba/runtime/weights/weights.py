@@ -11,22 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from anymamba.checkpoint import (
-    Checkpoint,
-    TensorRecord,
-    bytes_digest,
-    check_tensors,
-    expected_shapes,
-)
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint import Checkpoint
+from anymamba.checkpoint.architecture import EMBEDDINGS
 from anymamba.checkpoint.dtypes import dtype_of
-from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
-from anymamba.checkpoint.safetensors.mmap import FileMap
-from anymamba.errors import CheckpointError, ConfigError
-from anymamba.runtime.weights.weight_types import check_kind, convert
+from anymamba.checkpoint.quantized_folder import quantized_bits
+from anymamba.checkpoint.source import open_tensors
+from anymamba.errors import CheckpointError
+from anymamba.runtime.weights.weight_types import check_kind, to_weight_type
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
@@ -97,88 +88,10 @@ def load_weights(checkpoint: Checkpoint, kind: str = "auto") -> Weights:
             f"`anymamba convert {checkpoint.folder} DST` writes them as safetensors, once "
             "(it needs: pip install 'anymamba[torch]')"
         )
-    bits = _check(checkpoint)
-    files = FileMap()
-    stored = {name: _array(files, record) for name, record in checkpoint.tensors.items()}
-    tensors = _assembled(stored, expected_shapes(checkpoint.config))
-    tensors = _without_repeated_head(checkpoint, tensors)
-
-    def digest() -> str:
-        records = checkpoint.tensors.items()
-        return bytes_digest({n: (r.dtype, r.shape, files.bytes_of(r)) for n, r in records})
-
+    stored = open_tensors(checkpoint)
+    tensors = dict(stored)
+    bits = quantized_bits(checkpoint.config)
     own = f"int{bits}" if bits else dtype_of(cast(Any, tensors[EMBEDDINGS])).lower()
-    if kind == "auto" or (bits and kind == own):
-        return Weights(checkpoint.config, tensors, own, digest, files.check)
-    return Weights(checkpoint.config, convert(tensors, kind), kind, digest, files.check)
-
-
-def _check(checkpoint: Checkpoint) -> int | None:
-    """Compare the tensors with the config; return in how many bits they are, if quantized."""
-    where = repr(str(checkpoint.folder))
-    found = {name: record.shape for name, record in checkpoint.tensors.items()}
-    try:
-        bits = quantized_bits(checkpoint.config)
-    except ConfigError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    config = checkpoint.config
-    expected = quantized_shapes(config, found) if bits else expected_shapes(config)
-    check_tensors(found, expected, where)
-    for name, record in checkpoint.tensors.items():
-        if name.endswith("_q"):
-            fitting: tuple[str, ...] = ("U8",)
-        elif name.endswith(("_scales", "_minima")):
-            fitting = ("BF16",)
-        else:
-            fitting = ("F32", "F16", "BF16")
-        if record.dtype not in fitting:
-            raise CheckpointError(
-                f"{name} in {where} is stored as {record.dtype}, expected {' or '.join(fitting)}"
-            )
-    return bits
-
-
-def _array(files: FileMap, record: TensorRecord) -> NDArray[Any]:
-    """A tensor where it lies, in the file whose header was read, and not in a newer one."""
-    if files.header(record.file).tensors.get(record.name) != record:
-        raise CheckpointError(
-            f"{str(record.file)!r} was replaced while it was opened; load the model again"
-        )
-    return files.array(record)
-
-
-def _assembled(
-    stored: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Tensor]:
-    """The parts of each quantized matrix put together."""
-    tensors: dict[str, Tensor] = {}
-    for name, array in stored.items():
-        if name.endswith("weight_q"):
-            from anymamba.checkpoint.quantization import QuantizedArray
-
-            whole = name.removesuffix("_q")
-            n, k = shapes[whole]
-            scales = stored[f"{whole}_scales"]
-            tensors[whole] = QuantizedArray(
-                q=array,
-                scales=scales,
-                minima=stored.get(f"{whole}_minima"),
-                bits=8 if array.shape[1] == k else 4,
-                group=k // scales.shape[1],
-                shape=(n, k),
-            )
-        elif not name.endswith(("weight_scales", "weight_minima")):
-            tensors[name] = array
-    return tensors
-
-
-def _without_repeated_head(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A tied model's head may be stored, if it is the embedding table; another would be lost."""
-    if HEAD not in tensors or HEAD in expected_shapes(checkpoint.config):
-        return tensors
-    if not np.array_equal(cast(Any, tensors.pop(HEAD)), cast(Any, tensors[EMBEDDINGS])):
-        raise CheckpointError(
-            f"the config in {str(checkpoint.folder)!r} ties {HEAD} to {EMBEDDINGS}, but the two "
-            "differ there; set tie_word_embeddings to false to use both"
-        )
-    return tensors
+    if kind != "auto" and not (bits and kind == own):
+        tensors, own = to_weight_type(tensors, kind), kind
+    return Weights(checkpoint.config, tensors, own, stored.digest, stored.check)
