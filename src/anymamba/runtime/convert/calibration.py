@@ -25,7 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import expected_shapes, model_shape
-from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, in_layer, role_of
+from anymamba.checkpoint.architecture import (
+    EMBEDDINGS,
+    FINAL_NORM,
+    HEAD,
+    MAMBA,
+    in_layer,
+    role_of,
+)
 from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.checkpoint.quantization import (
     Bits,
@@ -80,7 +87,7 @@ class Recipe:
         search: whether ranges are searched for. At 8 bits that gains nothing, and is not done.
 
     Example:
-        >>> Recipe(4, 32).rounded(np.ones((1, 32), np.float32), "in_proj").bits
+        >>> Recipe(4, 32).rounded(np.ones((1, 32), np.float32), "out").bits
         4
     """
 
@@ -385,13 +392,14 @@ def _calibrate_layer(
 ) -> Iterator[tuple[str, QuantizedArray]]:
     """Quantize a layer's two large matrices, and let `hidden` go through it."""
     reads = [layer.normed(batch) for batch in hidden]
-    for matrix in ("in_proj", "out_proj"):
-        if matrix == "out_proj":
+    first, last = (row for row in MAMBA.layer if row.role == "large matrix")
+    for row in (first, last):
+        if row is last:
             reads = [layer.mixed(batch) for batch in reads]
-        weight, name = getattr(layer, matrix), in_layer(index, f"mixer.{matrix}.weight")
+        weight, name = getattr(layer, row.core), in_layer(index, row.name)
         if weight.shape[1] % recipe.group == 0:
             made = round_with_feedback(weight, second_moment(reads), recipe, name)
-            setattr(layer, matrix, made)
+            setattr(layer, row.core, made)
             yield name, made
     for batch, mixed in enumerate(reads):
         hidden[batch] = layer.added(hidden[batch], mixed)
