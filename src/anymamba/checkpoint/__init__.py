@@ -2,11 +2,11 @@
 
 A model's name becomes a folder (`resolve`), the folder is opened (`open_checkpoint`), which reads
 its config in whichever layout it has (`read_config`), finds the weight files and reads their
-headers (`read_header`). From there on every tensor has Transformers' name. What must be there
-follows from the config (`expected_shapes`), and `check_tensors` names all that differs. The
-weights are then loaded by torch (`load_torch_state_dict`), or mapped from where their
-`TensorRecord` says. `checkpoint_digest` and `state_dict_digest` tell which weights they are, and
-`read_state_file` whether a saved state belongs to them.
+headers (`read_header`). From there on every tensor has Transformers' name. Which tensors a model
+has stands in `architecture`; `expected_shapes` asks it, and `check_tensors` names all that differs.
+The weights are then loaded by torch (`load_torch_state_dict`), or mapped by `source.open_tensors`.
+`checkpoint_digest` and `state_dict_digest` tell which weights they are, and `read_state_file`
+whether a saved state belongs to them.
 
 Files come from strangers: nothing in them is run, and every number is checked before it is used.
 Importing this package imports neither torch nor numpy; only what touches tensors does.

@@ -37,12 +37,12 @@ class DType(NamedTuple):
 
     Args:
         nbytes: how many bytes a number takes.
-        torch: PyTorch's name, which configs have too; None where no model here has such tensors.
+        torch: PyTorch's name, which configs have too.
         numpy: numpy's name of an array of it; None where it is never read.
     """
 
     nbytes: int
-    torch: str | None = None
+    torch: str
     numpy: str | None = None
 
 
@@ -57,13 +57,13 @@ DTYPES: Mapping[str, DType] = {
     "I16": DType(2, "int16"),
     "I32": DType(4, "int32"),
     "I64": DType(8, "int64"),
-    "U16": DType(2),
-    "U32": DType(4),
-    "U64": DType(8),
-    "F8_E4M3": DType(1),
-    "F8_E5M2": DType(1),
-    "F8_E8M0": DType(1),
-    "C64": DType(8),
+    "U16": DType(2, "uint16"),
+    "U32": DType(4, "uint32"),
+    "U64": DType(8, "uint64"),
+    "F8_E4M3": DType(1, "float8_e4m3fn"),
+    "F8_E5M2": DType(1, "float8_e5m2"),
+    "F8_E8M0": DType(1, "float8_e8m0fnu"),
+    "C64": DType(8, "complex64"),
 }
 """The types by the names that safetensors and GGUF have for them. Types of less than a byte exist
 too (F4, F6); no weights that this package reads use them."""

@@ -139,28 +139,27 @@ def check_floating_point(tensors: Mapping[str, torch.Tensor], where: object) -> 
 def load_stored_tensors(files: WeightFiles) -> dict[str, torch.Tensor]:
     """Load all tensors of a model's files, of whatever kind of model, under their stored names.
 
-        Nothing in a file is run, and the tensors are mapped where the format allows it, as in
-        `load_torch_state_dict`; but names, shapes and types are for the caller to check.
+    Nothing in a file is run, and the tensors are mapped where the format allows it, as in
+    `load_torch_state_dict`; but names, shapes and types are for the caller to check.
 
-        Args:
-            files: what `find_weight_files` returned.
+    Args:
+        files: what `find_weight_files` returned.
 
-        Returns:
-            The tensors, on the CPU, in the types they are stored in.
+    Returns:
+        The tensors, on the CPU, in the types they are stored in.
 
-        Raises:
-            CheckpointError: a file is broken or would run code, or a shard does not hold what the
-                index says.
+    Raises:
+        CheckpointError: a file is broken or would run code, or a shard does not hold what the
+            index says.
 
-        Example:
-            >>> import tempfile
-            >>> import torch
-            >>> from anymamba.checkpoint.dtypes import DTYPES, FLOATS, dtype_of
-    from anymamba.checkpoint.files import find_weight_files
-            >>> folder = Path(tempfile.mkdtemp())
-            >>> torch.save({"conv1d.bias": torch.ones(3)}, folder / "pytorch_model.bin")
-            >>> load_stored_tensors(find_weight_files(folder))
-            {'conv1d.bias': tensor([1., 1., 1.])}
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> from anymamba.checkpoint.files import find_weight_files
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> torch.save({"conv1d.bias": torch.ones(3)}, folder / "pytorch_model.bin")
+        >>> load_stored_tensors(find_weight_files(folder))
+        {'conv1d.bias': tensor([1., 1., 1.])}
     """
     from anymamba.checkpoint.safetensors.mmap import FileMap
 
@@ -190,7 +189,7 @@ def to_torch(array: NDArray[Any]) -> torch.Tensor:
     """
     import torch
 
-    dtype = getattr(torch, str(DTYPES[dtype_of(array)].torch))
+    dtype = getattr(torch, DTYPES[dtype_of(array)].torch)
     return torch.from_numpy(array.view(f"i{array.itemsize}").copy()).view(dtype)
 
 
@@ -225,11 +224,11 @@ def _mapped(maps: FileMap, record: TensorRecord) -> torch.Tensor:
     """A tensor where it lies, unless numbers straddle the addresses of their type."""
     import torch
 
-    data, (nbytes, name, _) = maps.bytes_of(record), DTYPES[record.dtype]
+    data, dtype = maps.bytes_of(record), getattr(torch, DTYPES[record.dtype].torch)
     if not data:
-        return torch.empty(record.shape, dtype=getattr(torch, str(name)))
-    whole = data if record.begin % nbytes == 0 else bytearray(data)
-    return torch.frombuffer(whole, dtype=getattr(torch, str(name))).reshape(record.shape)
+        return torch.empty(record.shape, dtype=dtype)
+    whole = data if record.begin % dtype.itemsize == 0 else bytearray(data)
+    return torch.frombuffer(whole, dtype=dtype).reshape(record.shape)
 
 
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:

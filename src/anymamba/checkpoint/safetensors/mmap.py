@@ -244,6 +244,9 @@ again, and load it anew
 
 
 def _map(path: Path, access: int) -> mmap.mmap:
+    # Opening a named pipe would wait for ever.
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {str(path)!r}: it is missing or is not a file")
     try:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=access)

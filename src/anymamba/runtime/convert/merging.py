@@ -54,6 +54,7 @@ def merge(
 
     Example:
         >>> import json, tempfile
+        >>> import numpy as np
         >>> from safetensors.numpy import save_file
         >>> from anymamba.assets import bundled_model
         >>> folder = Path(tempfile.mkdtemp())
