@@ -59,6 +59,7 @@ WITH_EXAMPLES = {
     "training.data.documents",
     "training.pretrain.dropout",
     "training.finetune.run",
+    "training.finetune.settings",
     "training.data.instructions",
     "training.settings",
     "training.data.tokenizers",

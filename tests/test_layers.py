@@ -40,6 +40,8 @@ LIGHT = (
     "dropin/finder.py",
     "dropin/metadata.py",
     "training/__init__.py",
+    "training/finetune/__init__.py",
+    "training/finetune/settings.py",
     "training/settings.py",
 )
 

@@ -166,10 +166,6 @@ NAMES = {
         "read_dataset": "training.data.documents:read_dataset",
         "read_texts": "training.data.documents:read_texts",
     },
-    "training.finetune": {
-        "METHODS": "training.finetune.run:METHODS",
-        "TARGETS": "training.finetune.run:TARGETS",
-    },
 }
 """By module, old names in it, and where they are now: a module and the name there."""
 

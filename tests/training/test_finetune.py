@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from anymamba.assets import bundled_model
 from anymamba.runtime.convert.quantizing import quantize_checkpoint
-from anymamba.training.finetune.run import FinetuneSettings, finetune
+from anymamba.training.finetune import FinetuneSettings, finetune
 from anymamba.training.pretrain.run import train
 from tests.cli.conftest import write_model
 from tests.training.small import small

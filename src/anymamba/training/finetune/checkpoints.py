@@ -6,14 +6,12 @@ import json
 import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from anymamba.errors import InputError, TrainingError
 from anymamba.training.data import Example
+from anymamba.training.finetune.settings import FinetuneSettings
 from anymamba.training.lifecycle import check_whole, last_checkpoint
-
-if TYPE_CHECKING:
-    from anymamba.training.finetune.run import FinetuneSettings
 
 __all__ = ["RUN_FILE", "facts_of", "place_beside", "resumable"]
 
