@@ -16,8 +16,8 @@ import torch
 
 from anymamba import MambaForCausalLM
 from anymamba.errors import AnyMambaError, InputError, TrainingError
+from anymamba.training.lifecycle.atomic_checkpoints import checkpoints_in
 from anymamba.training.lifecycle.report import read_metrics
-from anymamba.training.lifecycle.safety import checkpoints_in
 from anymamba.training.pretrain.run import train
 from anymamba.training.pretrain.trainer import MambaTrainer
 from anymamba.training.settings import Settings

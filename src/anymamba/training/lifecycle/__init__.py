@@ -1,5 +1,13 @@
 """What every training run shares: atomic checkpoints, signals, resuming, its report."""
 
+from anymamba.training.lifecycle.atomic_checkpoints import (
+    CANNOT_WRITE,
+    PARTIAL,
+    keep_last,
+    last_checkpoint,
+    not_written,
+    publish,
+)
 from anymamba.training.lifecycle.progress import Progress
 from anymamba.training.lifecycle.report import (
     ConsoleReport,
@@ -9,15 +17,7 @@ from anymamba.training.lifecycle.report import (
     tensorboard_callback,
 )
 from anymamba.training.lifecycle.resume import check_resumable, check_same_settings, check_whole
-from anymamba.training.lifecycle.safety import (
-    CANNOT_WRITE,
-    PARTIAL,
-    StopSignals,
-    keep_last,
-    last_checkpoint,
-    not_written,
-    publish,
-)
+from anymamba.training.lifecycle.signals import StopSignals
 
 __all__ = [
     "CANNOT_WRITE",

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from anymamba.training.lifecycle.safety import not_written
+from anymamba.training.lifecycle.atomic_checkpoints import not_written
 
 __all__ = ["ConsoleReport", "MetricsFile", "draw_losses", "read_metrics", "tensorboard_callback"]
 

@@ -1,14 +1,10 @@
-"""Nothing is lost: checkpoints that are whole or not there, and signals that wait for the step."""
+"""Checkpoints that are complete or not there."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import signal
-import threading
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
 
 from safetensors import SafetensorError
 
@@ -17,7 +13,6 @@ from anymamba.errors import TrainingError
 
 __all__ = [
     "CANNOT_WRITE",
-    "StopSignals",
     "checkpoints_in",
     "keep_last",
     "last_checkpoint",
@@ -29,40 +24,6 @@ CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
 """What torch, safetensors and Python raise where a disk is full."""
 
 PARTIAL = ".partial"
-
-
-class StopSignals:
-    """While it is entered, SIGTERM and Ctrl-C ask for an end after the step, and end nothing.
-
-    A second Ctrl-C ends at once. Only the main thread can do this; elsewhere it does nothing.
-
-    Attributes:
-        received: the first signal that came, or None.
-    """
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number)
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
