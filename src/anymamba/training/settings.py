@@ -8,8 +8,8 @@ it must, because the command line's `--help` is made from it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +60,20 @@ HIGHEST_SEED = 2**32 - 1
 
 
 def setting(default: Any, text: str, **facts: Any) -> Any:
-    """A field with its help text, and what its value may be (`choices`, `low`, `high`)."""
+    """A field with its help text and the values that it takes.
+
+    Args:
+        default: its default.
+        text: the help of its option on the command line.
+        **facts: `choices`; the bounds `low`, `high` (both included) and `above` (excluded); `many`
+            for a list, of which it is what an item is called.
+    """
     return field(default=default, metadata={"help": text, **facts})
 
 
 def listed(text: str) -> dict[str, Any]:
-    """The metadata of a field that holds a list of names."""
-    return {"help": text, "many": True}
+    """The metadata of a field that holds a list of files."""
+    return {"help": text, "many": "FILE"}
 
 
 @dataclass
@@ -193,8 +200,7 @@ class Settings:
     output: str = setting("trained", "the folder to write")
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            setattr(self, entry.name, checked(entry.name, getattr(self, entry.name)))
+        check_fields(self)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -226,39 +232,57 @@ class Settings:
         return text
 
 
-def checked(name: str, value: Any) -> Any:
+def check_fields(settings: Any) -> None:
+    """Give each field of a dataclass made of `setting`s the value as it is kept.
+
+    Raises:
+        ConfigError: a value makes no sense, naming the field, the value and what was expected.
+    """
+    for entry in fields(settings):
+        # A frozen dataclass takes them this way only.
+        object.__setattr__(settings, entry.name, checked(entry, getattr(settings, entry.name)))
+
+
+def checked(entry: Field[Any], value: Any) -> Any:
     """The value of a field as it is kept, or an error that says what it may be."""
-    entry = Settings.__dataclass_fields__[name]
-    kind, facts = str(entry.type), entry.metadata
+    kind, choices = str(entry.type), entry.metadata.get("choices")
     if value is None and "None" in kind:
         return None
-    if "list" in kind:
-        values = [value] if isinstance(value, str) else value
-        # An empty name would be the folder that one happens to be in.
-        if not isinstance(values, list | tuple) or not all(
-            isinstance(v, str) and v for v in values
-        ):
-            raise refuse(name, "a name or a list of names", value)
-        return list(values)
+    if "many" in entry.metadata:
+        names = checked_names(entry.name, choices, value)
+        return names if kind.startswith("list") else tuple(names)
     if kind.startswith("bool"):
         if not isinstance(value, bool):
-            raise refuse(name, "true or false", value)
+            raise refuse(entry.name, "true or false", value)
         return value
     if kind.startswith("str"):
-        choices = facts.get("choices")
         if not isinstance(value, str) or not value or (choices and value not in choices):
-            raise refuse(name, f"one of {', '.join(choices)}" if choices else "a text", value)
+            expected = f"one of {', '.join(choices)}" if choices else "a text"
+            raise refuse(entry.name, expected, value)
         return value
-    return checked_number(name, kind.startswith("int"), value, facts)
+    return checked_number(entry.name, kind.startswith("int"), value, entry.metadata)
+
+
+def checked_names(name: str, choices: Sequence[str] | None, value: Any) -> list[str]:
+    """A list of names; of those to choose from at least one."""
+    values = [value] if isinstance(value, str) else value
+    # An empty name would be the folder that one happens to be in.
+    if not isinstance(values, list | tuple) or not all(isinstance(v, str) and v for v in values):
+        raise refuse(name, "a name or a list of names", value)
+    if choices and not (values and {*values} <= {*choices}):
+        raise refuse(name, f"some of {', '.join(choices)}", value)
+    return list(values)
 
 
 def checked_number(name: str, whole: bool, value: Any, facts: Mapping[str, Any]) -> Any:
     """A number within its bounds."""
     number = as_number(value)
     low, high = facts.get("low", -math.inf), facts.get("high", MOST if whole else math.inf)
-    fits = number is not None and math.isfinite(number) and low <= number <= high
+    above = facts.get("above", -math.inf)
+    fits = number is not None and math.isfinite(number) and above < number and low <= number <= high
     if number is None or not fits or (whole and number != int(number)):
         least = f" of at least {bound(low)}" if math.isfinite(low) else ""
+        least = f" above {bound(above)}" if math.isfinite(above) else least
         # The bound of all whole numbers is told to those who exceed it only.
         told = "high" in facts or (number is not None and number > high)
         most = f" and at most {bound(high)}" if told and math.isfinite(high) else ""
