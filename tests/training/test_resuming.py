@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     whole = settings_in(tmp_path / "whole", "random")
     train(whole)
     settings = settings_in(tmp_path / "full", "random")
-    from anymamba.training.pretrain import trainer
+    from anymamba.training.lifecycle import trainer
 
     publish = trainer.publish
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -7,7 +7,6 @@ the answer counts for the loss.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from anymamba.assets import bundled_model
 from anymamba.checkpoint import resolve
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.io import user_path
-from anymamba.errors import InputError, TrainingError
+from anymamba.errors import InputError
 from anymamba.modeling import MambaForCausalLM
 from anymamba.modeling.adapters import patch_peft
 from anymamba.training.data import (
@@ -37,7 +36,7 @@ from anymamba.training.data import (
 )
 from anymamba.training.finetune.checkpoints import facts_of, place_beside, resumable
 from anymamba.training.finetune.settings import LEARNING_RATES, FinetuneSettings
-from anymamba.training.lifecycle import StopSignals, last_checkpoint
+from anymamba.training.lifecycle import StopSignals
 from anymamba.training.load_trainable import open_trainable
 
 __all__ = ["FinetuneSettings", "finetune"]
@@ -126,14 +125,14 @@ def finetune(
     undo = patch_peft()
     try:
         with tempfile.TemporaryDirectory() as scratch, StopSignals() as signals:
-            watch = _Watch(signals, progress, checkpoints if save_every else None)
+            callback = FinetuneCallback(signals, progress, saves=bool(save_every))
             trainer = _trainer(
-                base, tokenizer, settings, scratch, examples, held_out, watch,
+                base, tokenizer, settings, scratch, examples, held_out, callback,
                 save_every, checkpoints=checkpoints, facts=facts,
             )  # fmt: skip
             if begun is None:
                 shutil.rmtree(checkpoints, ignore_errors=True)
-            figures = _train(trainer, watch, held_out is not None, begun)
+            figures = _train(trainer, signals, held_out is not None, begun)
         base.generation_config.eos_token_id = ends  # the trainer leaves the tokenizer's alone
         write_folder(target, lambda place: _save(trainer.model, base, tokenizer, place))
     finally:
@@ -194,14 +193,14 @@ def _trainer(
     scratch: str,
     examples: list[Example],
     held_out: list[Example] | None,
-    watch: TrainerCallback,
+    callback: TrainerCallback,
     save_every: int | None,
     **checkpointing: Any,
 ) -> Any:
     from datasets import Dataset
     from trl import SFTConfig
 
-    from anymamba.training.finetune.trainer import CheckpointingTrainer
+    from anymamba.training.finetune.trainer import FinetuneTrainer
 
     on_gpu = torch.cuda.is_available()
     arguments = SFTConfig(
@@ -231,18 +230,19 @@ def _trainer(
         dataloader_pin_memory=on_gpu,
     )
     with _template_errors():
-        trainer = CheckpointingTrainer(
+        trainer = FinetuneTrainer(
             model=model,
             args=arguments,
             processing_class=tokenizer,
             train_dataset=Dataset.from_list(examples),
             eval_dataset=None if held_out is None else Dataset.from_list(held_out),
             peft_config=_adapter_config(settings),
-            callbacks=[watch],
+            callbacks=[callback],
             **checkpointing,
         )
     trainer.remove_callback(PrinterCallback)
-    for rows in (trainer.train_dataset, trainer.eval_dataset):
+    datasets: list[Any] = [trainer.train_dataset, trainer.eval_dataset]
+    for rows in datasets:
         if rows is not None and len(rows) == 0:
             raise InputError(
                 "no example has anything to learn within its first "
@@ -267,36 +267,32 @@ def _adapter_config(settings: FinetuneSettings) -> Any:
     )
 
 
-class _Watch(TrainerCallback):
-    """Reports progress, and ends training on a signal or a loss that is no number."""
+class FinetuneCallback(TrainerCallback):
+    """Reports progress, and ends training on a signal.
+
+    Args:
+        signals: asked after each step.
+        progress: told how many steps are done, and of how many.
+        saves: whether the run keeps checkpoints.
+    """
 
     def __init__(
-        self,
-        signals: StopSignals,
-        progress: Callable[[int, int], object] | None,
-        checkpoints: Path | None,
+        self, signals: StopSignals, progress: Callable[[int, int], object] | None, saves: bool
     ) -> None:
-        self.signals, self._progress, self._checkpoints = signals, progress, checkpoints
+        self._signals, self._progress, self._saves = signals, progress, saves
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report, and look for a signal."""
         if self._progress is not None:
             self._progress(state.global_step, state.max_steps)
-        if self.signals.received is not None:
+        if self._signals.received is not None:
             control.should_training_stop = True
-            control.should_save = self._checkpoints is not None
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        loss = float((logs or {}).get("loss", 0.0))
-        if not math.isfinite(loss):
-            last = last_checkpoint(self._checkpoints) if self._checkpoints else None
-            raise TrainingError(
-                f"the loss became {loss} at step {state.global_step}, and nothing was written; "
-                "lower the learning rate"
-                + (f"; the checkpoints up to {str(last)!r} are as they were" if last else "")
-            )
+            control.should_save = self._saves
 
 
-def _train(trainer: Any, watch: _Watch, validates: bool, begun: Path | None) -> dict[str, Any]:
+def _train(
+    trainer: Any, signals: StopSignals, validates: bool, begun: Path | None
+) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if validates:
         figures["validation_before"] = float(trainer.evaluate()["eval_loss"])
@@ -308,13 +304,12 @@ def _train(trainer: Any, watch: _Watch, validates: bool, begun: Path | None) -> 
     parameters = list(trainer.model.parameters())
     # Of all steps, those before a checkpoint too.
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    received = watch.signals.received
     return figures | {
         "parameters": sum(p.numel() for p in parameters),
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
-        "stopped_by": "end" if received is None else received.name,
+        "stopped_by": "end" if signals.received is None else signals.received.name,
     }
 
 

@@ -3,7 +3,6 @@
 from anymamba.training.lifecycle.atomic_checkpoints import (
     CANNOT_WRITE,
     PARTIAL,
-    keep_last,
     last_checkpoint,
     not_written,
     publish,
@@ -18,6 +17,7 @@ from anymamba.training.lifecycle.report import (
 )
 from anymamba.training.lifecycle.resume import check_resumable, check_same_settings, check_whole
 from anymamba.training.lifecycle.signals import StopSignals
+from anymamba.training.lifecycle.trainer import RunTrainer
 
 __all__ = [
     "CANNOT_WRITE",
@@ -25,12 +25,12 @@ __all__ = [
     "ConsoleReport",
     "MetricsFile",
     "Progress",
+    "RunTrainer",
     "StopSignals",
     "check_resumable",
     "check_same_settings",
     "check_whole",
     "draw_losses",
-    "keep_last",
     "last_checkpoint",
     "not_written",
     "publish",

@@ -80,8 +80,13 @@ def not_written(what: str, error: BaseException, folder: Path) -> TrainingError:
         folder: where the checkpoints are.
     """
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
-    last = last_checkpoint(folder)
-    left = "there is no checkpoint yet" if last is None else f"the last checkpoint is {str(last)!r}"
     return TrainingError(
-        f"cannot write {what}: {reason}; {left}. Free some space, then go on with --resume"
+        f"cannot write {what}: {reason}; {what_is_left(folder)}. Free some space, then go on with "
+        "--resume"
     )
+
+
+def what_is_left(folder: Path) -> str:
+    """The last checkpoint, as the end of a message."""
+    last = last_checkpoint(folder)
+    return "there is no checkpoint yet" if last is None else f"the last checkpoint is {str(last)!r}"

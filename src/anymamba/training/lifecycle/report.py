@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from anymamba.checkpoint.io import escaped
 from anymamba.training.lifecycle.atomic_checkpoints import not_written
 
 __all__ = ["ConsoleReport", "MetricsFile", "draw_losses", "read_metrics", "tensorboard_callback"]
@@ -62,49 +63,37 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class ConsoleReport(TrainerCallback):
-    """A progress bar on a terminal, and lines above it, on standard error.
+    """Lines of metrics on standard error, and on a terminal a progress bar below them.
 
     Args:
         trainer: whose progress.
     """
 
     def __init__(self, trainer: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        from tqdm import tqdm
 
         self._trainer = trainer
-        self._console = Console(file=sys.stderr, highlight=False)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-            transient=True,
-        )
-        self._task = self._bar.add_task("training", total=1.0)
+        # None: no bar where standard error is no terminal.
+        form = "{desc} |{bar:40}| {percentage:3.0f} %, {remaining} left"
+        self._bar = tqdm(total=1.0, bar_format=form, leave=False, disable=None)
 
     def __enter__(self) -> ConsoleReport:
-        self._bar.start()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._bar.stop()
+        self._bar.close()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move the bar."""
-        share = self._trainer.share_spent
-        self._bar.update(
-            self._task, completed=min(share, 1.0), description=f"step {state.global_step}"
-        )
+        self._bar.set_description_str(f"step {state.global_step}", refresh=False)
+        self._bar.update(min(self._trainer.share_spent, 1.0) - self._bar.n)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Print a line."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            self._console.print(line_of(state.global_step, logs), markup=False)
+            self._bar.write(escaped(line_of(state.global_step, logs)), file=sys.stderr)
 
 
 def line_of(step: int, logs: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -40,7 +41,7 @@ from anymamba.training.pretrain.trainer import MambaTrainer
 from anymamba.training.pretrain.validation import loss_of_stream, loss_of_windows
 from anymamba.training.settings import Settings, settings_from
 
-__all__ = ["CONFIG_FILE", "Outcome", "train"]
+__all__ = ["CONFIG_FILE", "RunResult", "train"]
 
 CONFIG_FILE = "training.yaml"
 RESULT_FILE = "training.json"
@@ -49,7 +50,7 @@ BEST = "best"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunResult:
     """How a run ended.
 
     Attributes:
@@ -67,7 +68,7 @@ class Outcome:
 
 def train(
     settings: Settings, *, resume: bool = False, overwrite: bool = False, visible: bool = False
-) -> Outcome:
+) -> RunResult:
     """Train a model and store it, with its tokenizer, its settings and its history.
 
     Args:
@@ -120,7 +121,7 @@ def train(
     if trainer.stopped and trainer.share_spent < 1:
         figures = {"steps": trainer.progress.step}
         received = stop.received or signal.SIGTERM
-        return Outcome(folder, figures, received, trainer.is_world_process_zero())
+        return RunResult(folder, figures, received, trainer.is_world_process_zero())
     return finish(trainer, tokenizer, validation, folder)
 
 
@@ -215,7 +216,7 @@ def add_callbacks(
 ) -> None:
     """Who listens to a run. The course of events is decided first, reports follow."""
     folder = trainer.checkpoints.parent
-    trainer.add_callback(Course(trainer, stop))
+    trainer.add_callback(RunCallback(trainer, stop))
     if trainer.is_world_process_zero():
         after = 0 if begun is None else int(begun.name.split("-")[1])
         trainer.add_callback(MetricsFile(folder / METRICS_FILE, after, trainer.checkpoints))
@@ -228,7 +229,7 @@ def add_callbacks(
             trainer.add_callback(stack.enter_context(ConsoleReport(trainer)))
 
 
-class Course(TrainerCallback):
+class RunCallback(TrainerCallback):
     """When to log, evaluate, save and stop, and what to keep.
 
     Args:
@@ -350,7 +351,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     validation: TokenRow | None,
     folder: Path,
-) -> Outcome:
+) -> RunResult:
     """Put the result in its place, measure what was stored, and write down how it came about."""
     settings, progress = trainer.settings, trainer.progress
     figures: dict[str, Any] = {
@@ -362,7 +363,7 @@ def finish(
         "torch": torch.__version__,
     }
     if not trainer.is_world_process_zero():
-        return Outcome(folder, figures, first=False)
+        return RunResult(folder, figures, first=False)
     best = trainer.checkpoints / BEST
     model = trainer.mamba
     if settings.keep == "best" and best.is_dir() and progress.best_step:
@@ -381,7 +382,7 @@ def finish(
     content = {"settings": asdict(settings), "result": figures, "curve": curve(lines)}
     text = json.dumps(content, indent=1) + "\n"
     (folder / RESULT_FILE).write_text(text, encoding="utf-8")
-    return Outcome(folder, figures)
+    return RunResult(folder, figures)
 
 
 def measure(folder: Path, validation: TokenRow, settings: Settings) -> dict[str, float]:
@@ -410,3 +411,10 @@ def curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return points
+
+
+def __getattr__(name: str) -> object:
+    if name != "Outcome":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn("Outcome is called RunResult now", DeprecationWarning, stacklevel=2)
+    return RunResult

@@ -1,14 +1,13 @@
-"""Transformers' Trainer for Mamba: the paper's recipe, states carried, and nothing lost.
+"""Transformers' Trainer for Mamba: the paper's recipe, with states that are carried on.
 
 What it adds to its parent: which weights decay, a learning rate that follows steps or the clock,
-losses of rows whose targets come along, states that go from one batch to the next, evaluation in
-windows, checkpoints that are whole or not there, and an end where numbers stop being numbers.
+losses of rows whose targets come along, states that go from one batch to the next, and evaluation
+in windows.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,15 @@ from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from anymamba.errors import TrainingError
 from anymamba.modeling import MambaCache, MambaForCausalLM
 from anymamba.training.data import Rows, TokenRow, collate
 from anymamba.training.lifecycle import (
-    CANNOT_WRITE,
-    PARTIAL,
     Progress,
+    RunTrainer,
     check_resumable,
-    keep_last,
-    not_written,
-    publish,
 )
 from anymamba.training.pretrain.arguments import rate_at, training_arguments
 from anymamba.training.pretrain.validation import loss_of_windows, summed_loss
@@ -40,7 +34,7 @@ from anymamba.training.settings import Settings
 __all__ = ["MambaTrainer", "decays"]
 
 
-class MambaTrainer(Trainer):
+class MambaTrainer(RunTrainer):
     """Trains a Mamba language model on rows of tokens.
 
     Args:
@@ -60,7 +54,7 @@ class MambaTrainer(Trainer):
 
     Raises:
         InputError: the documents are too short.
-        TrainingError (from `train`): a loss is no number any more, or a disk is full.
+        TrainingError (from `train`): as `RunTrainer`.
     """
 
     def __init__(
@@ -76,6 +70,7 @@ class MambaTrainer(Trainer):
         self.settings = settings
         self.validation = validation
         self.checkpoints = (folder or Path(settings.output)) / "checkpoints"
+        self.keep_checkpoints = settings.keep_checkpoints
         self.progress = Progress(text=zlib.crc32(train.tokens.tobytes()))
         self.gradient_norm = 0.0
         self.share_spent = 0.0
@@ -190,36 +185,15 @@ class MambaTrainer(Trainer):
         return MambaCache.for_model(self.mamba, rows, device=self.args.device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one batch.
-
-        Raises:
-            TrainingError: the loss is no number.
-        """
+        """Forward and backward of one batch, whose loss is noted."""
         loss: Tensor = super().training_step(*args, **kwargs)
-        value = float(loss)
-        if not math.isfinite(value):
-            raise self._no_number("loss", value)
-        self.progress.loss_sum += value
+        self.progress.loss_sum += float(loss)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         self.gradient_norm = float(norm)
-        if not math.isfinite(self.gradient_norm):
-            raise self._no_number("norm of the gradients", self.gradient_norm)
         return norm
-
-    def _no_number(self, what: str, value: float) -> TrainingError:
-        last = self.checkpoints / f"checkpoint-{self.progress.step}"
-        return TrainingError(
-            f"the {what} became {value} in step {self.state.global_step + 1}. Lower learning_rate "
-            "or gradient_clip, or compute in float32; "
-            + (
-                f"{str(last)!r} and those before are as they were: go on with --resume"
-                if last.is_dir()
-                else f"what was saved in {str(self.checkpoints)!r} is as it was"
-            )
-        )
 
     # Evaluation.
 
@@ -265,42 +239,16 @@ class MambaTrainer(Trainer):
 
     # Checkpoints.
 
-    def _get_output_dir(self, trial: Any) -> str:
-        """Where a checkpoint is written before it gets its name."""
-        return str(self.checkpoints / PARTIAL)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside the others, give it its name when it is whole, keep the last.
-
-        Raises:
-            TrainingError: it cannot be written.
-        """
-        name = f"checkpoint-{self.state.global_step}"
-        partial = self.checkpoints / PARTIAL
-        try:
-            if self.args.should_save:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            if self._cache is not None:
-                blocks = {"conv": self._cache.conv_states, "ssm": self._cache.ssm_states}
-                save_file(blocks, partial / name / self._state_file)
-            if self.args.should_save:
-                self.progress.tick()
-                self.progress.save(partial / name)
-                if self._tokenizer is not None:
-                    self._tokenizer.save_pretrained(partial / name)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                publish(partial / name, self.checkpoints / name)
-                partial.rmdir()
-                keep_last(self.checkpoints, self.settings.keep_checkpoints)
-        except CANNOT_WRITE as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise not_written(
-                f"the checkpoint of step {self.state.global_step}", error, self.checkpoints
-            ) from error
+    def add_to_checkpoint(self, folder: Path) -> None:
+        """Write the carried states of each process, and what the run knows of its past."""
+        if self._cache is not None:
+            states = {"conv": self._cache.conv_states, "ssm": self._cache.ssm_states}
+            save_file(states, folder / self._state_file)
+        if self.args.should_save:
+            self.progress.tick()
+            self.progress.save(folder)
+            if self._tokenizer is not None:
+                self._tokenizer.save_pretrained(folder)
 
     @property
     def _state_file(self) -> str:
