@@ -115,7 +115,7 @@ MODULES = {
     "training.report": "training.lifecycle.report",
     "training.resuming": "training.lifecycle.resume",
     "training.run": "training.pretrain.run",
-    "training.safety": "training.lifecycle.safety",
+    "training.safety": "training.lifecycle.atomic_checkpoints",
     "training.tokenizers": "training.data.tokenizers",
     "training.trainer": "training.pretrain.trainer",
     "training.validation": "training.pretrain.validation",
@@ -166,6 +166,13 @@ NAMES = {
         "read_dataset": "training.data.documents:read_dataset",
         "read_texts": "training.data.documents:read_texts",
     },
+    "training.finetune.trainer": {
+        "CheckpointingTrainer": "training.finetune.trainer:FinetuneTrainer",
+    },
+    "training.lifecycle.atomic_checkpoints": {
+        "StopSignals": "training.lifecycle.signals:StopSignals",
+    },
+    "training.pretrain.run": {"Outcome": "training.pretrain.run:RunResult"},
 }
 """By module, old names in it, and where they are now: a module and the name there."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
 from anymamba.cli.options.argument_types import integer
+from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.model import AdapterOptions, EngineOptions
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import InputError
@@ -17,64 +18,76 @@ from anymamba.errors import InputError
 if TYPE_CHECKING:
     from anymamba.runtime.analysis import Stretch
 
-__all__ = ["add_position_arguments", "refuse_alone", "run_by_position"]
+__all__ = ["PositionOptions", "refuse_alone", "run_by_position"]
 
 DEFAULT_WINDOW = 1024
+GROUP = ("loss by position",)
 
 
-def add_position_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare `--by-position` and what belongs to it."""
-    group = parser.add_argument_group("loss by position")
-    group.add_argument(
+@dataclass(frozen=True)
+class PositionOptions(AdapterOptions, EngineOptions):
+    """`--by-position`, and what belongs to it."""
+
+    by_position: bool = flag(
         "--by-position",
-        action="store_true",
-        help="tell the loss by how many tokens were read before, in windows that each begin anew",
+        "measure the loss by how many tokens were read before, in windows that each begin with an "
+        "empty state",
+        group=GROUP,
     )
-    group.add_argument(
-        "--window", type=integer(2), metavar="N", help=f"their length; default {DEFAULT_WINDOW}"
+    window: int | None = option(
+        "--window",
+        type=integer(2),
+        metavar="N",
+        help=f"their length; default {DEFAULT_WINDOW}",
+        group=GROUP,
     )
-    group.add_argument(
+    stride: int | None = option(
         "--stride",
         type=integer(1),
         metavar="N",
         help="begin a window every N tokens (default: where the last one ended): each token is "
         "then predicted from several lengths of context, so that small gains show; takes longer",
+        group=GROUP,
     )
-    group.add_argument(
-        "--plot", metavar="FILE", help="draw it, as .png or .svg; needs: pip install matplotlib"
+    json: bool = flag("--json", "print one JSON object")
+    plot: str | None = option(
+        "--plot",
+        metavar="FILE",
+        help="draw it, as .png or .svg; needs: pip install matplotlib",
+        group=GROUP,
     )
 
 
-def refuse_alone(arguments: argparse.Namespace) -> None:
+def refuse_alone(options: PositionOptions) -> None:
     """Refuse what has no meaning without `--by-position`."""
     for name in ("window", "stride", "plot"):
-        if getattr(arguments, name) is not None:
+        if getattr(options, name) is not None:
             raise InputError(f"--{name} belongs to --by-position: give both")
 
 
-def run_by_position(arguments: argparse.Namespace, text: str) -> None:
+def run_by_position(options: PositionOptions, text: str) -> None:
     """Score the windows, draw, and print."""
     from anymamba.cli.terminal.plot_file import check_picture, write_file
     from anymamba.cli.terminal.progress import Steps
     from anymamba.runtime.analysis import helpful_context, loss_by_position
 
     plot = None
-    if arguments.plot is not None:
-        plot = check_picture(arguments.plot, drawn=[".png", ".svg"])
-    window = arguments.window or DEFAULT_WINDOW
+    if options.plot is not None:
+        plot = check_picture(options.plot, drawn=[".png", ".svg"])
+    window = options.window or DEFAULT_WINDOW
     with quiet():
-        engine = open_engine(arguments)
+        engine = open_engine(options)
         ids = engine.tokenize(text, special=False)
-        with Steps("windows", visible=not arguments.json) as steps:
+        with Steps("windows", visible=not options.json) as steps:
             stretches = loss_by_position(
-                engine, ids, window, arguments.stride, beginning_tokens(engine), steps.show
+                engine, ids, window, options.stride, beginning_tokens(engine), steps.show
             )
         helpful = helpful_context(stretches)
         if plot is not None:
             write_file(plot, figure_of(stretches, helpful, plot.suffix[1:]))
-    if arguments.json:
-        facts = {"model": model_name(arguments), "weights": engine.weights_kind, "window": window}
-        facts |= {"stride": arguments.stride or window, "helpful_context": helpful}
+    if options.json:
+        facts = {"model": model_name(options), "weights": engine.weights_kind, "window": window}
+        facts |= {"stride": options.stride or window, "helpful_context": helpful}
         print(json.dumps(facts | {"stretches": [asdict(part) for part in stretches]}))
         return
     say(as_text(stretches, helpful))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from anymamba.cli.options.model import AdapterOptions, EngineOptions, ModelOptions
 from anymamba.errors import StateError
 
 if TYPE_CHECKING:
@@ -23,53 +23,52 @@ __all__ = [
 ]
 
 
-def open_engine(arguments: argparse.Namespace) -> Engine:
-    """The runtime's engine for the options of `model_options`."""
+def open_engine(options: EngineOptions) -> Engine:
+    """The runtime's engine that the options ask for."""
     from anymamba.cli.terminal.output import tell
     from anymamba.runtime.loading import load
 
     engine = load(
-        arguments.model,
-        weights=arguments.weights,
-        threads=arguments.threads,
-        matmul_dtype=arguments.matmul_dtype,
-        adapter=adapter_of(arguments),
-        tokenizer=arguments.tokenizer,
-        offline=arguments.offline,
+        options.model,
+        weights=options.weights,
+        threads=options.threads,
+        matmul_dtype=options.matmul_dtype,
+        adapter=adapter_of(options),
+        tokenizer=options.tokenizer,
+        offline=options.offline,
     )
     if engine.weights.remark is not None:
         tell(f"anymamba: {engine.weights.remark}")
     return engine
 
 
-def adapter_of(arguments: argparse.Namespace) -> str | None:
+def adapter_of(options: ModelOptions) -> str | None:
     """The adapter, for commands that take one."""
-    folder: str | None = getattr(arguments, "adapter", None)
-    return folder
+    return options.adapter if isinstance(options, AdapterOptions) else None
 
 
-def tokenizer_place(arguments: argparse.Namespace) -> Path:
+def tokenizer_place(options: ModelOptions) -> Path:
     """The folder or file that the tokenizer comes from."""
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.gguf import find_gguf
     from anymamba.checkpoint.io import user_path
     from anymamba.runtime.loading import model_of
 
-    if arguments.tokenizer is not None:
-        return user_path(arguments.tokenizer)
-    adapter = adapter_of(arguments)
+    if options.tokenizer is not None:
+        return user_path(options.tokenizer)
+    adapter = adapter_of(options)
     if adapter is not None and (user_path(adapter) / "tokenizer.json").is_file():
         return user_path(adapter)
-    model = model_of(arguments.model, adapter)
+    model = model_of(options.model, adapter)
     file = find_gguf(user_path(model))
-    return file or resolve(model, offline=arguments.offline)
+    return file or resolve(model, offline=options.offline)
 
 
-def model_name(arguments: argparse.Namespace) -> str:
+def model_name(options: ModelOptions) -> str:
     """What the output calls the model."""
-    if arguments.model is None:
-        return adapter_of(arguments) or "bundled"
-    return str(arguments.model)
+    if options.model is None:
+        return adapter_of(options) or "bundled"
+    return options.model
 
 
 def beginning_state(engine: Engine, file: str | None) -> State:

@@ -1,8 +1,8 @@
 """The `anymamba` command: finds the command that was asked for, and says what went wrong.
 
-Each command is a module of `anymamba.cli.commands` with two functions, `add_arguments(parser)` and
-`run(arguments)`. Only the chosen one is imported, and none imports what is slow before it must,
-because a person waits for each of these imports.
+Each command is a module of `anymamba.cli.commands` with a DESCRIPTION, EXAMPLES, a frozen dataclass
+`Options` and a function `run(options)`. Only the chosen one is imported, and none imports what is
+slow before it must, because a person waits for each of these imports.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Collection, Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from anymamba import __version__
@@ -170,18 +171,31 @@ def is_without_folder(error: OSError) -> bool:
 
 def run_command(argv: Sequence[str]) -> None:
     """Parse the arguments and call the command that they name; without any, show the help."""
+    if not argv:
+        build_parser([]).print_help()
+        return
+    command, options = parse(argv)
+    command.run(options)
+
+
+def parse(argv: Sequence[str]) -> tuple[ModuleType, Any]:
+    """The module of the command that the arguments name, and its `Options`.
+
+    Raises:
+        InputError: there is no such command, or it has no such options.
+    """
     # The command is the first argument that is no option: before it stand none with a value.
     asked = next((argument for argument in argv if not argument.startswith("-")), None)
     parser = build_parser([asked] if asked in COMMANDS else [])
-    if not argv:
-        parser.print_help()
-        return
     if asked is not None and asked not in COMMANDS:
         parser.error(f"there is no command {asked!r}" + did_you_mean(asked, COMMANDS))
     arguments = parser.parse_args(argv)
     if asked is None:
         parser.error("a command is missing")
-    import_module(module_of(arguments.command)).run(arguments)
+    from anymamba.cli.options.fields import read_options
+
+    command = import_module(module_of(arguments.command))
+    return command, read_options(command.Options, arguments)
 
 
 def module_of(command: str) -> str:
@@ -208,7 +222,12 @@ def build_parser(complete: Collection[str]) -> Parser:
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name in complete:
-            import_module(module_of(name)).add_arguments(parser)
+            from anymamba.cli.options.fields import add_options
+
+            command = import_module(module_of(name))
+            parser.description, parser.epilog = command.DESCRIPTION, command.EXAMPLES
+            parser.usage = getattr(command, "USAGE", None)
+            add_options(parser, command.Options)
     return top
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from anymamba import MambaForCausalLM
+    from anymamba.cli.commands.text.generate import Options
     from anymamba.cli.terminal.output import Output
     from anymamba.runtime.generation import StreamingDetokenizer
 
@@ -36,7 +36,7 @@ WITHOUT_COUNTERPART = {
 }
 
 
-def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Output) -> Continuation:
+def continue_with_torch(options: Options, prompt: str, output: Output) -> Continuation:
     """Load the model with PyTorch, and continue the prompt.
 
     Raises:
@@ -49,29 +49,29 @@ def continue_with_torch(arguments: argparse.Namespace, prompt: str, output: Outp
     from anymamba.runtime.generation import StreamingDetokenizer, suggested_sampling
     from anymamba.runtime.loading import generation_config
 
-    refuse_others(arguments)
-    folder = resolve(arguments.model or bundled_model(), offline=arguments.offline)
-    sampling_settings(arguments, suggested_sampling(generation_config([folder]) or {}))
-    tokenizer = read_tokenizer(arguments.tokenizer or folder)
+    refuse_others(options)
+    folder = resolve(options.model or bundled_model(), offline=options.offline)
+    settings = sampling_settings(options, suggested_sampling(generation_config([folder]) or {}))
+    tokenizer = read_tokenizer(options.tokenizer or folder)
     prompt_ids = tokenizer.encode(prompt).ids
-    dtype = arguments.dtype or DTYPES[arguments.weights]
-    model = load_model(folder, arguments.device, dtype)
+    dtype = options.dtype or DTYPES[options.weights]
+    model = load_model(folder, options.device, dtype)
     prompt_ids = prompt_ids or [first_token(model)]
     check_vocabulary(model, prompt_ids)
     output.begin()
-    stream = StreamingDetokenizer(tokenizer.decode, arguments.stop)
-    return write(model, prompt_ids, Listener(stream, output.write), arguments)
+    stream = StreamingDetokenizer(tokenizer.decode, options.stop)
+    return write(model, prompt_ids, Listener(stream, output.write), settings)
 
 
-def refuse_others(arguments: argparse.Namespace) -> None:
+def refuse_others(options: Options) -> None:
     """Refuse options that only the runtime knows, rather than leave them aside in silence."""
-    if arguments.weights not in DTYPES:
+    if options.weights not in DTYPES:
         raise BackendError(
-            f"--weights {arguments.weights} needs the native core: PyTorch computes with "
+            f"--weights {options.weights} needs the native core: PyTorch computes with "
             f"{', '.join(DTYPES)} here"
         )
     for name, nothing in WITHOUT_COUNTERPART.items():
-        if getattr(arguments, name) != nothing:
+        if getattr(options, name) != nothing:
             option = "--" + name.replace("_", "-")
             raise BackendError(f"{option} needs the native core and --device cpu")
 
@@ -178,23 +178,23 @@ def write(
     model: MambaForCausalLM,
     prompt_ids: Sequence[int],
     listener: Listener,
-    arguments: argparse.Namespace,
+    settings: dict[str, Any],
 ) -> Continuation:
     """Let the model write until a limit, a stop string or its end token."""
     import torch
     from transformers import StoppingCriteriaList
 
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(settings["seed"])
     given = torch.tensor([list(prompt_ids)], device=model.device)
     start = time.perf_counter()
     # Transformers' annotations deny this method to every model but its own.
     output = cast(Any, model).generate(
         given,
         attention_mask=torch.ones_like(given),
-        max_new_tokens=arguments.max_new_tokens,
-        repetition_penalty=arguments.repetition_penalty,
+        max_new_tokens=settings["max_new_tokens"],
+        repetition_penalty=settings["repetition_penalty"],
         stopping_criteria=StoppingCriteriaList([listener]),
-        **sampling(arguments),
+        **sampling(settings),
     )
     listener.finish()
     tokens = output[0, len(prompt_ids) :].tolist()
@@ -205,17 +205,18 @@ def write(
         prompt_ids=list(prompt_ids),
         ids=tokens,
         ended_by=ending(model, tokens, listener.stream),
+        seed=settings["seed"],
         prompt_seconds=first - start,
         new_seconds=end - first,
     )
 
 
-def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that say how to choose a token, as `generate` of Transformers names them."""
-    if arguments.temperature == 0:
+def sampling(settings: dict[str, Any]) -> dict[str, Any]:
+    """How to choose a token, as `generate` of Transformers names it."""
+    if settings["temperature"] == 0:
         return {"do_sample": False}
     names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-    return {"do_sample": True} | {name: getattr(arguments, name) for name in names}
+    return {"do_sample": True} | {name: settings[name] for name in names}
 
 
 def ending(model: MambaForCausalLM, tokens: Sequence[int], stream: StreamingDetokenizer) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 
-__all__ = ["add_arguments", "run"]
+from anymamba.cli.options.fields import flag, option
+
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Print a script that lets a shell complete commands, options, their values and file names. It is
@@ -20,16 +22,17 @@ examples:
 SHELLS = ("bash", "zsh", "fish")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba completion`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("shell", choices=SHELLS, metavar="SHELL", help="bash, zsh or fish")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+@dataclass(frozen=True)
+class Options:
+    """What `anymamba completion` is asked for."""
+
+    shell: str = option(choices=SHELLS, metavar="SHELL", help="bash, zsh or fish")
+    json: bool = flag("--json", "print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Print the script."""
     from anymamba.cli.completion_scripts import SCRIPTS
 
-    script = SCRIPTS[arguments.shell]()
-    print(json.dumps({"shell": arguments.shell, "script": script}) if arguments.json else script)
+    script = SCRIPTS[options.shell]()
+    print(json.dumps({"shell": options.shell, "script": script}) if options.json else script)

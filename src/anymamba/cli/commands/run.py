@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import builtins
 import io
 import runpy
 import sys
 import zipfile
-from collections.abc import Callable
+from argparse import REMAINDER
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import find_spec
@@ -16,11 +17,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
+from anymamba.cli.options.fields import flag, option
 from anymamba.cli.terminal.output import tell
 from anymamba.errors import InputError
 from anymamba.upstream import PACKAGES
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
+
+USAGE = (
+    "anymamba run [-h] [--force] [--own PACKAGE] [--no-decode-steps] "
+    "(SCRIPT | -m MODULE) [ARGUMENTS ...]"
+)
 
 DESCRIPTION = """\
 Run a Python program as `python` would, with imports of mamba_ssm and causal_conv1d answered by
@@ -37,20 +44,16 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba run`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.usage = (
-        "anymamba run [-h] [--force] [--own PACKAGE] [--no-decode-steps] "
-        "(SCRIPT | -m MODULE) [ARGUMENTS ...]"
-    )
-    parser.add_argument(
+@dataclass(frozen=True)
+class Options:
+    """What `anymamba run` is asked for."""
+
+    force: bool = flag(
         "--force",
-        action="store_true",
-        help="stand for every package of these names: take calls with CUDA tensors, too, and pass "
+        "stand for every package of these names: take calls with CUDA tensors, too, and pass "
         "over packages in the program's folder",
     )
-    parser.add_argument(
+    own: Sequence[str] = option(
         "--own",
         action="append",
         default=[],
@@ -59,46 +62,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave an installed mamba_ssm or causal_conv1d alone, a fork for example, and answer "
         "its compiled extensions only",
     )
-    parser.add_argument(
+    decode_steps: bool = option(
         "--no-decode-steps",
-        dest="decode_steps",
         action="store_false",
         help="leave the mixers of Transformers' models as they are: only functions that they look "
         "up are AnyMamba's",
     )
-    parser.add_argument(
+    module: Sequence[str] | None = option(
         "-m",
-        dest="module",
-        nargs=argparse.REMAINDER,
+        nargs=REMAINDER,
         metavar="MODULE",
         help="run a module, as python -m does; the rest are its arguments",
     )
-    parser.add_argument(
-        "script",
-        nargs=argparse.REMAINDER,
+    script: Sequence[str] = option(
+        nargs=REMAINDER,
         metavar="FILE",
         help="a script, folder or zip file; the rest are its arguments",
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Install the drop-in, and be the program from here on.
 
     Raises:
         InputError: there is no such program.
         SystemExit: the program has ended.
     """
-    words = arguments.module or arguments.script
+    words = options.module or options.script
     if not words:
-        what = "a script" if arguments.module is None else "a module after -m"
+        what = "a script" if options.module is None else "a module after -m"
         raise InputError(f"anymamba run needs {what} (see anymamba run --help)")
-    program, folder = module(words[0]) if arguments.module else script(words[0])
+    program, folder = module(words[0]) if options.module else script(words[0])
     from anymamba import dropin
 
     dropin.install(
-        force=arguments.force,
-        own=packages_of_its_own(arguments, folder),
-        decode_steps=arguments.decode_steps,
+        force=options.force,
+        own=packages_of_its_own(options, folder),
+        decode_steps=options.decode_steps,
     )
     if "torch" in sys.modules:
         put_cuda_on_the_cpu()
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> None:
     undisturbed(program)
 
 
-def packages_of_its_own(arguments: argparse.Namespace, folder: str) -> set[str]:
+def packages_of_its_own(options: Options, folder: str) -> set[str]:
     """The packages to leave alone: those asked for, and those beside the program, told in a line.
 
     Args:
@@ -124,14 +124,14 @@ def packages_of_its_own(arguments: argparse.Namespace, folder: str) -> set[str]:
     # A folder without modules, a clone for example, is passed over by Python, too.
     beside = [name for name, spec in specs.items() if spec is not None and spec.has_location]
     for name in beside:
-        if arguments.force:
+        if options.force:
             tell(f"anymamba: the program's own {name}, a fork perhaps, is passed over: --force")
         else:
             tell(
                 f"anymamba: {name} is the program's own, from {folder}; AnyMamba answers its "
                 "compiled extensions (--force takes AnyMamba's)"
             )
-    return {*arguments.own, *([] if arguments.force else beside)}
+    return {*options.own, *([] if options.force else beside)}
 
 
 class CudaOnCpuFromTorchOn(MetaPathFinder):

@@ -25,6 +25,7 @@ class Continuation:
         prompt_ids: the tokens that it continues.
         ids: the tokens that it wrote, those of a stop string included.
         ended_by: "stop" by a stop string, "end" by an end token, "length" by the limit.
+        seed: of its random numbers.
         prompt_seconds: reading the prompt, up to the first token.
         new_seconds: the tokens after the first.
     """
@@ -33,5 +34,6 @@ class Continuation:
     prompt_ids: list[int]
     ids: list[int]
     ended_by: str
+    seed: int
     prompt_seconds: float
     new_seconds: float

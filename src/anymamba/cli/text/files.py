@@ -96,7 +96,7 @@ def read_once(names: Sequence[str | None]) -> None:
         raise InputError("standard input (-) can be read only once: give one of the texts a file")
 
 
-def size_of(names: list[str]) -> int | None:
+def size_of(names: Sequence[str]) -> int | None:
     """How many bytes the files hold together; None where one is a pipe or a terminal.
 
     Raises:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -18,6 +18,7 @@ from anymamba.cli.text.passages import lines_of
 from anymamba.errors import BackendError, InputError
 
 if TYPE_CHECKING:
+    from anymamba.cli.commands.text.generate import Options
     from anymamba.runtime.engine import Engine
 
 __all__ = ["continue_prompts"]
@@ -26,25 +27,31 @@ ROWS = 16
 ANSWER = {"text", "new_tokens", "ended_by"}
 
 
-def continue_prompts(arguments: argparse.Namespace) -> None:
+def continue_prompts(options: Options, weights: str) -> None:
     """Write one JSON line for each prompt, in their order, as soon as its batch is done.
 
     All prompts are read and checked first, so that a mistake in the last line costs no work.
 
+    Args:
+        options: of `anymamba generate`.
+        weights: the type of the weights.
+
     Raises:
         InputError: a line is no prompt, or an option makes no sense here.
     """
-    refuse_others(arguments)
-    records = list(records_in(arguments.prompts))
-    engine = open_engine(arguments)
-    settings = sampling_settings(arguments, engine.suggested_sampling)
-    state = beginning_state(engine, arguments.state)
+    refuse_others(options)
+    assert options.prompts is not None
+    records = list(records_in(options.prompts))
+    engine = open_engine(replace(options, weights=weights))
+    settings = sampling_settings(options, engine.suggested_sampling)
+    state = beginning_state(engine, options.state)
+    seed = settings["seed"]
     start, new_tokens = time.perf_counter(), 0
     pending = iter(enumerate(records))
-    while batch := list(islice(pending, arguments.batch or ROWS)):
+    while batch := list(islice(pending, options.batch or ROWS)):
         first = batch[0][0]
         # Prompt i draws with the seed of the options plus i, in whichever batch it is.
-        settings["seed"] = arguments.seed + first
+        settings["seed"] = seed + first
         prompts = [record["prompt"] for _, record in batch]
         for record, result in zip(
             (record for _, record in batch),
@@ -61,12 +68,12 @@ def continue_prompts(arguments: argparse.Namespace) -> None:
     report(engine, len(records), new_tokens, time.perf_counter() - start)
 
 
-def refuse_others(arguments: argparse.Namespace) -> None:
+def refuse_others(options: Options) -> None:
     """Refuse options that say something about a single prompt, or need PyTorch."""
-    if arguments.device != "cpu":
+    if options.device != "cpu":
         raise BackendError("--prompts needs the native core and --device cpu")
     for name, nothing in (("prompt", None), ("echo", False), ("save_state", None), ("json", False)):
-        if getattr(arguments, name) != nothing:
+        if getattr(options, name) != nothing:
             shown = "PROMPT" if name == "prompt" else "--" + name.replace("_", "-")
             raise InputError(f"{shown} and --prompts exclude each other: give one of them")
 

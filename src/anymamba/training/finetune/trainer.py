@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import SFTTrainer
 
+from anymamba.renamed import old_names
 from anymamba.training.finetune.checkpoints import RUN_FILE
 from anymamba.training.lifecycle import RunTrainer
 
@@ -30,3 +31,6 @@ class FinetuneTrainer(RunTrainer, SFTTrainer):  # type: ignore[misc]
     def add_to_checkpoint(self, folder: Path) -> None:
         """Write the facts of the run."""
         (folder / RUN_FILE).write_text(json.dumps(self.facts) + "\n", encoding="utf-8")
+
+
+__getattr__ = old_names(__name__)

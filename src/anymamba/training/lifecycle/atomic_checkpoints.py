@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from anymamba.checkpoint.io import flush_to_disk
 from anymamba.errors import TrainingError
+from anymamba.renamed import old_names
 
 __all__ = [
     "CANNOT_WRITE",
@@ -90,3 +91,6 @@ def what_is_left(folder: Path) -> str:
     """The last checkpoint, as the end of a message."""
     last = last_checkpoint(folder)
     return "there is no checkpoint yet" if last is None else f"the last checkpoint is {str(last)!r}"
+
+
+__getattr__ = old_names(__name__)

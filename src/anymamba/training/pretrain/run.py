@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError, InputError
 from anymamba.modeling import MambaConfig, MambaForCausalLM
+from anymamba.renamed import old_names
 from anymamba.training.data import TokenRow, open_tokenizer, texts_of, tokenize
 from anymamba.training.lifecycle import (
     CANNOT_WRITE,
@@ -413,8 +413,4 @@ def curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return points
 
 
-def __getattr__(name: str) -> object:
-    if name != "Outcome":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warnings.warn("Outcome is called RunResult now", DeprecationWarning, stacklevel=2)
-    return RunResult
+__getattr__ = old_names(__name__)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.model import WEIGHTS, add_offline_argument
+from anymamba.cli.options.fields import flag, offline_flag, option
+from anymamba.cli.options.model import WEIGHTS
 from anymamba.cli.terminal.output import say, tell
 from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Measure how fast a model reads a prompt (prefill) and writes tokens (decode), for each kind of
@@ -29,55 +31,56 @@ QUANTIZED = ("int8", "int4")
 KINDS = tuple(kind for kind in WEIGHTS if kind != "auto")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba bench`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a folder, a GGUF file or a name on the hub"
+@dataclass(frozen=True)
+class Options:
+    """What `anymamba bench` is asked for."""
+
+    model: str | None = option(
+        nargs="?", metavar="MODEL", help="a folder, a GGUF file or a name on the hub"
     )
-    parser.add_argument(
+    weights: Sequence[str] | None = option(
         "--weights",
         nargs="+",
         choices=WEIGHTS,
-        help="kinds; default: all, of a quantized model its own",
+        help="weight types; default: all, of a quantized model its own",
     )
-    parser.add_argument(
+    threads: Sequence[int] | None = option(
         "--threads",
         nargs="+",
         type=integer(1, MOST_THREADS),
         metavar="N",
         help="numbers of threads; default: 1 and one a core",
     )
-    parser.add_argument(
+    prompt_tokens: int = option(
         "--prompt-tokens", type=integer(1), default=512, metavar="N", help="default 512"
     )
-    parser.add_argument("--new-tokens", type=integer(1), default=64, metavar="N", help="default 64")
-    parser.add_argument(
+    new_tokens: int = option(
+        "--new-tokens", type=integer(1), default=64, metavar="N", help="default 64"
+    )
+    repeats: int = option(
         "--repeats", type=integer(1), default=3, metavar="N", help="default 3; the median counts"
     )
-    add_offline_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    offline: bool = offline_flag()
+    json: bool = flag("--json", "print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Measure one combination after the other, and print."""
     from anymamba.cli.speed import Effort, Speed, measure
     from anymamba.cli.terminal.table import columns
     from anymamba.runtime.loading import load
 
-    effort = Effort(arguments.prompt_tokens, arguments.new_tokens, arguments.repeats)
+    effort = Effort(options.prompt_tokens, options.new_tokens, options.repeats)
     speeds: list[Speed] = []
-    for kind in kinds(arguments):
-        for threads in dict.fromkeys(arguments.threads or default_threads()):
-            if not arguments.json:
+    for kind in kinds(options):
+        for threads in dict.fromkeys(options.threads or default_threads()):
+            if not options.json:
                 tell(f"measuring {kind} with {threads} threads")
             with quiet():
-                engine = load(
-                    arguments.model, weights=kind, threads=threads, offline=arguments.offline
-                )
+                engine = load(options.model, weights=kind, threads=threads, offline=options.offline)
                 speeds.append(measure(engine, threads, effort))
-    if arguments.json:
-        model = "bundled" if arguments.model is None else arguments.model
+    if options.json:
+        model = "bundled" if options.model is None else options.model
         print(json.dumps({"model": model, "speeds": [speed.as_json() for speed in speeds]}))
         return
     head = ("weights", "threads", "size", "prefill", "decode", "limit", "of the limit")
@@ -85,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     say("prefill, decode and limit in tokens a second")
 
 
-def kinds(arguments: argparse.Namespace) -> list[str]:
+def kinds(options: Options) -> list[str]:
     """The kinds to measure, once it is sure that all of them can be had.
 
     Raises:
@@ -93,14 +96,14 @@ def kinds(arguments: argparse.Namespace) -> list[str]:
     """
     from anymamba.runtime.loading import load
 
-    asked = list(dict.fromkeys(arguments.weights or KINDS))
+    asked = list(dict.fromkeys(options.weights or KINDS))
     if not {*asked} & {*QUANTIZED}:
         return asked
     with quiet():
-        stored = load(arguments.model, threads=1, offline=arguments.offline).weights_kind
+        stored = load(options.model, threads=1, offline=options.offline).weights_kind
     if stored not in QUANTIZED:
         return asked
-    if arguments.weights is None:
+    if options.weights is None:
         return [stored]
     impossible = [kind for kind in asked if kind in QUANTIZED and kind != stored]
     if impossible:

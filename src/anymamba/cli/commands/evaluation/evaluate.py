@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anymamba.cli.load_engine import model_name
 from anymamba.cli.options.argument_types import finite, integer
-from anymamba.cli.options.model import add_adapter_argument, add_model_arguments
+from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.model import AdapterOptions
 from anymamba.cli.terminal.output import say
 from anymamba.errors import InputError
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Test a model on tasks of EleutherAI's lm-evaluation-harness, so that its results can be set beside
@@ -33,76 +34,79 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba evaluate`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("tasks", nargs="+", metavar="TASK", help="a task's name, or a YAML file")
-    parser.add_argument("--include", metavar="FOLDER", help="where more tasks are described")
-    parser.add_argument(
+@dataclass(frozen=True)
+class Options(AdapterOptions):
+    """What `anymamba evaluate` is asked for."""
+
+    tasks: Sequence[str] = option(nargs="+", metavar="TASK", help="a task's name, or a YAML file")
+    include: str | None = option(
+        "--include", metavar="FOLDER", help="where more tasks are described"
+    )
+    few_shots: int | None = option(
         "--few-shots",
         type=integer(0),
         metavar="N",
         help="solved examples before each question (default: as the task says)",
     )
-    parser.add_argument(
+    limit: int | None = option(
         "--limit", type=integer(1), metavar="N", help="take the first N questions of a task only"
     )
-    parser.add_argument(
+    batch_size: int = option(
         "--batch-size", type=integer(1), default=8, metavar="N", help="questions at once; default 8"
     )
-    parser.add_argument(
+    max_length: int | None = option(
         "--max-length",
         type=integer(2),
         metavar="N",
         help="tokens that the model reads at once; longer texts are cut (default 2048)",
     )
-    parser.add_argument("--device", help="where to compute (default: a GPU if there is one)")
-    parser.add_argument(
+    device: str | None = option(
+        "--device", help="where to compute (default: a GPU if there is one)"
+    )
+    dtype: str | None = option(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="default: float32 on a CPU, elsewhere as stored",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_model_arguments(parser)
-    add_adapter_argument(parser)
+    json: bool = flag("--json", "print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Test, and print."""
     from anymamba.checkpoint.io import user_path
 
-    with network_allowed(not arguments.offline), model_folder(arguments) as model:
+    with network_allowed(not options.offline), model_folder(options) as model:
         from anymamba.training.evaluate import evaluate
 
-        tokenizer = None if arguments.tokenizer is None else user_path(arguments.tokenizer)
-        include = None if arguments.include is None else user_path(arguments.include)
+        tokenizer = None if options.tokenizer is None else user_path(options.tokenizer)
+        include = None if options.include is None else user_path(options.include)
         if include is not None and not include.is_dir():
-            raise InputError(f"there is no folder {arguments.include!r} with tasks")
+            raise InputError(f"there is no folder {options.include!r} with tasks")
         results = evaluate(
             model,
-            arguments.tasks,
+            options.tasks,
             tokenizer=tokenizer,
             include=include,
-            few_shots=arguments.few_shots,
-            limit=arguments.limit,
-            batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
-            device=arguments.device,
-            dtype=arguments.dtype,
+            few_shots=options.few_shots,
+            limit=options.limit,
+            batch_size=options.batch_size,
+            max_length=options.max_length,
+            device=options.device,
+            dtype=options.dtype,
         )
-    report(arguments, results)
+    report(options, results)
 
 
-def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
+def report(options: Options, results: dict[str, dict[str, Any]]) -> None:
     """Print the results."""
     from anymamba.cli.terminal.table import table
 
-    if arguments.json:
+    if options.json:
         tasks = {
             task: {metric: finite(value) for metric, value in figures.items()}
             for task, figures in results.items()
         }
-        print(json.dumps({"model": model_name(arguments), "tasks": tasks}))
+        print(json.dumps({"model": model_name(options), "tasks": tasks}))
         return
     for task, figures in results.items():
         say(task)
@@ -114,7 +118,7 @@ def report(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
 
 
 @contextmanager
-def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+def model_folder(options: Options) -> Iterator[Path]:
     """The model's folder: for the time being, of a GGUF file and of a model with its adapter."""
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
@@ -122,7 +126,7 @@ def model_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     from anymamba.checkpoint.io import user_path
     from anymamba.runtime.convert import convert, merge
 
-    model, adapter, offline = arguments.model, arguments.adapter, arguments.offline
+    model, adapter, offline = options.model, options.adapter, options.offline
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch) / "model"
         if adapter is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Iterable
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
 from anymamba.cli.options.argument_types import finite, integer
-from anymamba.cli.options.model import add_model_arguments, add_weights_arguments
+from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import InputError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from anymamba.cli.text.passages import Passage
     from anymamba.runtime.engine import Engine
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Test a model on the last words of passages, as the LAMBADA benchmark does (Paperno et al. 2016).
@@ -39,20 +39,19 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba lambada`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("file", metavar="FILE", help="JSON lines; - is standard input")
-    parser.add_argument(
+@dataclass(frozen=True)
+class Options(EngineOptions):
+    """What `anymamba lambada` is asked for."""
+
+    file: str = option(metavar="FILE", help="JSON lines; - is standard input")
+    limit: int | None = option(
         "--limit", type=integer(1), metavar="N", help="take the first N passages only"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    add_model_arguments(parser)
-    add_weights_arguments(parser)
+    json: bool = flag("--json", "print one JSON object")
+    quiet: bool = flag("--quiet", "show no progress")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Test, and print."""
     from anymamba.cli.terminal.progress import Progress
     from anymamba.cli.terminal.table import table
@@ -60,16 +59,16 @@ def run(arguments: argparse.Namespace) -> None:
     from anymamba.cli.text.passages import passages_in
 
     reader = Counter()
-    total = size_of([arguments.file]) if arguments.limit is None else None
+    total = size_of([options.file]) if options.limit is None else None
     passages = islice(
-        passages_in(read_blocks(arguments.file, reader.add), arguments.file), arguments.limit
+        passages_in(read_blocks(options.file, reader.add), options.file), options.limit
     )
     with quiet():
-        engine = open_engine(arguments)
-        with Progress(total, visible=not arguments.quiet) as progress:
+        engine = open_engine(options)
+        with Progress(total, visible=not options.quiet) as progress:
             result = test(engine, passages, progress, reader)
-    facts = {"model": model_name(arguments), "weights": engine.weights_kind} | result.as_json()
-    if arguments.json:
+    facts = {"model": model_name(options), "weights": engine.weights_kind} | result.as_json()
+    if options.json:
         print(json.dumps(facts))
         return
     right = f"{facts['accuracy']:.4f} ({result.right:,} of {result.passages:,})"

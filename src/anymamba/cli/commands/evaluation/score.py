@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anymamba.cli.by_position import add_position_arguments, refuse_alone, run_by_position
+from anymamba.cli.by_position import PositionOptions, refuse_alone, run_by_position
 from anymamba.cli.load_engine import model_name, open_engine
 from anymamba.cli.options.argument_types import finite
-from anymamba.cli.options.model import (
-    add_adapter_argument,
-    add_model_arguments,
-    add_weights_arguments,
-)
+from anymamba.cli.options.fields import option
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import InputError
@@ -22,7 +18,7 @@ from anymamba.errors import InputError
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
 
-__all__ = ["add_arguments", "run", "score_text"]
+__all__ = ["Options", "run", "score_text"]
 
 DESCRIPTION = """\
 Tell how well a model predicts a text: each token from all tokens before it. The first token is
@@ -38,33 +34,29 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba score`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("file", metavar="FILE", help="UTF-8 text; - is standard input")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_position_arguments(parser)
-    add_model_arguments(parser)
-    add_adapter_argument(parser)
-    add_weights_arguments(parser)
+@dataclass(frozen=True)
+class Options(PositionOptions):
+    """What `anymamba score` is asked for."""
+
+    file: str = option(metavar="FILE", help="UTF-8 text; - is standard input")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Score, and print."""
     from anymamba.cli.terminal.table import table
     from anymamba.cli.text.files import read_text
 
-    if not arguments.by_position:
-        refuse_alone(arguments)
-    text = read_text(arguments.file)
-    if arguments.by_position:
-        run_by_position(arguments, text)
+    if not options.by_position:
+        refuse_alone(options)
+    text = read_text(options.file)
+    if options.by_position:
+        run_by_position(options, text)
         return
     with quiet():
-        engine = open_engine(arguments)
+        engine = open_engine(options)
         figures = score_text(engine, text)
-    if arguments.json:
-        facts = {"model": model_name(arguments), "weights": engine.weights_kind}
+    if options.json:
+        facts = {"model": model_name(options), "weights": engine.weights_kind}
         figures["perplexity"] = finite(figures["perplexity"])
         print(json.dumps(facts | figures))
         return

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+from dataclasses import dataclass
 
-from anymamba.cli.options.model import add_offline_argument
+from anymamba.cli.options.fields import flag, offline_flag, option
 from anymamba.cli.terminal.silence import quiet
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Download a model from the Hugging Face hub, with a progress bar, to where all commands and Python
@@ -26,44 +26,45 @@ HF_HUB_CACHE moves the place, HF_TOKEN opens private models, HF_ENDPOINT names a
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba download`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("model", metavar="ID", help="a name on the hub, such as owner/model")
-    parser.add_argument("--revision", metavar="NAME", help="a branch, tag or commit")
-    add_offline_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+@dataclass(frozen=True)
+class Options:
+    """What `anymamba download` is asked for."""
+
+    model: str = option(metavar="ID", help="a name on the hub, such as owner/model")
+    revision: str | None = option("--revision", metavar="NAME", help="a branch, tag or commit")
+    offline: bool = offline_flag()
+    json: bool = flag("--json", "print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Download, and say where it is."""
     from anymamba.checkpoint import open_checkpoint, resolve
     from anymamba.cli.terminal.output import say, tell
     from anymamba.cli.terminal.sizes import bytes_in, size
 
-    if not arguments.json:
+    if not options.json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
     with quiet():
-        folder = resolve(arguments.model, revision=arguments.revision, offline=arguments.offline)
+        folder = resolve(options.model, revision=options.revision, offline=options.offline)
         checkpoint = open_checkpoint(folder)  # what is broken shows now, and not on first use
     count = bytes_in(folder)
     facts = {
-        "model": arguments.model,
+        "model": options.model,
         "folder": str(folder),
         "bytes": count,
         "pickled": checkpoint.pickled,
     }
-    if arguments.json:
+    if options.json:
         print(json.dumps(facts))
         return
     say(f"{folder}: {size(count)}")
     if checkpoint.pickled:
         tell(
             "its weights are pickled; make a folder that loads at once: "
-            f"anymamba convert {arguments.model} ./{folder_name(arguments.model)}"
+            f"anymamba convert {options.model} ./{folder_name(options.model)}"
         )
     else:
-        tell(f'try it: anymamba generate "Mamba is" -m {arguments.model}')
+        tell(f'try it: anymamba generate "Mamba is" -m {options.model}')
 
 
 def folder_name(model: str) -> str:

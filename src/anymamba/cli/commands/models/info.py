@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from anymamba.cli.options.model import add_offline_argument
+from anymamba.cli.options.fields import flag, offline_flag, option
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import quiet
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 With MODEL, describe a model: what it is built of, how large it and its state are, and its files.
@@ -27,24 +27,24 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba info`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument(
-        "model",
+@dataclass(frozen=True)
+class Options:
+    """What `anymamba info` is asked for."""
+
+    model: str | None = option(
         nargs="?",
         metavar="MODEL",
-        help="a folder, a GGUF file, a state's file, or a name on the hub",
+        help="a folder, a GGUF file, a state file, or a name on the hub",
     )
-    add_offline_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    offline: bool = offline_flag()
+    json: bool = flag("--json", "print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Describe, and print."""
     with quiet():
-        facts, as_text = describe(arguments.model, arguments.offline)
-    say(json.dumps(facts) if arguments.json else as_text(facts))
+        facts, as_text = describe(options.model, options.offline)
+    say(json.dumps(facts) if options.json else as_text(facts))
 
 
 def describe(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from anymamba.cli.options.model import add_offline_argument, add_places, places_of
+from anymamba.cli.options.fields import option
+from anymamba.cli.options.places import Places, places_of
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import quiet
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Merge a LoRA or DoRA adapter into the model that it was trained on, and store the result as an
@@ -23,41 +25,43 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba merge`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    add_places(parser, "adapter", "SRC is the adapter, as PEFT writes it", "DST is a new folder")
-    parser.add_argument(
-        "--model",
-        "-m",
+@dataclass(frozen=True)
+class Options(Places):
+    """What `anymamba merge` is asked for."""
+
+    places: Sequence[str] = option(
+        nargs="*",
+        metavar="SRC DST",
+        help="SRC is the adapter, as PEFT writes it; DST is a new folder",
+    )
+    source: str | None = option("--adapter", "-a", metavar="FOLDER", help="SRC by name")
+    model: str | None = option(
+        *("--model", "-m"),
         metavar="FOLDER",
         help="the model: a folder, a GGUF file, or a name on the hub (default: the adapter's own)",
     )
-    parser.add_argument(
+    weights: str | None = option(
         "--weights", choices=("f32", "f16", "bf16"), help="default: as the model's are stored"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    add_offline_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Merge, and say where it is."""
     from anymamba.cli.terminal.sizes import bytes_in, size
     from anymamba.runtime.convert import merge
 
-    adapter, destination = places_of(arguments)
+    adapter, destination = places_of(options)
     with quiet():
         written = merge(
             adapter,
             destination,
-            arguments.model,
-            arguments.weights,
-            overwrite=arguments.overwrite,
-            offline=arguments.offline,
+            options.model,
+            options.weights,
+            overwrite=options.overwrite,
+            offline=options.offline,
         )
     count = bytes_in(written)
-    if arguments.json:
+    if options.json:
         print(json.dumps({"destination": str(written), "bytes": count}))
     else:
         say(f"{written}: merged, {size(count)}")

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 
 from anymamba.cli.describe.known_models import KNOWN_MODELS, KnownModel
+from anymamba.cli.options.fields import flag
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.sizes import size
 from anymamba.cli.terminal.table import columns
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 List checkpoints on the Hugging Face hub that have Mamba's architecture: base models, which continue
@@ -28,15 +29,16 @@ examples:
 TYPES = ("f32", "bf16", "int8", "int4")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba models`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+@dataclass(frozen=True)
+class Options:
+    """What `anymamba models` is asked for."""
+
+    json: bool = flag("--json", "print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Print the list."""
-    if arguments.json:
+    if options.json:
         print(json.dumps({"models": [facts_of(model) for model in KNOWN_MODELS]}))
         return
     say(columns([("model", "use", "size", "licence", *TYPES), *map(row_of, KNOWN_MODELS)]))

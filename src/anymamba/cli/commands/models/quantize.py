@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anymamba.cli.options.argument_types import finite
-from anymamba.cli.options.model import (
-    add_offline_argument,
-    add_places,
-    add_threads_argument,
-    places_of,
-)
+from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.model import threads_option
+from anymamba.cli.options.places import Places, places_of
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import quiet
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Store a model with weights of 8 or 4 bits, from which it loads at once and decodes faster. The
@@ -34,90 +31,87 @@ examples:
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba quantize`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    add_places(
-        parser, "model", "SRC is a folder, a GGUF file, or a name on the hub", "DST is a new folder"
+@dataclass(frozen=True)
+class Options(Places):
+    """What `anymamba quantize` is asked for."""
+
+    weights: str = option(
+        "--weights", choices=("int8", "int4"), default="int4", help="default int4"
     )
-    parser.add_argument("--weights", choices=("int8", "int4"), default="int4", help="default int4")
-    parser.add_argument(
+    group: int = option(
         "--group",
         type=int,
         choices=(32, 64, 128),
         default=128,
         help="how many weights share a scale; default 128",
     )
-    parser.add_argument(
-        "--offset", action="store_true", help="keep a minimum a group beside its scale"
-    )
-    parser.add_argument(
+    offset: bool = flag("--offset", "keep an offset for each group beside its scale")
+    calibrate: str | None = option(
         "--calibrate", metavar="FILE", help="a text to choose the rounding by; - is standard input"
     )
-    parser.add_argument(
-        "--score", metavar="FILE", help="a text to tell the perplexity on, before and after"
+    score: str | None = option(
+        "--score", metavar="FILE", help="a text to measure the perplexity on, before and after"
     )
-    parser.add_argument(
+    tokenizer: str | None = option(
         "--tokenizer", metavar="FOLDER", help="a tokenizer, if the model comes without one"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    add_threads_argument(parser)
-    add_offline_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    threads: int | None = threads_option()
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Quantize, and tell what it costs and gains."""
     from anymamba.checkpoint.atomic_folder import check_apart, check_destination
     from anymamba.cli.terminal.progress import Steps
     from anymamba.cli.text.files import read_once, read_text
     from anymamba.runtime.convert import quantize_checkpoint
 
-    arguments.source, arguments.destination = places_of(arguments)
-    read_once([arguments.score, arguments.calibrate])
-    score = None if arguments.score is None else read_text(arguments.score)
-    calibrate = None if arguments.calibrate is None else read_text(arguments.calibrate)
+    source, destination = places_of(options)
+    read_once([options.score, options.calibrate])
+    score = None if options.score is None else read_text(options.score)
+    calibrate = None if options.calibrate is None else read_text(options.calibrate)
     figures: dict[str, Any] = {}
     with quiet():
         if score is not None:
             # First of all, so that nothing is written where the text cannot be scored.
-            check_apart(arguments.source, arguments.destination)
-            check_destination(arguments.destination, arguments.overwrite)
-            figures["perplexity_before"] = perplexity(arguments, place_of(arguments), score)
+            check_apart(source, destination)
+            check_destination(destination, options.overwrite)
+            figures["perplexity_before"] = perplexity(
+                options, place_of(source, options.offline), score
+            )
         start = time.perf_counter()
-        with Steps("tensors", visible=not arguments.json) as steps:
+        with Steps("tensors", visible=not options.json) as steps:
             written = quantize_checkpoint(
-                arguments.source,
-                arguments.destination,
-                weights=arguments.weights,
-                group=arguments.group,
-                symmetric=not arguments.offset,
+                source,
+                destination,
+                weights=options.weights,
+                group=options.group,
+                symmetric=not options.offset,
                 calibrate=calibrate,
-                tokenizer=arguments.tokenizer,
-                threads=arguments.threads,
-                overwrite=arguments.overwrite,
-                offline=arguments.offline,
+                tokenizer=options.tokenizer,
+                threads=options.threads,
+                overwrite=options.overwrite,
+                offline=options.offline,
                 progress=steps.show,
             )
         seconds = time.perf_counter() - start
         figures |= {
-            "source_bytes": weight_bytes_in(place_of(arguments)),
+            "source_bytes": weight_bytes_in(place_of(source, options.offline)),
             "destination_bytes": weight_bytes_in(written),
             "seconds": round(seconds, 1),
         }
         if score is not None:
-            figures["perplexity_after"] = perplexity(arguments, written, score)
-    report(arguments, written, figures)
+            figures["perplexity_after"] = perplexity(options, written, score)
+    report(options, written, figures)
 
 
-def place_of(arguments: argparse.Namespace) -> Path:
+def place_of(source: str, offline: bool) -> Path:
     """Where the source is, downloaded if need be."""
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.gguf import find_gguf
     from anymamba.checkpoint.io import user_path
 
-    file = find_gguf(user_path(arguments.source))
-    return file or resolve(arguments.source, offline=arguments.offline)
+    file = find_gguf(user_path(source))
+    return file or resolve(source, offline=offline)
 
 
 def weight_bytes_in(place: Path) -> int:
@@ -130,22 +124,22 @@ def weight_bytes_in(place: Path) -> int:
     return sum(file.stat().st_size for file in open_checkpoint(place).files.paths)
 
 
-def perplexity(arguments: argparse.Namespace, place: Path, text: str) -> float:
+def perplexity(options: Options, place: Path, text: str) -> float:
     """How well the model in a place predicts a text."""
     from anymamba.cli.commands.evaluation.score import score_text
     from anymamba.runtime.loading import load
 
-    engine = load(place, threads=arguments.threads, tokenizer=arguments.tokenizer)
+    engine = load(place, threads=options.threads, tokenizer=options.tokenizer)
     return float(score_text(engine, text)["perplexity"])
 
 
-def report(arguments: argparse.Namespace, written: Path, figures: dict[str, Any]) -> None:
+def report(options: Options, written: Path, figures: dict[str, Any]) -> None:
     """Print the figures."""
     from anymamba.cli.terminal.sizes import size
     from anymamba.cli.terminal.table import table
 
-    if arguments.json:
-        facts = {"destination": str(written), "weights": arguments.weights}
+    if options.json:
+        facts = {"destination": str(written), "weights": options.weights}
         for name in figures.keys() & {"perplexity_before", "perplexity_after"}:
             figures[name] = finite(figures[name])
         print(json.dumps(facts | figures))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anymamba.cli.load_engine import (
@@ -15,16 +15,9 @@ from anymamba.cli.load_engine import (
     open_engine,
     tokenizer_place,
 )
-from anymamba.cli.options.model import (
-    add_adapter_argument,
-    add_model_arguments,
-    add_weights_arguments,
-)
-from anymamba.cli.options.sampling import (
-    add_length_arguments,
-    add_sampling_arguments,
-    sampling_settings,
-)
+from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.model import AdapterOptions, EngineOptions
+from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
 from anymamba.cli.terminal.output import tell, tell_error, write
 from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import AnyMambaError, InputError
@@ -33,7 +26,7 @@ if TYPE_CHECKING:
     from anymamba.cli.chat.conversation import Conversation, Reply
     from anymamba.cli.chat.input import ReadLine
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Talk with a model. If its tokenizer has a chat template, the conversation is written by it;
@@ -68,46 +61,40 @@ examples:
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba chat`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("--state", metavar="FILE", help="the state to begin from")
-    parser.add_argument(
+@dataclass(frozen=True)
+class Options(AdapterOptions, EngineOptions, SamplingOptions):
+    """What `anymamba chat` is asked for."""
+
+    state: str | None = option("--state", metavar="FILE", help="the state to begin from")
+    system: str | None = option(
         "--system", metavar="TEXT", help="a system message to begin with, for a chat template"
     )
-    parser.add_argument(
-        "--no-template", action="store_true", help="continue the text, without a chat template"
-    )
-    parser.add_argument(
+    no_template: bool = flag("--no-template", "continue the text, without a chat template")
+    history: str | None = option(
         "--history", metavar="FILE", help="keep the lines typed here, for later chats"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object an answer")
-    add_length_arguments(parser)
-    add_sampling_arguments(parser)
-    add_model_arguments(parser)
-    add_adapter_argument(parser)
-    add_weights_arguments(parser)
+    json: bool = flag("--json", "print one JSON object an answer")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Answer until the input ends."""
     from anymamba.cli.chat.conversation import Conversation
     from anymamba.cli.chat.input import line_reader
     from anymamba.cli.chat.template import find_template
 
-    read_line = line_reader(arguments.history)
+    read_line = line_reader(options.history)
     with quiet():
-        engine = open_engine(arguments)
-        state = beginning_state(engine, arguments.state)
-        template = None if arguments.no_template else find_template(tokenizer_place(arguments))
-        settings = sampling_settings(arguments, engine.suggested_sampling)
-        conversation = Conversation(engine, state, settings, template, arguments.system)
-        if arguments.model is None and arguments.adapter is None and not arguments.json:
+        engine = open_engine(options)
+        state = beginning_state(engine, options.state)
+        template = None if options.no_template else find_template(tokenizer_place(options))
+        settings = sampling_settings(options, engine.suggested_sampling)
+        conversation = Conversation(engine, state, settings, template, options.system)
+        if options.model is None and options.adapter is None and not options.json:
             tell("the bundled model only continues plays; anymamba models lists models that chat")
         if sys.stdin.isatty():
             how = "its chat template" if template else "plain continuation"
-            tell(f"{model_name(arguments)}, {how}; /help lists commands")
-        Chat(conversation, read_line, json_lines=arguments.json).run()
+            tell(f"{model_name(options)}, {how}; /help lists commands")
+        Chat(conversation, read_line, json_lines=options.json).run()
 
 
 class Chat:

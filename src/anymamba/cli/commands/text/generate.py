@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from contextlib import closing
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from anymamba.cli.load_engine import beginning_state, check_writable, model_name, open_engine
 from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.model import (
-    WEIGHTS,
-    add_adapter_argument,
-    add_model_arguments,
-    add_weights_arguments,
-)
-from anymamba.cli.options.sampling import (
-    add_length_arguments,
-    add_sampling_arguments,
-    sampling_settings,
-)
+from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.model import WEIGHTS, AdapterOptions, EngineOptions
+from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
 from anymamba.cli.summary import figures_line, figures_of
 from anymamba.cli.terminal.output import Output, tell
 from anymamba.cli.terminal.silence import quiet
@@ -32,7 +24,7 @@ from anymamba.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     from anymamba.runtime.generation import TokenOutput
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Continue a text. What the model writes goes to standard output as it comes, without the prompt;
@@ -55,75 +47,68 @@ WEIGHTS_OF_DTYPE = {"auto": "auto", "float32": "f32", "bfloat16": "bf16"}
 DTYPES = (*WEIGHTS_OF_DTYPE, "float16")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba generate`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to continue")
-    parser.add_argument(
+@dataclass(frozen=True)
+class Options(AdapterOptions, EngineOptions, SamplingOptions):
+    """What `anymamba generate` is asked for."""
+
+    prompt: str | None = option(nargs="?", metavar="PROMPT", help="the text to continue")
+    prompts: str | None = option(
         "--prompts",
         metavar="FILE",
         help="continue many prompts: JSON lines, each a text or an object with a prompt; one JSON "
         "line comes out for each; - is standard input",
     )
-    parser.add_argument(
+    batch: int | None = option(
         "--batch",
         type=integer(1, 4096),
         metavar="N",
         help="how many of --prompts are continued side by side; default 16",
     )
-    parser.add_argument(
-        "--echo", action="store_true", help="print the prompt before what continues it"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    parser.add_argument("--state", metavar="FILE", help="the state to go on from")
-    parser.add_argument(
+    echo: bool = flag("--echo", "print the prompt before its continuation")
+    json: bool = flag("--json", "print one JSON object at the end")
+    state: str | None = option("--state", metavar="FILE", help="the state to go on from")
+    save_state: str | None = option(
         "--save-state", metavar="FILE", help="where to store the state after the new text"
     )
-    add_length_arguments(parser)
-    add_sampling_arguments(parser)
-    add_model_arguments(parser)
-    add_adapter_argument(parser)
-    add_weights_arguments(parser)
-    parser.add_argument(
+    device: str = option(
         "--device", default="cpu", help="cpu, or where PyTorch is to compute, such as cuda"
     )
-    parser.add_argument(
+    dtype: str | None = option(
         "--dtype", choices=DTYPES, help="the type of the weights, in PyTorch's names"
     )
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Load the model, continue the prompt, and print."""
-    check_writable(arguments.save_state)
-    if arguments.prompts is not None:
+    check_writable(options.save_state)
+    if options.prompts is not None:
         from anymamba.cli.text.prompt_lines import continue_prompts
 
-        arguments.weights = weights_of(arguments)
         with quiet():
-            continue_prompts(arguments)
+            continue_prompts(options, weights_of(options))
         return
-    if arguments.batch is not None:
+    if options.batch is not None:
         raise InputError("--batch says how many of --prompts are continued side by side: give both")
     # A state can be continued without another word.
-    prompt = prompt_from(arguments.prompt, needed=arguments.state is None)
-    beginning = prompt if arguments.echo else ""
-    with quiet(), Output(beginning, visible=not arguments.json) as output:
-        if through_torch(arguments):
+    prompt = prompt_from(options.prompt, needed=options.state is None)
+    beginning = prompt if options.echo else ""
+    with quiet(), Output(beginning, visible=not options.json) as output:
+        if through_torch(options):
             from anymamba.cli.torch_generation import continue_with_torch
 
-            continuation = continue_with_torch(arguments, prompt, output)
+            continuation = continue_with_torch(options, prompt, output)
         else:
-            continuation = continue_text(arguments, prompt, output)
-    report(arguments, prompt, continuation)
+            continuation = continue_text(options, prompt, output)
+    report(options, prompt, continuation)
 
 
-def through_torch(arguments: argparse.Namespace) -> bool:
+def through_torch(options: Options) -> bool:
     """Whether PyTorch computes: where it was asked to, or where there is no native core.
 
     Raises:
         MissingDependencyError: there is neither the core nor PyTorch.
     """
-    if arguments.device != "cpu":
+    if options.device != "cpu":
         return True
     if find_spec("anymamba._core") is not None:
         return False
@@ -137,12 +122,11 @@ def through_torch(arguments: argparse.Namespace) -> bool:
     return True
 
 
-def continue_text(arguments: argparse.Namespace, prompt: str, output: Output) -> Continuation:
+def continue_text(options: Options, prompt: str, output: Output) -> Continuation:
     """Let the runtime continue the prompt."""
-    arguments.weights = weights_of(arguments)
-    engine = open_engine(arguments)
-    settings = sampling_settings(arguments, engine.suggested_sampling)
-    state = beginning_state(engine, arguments.state)
+    engine = open_engine(replace(options, weights=weights_of(options)))
+    settings = sampling_settings(options, engine.suggested_sampling)
+    state = beginning_state(engine, options.state)
     prompt_ids = engine.tokenize(prompt, special=state.token_count == 0)
     start = time.perf_counter()
     with closing(engine.stream(prompt_ids, state=state, **settings)) as stream:
@@ -154,49 +138,50 @@ def continue_text(arguments: argparse.Namespace, prompt: str, output: Output) ->
             pieces.append(piece)
             output.write(piece.text)
     end = time.perf_counter()
-    if not prompt_ids and arguments.state is None:
+    if not prompt_ids and options.state is None:
         # The engine has begun with the token for it.
         prompt_ids = [engine.config.get("bos_token_id", 0)]
-    if arguments.save_state is not None:
-        state.save(arguments.save_state)
+    if options.save_state is not None:
+        state.save(options.save_state)
     return Continuation(
         text="".join(piece.text for piece in pieces),
         prompt_ids=prompt_ids,
         ids=[id for piece in pieces for id in piece.ids],
         ended_by=ended_by(pieces[-1].finish_reason),
+        seed=settings["seed"],
         prompt_seconds=first_at - start,
         new_seconds=end - first_at,
     )
 
 
-def weights_of(arguments: argparse.Namespace) -> str:
+def weights_of(options: Options) -> str:
     """The kind of weights, which `--dtype` may name as PyTorch does."""
-    if arguments.dtype is None:
-        return str(arguments.weights)
-    if arguments.weights != "auto":
+    if options.dtype is None:
+        return str(options.weights)
+    if options.weights != "auto":
         raise InputError("--dtype and --weights are two names for one thing: give one of them")
-    if arguments.dtype not in WEIGHTS_OF_DTYPE:
+    if options.dtype not in WEIGHTS_OF_DTYPE:
         raise InputError(
-            f"--dtype {arguments.dtype} is for PyTorch (--device cuda); the runtime's kinds of "
+            f"--dtype {options.dtype} is for PyTorch (--device cuda); the runtime's kinds of "
             f"--weights are {', '.join(WEIGHTS)}"
         )
-    return WEIGHTS_OF_DTYPE[arguments.dtype]
+    return WEIGHTS_OF_DTYPE[options.dtype]
 
 
-def report(arguments: argparse.Namespace, prompt: str, continuation: Continuation) -> None:
+def report(options: Options, prompt: str, continuation: Continuation) -> None:
     """Print the figures, or everything as one object."""
     figures = figures_of(len(continuation.prompt_ids), continuation)
-    if not arguments.json:
+    if not options.json:
         tell(figures_line(figures))
         return
     result = {
-        "model": model_name(arguments),
+        "model": model_name(options),
         "prompt": prompt,
         "text": continuation.text,
         "prompt_tokens": continuation.prompt_ids,
         "new_tokens": continuation.ids,
         "ended_by": continuation.ended_by,
-        "seed": arguments.seed,
+        "seed": continuation.seed,
         "figures": figures,
     }
     print(json.dumps(result))

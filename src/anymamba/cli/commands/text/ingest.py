@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from anymamba.cli.load_engine import (
     model_name,
     open_engine,
 )
-from anymamba.cli.options.model import add_model_arguments, add_weights_arguments
+from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.summary import peak_memory, rate
 from anymamba.cli.terminal.output import tell
 from anymamba.cli.terminal.silence import quiet
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.state import State
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Read texts into a state and store it. The state has the same size however long the texts are, and
@@ -43,43 +44,44 @@ examples:
 STRETCH_TOKENS = 2048
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba ingest`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("files", nargs="+", metavar="FILE", help="UTF-8 text, or -")
-    parser.add_argument("--save-state", required=True, metavar="FILE", help="where the state goes")
-    parser.add_argument("--state", metavar="FILE", help="the state to go on from")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
-    add_model_arguments(parser)
-    add_weights_arguments(parser)
+@dataclass(frozen=True)
+class Options(EngineOptions):
+    """What `anymamba ingest` is asked for."""
+
+    files: Sequence[str] = option(nargs="+", metavar="FILE", help="UTF-8 text, or -")
+    save_state: str = option(
+        "--save-state", required=True, metavar="FILE", help="where the state goes"
+    )
+    state: str | None = option("--state", metavar="FILE", help="the state to go on from")
+    json: bool = flag("--json", "print one JSON object at the end")
+    quiet: bool = flag("--quiet", "show no progress")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Read, store, and tell how it went."""
     from anymamba.cli.terminal.progress import Progress
     from anymamba.cli.text.files import read_once, size_of
 
-    check_writable(arguments.save_state)
-    read_once(arguments.files)
-    total = size_of(arguments.files)
+    check_writable(options.save_state)
+    read_once(options.files)
+    total = size_of(options.files)
     with quiet():
-        engine = open_engine(arguments)
-        state = beginning_state(engine, arguments.state)
+        engine = open_engine(options)
+        state = beginning_state(engine, options.state)
         start = time.perf_counter()
-        with Progress(total, visible=not arguments.quiet) as progress:
+        with Progress(total, visible=not options.quiet) as progress:
             reader = Reader(engine, state, progress)
-            for name in arguments.files:
+            for name in options.files:
                 reader.read(name)
         seconds = time.perf_counter() - start
-        state.save(arguments.save_state)
+        state.save(options.save_state)
     figures = {
         "tokens": reader.tokens,
         "bytes": reader.bytes,
         "tokens_per_second": rate(reader.tokens, seconds),
         "peak_memory_bytes": peak_memory(),
     }
-    report(arguments, figures)
+    report(options, figures)
 
 
 class Reader:
@@ -125,14 +127,14 @@ class Reader:
         self.bytes += size
 
 
-def report(arguments: argparse.Namespace, figures: dict[str, float | int | None]) -> None:
+def report(options: Options, figures: dict[str, float | int | None]) -> None:
     """Tell what was read and where it is."""
-    if arguments.json:
-        result = {"model": model_name(arguments), "state": arguments.save_state}
+    if options.json:
+        result = {"model": model_name(options), "state": options.save_state}
         print(json.dumps(result | {"figures": figures}))
         return
     speed, memory = figures["tokens_per_second"], figures["peak_memory_bytes"]
     parts = [f"read: {figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else "")]
     if memory is not None:
         parts.append(f"peak memory: {memory / 1e6:.0f} MB")
-    tell("; ".join([*parts, f"state: {arguments.save_state}"]))
+    tell("; ".join([*parts, f"state: {options.save_state}"]))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.load_engine import model_name, open_engine
 from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.model import add_model_arguments, add_weights_arguments
+from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import InputError
@@ -18,7 +19,7 @@ from anymamba.errors import InputError
 if TYPE_CHECKING:
     from anymamba.cli.inspection.result import Inspected
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Show what selection does with a text: how long each token lets a layer's clock run (the step size
@@ -38,49 +39,48 @@ MOST_HELD = 10
 DEFAULT_AFTER = 16
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba inspect`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument(
-        "text", nargs="?", metavar="TEXT", help="the text (default: from standard input)"
+@dataclass(frozen=True)
+class Options(EngineOptions):
+    """What `anymamba inspect` is asked for."""
+
+    text: str | None = option(
+        nargs="?", metavar="TEXT", help="the text (default: from standard input)"
     )
-    parser.add_argument(
+    after: int | None = option(
         "--after",
         type=integer(1),
         metavar="N",
         help="look at what is left N tokens later "
         f"(default {DEFAULT_AFTER}, of a short text a quarter of its length)",
     )
-    parser.add_argument(
+    picture: str | None = option(
         "--picture",
         metavar="FILE",
         help="write this file, which ends in .png or .html, and replace what is there (default: "
         "inspection.png, or inspection.html without matplotlib; with --json none)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_model_arguments(parser)
-    add_weights_arguments(parser)
+    json: bool = flag("--json", "print one JSON object")
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Look, draw, and print."""
     from anymamba.cli.text.prompt import prompt_from
 
-    picture = picture_file(arguments)
-    text = prompt_from(arguments.text)
+    picture = picture_file(options)
+    text = prompt_from(options.text)
     with quiet():
-        inspected = look(arguments, text)
+        inspected = look(options, text)
         if picture is not None:
             write_picture(inspected, picture)
-    if arguments.json:
-        facts = {"model": model_name(arguments), "picture": picture and str(picture)}
+    if options.json:
+        facts = {"model": model_name(options), "picture": picture and str(picture)}
         print(json.dumps(facts | inspected.as_json()))
         return
     say(as_text(inspected))
     say(f"\npicture: {picture}")
 
 
-def look(arguments: argparse.Namespace, text: str) -> Inspected:
+def look(options: Options, text: str) -> Inspected:
     """Let the model read the text.
 
     Raises:
@@ -90,20 +90,20 @@ def look(arguments: argparse.Namespace, text: str) -> Inspected:
     from anymamba.cli.terminal.progress import Steps
     from anymamba.runtime.analysis import inspect
 
-    engine = open_engine(arguments)
+    engine = open_engine(options)
     ids = engine.tokenize(text)
     if not 2 <= len(ids) <= MOST_TOKENS:
         raise InputError(
             f"expected a text of 2 to {MOST_TOKENS:,} tokens, got {len(ids):,}: a picture shows "
             "no more, and of one token nothing is left later"
         )
-    after = arguments.after or max(1, min(DEFAULT_AFTER, len(ids) // 4))
-    with Steps("layers", visible=not arguments.json) as steps:
+    after = options.after or max(1, min(DEFAULT_AFTER, len(ids) // 4))
+    with Steps("layers", visible=not options.json) as steps:
         found = inspect(engine, ids, [after], steps.show)
-    return Inspected(found, names_of(engine, ids), after, model_name(arguments))
+    return Inspected(found, names_of(engine, ids), after, model_name(options))
 
 
-def picture_file(arguments: argparse.Namespace) -> Path | None:
+def picture_file(options: Options) -> Path | None:
     """Where the picture goes; a mistake shows before anything is computed.
 
     Raises:
@@ -111,10 +111,10 @@ def picture_file(arguments: argparse.Namespace) -> Path | None:
     """
     from anymamba.cli.terminal.plot_file import check_picture
 
-    if arguments.json and arguments.picture is None:
+    if options.json and options.picture is None:
         return None
     drawn = find_spec("matplotlib") is not None
-    name = arguments.picture or ("inspection.png" if drawn else "inspection.html")
+    name = options.picture or ("inspection.png" if drawn else "inspection.html")
     return check_picture(name, drawn=[".png"], written=[".html"])
 
 

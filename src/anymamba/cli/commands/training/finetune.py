@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from anymamba.cli.commands.evaluation.evaluate import network_allowed
 from anymamba.cli.openmp import let_waiting_threads_sleep
-from anymamba.cli.options.argument_types import integer, number
-from anymamba.cli.options.model import add_offline_argument
-from anymamba.cli.options.training_names import names_of
+from anymamba.cli.options.argument_types import integer
+from anymamba.cli.options.fields import flag, offline_flag, option, settings
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import quiet
 from anymamba.errors import MissingDependencyError
+from anymamba.training.finetune.settings import FinetuneSettings
+from anymamba.training.settings import MOST
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Train a model further on examples: an adapter of it (LoRA, or DoRA), which is small and leaves the
@@ -31,136 +32,78 @@ examples:
   anymamba merge ./my-adapter ./my-model
   anymamba finetune plays.txt --output ./my-model --method full --learning-rate 1e-4
 """
-HIGHEST_SEED = 2**32 - 1
-MOST = 2**31 - 1
-METHODS = ("lora", "dora", "full")
-TARGETS = ("x_proj", "embeddings", "in_proj", "out_proj")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba finetune`."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("data", nargs="*", metavar="DATA", help="JSON lines, texts, or folders")
-    parser.add_argument(
-        "--data", dest="more_data", nargs="+", default=[], metavar="FILE", help="DATA by name"
+@dataclass(frozen=True)
+class Options:
+    """What `anymamba finetune` is asked for."""
+
+    data: Sequence[str] = option(nargs="*", metavar="DATA", help="JSON lines, texts, or folders")
+    more_data: Sequence[str] = option(
+        "--data", nargs="+", default=[], metavar="FILE", help="DATA by name"
     )
-    parser.add_argument(
+    dataset: str | None = option(
         "--dataset", metavar="NAME", help="a Hugging Face dataset in place of DATA; same fields"
     )
-    parser.add_argument(
+    dataset_config: str | None = option(
         "--dataset-config", metavar="NAME", help="which of the dataset's configurations"
     )
-    parser.add_argument(
+    dataset_split: str = option(
         "--dataset-split", default="train", metavar="NAME", help="which split; default train"
     )
-    parser.add_argument(
-        *names_of("output"), required=True, metavar="DST", help="the folder to write"
+    output: str = option(
+        *("--output", "-o"), required=True, metavar="DST", help="the folder to write"
     )
-    parser.add_argument(
-        *names_of("model"),
+    model: str | None = option(
+        *("--model", "-m"),
         metavar="FOLDER",
         help="a folder or a name on the hub (default: the bundled one)",
     )
-    parser.add_argument(
-        "--text-field",
-        metavar="NAME",
-        help="the field of JSON and datasets that has the text to train on",
-    )
-    parser.add_argument(
-        *names_of("validation_data"),
-        dest="validation",
+    validation: Sequence[str] = option(
+        *("--validation-data", "--validation"),
         nargs="+",
         default=[],
         metavar="FILE",
-        help="examples to tell the loss on",
+        help="examples to measure the loss on, before and after",
     )
-    parser.add_argument(
+    save_every: int | None = option(
         "--save-every",
         type=integer(1, MOST),
         metavar="N",
         help="keep checkpoints every N steps in DST.checkpoints, until all is done",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    add_offline_argument(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_adapter_settings(parser)
-    add_training_settings(parser)
+    resume: bool = flag("--resume", "go on from the last checkpoint")
+    overwrite: bool = flag("--overwrite", "replace what is there")
+    offline: bool = offline_flag()
+    json: bool = flag("--json", "print one JSON object")
+    given: Mapping[str, Any] = settings(FinetuneSettings)
 
 
-def add_adapter_settings(parser: argparse.ArgumentParser) -> None:
-    """Declare what is trained."""
-    group = parser.add_argument_group("what is trained")
-    group.add_argument("--method", choices=METHODS, default="lora", help="default lora")
-    group.add_argument("--rank", type=integer(1, MOST), default=16, metavar="N", help="default 16")
-    group.add_argument(
-        "--alpha", type=number(0, MOST, above_low=True), metavar="X", help="default: twice the rank"
-    )
-    group.add_argument(
-        "--targets",
-        nargs="+",
-        default=TARGETS,
-        metavar="NAME",
-        help=f"default {' '.join(TARGETS)}; also dt_proj",
-    )
-    group.add_argument("--rslora", action="store_true", help="scale by the rank's square root")
-    group.add_argument(
-        "--adapter-dropout", type=number(0, 0.99), default=0.0, metavar="X", help="default 0"
-    )
-
-
-def add_training_settings(parser: argparse.ArgumentParser) -> None:
-    """Declare how it is trained."""
-    group = parser.add_argument_group("how")
-    positive, count = number(0, MOST, above_low=True), integer(1, MOST)
-    group.add_argument("--epochs", type=positive, default=3.0, metavar="X", help="default 3")
-    option = group.add_argument
-    option(*names_of("steps"), type=count, metavar="N", help="end after so many steps")
-    option(*names_of("batch"), type=count, default=4, metavar="N", help="default 4")
-    option(*names_of("accumulation"), type=count, default=1, metavar="N", help="batches a step")
-    group.add_argument(
-        "--learning-rate",
-        type=number(0, MOST, above_low=True),
-        metavar="X",
-        help="default 5e-4, with --method full 5e-5",
-    )
-    option(*names_of("window"), type=count, default=1024, metavar="N", help="tokens; default 1024")
-    group.add_argument("--packing", action="store_true", help="several examples in a row")
-    group.add_argument(
-        "--gradient-checkpointing", action="store_true", help="less memory, more time"
-    )
-    group.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja; default: the tokenizer's, or a plain one"
-    )
-    group.add_argument(
-        "--seed", type=integer(0, HIGHEST_SEED), default=0, metavar="N", help="default 0"
-    )
-
-
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Train, and tell how it went."""
     from anymamba.cli.terminal.progress import Steps
 
+    chosen = settings_of(options)
     let_waiting_threads_sleep()
-    with quiet(), network_allowed(not arguments.offline):
+    with quiet(), network_allowed(not options.offline):
         finetune = import_finetune()  # which reads whether the network may be asked
-    with quiet(), Steps("steps", visible=not arguments.json) as steps:
+    with quiet(), Steps("steps", visible=not options.json) as steps:
         figures = finetune(
-            [*arguments.data, *arguments.more_data],
-            arguments.output,
-            arguments.model,
-            settings_of(arguments),
-            dataset=arguments.dataset,
-            dataset_config=arguments.dataset_config,
-            dataset_split=arguments.dataset_split,
-            validation=arguments.validation,
-            save_every=arguments.save_every,
-            resume=arguments.resume,
-            overwrite=arguments.overwrite,
-            offline=arguments.offline,
+            [*options.data, *options.more_data],
+            options.output,
+            options.model,
+            chosen,
+            dataset=options.dataset,
+            dataset_config=options.dataset_config,
+            dataset_split=options.dataset_split,
+            validation=options.validation,
+            save_every=options.save_every,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            offline=options.offline,
             progress=steps.show,
         )
-    report(arguments, figures)
+    report(options, figures)
 
 
 def import_finetune() -> Callable[..., dict[str, Any]]:
@@ -186,38 +129,21 @@ def import_finetune() -> Callable[..., dict[str, Any]]:
     return finetune
 
 
-def settings_of(arguments: argparse.Namespace) -> Any:
+def settings_of(options: Options) -> FinetuneSettings:
     """The settings that the options name."""
     from anymamba.cli.text.files import read_text
-    from anymamba.training.finetune import FinetuneSettings
 
-    template = arguments.chat_template
-    return FinetuneSettings(
-        method=arguments.method,
-        rank=arguments.rank,
-        alpha=arguments.alpha,
-        targets=arguments.targets,
-        rslora=arguments.rslora,
-        adapter_dropout=arguments.adapter_dropout,
-        epochs=arguments.epochs,
-        max_steps=arguments.steps,
-        batch_size=arguments.batch,
-        accumulate=arguments.accumulation,
-        learning_rate=arguments.learning_rate,
-        max_length=arguments.window,
-        packing=arguments.packing,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        chat_template=None if template is None else read_text(template),
-        seed=arguments.seed,
-        text_field=arguments.text_field,
-    )
+    given = {**options.given}
+    if "chat_template" in given:
+        given["chat_template"] = read_text(given["chat_template"])
+    return FinetuneSettings(**given)
 
 
-def report(arguments: argparse.Namespace, figures: dict[str, Any]) -> None:
+def report(options: Options, figures: dict[str, Any]) -> None:
     """Print the figures."""
     from anymamba.cli.terminal.table import table
 
-    if arguments.json:
+    if options.json:
         print(json.dumps(figures))
         return
     share = figures["trained_parameters"] / figures["parameters"]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import Field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from anymamba.cli.openmp import let_waiting_threads_sleep
 from anymamba.cli.options.argument_types import finite
-from anymamba.cli.options.training_names import names_of
+from anymamba.cli.options.fields import flag, option, settings
 from anymamba.cli.terminal.silence import quiet
+from anymamba.training.settings import PRESETS, Settings, settings_from
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Options", "run"]
 
 DESCRIPTION = """\
 Train a model on text files, folders, JSON lines or a Hugging Face dataset. Every setting is an
@@ -33,43 +35,24 @@ After SIGTERM or Ctrl-C it saves a checkpoint and ends with status 143 or 130.
 CONFIG_FILE = "training.yaml"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `anymamba train`: those here, and one for each setting."""
-    from anymamba.training.settings import PRESETS, Settings
+@dataclass(frozen=True)
+class Options:
+    """What `anymamba train` is asked for."""
 
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("texts", nargs="*", metavar="DATA", help="the same as --data")
-    parser.add_argument("--config", metavar="FILE", help="a YAML file of settings")
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="sizes to start from")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for entry in fields(Settings):
-        add_setting(parser, entry)
+    texts: Sequence[str] = option(nargs="*", metavar="DATA", help="the same as --data")
+    config: str | None = option("--config", metavar="FILE", help="a YAML file of settings")
+    preset: str | None = option("--preset", choices=tuple(PRESETS), help="sizes to start from")
+    resume: bool = flag("--resume", "go on from the last checkpoint")
+    overwrite: bool = flag("--overwrite", "replace an earlier run")
+    json: bool = flag("--json", "print one JSON object")
+    given: Mapping[str, Any] = settings(Settings)
 
 
-def add_setting(parser: argparse.ArgumentParser, entry: Field[Any]) -> None:
-    """One setting as an option. Its value is checked with all others, so that words are as in
-    a file."""
-    option = names_of(entry.name)
-    text = str(entry.metadata["help"]).replace("%", "%%")
-    if entry.metadata.get("many"):
-        parser.add_argument(*option, nargs="+", metavar="FILE", help=text)
-    elif str(entry.type) == "bool":
-        parser.add_argument(*option, action=argparse.BooleanOptionalAction, help=text)
-    elif "choices" in entry.metadata:
-        parser.add_argument(*option, choices=entry.metadata["choices"], help=text)
-    else:
-        metavar = "FOLDER" if entry.name in ("output", "model") else "VALUE"
-        default = "" if entry.default is None else f"; default {entry.default}"
-        parser.add_argument(*option, metavar=metavar, help=text + default)
-
-
-def run(arguments: argparse.Namespace) -> None:
+def run(options: Options) -> None:
     """Train, and tell what came of it."""
     from anymamba.errors import MissingDependencyError
 
-    settings = settings_of(arguments)
+    chosen = settings_of(options)
     let_waiting_threads_sleep()
     with quiet():
         try:
@@ -79,25 +62,25 @@ def run(arguments: argparse.Namespace) -> None:
                 f"training needs the package {error.name!r}: pip install 'anymamba[train]'"
             ) from error
         outcome = train(
-            settings,
-            resume=arguments.resume,
-            overwrite=arguments.overwrite,
-            visible=not arguments.json,
+            chosen,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            visible=not options.json,
         )
-    report(arguments, outcome)
+    report(options, outcome)
 
 
-def settings_of(arguments: argparse.Namespace) -> Any:
+def settings_of(options: Options) -> Settings:
     """The settings; a run that goes on has those that it began with."""
     from anymamba.checkpoint.io import user_path
     from anymamba.errors import InputError
-    from anymamba.training.settings import PRESETS, Settings, settings_from
 
-    flags = {entry.name: getattr(arguments, entry.name) for entry in fields(Settings)}
-    flags["data"] = [*arguments.texts, *(arguments.data or [])] or None
-    config = arguments.config
-    if arguments.resume and config is None:
-        kept = user_path(arguments.output or Settings.output, InputError) / CONFIG_FILE
+    flags = {**options.given}
+    if options.texts:
+        flags["data"] = [*options.texts, *flags.get("data", [])]
+    config: str | Path | None = options.config
+    if options.resume and config is None:
+        kept = user_path(flags.get("output", Settings.output), InputError) / CONFIG_FILE
         if not kept.is_file():
             raise InputError(
                 f"there is nothing to go on with: {str(kept)!r} is missing; --output names the "
@@ -106,14 +89,13 @@ def settings_of(arguments: argparse.Namespace) -> Any:
         config = kept
         # The file may have been moved with its folder.
         flags["output"] = str(kept.parent)
-        if arguments.preset is not None:
+        if options.preset is not None:
             # It would stand behind the file, and be dropped; so it is refused where it differs.
-            named = PRESETS[arguments.preset]
-            flags = flags | {name: named[name] for name in named if flags[name] is None}
-    return settings_from(config, arguments.preset, **flags)
+            flags = {**PRESETS[options.preset], **flags}
+    return settings_from(config, options.preset, **flags)
 
 
-def report(arguments: argparse.Namespace, outcome: Any) -> None:
+def report(options: Options, outcome: Any) -> None:
     """Print the figures, once for all processes; end as the signal that stopped the run would."""
     from anymamba.cli.terminal.output import say, tell
     from anymamba.cli.terminal.table import table
@@ -127,12 +109,12 @@ def report(arguments: argparse.Namespace, outcome: Any) -> None:
         for name, value in outcome.figures.items()
     }
     stopped = outcome.stopped_by
-    if arguments.json:
+    if options.json:
         name = None if stopped is None else stopped.name
         print(json.dumps({"output": str(outcome.folder), **figures, "stopped_by": name}))
     elif stopped is None:
         say(table([("written", outcome.folder), *figures.items()]))
-    if figures.get("picture") is False and not arguments.json:
+    if figures.get("picture") is False and not options.json:
         tell("anymamba: no loss.png, because matplotlib is missing: pip install 'anymamba[train]'")
     if stopped is not None:
         tell(
