@@ -64,7 +64,7 @@ MODULES = {
     "ops.scan_native": "ops.scan.native",
     "ops.scan_reference": "ops.scan.reference",
     "ops.ssd_blocked": "ops.ssd.chunked",
-    "ops.ssd_operator": "ops.ssd.custom_operator",
+    "ops.ssd_operator": "ops.ssd.chunked",
     "ops.ssd_reference": "ops.ssd.reference",
     "originals": "upstream",
     "runtime.adapter": "runtime.adapters.merging",
@@ -139,6 +139,17 @@ NAMES = {
     "runtime.analysis.layerwise": {
         "check_computable": "runtime.native:epsilon_of",
         "epsilon_of": "runtime.native:epsilon_of",
+    },
+    "ops.fusable": {"why_not_plain": "ops.fusable:why_not_fusable"},
+    "ops.mamba_ssm_limits": {"reason_against": "ops.mamba_ssm_limits:unsupported_reason"},
+    "ops.native": {
+        "reason_against": "ops.native:unsupported_reason",
+        "yields": "ops.native:prefers_other",
+    },
+    "ops.quantized_linear.reference": {"widened": "ops.quantized_linear.reference:dequantize"},
+    "ops.ssd.chunked": {
+        "Gradients": "ops.ssd.gradients:Gradients",
+        "ssd_blocked": "ops.ssd.chunked:ssd",
     },
     "runtime.convert": {
         "FOLDER_WEIGHTS": "runtime.convert.conversion:FOLDER_WEIGHTS",

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anymamba import MambaCache, MambaConfig, MambaForCausalLM, ops
 from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
+from anymamba.ops.ssd.chunk import Inputs
 from anymamba.ops.ssd.chunked import run_backward, run_forward
 from tests.modeling.small import assert_same, small_model, words
 
@@ -129,15 +130,17 @@ def test_the_duality_is_counted_as_its_products() -> None:
     x, dt, A = torch.randn(2, 12, 4, 3), torch.rand(2, 12, 4), -torch.rand(4)
     B, C = torch.randn(2, 2, 12, 2, 5)
     call = (x, dt, A, B, C, None, None, None)
+    inputs = Inputs(*call, 2, 4)
     # PyTorch's counter leaves out the products that add to a tensor in place.
     in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[-1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as inside:
-        run_forward(*call, 2, 4, torch.empty_like(x), torch.empty(2, 4, 3, 5))
+        run_forward(inputs, (torch.empty_like(x), torch.empty(2, 4, 3, 5)))
     with FlopCounterMode(display=False) as whole:
         torch.ops.anymamba.ssd(*call, 2, 4)
     assert whole.get_total_flops() == inside.get_total_flops()
     with FlopCounterMode(display=False, custom_mapping=in_place) as inside:
-        run_backward(*call, x, None, 2, 4)
+        gradients = [None if t is None else torch.empty_like(t) for t in call[:7]]
+        run_backward(inputs, (), x, None, gradients)
     with FlopCounterMode(display=False) as whole:
         torch.ops.anymamba.ssd_backward(*call, x, None, 2, 4)
     assert whole.get_total_flops() == inside.get_total_flops()

@@ -25,6 +25,7 @@ from anymamba.modeling.fused import MOST_ROWS, why_not_fused
 from anymamba.modeling.mamba.model import MambaMixer, MambaRMSNorm
 from anymamba.ops import backends
 from anymamba.ops.scan import native as scan_native
+from anymamba.ops.scan.arguments import ScanArguments
 from tests.modeling.small import assert_same, small_model, words
 from tests.ops.running import natively
 from tests.ops.tolerance import assert_contract, assert_gradients
@@ -174,12 +175,12 @@ def test_half_precision_against_float32_on_the_same_weights(dtype: torch.dtype) 
 def test_the_state_space_is_computed_in_float32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[ScanArguments] = []
     real = scan_native.selective_scan
 
-    def spy(x_ble: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    def spy(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
         seen.append(arguments)
-        return real(x_ble, **arguments)
+        return real(arguments)
 
     monkeypatch.setitem(backends._loaded, "anymamba.ops.scan.native:selective_scan", spy)
     model = lively_model().to(dtype)
@@ -189,11 +190,11 @@ def test_the_state_space_is_computed_in_float32(
             model(words(2, 5), cache=cache, output_hidden_states=True)
     assert len(seen) == 4
     for arguments, block in zip(seen, list(model.backbone.layers) * 2, strict=True):
-        assert arguments["A_en"].dtype == torch.float32
-        assert torch.equal(arguments["A_en"], -torch.exp(block.mixer.A_log.float()))
+        assert arguments.A_en.dtype == torch.float32
+        assert torch.equal(arguments.A_en, -torch.exp(block.mixer.A_log.float()))
         # Added inside, in float32, and not by a projection in half precision.
-        assert torch.equal(arguments["delta_bias_e"], block.mixer.dt_proj.bias)
-        assert arguments["initial_state"].dtype == torch.float32
+        assert torch.equal(arguments.delta_bias_e, block.mixer.dt_proj.bias)
+        assert arguments.initial_state.dtype == torch.float32
     assert cache.ssm_states.dtype == torch.float32
 
 

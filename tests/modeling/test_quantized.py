@@ -20,7 +20,7 @@ from anymamba.checkpoint.quantization import dequantize, quantize
 from anymamba.errors import BackendError, InputError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.quantized import QuantizedLinear
-from anymamba.ops.quantized_linear.reference import widened
+from anymamba.ops.quantized_linear import reference
 from tests.modeling.small import assert_same, small_model, words
 from tests.ops.tolerance import assert_contract
 
@@ -51,7 +51,7 @@ def write_folder(
     quantized: tuple[str, ...] = QUANTIZED,
     **fields: Any,
 ) -> tuple[MambaForCausalLM, MambaForCausalLM]:
-    """A quantized folder; the model it was made of, and one with the same weights widened."""
+    """A quantized folder; the model it was made of, and one with the same weights dequantized."""
     model = small_model(0, **({"hidden_size": 64} | fields))
     widened_model = small_model(0, **({"hidden_size": 64} | fields))
     weights: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ def test_the_reference_widens_as_the_format_says() -> None:
         for symmetric in (True, False):
             made = quantize(weight, bits, 64, symmetric)  # type: ignore[arg-type]
             parts = parts_of(torch.from_numpy(weight), bits, 64, symmetric)
-            wide = widened(
+            wide = reference.dequantize(
                 parts["weight_q"], parts["weight_scales"], parts.get("weight_minima"), 128
             )
             # One rounding more or less of scale * q + minimum.

@@ -15,6 +15,9 @@ from torch import Tensor
 from anymamba import ops
 from anymamba.errors import BackendError
 from anymamba.ops import backends
+from anymamba.ops.conv.arguments import ConvArguments
+from anymamba.ops.mamba_ssm_limits import unsupported_reason
+from anymamba.ops.scan.arguments import ScanArguments
 from tests.ops.inputs import scan_inputs
 from tests.ops.tolerance import assert_contract
 
@@ -47,7 +50,7 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(backends, "INSTALLED", dict.fromkeys(backends.INSTALLED, False))
     with pytest.raises(BackendError, match="pip install mamba-ssm causal-conv1d"):
-        ops.backend("cuda")
+        ops.backend("mamba_ssm")
     with pytest.raises(BackendError, match="pip install mambapy"):
         ops.selective_scan(**scan_inputs(1, 2, 2, 2), backend="mambapy")
 
@@ -129,7 +132,7 @@ def _stand_ins() -> dict[str, ModuleType]:
     return modules
 
 
-def test_the_cuda_adapters_speak_the_packages_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mamba_ssm_adapters_speak_the_packages_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in _stand_ins().items():
         monkeypatch.setitem(sys.modules, name, module)
     for name in ("anymamba.ops.scan.mamba_ssm", "anymamba.ops.conv.mamba_ssm"):
@@ -140,12 +143,11 @@ def test_the_cuda_adapters_speak_the_packages_layout(monkeypatch: pytest.MonkeyP
     expected, expected_last = ops.selective_scan(
         **inputs, return_last_state=True, backend="reference"
     )
-    options = {"initial_state": None, "segments": None, "reverse": False}
-    y, last = scan(**inputs, **options, return_last_state=True)
+    y, last = scan(ScanArguments(**inputs, return_last_state=True))
     assert_contract(y, expected)
     assert_contract(last, expected_last)
     x, weight, bias = torch.randn(2, 9, 8), torch.randn(8, 4), torch.randn(8)
-    y, _ = conv(x, weight, bias, "silu", None, False, None, False)
+    y, _ = conv(ConvArguments(x, weight, bias, "silu"))
     assert_contract(y, ops.causal_conv1d(x, weight, bias, "silu", backend="reference"))
     for name in ("anymamba.ops.scan.mamba_ssm", "anymamba.ops.conv.mamba_ssm"):
         sys.modules.pop(name)
@@ -160,16 +162,7 @@ def test_the_cuda_adapters_speak_the_packages_layout(monkeypatch: pytest.MonkeyP
         ({"A_en": torch.zeros(2, 300)}, "state size of 256"),
     ],
 )
-def test_what_cuda_cannot_do_has_a_reason(change: dict[str, Any], reason: str) -> None:
-    from anymamba.ops.mamba_ssm_limits import reason_against
-
-    arguments: dict[str, Any] = {
-        "initial_state": None,
-        "segments": None,
-        "reverse": False,
-        "return_last_state": False,
-        "A_en": torch.zeros(2, 4),
-    }
-    x = torch.zeros(1, 3, 2)
-    assert reason_against("selective_scan", x, arguments) is None
-    assert reason in str(reason_against("selective_scan", x, arguments | change))
+def test_what_mamba_ssm_cannot_do_has_a_reason(change: dict[str, Any], reason: str) -> None:
+    arguments = ScanArguments(**scan_inputs(1, 3, 2, 4))
+    assert unsupported_reason("selective_scan", arguments) is None
+    assert reason in str(unsupported_reason("selective_scan", arguments._replace(**change)))

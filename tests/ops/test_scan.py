@@ -15,7 +15,8 @@ from torch import Tensor
 
 from anymamba import ops
 from anymamba.errors import InputError
-from anymamba.ops.scan.reference import linear_recurrence
+from anymamba.ops.scan.arguments import ScanArguments
+from anymamba.ops.scan.reference import linear_recurrence, selective_scan_sequential
 from tests.ops.inputs import scan_inputs
 from tests.ops.tolerance import assert_contract
 
@@ -202,8 +203,6 @@ def test_gradients_are_the_numerical_derivatives(reverse: bool, groups: int | No
 def test_the_gradients_are_those_of_the_sequential_scan(
     shape: tuple[int, ...],
 ) -> None:
-    from anymamba.ops.scan.reference import selective_scan_sequential
-
     inputs = scan_inputs(*shape)
     tensors = [v.requires_grad_() for v in inputs.values() if isinstance(v, Tensor)]
     weight = torch.randn_like(inputs["x_ble"])
@@ -212,7 +211,7 @@ def test_the_gradients_are_those_of_the_sequential_scan(
         y, last = result
         return list(torch.autograd.grad((y * weight).sum() + last.sum(), tensors))
 
-    expected = gradients(selective_scan_sequential(**inputs))
+    expected = gradients(selective_scan_sequential(ScanArguments(**inputs)))
     for actual, reference in zip(gradients(run(inputs)), expected, strict=True):
         assert_contract(actual, reference, factor=10)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anymamba import _core, ops
 from anymamba.errors import BackendError
+from anymamba.ops.scan.arguments import ScanArguments
 from anymamba.ops.scan.reference import selective_scan_sequential
 from tests.ops.inputs import HALVES, LAYOUTS, TYPES, gradients, leaves, scan_inputs
 from tests.ops.running import natively
@@ -257,7 +258,7 @@ def test_long_sequences_do_not_drift() -> None:
     inputs = scan_inputs(1, 6000, 3, 4)
     inputs["A_en"] = -torch.rand(3, 4) * 1e-3
     y, last = scan(inputs)
-    expected_y, expected_last = selective_scan_sequential(**double(inputs))
+    expected_y, expected_last = selective_scan_sequential(ScanArguments(**double(inputs)))
     assert_contract(y, expected_y)
     assert_contract(last, expected_last)
 

@@ -45,7 +45,7 @@ def inputs(
         "z_blhp": normal(b, l, h, p),
         "dt_bias_h": normal(h, kind=wide) - 1,
         "dt_softplus": True,
-        "initial_states": normal(b, h, p, n, kind=wide),
+        "initial_state": normal(b, h, p, n, kind=wide),
     }
 
 
@@ -54,10 +54,10 @@ def by_recurrence(given: dict[str, Any], **packed: Tensor) -> tuple[Tensor, Tens
     wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
     dt = F.softplus(wide["dt_blh"] + wide["dt_bias_h"])
     segments = segments_of(
-        *dt.shape[:2], packed.get("seq_idx"), packed.get("cu_seqlens"), reverse=False
+        dt.shape[:2], packed.get("seq_idx"), packed.get("cu_seqlens"), reverse=False
     )
     x, A, B, C = (wide[name] for name in ("x_blhp", "A_h", "B_blgn", "C_blgn"))
-    y, last = ssd_sequential(x, dt, A, B, C, wide["D_h"], wide["initial_states"], segments)
+    y, last = ssd_sequential(x, dt, A, B, C, wide["D_h"], wide["initial_state"], segments)
     return y * F.silu(wide["z_blhp"]), last
 
 
@@ -66,11 +66,11 @@ def test_the_reference_is_the_formula() -> None:
     given = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
     x, dt, A, B, C, D, S = (
         given[name].tolist()
-        for name in ("x_blhp", "dt_blh", "A_h", "B_blgn", "C_blgn", "D_h", "initial_states")
+        for name in ("x_blhp", "dt_blh", "A_h", "B_blgn", "C_blgn", "D_h", "initial_state")
     )
     y, last = ssd_sequential(
         *(given[name] for name in ("x_blhp", "dt_blh", "A_h", "B_blgn", "C_blgn", "D_h")),
-        given["initial_states"],
+        given["initial_state"],
         None,
     )
     for h in range(4):
@@ -90,7 +90,7 @@ def test_the_reference_is_the_formula() -> None:
 @pytest.mark.parametrize("chunk_size", [None, 1, 7])
 def test_it_is_the_recurrence(size: tuple[int, ...], chunk_size: int | None) -> None:
     given = inputs(*size)
-    y, last = ssd(**given, return_final_states=True, chunk_size=chunk_size)
+    y, last = ssd(**given, return_last_state=True, chunk_size=chunk_size)
     expected, expected_last = by_recurrence(given)
     assert_contract(y, expected)
     assert_contract(last, expected_last)
@@ -100,7 +100,7 @@ def test_it_is_the_recurrence(size: tuple[int, ...], chunk_size: int | None) -> 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     given = inputs(2, 70, 4, 8, 2, 5, dtype)
-    y, last = ssd(**given, return_final_states=True)
+    y, last = ssd(**given, return_last_state=True)
     expected, expected_last = by_recurrence(given)
     assert y.dtype == dtype
     assert_contract(y, expected)
@@ -121,7 +121,7 @@ def test_any_strides(layout: Callable[[Tensor], Tensor]) -> None:
 
 def test_one_group_is_a_selective_scan_with_repeated_decays() -> None:
     b, l, h, p, n = 2, 90, 3, 4, 5
-    given = inputs(b, l, h, p, 1, n) | {"initial_states": None, "D_h": torch.randn(h)}
+    given = inputs(b, l, h, p, 1, n) | {"initial_state": None, "D_h": torch.randn(h)}
     expected = selective_scan(
         given["x_blhp"].flatten(2),
         given["dt_blh"].repeat_interleave(p, 2),
@@ -154,7 +154,7 @@ def test_decays_from_all_to_nothing(rate: float) -> None:
     given = inputs(1, 130, 2, 3, 1, 4) | {"A_h": torch.tensor([rate, -0.5])}
     given["dt_bias_h"] -= 3.0 if rate > 0 else 0.0
     given["dt_blh"][:, ::5] = 20.0 if rate < 0 else 0.0
-    y, last = ssd(**given, return_final_states=True)
+    y, last = ssd(**given, return_last_state=True)
     expected, expected_last = by_recurrence(given)
     assert_contract(y, expected)
     assert_contract(last, expected_last)
@@ -168,12 +168,12 @@ def test_packed_sequences_are_sequences_alone(lengths: list[int], chunk: int) ->
     states = torch.randn(len(lengths), 4, 3, 3)
     offsets = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
     per_step = ("x_blhp", "dt_blh", "B_blgn", "C_blgn", "z_blhp")
-    packed = given | {"initial_states": states, "cu_seqlens": offsets, "chunk_size": chunk}
-    y, last = ssd(**packed, return_final_states=True)
+    packed = given | {"initial_state": states, "cu_seqlens": offsets, "chunk_size": chunk}
+    y, last = ssd(**packed, return_last_state=True)
     assert last.shape == states.shape
     for index, (start, stop) in enumerate(pairwise(offsets)):
         alone = given | {name: given[name][:, start:stop] for name in per_step}
-        alone["initial_states"] = states[index : index + 1]
+        alone["initial_state"] = states[index : index + 1]
         expected, expected_last = by_recurrence(alone)
         assert_contract(y[:, start:stop], expected)
         assert_contract(last[index], expected_last[0])
@@ -182,7 +182,7 @@ def test_packed_sequences_are_sequences_alone(lengths: list[int], chunk: int) ->
 def test_seq_idx_restarts_the_state_in_its_row() -> None:
     given = inputs(2, 90, 4, 3, 2, 3)
     seq_idx = torch.stack([torch.arange(90) // 13, (torch.arange(90) >= 88).long()])
-    y, last = ssd(**given, seq_idx=seq_idx, return_final_states=True)
+    y, last = ssd(**given, seq_idx=seq_idx, return_last_state=True)
     expected, expected_last = by_recurrence(given, seq_idx=seq_idx)
     assert_contract(y, expected)
     assert_contract(last, expected_last)
@@ -204,7 +204,7 @@ def test_gradcheck(size: tuple[int, ...], packing: str) -> None:
 
     def run(*tensors: Tensor) -> Any:
         arguments = dict(zip(wanted, tensors, strict=True))
-        return ssd(**arguments, dt_softplus=True, **packed, return_final_states=True, chunk_size=3)
+        return ssd(**arguments, dt_softplus=True, **packed, return_last_state=True, chunk_size=3)
 
     assert torch.autograd.gradcheck(run, tuple(wanted.values()))
 
@@ -214,7 +214,7 @@ def test_gradcheck(size: tuple[int, ...], packing: str) -> None:
 def test_gradients_are_the_recurrence_s(size: tuple[int, ...], dtype: torch.dtype) -> None:
     given = inputs(*size, dtype)
     ours, theirs = leaves(given), leaves(given, torch.float64)
-    y, last = ssd(**ours, return_final_states=True)
+    y, last = ssd(**ours, return_last_state=True)
     expected = by_recurrence(theirs)
     cotangents = [torch.randn_like(y), torch.randn_like(last)]
     found = gradients([y, last], cotangents, ours)
@@ -233,7 +233,7 @@ def test_gradients_where_decays_leave_almost_nothing() -> None:
         given[name] *= 10
     given["dt_bias_h"] += 3
     ours, theirs = leaves(given), leaves(given, torch.float64)
-    y, last = ssd(**ours, return_final_states=True)
+    y, last = ssd(**ours, return_last_state=True)
     expected = by_recurrence(theirs)
     cotangents = [torch.randn_like(y), torch.randn_like(last)]
     found = gradients([y, last], cotangents, ours)
@@ -275,7 +275,7 @@ def test_memory_grows_with_the_input_and_not_with_the_states_of_all_steps() -> N
         ({"D_h": torch.zeros(3)}, "D has shape"),
         ({"z_blhp": torch.zeros(1, 5, 2, 2)}, "z has shape"),
         ({"dt_bias_h": torch.zeros(3)}, "dt_bias has shape"),
-        ({"initial_states": torch.zeros(1, 2, 3, 5)}, "initial_states has shape"),
+        ({"initial_state": torch.zeros(1, 2, 3, 5)}, "initial_state has shape"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"dt_limit": (1.0, 0.0)}, "the smaller number first"),
         ({"seq_idx": torch.zeros(1, 4, dtype=torch.int32)}, "seq_idx must hold"),

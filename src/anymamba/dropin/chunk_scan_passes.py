@@ -64,9 +64,9 @@ def _mamba_chunk_scan_combined_fwd(
         out, state = ops.ssd(
             *inputs,
             dt_limit=(-math.inf, math.inf),
-            initial_states=state,
+            initial_state=state,
             seq_idx=index,
-            return_final_states=True,
+            return_last_state=True,
         )
         outs.append(out)
     before_gate = torch.cat(outs, 1)
@@ -82,7 +82,7 @@ def _mamba_chunk_scan_combined_fwd(
         *(x, steps, A, B, C),
         dt_limit=(-math.inf, math.inf),
         cu_seqlens=with_padding(cu_seqlens, x.shape[1]),
-        return_final_states=True,
+        return_last_state=True,
     )
     return (*returned, varlen_states[: len(cu_seqlens) - 1])
 
@@ -124,9 +124,9 @@ def _mamba_chunk_scan_combined_bwd(
         y, last = ops.ssd(
             *(x, dt, A, B, C, D, z, dt_bias, dt_softplus),
             dt_limit=dt_limit,
-            initial_states=states,
+            initial_state=states,
             seq_idx=seq_idx,
-            return_final_states=True,
+            return_last_state=True,
         )
         return y, last
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from anymamba import ops
 from anymamba.ops.direct import conv_step
-from anymamba.ops.fusable import computes, why_not_plain
+from anymamba.ops.fusable import computes, why_not_fusable
 from anymamba.ops.segments import segments_of
 
 __all__ = ["convolve", "convolve_step", "last_inputs"]
@@ -44,7 +44,7 @@ def convolve(
         (b, l, e), and the windows after the last inputs where `window` is given, else None.
     """
     silu = act is not None and computes(act, "silu")
-    if why_not_plain(conv1d, nn.Conv1d) is not None:
+    if why_not_fusable(conv1d, nn.Conv1d) is not None:
         y_ble, last = _called(conv1d, x_ble, window, seq_idx, cu_seqlens)
         silu = False
     else:
@@ -115,7 +115,7 @@ def convolve_step(conv1d: Any, act: nn.Module | None, x_be: Tensor, window_bek: 
     Returns:
         (b, e).
     """
-    if why_not_plain(conv1d, nn.Conv1d) is not None:
+    if why_not_fusable(conv1d, nn.Conv1d) is not None:
         return _called_step(conv1d, act, x_be, window_bek)
     silu = "silu" if act is not None and computes(act, "silu") else None
     arguments = (x_be, window_bek, conv1d.weight[:, 0], conv1d.bias, silu)

@@ -20,7 +20,7 @@ from anymamba import ops
 from anymamba.layers.convolution import convolve, convolve_step, last_inputs
 from anymamba.layers.initialization import at_least_float32
 from anymamba.ops.direct import scan_step
-from anymamba.ops.fusable import project, project_halves, why_not_plain
+from anymamba.ops.fusable import project, project_halves, why_not_fusable
 
 __all__ = ["MambaLayer", "States"]
 
@@ -96,7 +96,7 @@ class MambaLayer(nn.Module):
         projected = project(self.x_proj, x)
         delta, B, C = projected.split([projected.shape[-1] - 2 * n, n, n], dim=-1)
         bias_e = None
-        if why_not_plain(self.dt_proj, nn.Linear) is None:
+        if why_not_fusable(self.dt_proj, nn.Linear) is None:
             # The bias stays apart, so that it is added in float32.
             delta, bias_e = multiply(delta, self.dt_proj.weight), self.dt_proj.bias
         else:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from anymamba.ops.fusable import why_not_plain
+from anymamba.ops.fusable import why_not_fusable
 
 __all__ = ["PROJECTIONS", "Part", "core_tensors", "mixer_parts"]
 
@@ -37,7 +37,7 @@ class Part:
 
     def why_not_usual(self) -> str | None:
         """Why the module computes something else than the core would, or None."""
-        reason = why_not_plain(self.module, self.usual)
+        reason = why_not_fusable(self.module, self.usual)
         if reason is not None:
             return reason
         if not self.may_have_bias and self.module.bias is not None:

@@ -35,7 +35,7 @@ CHUNK_TOKENS = 512
 """A prompt is read in chunks of so many tokens, all rows together: long enough for products at
 full speed, short enough for little memory."""
 
-# What decides the result of a convolution beside its weights; `why_not_plain` looks at it.
+# What decides the result of a convolution beside its weights; `why_not_fusable` looks at it.
 _OF_CONVOLUTIONS = ("stride", "dilation", "groups", "padding_mode")
 _BLOCK = re.compile(r"layers\.\d+")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from anymamba.ops import quantized_linear
 from anymamba.ops.fusable import fusable
-from anymamba.ops.quantized_linear.reference import widened
+from anymamba.ops.quantized_linear.reference import dequantize
 
 __all__ = ["QuantizedEmbedding", "QuantizedLinear", "put_quantized_layers"]
 
@@ -93,7 +93,7 @@ class QuantizedEmbedding(_Quantized):
         """(...) to (..., k)."""
         flat = ids.reshape(-1)
         minima = None if self.weight_minima is None else self.weight_minima[flat]
-        rows = widened(self.weight_q[flat], self.weight_scales[flat], minima, self.k)
+        rows = dequantize(self.weight_q[flat], self.weight_scales[flat], minima, self.k)
         return rows.view(*ids.shape, self.k)
 
 

@@ -12,7 +12,7 @@ from anymamba.ops.matmul_dtype import matmul_dtype
 from anymamba.ops.norm import rms_norm
 from anymamba.ops.quantized_linear import quantized_linear
 from anymamba.ops.scan import selective_scan, selective_state_update
-from anymamba.ops.ssd import ssd
+from anymamba.ops.ssd import ssd, ssd_state_update
 
 register_flops()
 
@@ -28,4 +28,5 @@ __all__ = [
     "selective_scan",
     "selective_state_update",
     "ssd",
+    "ssd_state_update",
 ]

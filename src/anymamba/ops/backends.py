@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: one table, one choice, nothing in silence.
 
 An operator has one implementation for each backend that offers it. `"auto"`, the default, takes
-the first of `PREFERENCE` that is installed, fits the tensors' device and accepts the call. Any
+the first of `PREFERENCE` that is installed, fits the tensors' device and supports the call. Any
 other choice is a demand: if it cannot be met, a `BackendError` says why and what to install.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -32,17 +32,17 @@ class Backend:
     """What one backend needs, and where its operators live.
 
     `operators` maps an operator to `module:function`; the module is imported at first use.
-    `accepts`, where given, names a function of the call's arguments that returns the reason why
-    the backend cannot serve it, or None. `yields` names one that says whether another serves the
-    call better, which the automatic choice asks and a demand does not.
+    `unsupported_reason`, where given, names a function of the operator's name and the call's
+    arguments that returns why the backend cannot serve it, or None. `prefers_other` names one that
+    says whether another serves it better, which the automatic choice asks and a demand does not.
     """
 
     device: str | None
     packages: tuple[str, ...]
     install: str
     operators: dict[str, str]
-    accepts: str | None = None
-    yields: str | None = None
+    unsupported_reason: str | None = None
+    prefers_other: str | None = None
 
     def missing(self) -> str | None:
         """The reason why this machine cannot run the backend, or None."""
@@ -54,7 +54,7 @@ class Backend:
         return None
 
 
-PREFERENCE = ("cuda", "cpu", "mambapy", "reference")
+PREFERENCE = ("mamba_ssm", "cpu", "mambapy", "reference")
 BACKENDS = {
     "cpu": Backend(
         device="cpu",
@@ -69,10 +69,10 @@ BACKENDS = {
             "linear": "anymamba.ops.linear.native:linear",
             "quantized_linear": "anymamba.ops.quantized_linear.native:quantized_linear",
         },
-        accepts="anymamba.ops.native:reason_against",
-        yields="anymamba.ops.native:yields",
+        unsupported_reason="anymamba.ops.native:unsupported_reason",
+        prefers_other="anymamba.ops.native:prefers_other",
     ),
-    "cuda": Backend(
+    "mamba_ssm": Backend(
         device="cuda",
         packages=("mamba_ssm", "causal_conv1d"),
         install="pip install mamba-ssm causal-conv1d",
@@ -82,7 +82,7 @@ BACKENDS = {
             "causal_conv1d": "anymamba.ops.conv.mamba_ssm:causal_conv1d",
             "causal_conv1d_update": "anymamba.ops.conv.mamba_ssm:causal_conv1d_update",
         },
-        accepts="anymamba.ops.mamba_ssm_limits:reason_against",
+        unsupported_reason="anymamba.ops.mamba_ssm_limits:unsupported_reason",
     ),
     "mambapy": Backend(
         device=None,
@@ -102,9 +102,12 @@ BACKENDS = {
             "rms_norm": "anymamba.ops.norm.reference:rms_norm",
             "linear": "anymamba.ops.linear.reference:linear",
             "quantized_linear": "anymamba.ops.quantized_linear.reference:quantized_linear",
+            "ssd": "anymamba.ops.ssd.chunked:ssd",
+            "ssd_state_update": "anymamba.ops.ssd.reference:ssd_state_update",
         },
     ),
 }
+_RENAMED = {"cuda": "mamba_ssm"}
 # It needs more memory than the reference, so it runs only where it is asked for by name.
 _ONLY_BY_REQUEST = frozenset({"mambapy"})
 
@@ -166,8 +169,7 @@ def backend(name: str | None = None) -> str | Chosen:
     if name is None:
         current: str = _current()
         return current
-    _demand(name, "anymamba.ops.backend")
-    return Chosen(_choice, name)
+    return Chosen(_choice, _demand(name, "anymamba.ops.backend"))
 
 
 def available_backends() -> list[tuple[str, bool, str]]:
@@ -176,7 +178,7 @@ def available_backends() -> list[tuple[str, bool, str]]:
     for name in PREFERENCE:
         entry = BACKENDS[name]
         reason = entry.missing()
-        offers = "all operators" if name in ("cpu", "reference") else ", ".join(entry.operators)
+        offers = "all operators" if name == "reference" else ", ".join(entry.operators)
         if name == "cpu" and reason is None:
             offers += f"; {_load('anymamba.ops.native:description')()}"
         rows.append((name, reason is None, reason or f"offers {offers}"))
@@ -185,8 +187,7 @@ def available_backends() -> list[tuple[str, bool, str]]:
 
 def implementation(
     operator: str,
-    tensor: torch.Tensor,
-    arguments: dict[str, Any],
+    arguments: Sequence[Any],
     name: str | None = None,
     fallback: str = "reference",
 ) -> Callable[..., Any]:
@@ -194,33 +195,31 @@ def implementation(
 
     Args:
         operator: its name in the table.
-        tensor: an input whose device decides.
-        arguments: the call's other arguments, which a backend may decline.
+        arguments: the call's arguments, which a backend may decline; the first one is a tensor
+            whose device decides.
         name: a choice for this call alone.
         fallback: what the automatic choice takes where no kernel serves the call.
 
     Raises:
         BackendError: the chosen backend cannot serve the call.
     """
-    chosen = name or _current()
-    if chosen != "auto":
-        _demand(chosen, operator)
-        if operator in BACKENDS[chosen].operators:
-            reason = _reason_against(chosen, operator, tensor, arguments)
-            if reason is not None:
-                raise BackendError(f"backend {chosen!r} cannot run {operator}: {reason}")
-            return _load(BACKENDS[chosen].operators[operator])
+    chosen = _current() if name is None else _demand(name, operator)
+    if chosen != "auto" and operator in BACKENDS[chosen].operators:
+        reason = _unsupported_reason(chosen, operator, arguments)
+        if reason is not None:
+            raise BackendError(f"backend {chosen!r} cannot run {operator}: {reason}")
+        return _load(BACKENDS[chosen].operators[operator])
     for candidate in PREFERENCE:
         by_request = candidate in _ONLY_BY_REQUEST and candidate != fallback
         if by_request or operator not in BACKENDS[candidate].operators:
             continue
-        if _yields(candidate, operator, tensor):
+        if _prefers_other(candidate, operator, arguments):
             continue
-        if _reason_against(candidate, operator, tensor, arguments) is None:
-            if tensor.device.type == "cpu" and candidate != "cpu":
+        if _unsupported_reason(candidate, operator, arguments) is None:
+            if arguments[0].device.type == "cpu" and candidate != "cpu":
                 _say_once_that_the_core_is_missing()
             return _load(BACKENDS[candidate].operators[operator])
-    raise BackendError(f"no backend can run {operator} on {tensor.device}")
+    raise BackendError(f"no backend can run {operator} on {arguments[0].device}")
 
 
 def native_is_chosen() -> bool:
@@ -254,26 +253,28 @@ def _say_once_that_the_core_is_missing() -> None:
 
 def _from_environment() -> str:
     name = os.environ.get("ANYMAMBA_BACKEND", "auto")
-    if name != "auto":
-        _demand(name, "the environment variable ANYMAMBA_BACKEND")
-    return name
+    return _demand(name, "the environment variable ANYMAMBA_BACKEND")
 
 
-def _demand(name: str, who: str) -> None:
+def _demand(name: str, who: str) -> str:
+    """The name of a backend that was asked for, which can run here."""
+    if name in _RENAMED:
+        old, name = name, _RENAMED[name]
+        message = f"{who}: the backend {old!r} is called {name!r} now"
+        warnings.warn(message, DeprecationWarning, stacklevel=4)
     if name == "auto":
-        return
+        return name
     if name not in BACKENDS:
         known = ", ".join(["auto", *PREFERENCE])
         raise BackendError(f"{who}: unknown backend {name!r}; choose one of {known}")
     reason = BACKENDS[name].missing()
     if reason is not None:
         raise BackendError(f"{who}: backend {name!r} cannot run here: {reason}")
+    return name
 
 
-def _reason_against(
-    name: str, operator: str, tensor: torch.Tensor, arguments: dict[str, Any]
-) -> str | None:
-    entry = BACKENDS[name]
+def _unsupported_reason(name: str, operator: str, arguments: Sequence[Any]) -> str | None:
+    entry, tensor = BACKENDS[name], arguments[0]
     # On the meta device the core's operators only tell shapes.
     device = "cpu" if tensor.is_meta else tensor.device.type
     if entry.device is not None and device != entry.device:
@@ -281,17 +282,17 @@ def _reason_against(
     if name != "reference" and is_transformed():
         return "torch.func and forward-mode derivatives need the backend 'auto' or 'reference'"
     missing = entry.missing()
-    if missing is not None or entry.accepts is None:
+    if missing is not None or entry.unsupported_reason is None:
         return missing
-    reason: str | None = _load(entry.accepts)(operator, tensor, arguments)
+    reason: str | None = _load(entry.unsupported_reason)(operator, arguments)
     return reason
 
 
-def _yields(name: str, operator: str, tensor: torch.Tensor) -> bool:
+def _prefers_other(name: str, operator: str, arguments: Sequence[Any]) -> bool:
     entry = BACKENDS[name]
-    if entry.yields is None or entry.missing() is not None:
+    if entry.prefers_other is None or entry.missing() is not None:
         return False
-    return bool(_load(entry.yields)(operator, tensor))
+    return bool(_load(entry.prefers_other)(operator, arguments))
 
 
 def _load(place: str) -> Callable[..., Any]:
@@ -302,7 +303,7 @@ def _load(place: str) -> Callable[..., Any]:
 
 
 def _places(entry: Backend) -> tuple[str | None, ...]:
-    return (*entry.operators.values(), entry.accepts, entry.yields)
+    return (*entry.operators.values(), entry.unsupported_reason, entry.prefers_other)
 
 
 _loaded: dict[str, Callable[..., Any]] = {}

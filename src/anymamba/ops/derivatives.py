@@ -29,8 +29,8 @@ def register_second_derivatives(
             it returns one gradient for each of these, empty where the input is None.
         inputs: how many of its arguments those are.
         outputs: which of its arguments are gradients of the forward pass's outputs.
-        forward: called with the inputs and then all arguments of `backward`; computes the
-            outputs again from differentiable operators.
+        forward: called with the arguments of `backward`; computes the outputs again from
+            differentiable operators.
 
     Source: with g(x, v) = J(x)^T v, what `backward` computes, its own gradients are the
     vector-Jacobian product of g, which is taken of a g written with `torch.func.vjp`.
@@ -77,7 +77,7 @@ def _gradients(
         now = list(arguments[:inputs])
         for place, value in zip(places, values, strict=True):
             now[place] = value
-        results = forward(*now, *arguments)
+        results = forward(*now, *arguments[inputs:])
         # An output without a gradient adds nothing.
         kept = zip(results, arguments[outputs], strict=True)
         return tuple(result for result, gradient in kept if gradient is not None)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from anymamba.ops.backends import native_is_chosen
 from anymamba.ops.checks import ACTIVATIONS
+from anymamba.ops.conv.arguments import ConvStepArguments
 from anymamba.ops.conv.native import causal_conv1d_update
 from anymamba.ops.native import TYPES
+from anymamba.ops.scan.arguments import StepArguments
 from anymamba.ops.scan.native import selective_state_update
 from anymamba.ops.tracing import runs_now
 
@@ -60,7 +62,9 @@ def scan_step(
     if not fits:
         return None
     return selective_state_update(
-        state_ben, x_be, delta_be, A_en, B_bn, C_bn, D_e, z_be, delta_bias_e, delta_softplus
+        StepArguments(
+            x_be, delta_be, A_en, B_bn, C_bn, D_e, z_be, delta_bias_e, delta_softplus, state_ben
+        )
     )
 
 
@@ -92,7 +96,9 @@ def conv_step(
         and (bias_e is None or bias_e.shape == (e,))
         and activation in ACTIVATIONS
     )
-    return causal_conv1d_update(x_be, window_bek, weight_ek, bias_e, activation) if fits else None
+    if not fits:
+        return None
+    return causal_conv1d_update(ConvStepArguments(x_be, window_bek, weight_ek, bias_e, activation))
 
 
 def _is_plain(x: Tensor, *others: Tensor | None) -> bool:

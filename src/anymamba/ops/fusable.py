@@ -20,6 +20,7 @@ from torch.nn.parameter import Parameter
 
 from anymamba.ops.linear import linear as multiply
 from anymamba.ops.tracing import autocast_is_on
+from anymamba.renamed import old_names
 
 __all__ = [
     "call_attributes",
@@ -27,8 +28,10 @@ __all__ = [
     "fusable",
     "project",
     "project_halves",
-    "why_not_plain",
+    "why_not_fusable",
 ]
+
+__getattr__ = old_names(__name__)
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
 
@@ -71,10 +74,10 @@ def fusable(kind: _Kind, function: str | None = None) -> _Kind:
         ... class Double(nn.Module):
         ...     def forward(self, x):
         ...         return 2 * x
-        >>> why_not_plain(Double(), Double) is None
+        >>> why_not_fusable(Double(), Double) is None
         True
         >>> Double.forward = lambda self, x: 3 * x
-        >>> why_not_plain(Double(), Double)
+        >>> why_not_fusable(Double(), Double)
         'the forward of Double was replaced'
     """
     _ORIGINALS[kind] = tuple(getattr(kind, name) for name in _CALL)
@@ -149,7 +152,7 @@ def _is_ours(linear: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Whether the layer is a product with its weights, and the product ours to choose."""
     # Autocast rewrites torch's own product and knows nothing of ours.
     ours = not autocast_is_on(x.device)
-    return ours and type(linear) is nn.Linear and why_not_plain(linear, nn.Linear) is None
+    return ours and type(linear) is nn.Linear and why_not_fusable(linear, nn.Linear) is None
 
 
 def computes(module: nn.Module, function: str) -> bool:
@@ -161,10 +164,10 @@ def computes(module: nn.Module, function: str) -> bool:
         (True, False)
     """
     kind = type(module)
-    return _FUNCTIONS.get(kind) == function and why_not_plain(module, kind) is None
+    return _FUNCTIONS.get(kind) == function and why_not_fusable(module, kind) is None
 
 
-def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
+def why_not_fusable(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """The reason why a module's forward must be called, or None if its weights say it all.
 
     Args:
@@ -173,9 +176,9 @@ def why_not_plain(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
     Example:
         >>> from torch import nn
-        >>> why_not_plain(nn.Linear(2, 2), nn.Linear) is None
+        >>> why_not_fusable(nn.Linear(2, 2), nn.Linear) is None
         True
-        >>> why_not_plain(nn.Sequential(nn.Linear(2, 2)), nn.Linear)
+        >>> why_not_fusable(nn.Sequential(nn.Linear(2, 2)), nn.Linear)
         'replaced by Sequential'
     """
     if type(module) is not kind:

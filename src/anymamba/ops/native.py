@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -14,17 +15,21 @@ from anymamba.arithmetic import load_core
 from anymamba.errors import BackendError
 from anymamba.ops.segments import Segments
 from anymamba.processors import quota_of_processors
+from anymamba.renamed import old_names
 
 __all__ = [
     "TYPES",
     "core",
     "description",
     "handed",
+    "in_float32",
     "is_built",
-    "reason_against",
+    "prefers_other",
     "segment_table",
-    "yields",
+    "unsupported_reason",
 ]
+
+__getattr__ = old_names(__name__)
 
 _FOUND = torch.cpu.get_capabilities()
 _MULTIPLIES_BFLOAT16 = bool(_FOUND.get("avx512_bf16") or _FOUND.get("amx_tile"))
@@ -54,33 +59,39 @@ def handed(tensor: Tensor | None) -> Any:
     return None if tensor is None else torch._C._to_dlpack(tensor.resolve_neg())
 
 
+def in_float32(tensor: Any) -> Any:
+    """A tensor as float32 without gaps; None stays None."""
+    if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+        return tensor
+    return tensor.float().contiguous()
+
+
 def description() -> str:
     """What the core runs with here: its instruction set, and how many threads."""
     native = core()
     return f"native code for {native.isa()}, {native.threads()} threads"
 
 
-def reason_against(operator: str, tensor: Tensor, arguments: dict[str, Any]) -> str | None:
+def unsupported_reason(operator: str, arguments: Sequence[Any]) -> str | None:
     """Why the core cannot serve a call, or None."""
-    for value in (tensor, *arguments.values()):
-        if not isinstance(value, Tensor):
+    converted = getattr(arguments, "state_ben", None)  # and written back, whatever its type
+    for value in arguments:
+        if not isinstance(value, Tensor) or value is converted:
             continue
         if value.device.type not in ("cpu", "meta"):
             return f"one of the tensors is on {value.device}"
-        if value.is_floating_point() and value.dtype not in TYPES:
-            return f"its kernels do not offer {value.dtype}"
-        if value.is_complex():
+        if value.is_complex() or (value.is_floating_point() and value.dtype not in TYPES):
             return f"its kernels do not offer {value.dtype}"
     return None
 
 
-def yields(operator: str, tensor: Tensor) -> bool:
+def prefers_other(operator: str, arguments: Sequence[Any]) -> bool:
     """Whether PyTorch is faster: where the processor multiplies bfloat16 itself.
 
     The arithmetic is the same: operands are as they are stored, sums float32, and each result is
     rounded once.
     """
-    return operator == "linear" and tensor.dtype == torch.bfloat16 and _MULTIPLIES_BFLOAT16
+    return operator == "linear" and _MULTIPLIES_BFLOAT16 and arguments[0].dtype == torch.bfloat16
 
 
 def segment_table(segments: Segments | None) -> Tensor | None:
@@ -88,11 +99,7 @@ def segment_table(segments: Segments | None) -> Tensor | None:
     if segments is None:
         return None
     lists = [
-        segments.rows,
-        segments.starts,
-        segments.stops,
-        segments.state_in,
-        segments.state_out,
+        getattr(segments, name) for name in ("rows", "starts", "stops", "state_in", "state_out")
     ]
     return torch.tensor(lists, dtype=torch.int64, device="cpu")
 

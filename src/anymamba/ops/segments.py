@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 
-__all__ = ["Segments", "segments_from_table", "segments_of"]
+__all__ = ["Segments", "count_states", "segments_from_table", "segments_of", "walk_segments"]
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The stretches of a packed (b, l) batch over which a recurrence runs by itself.
+    """The parts of a packed (b, l) batch over which a recurrence runs by itself.
 
     Each list has one entry a segment. `state_in` is the index of the state that the segment
     starts from and `state_out` of the state that it leaves, -1 for none (zeros, or not kept).
@@ -33,13 +33,18 @@ class Segments:
         return zip(self.rows, self.starts, self.stops, self.state_in, self.state_out, strict=True)
 
 
+def count_states(segments: Segments | None, batch: int) -> int:
+    """How many states go into a recurrence over a batch and come out."""
+    return batch if segments is None else segments.n_states
+
+
 def segments_of(
-    batch: int, length: int, seq_idx: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
+    shape: tuple[int, ...], seq_idx: Tensor | None, cu_seqlens: Tensor | None, reverse: bool
 ) -> Segments | None:
     """Read the two ways of marking packed sequences into one; None where nothing is packed.
 
     Args:
-        batch, length: b and l of the packed tensor.
+        shape: (b, l) of the packed tensor.
         seq_idx: (b, l) integers; a new sequence starts where the number changes. States belong to
             rows: the first sequence that is walked starts from the row's initial state, and the
             last one leaves the row's last state.
@@ -53,10 +58,43 @@ def segments_of(
     if seq_idx is not None and cu_seqlens is not None:
         raise InputError("seq_idx and cu_seqlens both mark packed sequences: give only one")
     if cu_seqlens is not None:
-        return _from_offsets(batch, length, cu_seqlens)
+        return _from_offsets(shape[0], shape[1], cu_seqlens)
     if seq_idx is not None:
-        return _from_indices(batch, length, seq_idx, reverse)
+        return _from_indices(shape[0], shape[1], seq_idx, reverse)
     return None
+
+
+def walk_segments(
+    walk: Callable[[slice, slice, Tensor], tuple[Tensor, Tensor]],
+    x: Tensor,
+    states: Tensor,
+    segments: Segments | None,
+) -> tuple[Tensor, Tensor]:
+    """Run a recurrence over each segment, from the state that belongs to it.
+
+    Args:
+        walk: called with rows, steps and their states, (rows, ...); returns the outputs,
+            (rows, steps, ...), and the states after the last step.
+        x: (b, l, ...), like the outputs.
+        states: one a row, or as many as the segments have.
+        segments: None where each row is one.
+
+    Returns:
+        The outputs of all, (b, l, ...), and the last states, like `states`.
+    """
+    if segments is None:
+        return walk(slice(None), slice(None), states)
+    rows: list[list[Tensor]] = [[] for _ in range(x.shape[0])]
+    last = list(states)
+    zeros = states.new_zeros(1, *states.shape[1:])
+    for row, start, stop, state_in, state_out in segments:
+        state = states[state_in, None] if state_in >= 0 else zeros
+        y, state = walk(slice(row, row + 1), slice(start, stop), state)
+        rows[row].append(y)
+        if state_out >= 0:
+            last[state_out] = state[0]
+    y = torch.cat([torch.cat(parts, 1) if parts else x[:1] for parts in rows]) if rows else x
+    return y, (torch.stack(last) if last else states)
 
 
 def segments_from_table(table: Tensor | None, n_states: int) -> Segments | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from anymamba.errors import InputError
 from anymamba.layers import States
-from anymamba.ops.fusable import why_not_plain
+from anymamba.ops.fusable import why_not_fusable
 from anymamba.renamed import old_names
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __getattr__ = old_names(__name__)
 def all_plain(*modules: nn.Module) -> bool:
     """Whether the weights of these linear layers and convolutions say all that they do."""
     kinds = (nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Linear for module in modules)
-    return all(why_not_plain(m, kind) is None for m, kind in zip(modules, kinds, strict=True))
+    return all(why_not_fusable(m, kind) is None for m, kind in zip(modules, kinds, strict=True))
 
 
 def one_token(hidden_states: Tensor) -> Tensor:

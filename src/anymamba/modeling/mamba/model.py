@@ -146,7 +146,7 @@ class MambaModel(MambaPreTrainedModel):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         # It is what runs where no kernel does, and so is not asked for where one is there.
-        kernels = any(BACKENDS[name].missing() is None for name in ("cpu", "cuda"))
+        kernels = any(BACKENDS[name].missing() is None for name in ("cpu", "mamba_ssm"))
         if config.use_mambapy and not kernels and (reason := BACKENDS["mambapy"].missing()):
             raise MissingDependencyError(f"the config has use_mambapy=True, but {reason}")
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -14,7 +14,8 @@ from torch import Tensor
 from anymamba.errors import InputError
 from anymamba.ops.backends import implementation
 from anymamba.ops.checks import check_activation, check_shape
-from anymamba.ops.segments import segments_of
+from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
+from anymamba.ops.segments import count_states, segments_of
 from anymamba.ops.tracing import copy_for_backward
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
@@ -75,19 +76,19 @@ def causal_conv1d(
     check_shape("causal_conv1d", "weight", weight_ek, (e, k))
     check_shape("causal_conv1d", "bias", bias_e, (e,))
     check_activation("causal_conv1d", activation)
-    segments = segments_of(b, l, seq_idx, cu_seqlens, reverse)
-    _check_window(initial_window, b if segments is None else segments.n_states, e, k)
-    arguments = {
-        "weight_ek": weight_ek,
-        "bias_e": bias_e,
-        "activation": activation,
-        "initial_window": copy_for_backward(initial_window),
-        "return_final_window": return_final_window,
-        "segments": segments,
-        "reverse": reverse,
-    }
-    run = implementation("causal_conv1d", x_ble, arguments, backend)
-    y_ble, final_window = run(x_ble, **arguments)
+    segments = segments_of((b, l), seq_idx, cu_seqlens, reverse)
+    _check_window(initial_window, count_states(segments, b), e, k)
+    arguments = ConvArguments(
+        x_ble,
+        weight_ek,
+        bias_e,
+        activation,
+        copy_for_backward(initial_window),
+        return_final_window,
+        segments,
+        reverse,
+    )
+    y_ble, final_window = implementation("causal_conv1d", arguments, backend)(arguments)
     return (y_ble, final_window) if return_final_window else y_ble
 
 
@@ -132,9 +133,8 @@ def causal_conv1d_update(
     check_shape("causal_conv1d_update", "window", window_bek, (b, e, k))
     check_shape("causal_conv1d_update", "bias", bias_e, (e,))
     check_activation("causal_conv1d_update", activation)
-    arguments = {"weight_ek": weight_ek, "bias_e": bias_e, "activation": activation}
-    run = implementation("causal_conv1d_update", x_be, arguments, backend)
-    return cast(Tensor, run(x_be, window_bek, **arguments))
+    arguments = ConvStepArguments(x_be, window_bek, weight_ek, bias_e, activation)
+    return cast(Tensor, implementation("causal_conv1d_update", arguments, backend)(arguments))
 
 
 def _check_window(window: Tensor | None, n_windows: int, e: int, k: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anymamba.ops.segments import Segments
+from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
 from anymamba.upstream import import_original
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
@@ -13,30 +13,15 @@ __all__ = ["causal_conv1d", "causal_conv1d_update"]
 kernels = import_original("causal_conv1d")
 
 
-def causal_conv1d(
-    x_ble: Tensor,
-    weight_ek: Tensor,
-    bias_e: Tensor | None,
-    activation: str | None,
-    initial_window: Tensor | None,
-    return_final_window: bool,
-    segments: Segments | None,
-    reverse: bool,
-) -> tuple[Tensor, None]:
+def causal_conv1d(arguments: ConvArguments) -> tuple[Tensor, None]:
     """Arguments and returns as in `anymamba.ops.causal_conv1d`, less what it cannot do."""
-    y_bel = kernels.causal_conv1d_fn(
-        x_ble.transpose(1, 2), weight_ek, bias_e, activation=activation
-    )
+    x_ble, weight_ek, bias_e, activation, *_ = arguments
+    x_bel = x_ble.transpose(1, 2)
+    y_bel = kernels.causal_conv1d_fn(x_bel, weight_ek, bias_e, activation=activation)
     return y_bel.transpose(1, 2), None
 
 
-def causal_conv1d_update(
-    x_be: Tensor,
-    window_bek: Tensor,
-    weight_ek: Tensor,
-    bias_e: Tensor | None,
-    activation: str | None,
-) -> Tensor:
+def causal_conv1d_update(arguments: ConvStepArguments) -> Tensor:
     """Arguments and returns as in `anymamba.ops.causal_conv1d_update`."""
-    y_be: Tensor = kernels.causal_conv1d_update(x_be, window_bek, weight_ek, bias_e, activation)
+    y_be: Tensor = kernels.causal_conv1d_update(*arguments)
     return y_be

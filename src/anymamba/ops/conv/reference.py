@@ -6,48 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anymamba.ops.segments import Segments
+from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
+from anymamba.ops.segments import count_states, walk_segments
 
 __all__ = ["causal_conv1d", "causal_conv1d_update"]
 
 
-def causal_conv1d(
-    x_ble: Tensor,
-    weight_ek: Tensor,
-    bias_e: Tensor | None,
-    activation: str | None,
-    initial_window: Tensor | None,
-    return_final_window: bool,
-    segments: Segments | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """Arguments and returns as in `anymamba.ops.causal_conv1d`."""
-    b, _, e = x_ble.shape
-    windows = initial_window
+    x_ble, weight_ek, bias_e, activation, windows, _, segments, reverse = arguments
+    b, _l, e = x_ble.shape
     if windows is None:
-        n_windows = b if segments is None else segments.n_states
-        windows = x_ble.new_zeros(n_windows, e, weight_ek.shape[1])
-    windows = windows.to(x_ble.dtype)
+        windows = x_ble.new_zeros(count_states(segments, b), e, weight_ek.shape[1])
 
-    def convolve(x_ble: Tensor, window_bew: Tensor) -> tuple[Tensor, Tensor]:
-        if reverse:
-            y_ble, window_bew = _convolve(x_ble.flip(1), window_bew, weight_ek, bias_e, activation)
-            return y_ble.flip(1), window_bew
-        return _convolve(x_ble, window_bew, weight_ek, bias_e, activation)
+    def walk(row: slice, steps: slice, window: Tensor) -> tuple[Tensor, Tensor]:
+        x = x_ble[row, steps]
+        if not reverse:
+            return _convolve(x, window, weight_ek, bias_e, activation)
+        y, window = _convolve(x.flip(1), window, weight_ek, bias_e, activation)
+        return y.flip(1), window
 
-    if segments is None:
-        return convolve(x_ble, windows)
-    rows: list[list[Tensor]] = [[] for _ in range(b)]
-    final = list(windows)
-    empty = windows.new_zeros(1, *windows.shape[1:])
-    for row, start, stop, window_in, window_out in segments:
-        window = windows[window_in, None] if window_in >= 0 else empty
-        y_ble, window = convolve(x_ble[row : row + 1, start:stop], window)
-        rows[row].append(y_ble)
-        if window_out >= 0:
-            final[window_out] = window[0]
-    y_ble = torch.cat([torch.cat(pieces, 1) if pieces else x_ble[:1] for pieces in rows])
-    return y_ble, (torch.stack(final) if final else windows)
+    return walk_segments(walk, x_ble, windows.to(x_ble.dtype), segments)
 
 
 def _convolve(
@@ -73,17 +52,11 @@ def _convolve(
 
 
 @torch.no_grad()
-def causal_conv1d_update(
-    x_be: Tensor,
-    window_bek: Tensor,
-    weight_ek: Tensor,
-    bias_e: Tensor | None,
-    activation: str | None,
-) -> Tensor:
+def causal_conv1d_update(arguments: ConvStepArguments) -> Tensor:
     """Arguments and returns as in `anymamba.ops.causal_conv1d_update`."""
+    x_be, window_bek, weight_ek, bias_e, activation = arguments
     # A window narrower than the input rounds what it keeps, never the present input.
-    y_ble, window = _convolve(
-        x_be[:, None], window_bek.to(x_be.dtype), weight_ek, bias_e, activation
-    )
+    window = window_bek.to(x_be.dtype)
+    y_ble, window = _convolve(x_be[:, None], window, weight_ek, bias_e, activation)
     window_bek.copy_(window)
     return y_ble[:, 0]

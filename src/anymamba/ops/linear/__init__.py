@@ -52,6 +52,5 @@ def linear(
     n = weight_nk.shape[0]
     check_shape("linear", "weight", weight_nk, (n, x.shape[-1]))
     check_shape("linear", "bias", bias_n, (n,))
-    arguments = {"weight_nk": weight_nk, "bias_n": bias_n}
-    run = implementation("linear", x, arguments, backend)
-    return cast(Tensor, run(x, **arguments))
+    arguments = (x, weight_nk, bias_n)
+    return cast(Tensor, implementation("linear", arguments, backend)(*arguments))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from anymamba.ops.custom_operator import define_operator
 from anymamba.ops.native import core
 
 __all__ = ["linear"]
@@ -21,42 +21,53 @@ def linear(x: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], weight_nk.shape[0])
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """a (m, k) times b (k, n), of any strides and types, plus bias (n,)."""
-    c = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
-    bare_bias = None if bias is None else bias.detach().contiguous()
-    core().product(a.detach(), b.detach(), bare_bias, c)
-    return c
+class _Inputs(NamedTuple):
+    x: Tensor  # (rows, k)
+    weight: Tensor  # (n, k)
+    bias: Tensor | None  # (n,)
 
 
-@torch.library.custom_op("anymamba::linear", mutates_args=(), device_types="cpu")
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _product(x, weight.t(), bias, x.dtype)
+def _allocate(inputs: _Inputs) -> Tensor:
+    return inputs.x.new_empty(inputs.x.shape[0], inputs.weight.shape[0])
 
 
-@_linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _fill(inputs: _Inputs, y: Tensor) -> None:
+    bias = None if inputs.bias is None else inputs.bias.detach().contiguous()
+    core().product(inputs.x.detach(), inputs.weight.detach().t(), bias, y)
 
 
-@torch.library.custom_op("anymamba::linear_backward", mutates_args=(), device_types="cpu")
-def _linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients of x and weight, empty where they are not needed."""
-    nothing = x.new_empty(0)
-    dx = _product(dy, weight, None, x.dtype) if needs_x else nothing
-    dweight = _product(dy.t(), x, None, weight.dtype) if needs_weight else nothing.clone()
-    return dx, dweight
+_linear = define_operator("linear", _Inputs, _allocate, _fill)
 
 
-@_linear_backward.register_fake
-def _(
-    dy: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return dx if needs_x else x.new_empty(0), dweight if needs_weight else x.new_empty(0)
+class _BackwardInputs(NamedTuple):
+    dy: Tensor  # (rows, n)
+    x: Tensor  # (rows, k)
+    weight: Tensor  # (n, k)
+    needs_x: bool
+    needs_weight: bool
+
+
+def _allocate_gradients(inputs: _BackwardInputs) -> tuple[Tensor, Tensor]:
+    """Those of x and weight, empty where they are not needed."""
+    x, weight = inputs.x, inputs.weight
+    return (
+        x.new_empty(x.shape if inputs.needs_x else (0,)),
+        weight.new_empty(weight.shape if inputs.needs_weight else (0,)),
+    )
+
+
+def _fill_gradients(inputs: _BackwardInputs, gradients: tuple[Tensor, Tensor]) -> None:
+    dy, x, weight = (tensor.detach() for tensor in inputs[:3])
+    dx, dweight = gradients
+    if inputs.needs_x:
+        core().product(dy, weight, None, dx)
+    if inputs.needs_weight:
+        core().product(dy.t(), x, None, dweight)
+
+
+_linear_backward = define_operator(
+    "linear_backward", _BackwardInputs, _allocate_gradients, _fill_gradients
+)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

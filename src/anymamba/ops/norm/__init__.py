@@ -54,12 +54,6 @@ def rms_norm(
         raise InputError("rms_norm: expected rows of shape (..., d), got a number")
     check_shape("rms_norm", "weight", weight_d, (x.shape[-1],))
     check_shape("rms_norm", "residual", residual, tuple(x.shape))
-    arguments = {
-        "weight_d": weight_d,
-        "eps": eps,
-        "residual": residual,
-        "residual_in_fp32": residual_in_fp32,
-    }
-    run = implementation("rms_norm", x, arguments, backend)
-    normed, total = run(x, **arguments)
+    arguments = (x, weight_d, eps, residual, residual_in_fp32)
+    normed, total = implementation("rms_norm", arguments, backend)(*arguments)
     return (normed, total) if return_sum else normed

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from anymamba.ops.custom_operator import define_operator
 from anymamba.ops.derivatives import register_second_derivatives
 from anymamba.ops.native import core
-from anymamba.ops.norm import reference as norm_reference
+from anymamba.ops.norm import reference
 
 __all__ = ["rms_norm"]
 
@@ -37,64 +38,59 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] < 2 else tensor.contiguous()
 
 
-@torch.library.custom_op("anymamba::rms_norm", mutates_args=(), device_types="cpu")
-def _norm(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    normed_type: torch.dtype,
-    sum_type: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+class _Inputs(NamedTuple):
+    x: Tensor  # (rows, d)
+    weight: Tensor  # (d,)
+    residual: Tensor | None  # (rows, d)
+    eps: float
+    normed_type: torch.dtype
+    sum_type: torch.dtype | None
+
+
+def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Normed rows, the sum (empty where sum_type is None) and 1 / rms of each row."""
-    normed, total, scale = _outputs(x, weight, normed_type, sum_type)
-    core().norm(
-        _rows(x),
-        None if residual is None else _rows(residual),
-        weight.detach().contiguous(),
-        eps,
-        normed,
-        None if sum_type is None else total,
-        scale,
-    )
-    return normed, total, scale
-
-
-def _outputs(
-    x: Tensor, weight: Tensor, normed_type: torch.dtype, sum_type: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    x, sum_type = inputs.x, inputs.sum_type
     shape = x.shape if sum_type is not None else (0,)
     return (
-        x.new_empty(x.shape, dtype=normed_type),
+        x.new_empty(x.shape, dtype=inputs.normed_type),
         x.new_empty(shape, dtype=sum_type or x.dtype),
         x.new_empty(x.shape[0], dtype=torch.float32),
     )
 
 
-@_norm.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    normed_type: torch.dtype,
-    sum_type: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, weight, normed_type, sum_type)
+def _fill(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    normed, total, scale = outputs
+    core().norm(
+        _rows(inputs.x),
+        None if inputs.residual is None else _rows(inputs.residual),
+        inputs.weight.detach().contiguous(),
+        inputs.eps,
+        normed,
+        None if inputs.sum_type is None else total,
+        scale,
+    )
 
 
-@torch.library.custom_op("anymamba::rms_norm_backward", mutates_args=(), device_types="cpu")
-def _norm_backward(
-    total: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    dnormed: Tensor,
-    dtotal: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the sum, in float32, and of the weight."""
-    dx = total.new_empty(total.shape, dtype=torch.float32)
-    dweight = weight.new_empty(weight.shape)
+_norm = define_operator("rms_norm", _Inputs, _allocate, _fill)
+
+
+class _BackwardInputs(NamedTuple):
+    total: Tensor  # (rows, d)
+    weight: Tensor  # (d,)
+    scale: Tensor  # (rows,)
+    dnormed: Tensor  # (rows, d)
+    dtotal: Tensor | None  # (rows, d)
+    eps: float
+
+
+def _allocate_gradients(inputs: _BackwardInputs) -> tuple[Tensor, Tensor]:
+    """Those of the sum, in float32, and of the weight."""
+    total, weight = inputs.total, inputs.weight
+    return total.new_empty(total.shape, dtype=torch.float32), weight.new_empty(weight.shape)
+
+
+def _fill_gradients(inputs: _BackwardInputs, gradients: tuple[Tensor, Tensor]) -> None:
+    total, weight, scale, dnormed, dtotal, eps = inputs
     core().norm_backward(
         _rows(total),
         weight.detach().contiguous(),
@@ -102,22 +98,13 @@ def _norm_backward(
         scale.detach(),
         _rows(dnormed),
         None if dtotal is None else _rows(dtotal),
-        dx,
-        dweight,
+        *gradients,
     )
-    return dx, dweight
 
 
-@_norm_backward.register_fake
-def _(
-    total: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    dnormed: Tensor,
-    dtotal: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return total.new_empty(total.shape, dtype=torch.float32), weight.new_empty(weight.shape)
+_norm_backward = define_operator(
+    "rms_norm_backward", _BackwardInputs, _allocate_gradients, _fill_gradients
+)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,7 +132,7 @@ _norm.register_autograd(_go_back, setup_context=_keep)
 
 
 def _again(total: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    normed, _ = norm_reference.rms_norm(total, weight, arguments[-1], None, False)
+    normed, _ = reference.rms_norm(total, weight, arguments[-1], None, False)
     return normed, total
 
 

@@ -65,6 +65,5 @@ def quantized_linear(
     check_shape("quantized_linear", "scales", scales, (n, scales.shape[1]))
     check_shape("quantized_linear", "minima", minima, tuple(scales.shape))
     check_shape("quantized_linear", "bias", bias_n, (n,))
-    arguments = {"q": q, "scales": scales, "minima": minima, "bias_n": bias_n}
-    run = implementation("quantized_linear", x, arguments, backend)
-    return cast(Tensor, run(x, **arguments))
+    arguments = (x, q, scales, minima, bias_n)
+    return cast(Tensor, implementation("quantized_linear", arguments, backend)(*arguments))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from anymamba.ops.custom_operator import define_operator
 from anymamba.ops.native import core
-from anymamba.ops.quantized_linear.reference import widened
+from anymamba.ops.quantized_linear.reference import dequantize
 
 __all__ = ["quantized_linear"]
 
@@ -27,20 +28,28 @@ def quantized_linear(
     return y.view(*x.shape[:-1], q.shape[0])
 
 
-@torch.library.custom_op("anymamba::quantized_linear", mutates_args=(), device_types="cpu")
-def _quantized_linear(
-    x: Tensor, q: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    y = x.new_empty(x.shape[0], q.shape[0], dtype=torch.float32)
-    bare = [None if t is None else t.detach().contiguous() for t in (q, scales, minima, bias)]
-    few = x.shape[0] <= _FEW_ROWS
-    core().quantized_product(x.detach().float().contiguous(), *bare, y, few)
-    return y.to(x.dtype)
+class _Inputs(NamedTuple):
+    x: Tensor  # (rows, k)
+    q: Tensor  # (n, k) or (n, k / 2)
+    scales: Tensor  # (n, groups)
+    minima: Tensor | None  # (n, groups)
+    bias: Tensor | None  # (n,)
 
 
-@_quantized_linear.register_fake
-def _(x: Tensor, q: Tensor, scales: Tensor, minima: Tensor | None, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], q.shape[0])
+def _allocate(inputs: _Inputs) -> Tensor:
+    return inputs.x.new_empty(inputs.x.shape[0], inputs.q.shape[0])
+
+
+def _fill(inputs: _Inputs, y: Tensor) -> None:
+    bare = [None if tensor is None else tensor.detach().contiguous() for tensor in inputs[1:]]
+    few = y.shape[0] <= _FEW_ROWS
+    in_float32 = y if y.dtype == torch.float32 else y.new_empty(y.shape, dtype=torch.float32)
+    core().quantized_product(inputs.x.detach().float().contiguous(), *bare, in_float32, few)
+    if in_float32 is not y:
+        y.copy_(in_float32)
+
+
+_quantized_linear = define_operator("quantized_linear", _Inputs, _allocate, _fill)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -53,7 +62,7 @@ def _go_back(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     q, scales, minima = ctx.saved_tensors
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = (dy.float() @ widened(q, scales, minima, ctx.k)).to(dy.dtype)
+        dx = (dy.float() @ dequantize(q, scales, minima, ctx.k)).to(dy.dtype)
     if ctx.has_bias and ctx.needs_input_grad[4]:
         dbias = dy.float().sum(0)
     return dx, None, None, None, dbias

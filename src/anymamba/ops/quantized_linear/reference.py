@@ -6,13 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymamba.renamed import old_names
+
 # A group of smaller numbers counts as zeros: 127 / most would leave float32.
 _SMALLEST = 2.0**-100
 
-__all__ = ["quantized_linear", "widened"]
+__all__ = ["dequantize", "quantized_linear"]
+
+__getattr__ = old_names(__name__)
 
 
-def widened(q: Tensor, scales: Tensor, minima: Tensor | None, k: int) -> Tensor:
+def dequantize(q: Tensor, scales: Tensor, minima: Tensor | None, k: int) -> Tensor:
     """The weight in float32, (n, k).
 
     Args:
@@ -40,7 +44,7 @@ def quantized_linear(
 ) -> Tensor:
     """Arguments and returns as in `anymamba.ops.quantized_linear`."""
     k = x.shape[-1]
-    weight = widened(q, scales, minima, k)
+    weight = dequantize(q, scales, minima, k)
     values = x.float()
     # The gradient passes by the rounding.
     rounded = values + (_rounded(values.detach(), scales.shape[1]) - values).detach()

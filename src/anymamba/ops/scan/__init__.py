@@ -16,7 +16,8 @@ from torch import Tensor
 from anymamba.errors import InputError
 from anymamba.ops.backends import implementation
 from anymamba.ops.checks import check_shape
-from anymamba.ops.segments import segments_of
+from anymamba.ops.scan.arguments import ScanArguments, StepArguments
+from anymamba.ops.segments import count_states, segments_of
 from anymamba.ops.tracing import copy_for_backward
 
 __all__ = ["selective_scan", "selective_state_update"]
@@ -90,26 +91,27 @@ def selective_scan(
         >>> torch.allclose(whole[:, 3:], rest, atol=1e-5)
         True
     """
-    b, l, e, n = _check_scan(x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e)
-    segments = segments_of(b, l, seq_idx, cu_seqlens, reverse)
-    n_states = b if segments is None else segments.n_states
-    check_shape("selective_scan", "initial_state", initial_state, (n_states, e, n))
-    arguments = {
-        "delta_ble": delta_ble,
-        "A_en": A_en,
-        "B_bln": B_bln,
-        "C_bln": C_bln,
-        "D_e": D_e,
-        "z_ble": z_ble,
-        "delta_bias_e": delta_bias_e,
-        "delta_softplus": delta_softplus,
-        "initial_state": copy_for_backward(initial_state),
-        "return_last_state": return_last_state,
-        "segments": segments,
-        "reverse": reverse,
-    }
-    run = implementation("selective_scan", x_ble, arguments, backend, fallback)
-    y_ble, last_state = run(x_ble, **arguments)
+    _check_axes("selective_scan", x_ble, A_en, "b, l")
+    segments = segments_of(x_ble.shape[:2], seq_idx, cu_seqlens, reverse)
+    arguments = ScanArguments(
+        x_ble,
+        delta_ble,
+        A_en,
+        B_bln,
+        C_bln,
+        D_e,
+        z_ble,
+        delta_bias_e,
+        delta_softplus,
+        copy_for_backward(initial_state),
+        return_last_state,
+        segments,
+        reverse,
+    )
+    n_states = count_states(segments, x_ble.shape[0])
+    _check_shapes("selective_scan", arguments, n_states)
+    run = implementation("selective_scan", arguments, backend, fallback)
+    y_ble, last_state = run(arguments)
     return (y_ble, last_state) if return_last_state else y_ble
 
 
@@ -153,57 +155,30 @@ def selective_state_update(
         >>> y.shape, state[0, 0].tolist()
         (torch.Size([1, 6]), [1.0, 1.0, 1.0, 1.0])
     """
-    if x_be.ndim != 2:
-        raise InputError(f"selective_state_update: x_be has shape {tuple(x_be.shape)}, not (b, e)")
-    b, _l, e, n = _check_scan(
-        x_be[:, None],
-        delta_be[:, None],
-        A_en,
-        B_bn[:, None],
-        C_bn[:, None],
-        D_e,
-        None if z_be is None else z_be[:, None],
-        delta_bias_e,
-        operator="selective_state_update",
+    _check_axes("selective_state_update", x_be, A_en, "b")
+    arguments = StepArguments(
+        x_be, delta_be, A_en, B_bn, C_bn, D_e, z_be, delta_bias_e, delta_softplus, state_ben
     )
-    check_shape("selective_state_update", "state_ben", state_ben, (b, e, n))
-    arguments = {
-        "x_be": x_be,
-        "delta_be": delta_be,
-        "A_en": A_en,
-        "B_bn": B_bn,
-        "C_bn": C_bn,
-        "D_e": D_e,
-        "z_be": z_be,
-        "delta_bias_e": delta_bias_e,
-        "delta_softplus": delta_softplus,
-    }
-    run = implementation("selective_state_update", x_be, arguments, backend)
-    return cast(Tensor, run(state_ben, **arguments))
+    _check_shapes("selective_state_update", arguments, x_be.shape[0])
+    return cast(Tensor, implementation("selective_state_update", arguments, backend)(arguments))
 
 
-def _check_scan(
-    x_ble: Tensor,
-    delta_ble: Tensor,
-    A_en: Tensor,
-    B_bln: Tensor,
-    C_bln: Tensor,
-    D_e: Tensor | None,
-    z_ble: Tensor | None,
-    delta_bias_e: Tensor | None,
-    operator: str = "selective_scan",
-) -> tuple[int, int, int, int]:
-    if x_ble.ndim != 3 or A_en.ndim != 2:
+def _check_axes(operator: str, x: Tensor, A_en: Tensor, rows: str) -> None:
+    if x.ndim != 1 + len(rows.split(",")) or A_en.ndim != 2:
         raise InputError(
-            f"{operator}: expected an input of shape (b, l, e) and A of shape (e, n), "
-            f"got {tuple(x_ble.shape)} and {tuple(A_en.shape)}"
+            f"{operator}: expected an input of shape ({rows}, e) and A of shape (e, n), "
+            f"got {tuple(x.shape)} and {tuple(A_en.shape)}"
         )
-    (b, l, e), n = x_ble.shape, A_en.shape[1]
-    check_shape(operator, "delta", delta_ble, (b, l, e))
+
+
+def _check_shapes(operator: str, arguments: ScanArguments | StepArguments, n_states: int) -> None:
+    x, delta, A_en, B, C, D_e, z, delta_bias_e, _, state = arguments[:10]
+    rows, e, n = x.shape[:-1], x.shape[-1], A_en.shape[1]
+    check_shape(operator, "delta", delta, (*rows, e))
     check_shape(operator, "A", A_en, (e, n))
-    for name, tensor in (("B", B_bln), ("C", C_bln)):
-        groups = tensor.shape[2] if tensor.ndim == 4 else 1
-        check_shape(operator, name, tensor, (b, l, n), (b, l, groups, n))
+    for name, tensor in (("B", B), ("C", C)):
+        groups = tensor.shape[-2] if tensor.ndim == len(rows) + 2 else 1
+        check_shape(operator, name, tensor, (*rows, n), (*rows, groups, n))
         if tensor.is_complex() and not A_en.is_complex():
             raise InputError(
                 f"{operator}: {name} is complex and A is real; make A complex, or pass {name}.real"
@@ -212,5 +187,5 @@ def _check_scan(
             raise InputError(f"{operator}: {name} has {groups} groups, which do not divide e={e}")
     for name, vector in (("D", D_e), ("delta_bias", delta_bias_e)):
         check_shape(operator, name, vector, (e,))
-    check_shape(operator, "z", z_ble, (b, l, e))
-    return b, l, e, n
+    check_shape(operator, "z", z, (*rows, e))
+    check_shape(operator, arguments._fields[9], state, (n_states, e, n))

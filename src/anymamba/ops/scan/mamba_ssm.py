@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from anymamba.ops.segments import Segments
+from anymamba.ops.scan.arguments import ScanArguments, StepArguments
 from anymamba.upstream import import_original
 
 __all__ = ["selective_scan", "selective_state_update"]
@@ -17,22 +17,9 @@ scan_kernels = import_original("mamba_ssm.ops.selective_scan_interface")
 update_kernels = import_original("mamba_ssm.ops.triton.selective_state_update")
 
 
-def selective_scan(
-    x_ble: Tensor,
-    delta_ble: Tensor,
-    A_en: Tensor,
-    B_bln: Tensor,
-    C_bln: Tensor,
-    D_e: Tensor | None,
-    z_ble: Tensor | None,
-    delta_bias_e: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    return_last_state: bool,
-    segments: Segments | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor | None]:
+def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor | None]:
     """Arguments and returns as in `anymamba.ops.selective_scan`, less what it cannot do."""
+    x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e, softplus = arguments[:9]
     result = scan_kernels.selective_scan_fn(
         x_ble.transpose(1, 2),
         delta_ble.to(x_ble.dtype).transpose(1, 2),
@@ -42,26 +29,16 @@ def selective_scan(
         None if D_e is None else D_e.float(),
         None if z_ble is None else z_ble.transpose(1, 2),
         None if delta_bias_e is None else delta_bias_e.float(),
-        delta_softplus,
-        return_last_state,
+        softplus,
+        arguments.return_last_state,
     )
-    y_bel, last_ben = result if return_last_state else (result, None)
+    y_bel, last_ben = result if arguments.return_last_state else (result, None)
     return y_bel.transpose(1, 2), last_ben
 
 
-def selective_state_update(
-    state_ben: Tensor,
-    x_be: Tensor,
-    delta_be: Tensor,
-    A_en: Tensor,
-    B_bn: Tensor,
-    C_bn: Tensor,
-    D_e: Tensor | None,
-    z_be: Tensor | None,
-    delta_bias_e: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def selective_state_update(arguments: StepArguments) -> Tensor:
     """Arguments and returns as in `anymamba.ops.selective_state_update`."""
+    x_be, delta_be, A_en, B_bn, C_bn, D_e, z_be, delta_bias_e, softplus, state_ben = arguments
     y_be: Tensor = update_kernels.selective_state_update(
         state_ben,
         x_be,
@@ -72,7 +49,7 @@ def selective_state_update(
         None if D_e is None else D_e.float(),
         z_be,
         None if delta_bias_e is None else delta_bias_e.float(),
-        delta_softplus,
+        softplus,
     )
     return y_be
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from mambapy.pscan import pscan
 from torch import Tensor
 
-from anymamba.ops.scan import reference as scan_reference
+from anymamba.ops.scan import reference
+from anymamba.ops.scan.arguments import ScanArguments
 
 __all__ = ["selective_scan"]
 
 
-def selective_scan(x_ble: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """`anymamba.ops.selective_scan` with mambapy's recurrence in the reference's place."""
-    return scan_reference.selective_scan(x_ble, **arguments, recurrence=_recurrence)
+    return reference.selective_scan(arguments, _recurrence)
 
 
 def _recurrence(a_blen: Tensor, b_blen: Tensor, h_ben: Tensor) -> Tensor:

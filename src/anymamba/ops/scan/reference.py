@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from anymamba.ops.segments import Segments
+from anymamba.ops.scan.arguments import ScanArguments, StepArguments
+from anymamba.ops.segments import count_states, walk_segments
 from anymamba.ops.tracing import is_transformed
 
 __all__ = ["selective_scan", "selective_scan_sequential", "selective_state_update"]
 
 Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
+Walk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 BLOCK_STEPS = 64
 # Below this many state entries a step, PyTorch's cost a call outweighs the arithmetic.
@@ -33,197 +35,99 @@ _NARROW_CHUNKS = 8
 
 
 def selective_scan(
-    x_ble: Tensor,
-    delta_ble: Tensor,
-    A_en: Tensor,
-    B_bln: Tensor,
-    C_bln: Tensor,
-    D_e: Tensor | None,
-    z_ble: Tensor | None,
-    delta_bias_e: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    return_last_state: bool,
-    segments: Segments | None,
-    reverse: bool,
-    recurrence: Recurrence | None = None,
+    arguments: ScanArguments, recurrence: Recurrence | None = None
 ) -> tuple[Tensor, Tensor]:
     """The parallel reference; arguments and returns as in `anymamba.ops.selective_scan`.
 
     `recurrence(a_blen, b_blen, h_ben)` solves h_t = a_t h_{t-1} + b_t for all t.
     """
     recurrence = recurrence or linear_recurrence
+    A_en = arguments.A_en
 
-    def one_piece(
-        x_ble: Tensor, delta_ble: Tensor, B_bln: Tensor, C_bln: Tensor, state_ben: Tensor
+    def in_blocks(
+        x_ble: Tensor, delta_ble: Tensor, B_blen: Tensor, C_blen: Tensor, state_ben: Tensor
     ) -> tuple[Tensor, Tensor]:
         blocks = []
         for start in range(0, x_ble.shape[1], BLOCK_STEPS):
             now = slice(start, start + BLOCK_STEPS)
-            block = (x_ble[:, now], delta_ble[:, now], B_bln[:, now], C_bln[:, now])
+            block = (x_ble[:, now], delta_ble[:, now], B_blen[:, now], C_blen[:, now])
             y_ble, state_ben = _recomputed(_block, *block, A_en, state_ben, recurrence)
             blocks.append(y_ble)
         return (torch.cat(blocks, 1) if blocks else x_ble), state_ben
 
-    return _scan_pieces(
-        one_piece,
-        x_ble,
-        delta_ble,
-        A_en,
-        B_bln,
-        C_bln,
-        D_e,
-        z_ble,
-        delta_bias_e,
-        delta_softplus,
-        initial_state,
-        segments,
-        reverse,
-    )
+    return _scan(in_blocks, arguments)
 
 
-def selective_scan_sequential(
-    x_ble: Tensor,
-    delta_ble: Tensor,
-    A_en: Tensor,
-    B_bln: Tensor,
-    C_bln: Tensor,
-    D_e: Tensor | None = None,
-    z_ble: Tensor | None = None,
-    delta_bias_e: Tensor | None = None,
-    delta_softplus: bool = False,
-    initial_state: Tensor | None = None,
-    return_last_state: bool = False,
-    segments: Segments | None = None,
-    reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
+def selective_scan_sequential(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """The definition, one step at a time; arguments and returns as in the parallel one."""
 
-    def one_piece(
+    def in_steps(
         x_ble: Tensor, delta_ble: Tensor, B_blen: Tensor, C_blen: Tensor, state_ben: Tensor
     ) -> tuple[Tensor, Tensor]:
         outputs = []
         for t in range(x_ble.shape[1]):
-            decay_ben = torch.exp(delta_ble[:, t, :, None] * A_en)
+            decay_ben = torch.exp(delta_ble[:, t, :, None] * arguments.A_en)
             drive_ben = (delta_ble[:, t] * x_ble[:, t])[..., None] * B_blen[:, t]
             state_ben = decay_ben * state_ben + drive_ben
             outputs.append(_real((state_ben * C_blen[:, t]).sum(-1)))
         return (torch.stack(outputs, 1) if outputs else x_ble), state_ben
 
-    return _scan_pieces(
-        one_piece,
-        x_ble,
-        delta_ble,
-        A_en,
-        B_bln,
-        C_bln,
-        D_e,
-        z_ble,
-        delta_bias_e,
-        delta_softplus,
-        initial_state,
-        segments,
-        reverse,
-    )
+    return _scan(in_steps, arguments)
 
 
 @torch.no_grad()
-def selective_state_update(
-    state_ben: Tensor,
-    x_be: Tensor,
-    delta_be: Tensor,
-    A_en: Tensor,
-    B_bn: Tensor,
-    C_bn: Tensor,
-    D_e: Tensor | None,
-    z_be: Tensor | None,
-    delta_bias_e: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def selective_state_update(arguments: StepArguments) -> Tensor:
     """One step, in place; arguments as in `anymamba.ops.selective_state_update`."""
+    x, delta, A, B, C, D, z, delta_bias, softplus, state = arguments
     y_ble, last_ben = selective_scan_sequential(
-        x_be[:, None],
-        delta_be[:, None],
-        A_en,
-        B_bn[:, None],
-        C_bn[:, None],
-        D_e,
-        None if z_be is None else z_be[:, None],
-        delta_bias_e,
-        delta_softplus,
-        initial_state=state_ben,
+        ScanArguments(
+            x[:, None],
+            delta[:, None],
+            A,
+            B[:, None],
+            C[:, None],
+            D,
+            None if z is None else z[:, None],
+            delta_bias,
+            softplus,
+            state,
+        )
     )
-    state_ben.copy_(last_ben)
+    state.copy_(last_ben)
     return y_ble[:, 0]
 
 
-def _scan_pieces(
-    one_piece: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
-    x_ble: Tensor,
-    delta_ble: Tensor,
-    A_en: Tensor,
-    B_bln: Tensor,
-    C_bln: Tensor,
-    D_e: Tensor | None,
-    z_ble: Tensor | None,
-    delta_bias_e: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    segments: Segments | None,
-    reverse: bool,
-) -> tuple[Tensor, Tensor]:
+def _scan(walk: Walk, arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """What surrounds the recurrence: types, step size, direction, packing, skip and gate."""
+    x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e, softplus = arguments[:9]
     wide = torch.promote_types(x_ble.dtype, torch.float32)
     b, _, e = x_ble.shape
     x = x_ble.to(wide)
     delta = delta_ble.to(wide)
     if delta_bias_e is not None:
         delta = delta + delta_bias_e.to(wide)
-    if delta_softplus:
+    if softplus:
         delta = F.softplus(delta)
     wide_A = torch.promote_types(A_en.dtype, wide)
-    B, C = _by_channel(B_bln.to(wide_A), e), _by_channel(C_bln.to(wide_A), e)
+    inputs = (x, delta, _by_channel(B_bln.to(wide_A), e), _by_channel(C_bln.to(wide_A), e))
 
-    def walk(row: slice, span: slice, state: Tensor) -> tuple[Tensor, Tensor]:
-        piece = (x[row, span], delta[row, span], B[row, span], C[row, span])
-        if not reverse:
-            return one_piece(*piece, state)
-        backward = (piece[0].flip(1), piece[1].flip(1), piece[2].flip(1), piece[3].flip(1))
-        y, last = one_piece(*backward, state)
-        return y.flip(1), last
+    def walk_segment(row: slice, steps: slice, state: Tensor) -> tuple[Tensor, Tensor]:
+        segment = [tensor[row, steps] for tensor in inputs]
+        if arguments.reverse:
+            segment = [tensor.flip(1) for tensor in segment]
+        x, delta, B, C = segment
+        y, last = walk(x, delta, B, C, state)
+        return (y.flip(1) if arguments.reverse else y), last
 
-    states = initial_state
+    segments, states = arguments.segments, arguments.initial_state
     if states is None:
-        n_states = b if segments is None else segments.n_states
-        states = x.new_zeros(n_states, e, A_en.shape[1])
-    states = states.to(wide_A)
-    y, last = _each_segment(walk, x, states, segments)
+        states = x.new_zeros(count_states(segments, b), e, A_en.shape[1])
+    y, last = walk_segments(walk_segment, x, states.to(wide_A), segments)
     if D_e is not None:
         y = y + D_e.to(wide) * x
     if z_ble is not None:
         y = y * F.silu(z_ble.to(wide))
     return y.to(x_ble.dtype), last
-
-
-def _each_segment(
-    walk: Callable[[slice, slice, Tensor], tuple[Tensor, Tensor]],
-    x: Tensor,
-    states: Tensor,
-    segments: Segments | None,
-) -> tuple[Tensor, Tensor]:
-    if segments is None:
-        return walk(slice(None), slice(None), states)
-    rows: list[list[Tensor]] = [[] for _ in range(x.shape[0])]
-    last = list(states)
-    empty = states.new_zeros(1, *states.shape[1:])
-    for row, start, stop, state_in, state_out in segments:
-        state = states[state_in, None] if state_in >= 0 else empty
-        y, state = walk(slice(row, row + 1), slice(start, stop), state)
-        rows[row].append(y)
-        if state_out >= 0:
-            last[state_out] = state[0]
-    y = torch.cat([torch.cat(pieces, 1) if pieces else x[:1] for pieces in rows]) if rows else x
-    return y, (torch.stack(last) if last else states)
 
 
 def _by_channel(B_bln: Tensor, e: int) -> Tensor:

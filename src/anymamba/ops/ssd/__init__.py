@@ -9,20 +9,20 @@ Efficient Algorithms Through Structured State Space Duality" (arXiv 2405.21060).
 
 from __future__ import annotations
 
-import math
+import warnings
+from typing import cast
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from anymamba.errors import InputError
+from anymamba.ops.backends import implementation
 from anymamba.ops.checks import check_shape
-from anymamba.ops.segments import segments_of
-from anymamba.ops.ssd.custom_operator import CHUNK_STEPS, ssd_blocked
+from anymamba.ops.segments import count_states, segments_of
+from anymamba.ops.ssd.arguments import NO_LIMIT, SsdArguments, SsdStepArguments
 from anymamba.ops.tracing import copy_for_backward
 
-__all__ = ["ssd"]
+__all__ = ["ssd", "ssd_state_update"]
 
 
 def ssd(
@@ -36,16 +36,19 @@ def ssd(
     dt_bias_h: Float[Tensor, " h"] | None = None,
     dt_softplus: bool = False,
     *,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    initial_states: Float[Tensor, "s h p n"] | None = None,
-    return_final_states: bool = False,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    initial_state: Float[Tensor, "s h p n"] | None = None,
+    return_last_state: bool = False,
     seq_idx: Int[Tensor, "b l"] | None = None,
     cu_seqlens: Int[Tensor, " s1"] | None = None,
     chunk_size: int | None = None,
+    backend: str | None = None,
+    initial_states: Float[Tensor, "s h p n"] | None = None,
+    return_final_states: bool = False,
 ) -> Float[Tensor, "b l h p"] | tuple[Float[Tensor, "b l h p"], Float[Tensor, "s h p n"]]:
     """Run Mamba-2's state space over sequences. Differentiable in every tensor.
 
-    It is PyTorch code whose time goes into matrix products, on any device.
+    Its time goes into PyTorch's matrix products, on any device.
 
     Args:
         x_blhp: the input, (b, l, h, p).
@@ -57,18 +60,20 @@ def ssd(
         dt_bias_h: added to dt, (h,).
         dt_softplus: whether dt goes through softplus after the bias.
         dt_limit: the smallest and the largest step size; what lies outside is moved there.
-        initial_states: the state before the first step, (b, h, p, n); zeros when None.
-        return_final_states: whether to return the state after the last step as well.
-        seq_idx: (b, l) integers; the state restarts from zero where they change. Initial and
-            final states then belong to the rows.
-        cu_seqlens: (s + 1,) offsets of s sequences packed in one row (b is 1). Initial and final
-            states then belong to the sequences: (s, h, p, n).
+        initial_state: the state before the first step, (b, h, p, n); zeros when None.
+        return_last_state: whether to return the state after the last step as well.
+        seq_idx: (b, l) integers; the state restarts from zero where they change. initial_state
+            and last state then belong to the rows.
+        cu_seqlens: (s + 1,) offsets of s sequences packed in one row (b is 1). initial_state and
+            last state then belong to the sequences: (s, h, p, n).
         chunk_size: how many steps one matrix product takes together. Results do not depend on
             it; None is what was measured as fastest.
+        backend: a choice for this call alone, see `anymamba.ops.backend`.
+        initial_states, return_final_states: older names of initial_state and return_last_state.
 
     Returns:
-        y_blhp in the type of x, and with return_final_states the final states, float32 (float64
-        for float64 inputs).
+        y_blhp in the type of x, and with return_last_state the last state, float32 (float64 for
+        float64 inputs).
 
     Raises:
         InputError: a shape does not fit the others, or a limit or chunk size makes no sense.
@@ -78,67 +83,119 @@ def ssd(
         >>> from anymamba.ops import ssd
         >>> x, dt = torch.randn(1, 5, 4, 8), torch.rand(1, 5, 4)
         >>> A, B, C = -torch.rand(4), torch.randn(1, 5, 2, 3), torch.randn(1, 5, 2, 3)
-        >>> whole, last = ssd(x, dt, A, B, C, return_final_states=True)
-        >>> _, state = ssd(x[:, :2], dt[:, :2], A, B[:, :2], C[:, :2], return_final_states=True)
-        >>> rest = ssd(x[:, 2:], dt[:, 2:], A, B[:, 2:], C[:, 2:], initial_states=state)
+        >>> whole, last = ssd(x, dt, A, B, C, return_last_state=True)
+        >>> _, state = ssd(x[:, :2], dt[:, :2], A, B[:, :2], C[:, :2], return_last_state=True)
+        >>> rest = ssd(x[:, 2:], dt[:, 2:], A, B[:, 2:], C[:, 2:], initial_state=state)
         >>> torch.allclose(whole[:, 2:], rest, atol=1e-5), last.shape
         (True, torch.Size([1, 4, 8, 3]))
     """
-    _check(x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, z_blhp, dt_bias_h)
-    b, l, h, p = x_blhp.shape
-    steps = CHUNK_STEPS if chunk_size is None else chunk_size
-    if steps < 1:
+    if initial_states is not None or return_final_states:
+        message = "ssd: initial_states and return_final_states are called initial_state and "
+        warnings.warn(message + "return_last_state now", DeprecationWarning, stacklevel=2)
+        initial_state = initial_states if initial_state is None else initial_state
+        return_last_state = return_last_state or return_final_states
+    _check_axes("ssd", x_blhp, B_blgn, "b, l")
+    segments = segments_of(x_blhp.shape[:2], seq_idx, cu_seqlens, reverse=False)
+    if chunk_size is not None and chunk_size < 1:
         raise InputError(f"ssd: chunk_size is {chunk_size}, expected a whole number from 1 up")
-    segments = segments_of(b, l, seq_idx, cu_seqlens, reverse=False)
-    n_states = b if segments is None else segments.n_states
-    check_shape("ssd", "initial_states", initial_states, (n_states, h, p, B_blgn.shape[3]))
-
-    wide = torch.promote_types(x_blhp.dtype, torch.float32)
-    dt = _step_sizes(dt_blh.to(wide), dt_bias_h, dt_softplus, dt_limit)
-    D_hp = D_h[:, None] if D_h is not None and D_h.ndim == 1 else D_h
-    initial = copy_for_backward(initial_states)
-    y, last = ssd_blocked(x_blhp, dt, A_h, B_blgn, C_blgn, D_hp, initial, segments, steps)
-    if z_blhp is not None:
-        y = (y * F.silu(z_blhp.to(wide))).to(x_blhp.dtype)
-    return (y, last) if return_final_states else y
-
-
-def _step_sizes(
-    dt_blh: Tensor, bias_h: Tensor | None, softplus: bool, limit: tuple[float, float]
-) -> Tensor:
-    if bias_h is not None:
-        dt_blh = dt_blh + bias_h.to(dt_blh.dtype)
-    if softplus:
-        dt_blh = F.softplus(dt_blh)
-    low, high = limit
-    if not low <= high:
-        raise InputError(f"ssd: dt_limit is {limit}, expected the smaller number first")
-    # Softplus is positive already; a clamp would cost its gradient a pass.
-    return dt_blh if softplus and limit == (0.0, math.inf) else dt_blh.clamp(low, high)
+    arguments = SsdArguments(
+        x_blhp,
+        dt_blh,
+        A_h,
+        B_blgn,
+        C_blgn,
+        D_h,
+        z_blhp,
+        dt_bias_h,
+        dt_softplus,
+        dt_limit,
+        copy_for_backward(initial_state),
+        return_last_state,
+        segments,
+        chunk_size,
+    )
+    _check_shapes("ssd", arguments, count_states(segments, x_blhp.shape[0]))
+    y_blhp, last_state = implementation("ssd", arguments, backend)(arguments)
+    return (y_blhp, last_state) if return_last_state else y_blhp
 
 
-def _check(
-    x_blhp: Tensor,
-    dt_blh: Tensor,
-    A_h: Tensor,
-    B_blgn: Tensor,
-    C_blgn: Tensor,
-    D_h: Tensor | None,
-    z_blhp: Tensor | None,
-    dt_bias_h: Tensor | None,
-) -> None:
-    if x_blhp.ndim != 4 or B_blgn.ndim != 4:
+def ssd_state_update(
+    state_bhpn: Float[Tensor, "b h p n"],
+    x_bhp: Float[Tensor, "b h p"],
+    dt_bh: Float[Tensor, "b h"],
+    A_h: Float[Tensor, " h"],
+    B_bgn: Float[Tensor, "b g n"],
+    C_bgn: Float[Tensor, "b g n"],
+    D_h: Float[Tensor, " h"] | Float[Tensor, "h p"] | None = None,
+    z_bhp: Float[Tensor, "b h p"] | None = None,
+    dt_bias_h: Float[Tensor, " h"] | None = None,
+    dt_softplus: bool = False,
+    *,
+    dt_limit: tuple[float, float] = NO_LIMIT,
+    backend: str | None = None,
+) -> Float[Tensor, "b h p"]:
+    """One step of `ssd`: changes the state in place, has no gradient.
+
+    Args:
+        state_bhpn: the state, (b, h, p, n); overwritten with the state after the step.
+        x_bhp, dt_bh, B_bgn, C_bgn, z_bhp: one position of what `ssd` takes.
+        A_h, D_h, dt_bias_h, dt_softplus, dt_limit: as in `ssd`.
+        backend: a choice for this call alone, see `anymamba.ops.backend`.
+
+    Returns:
+        y_bhp in the type of x.
+
+    Raises:
+        InputError: a shape does not fit the others, or the limits make no sense.
+        BackendError: the chosen backend cannot run here.
+
+    Example:
+        >>> import torch
+        >>> from anymamba.ops import ssd_state_update
+        >>> state, x, maps = torch.zeros(1, 2, 3, 4), torch.ones(1, 2, 3), torch.ones(1, 1, 4)
+        >>> y = ssd_state_update(state, x, torch.ones(1, 2), -torch.ones(2), maps, maps)
+        >>> y[0, 0].tolist(), state[0, 0, 0].tolist()
+        ([4.0, 4.0, 4.0], [1.0, 1.0, 1.0, 1.0])
+    """
+    _check_axes("ssd_state_update", x_bhp, B_bgn, "b")
+    arguments = SsdStepArguments(
+        x_bhp,
+        dt_bh,
+        A_h,
+        B_bgn,
+        C_bgn,
+        D_h,
+        z_bhp,
+        dt_bias_h,
+        dt_softplus,
+        dt_limit,
+        state_bhpn,
+    )
+    _check_shapes("ssd_state_update", arguments, x_bhp.shape[0])
+    return cast(Tensor, implementation("ssd_state_update", arguments, backend)(arguments))
+
+
+def _check_axes(operator: str, x: Tensor, B: Tensor, rows: str) -> None:
+    axes = 2 + len(rows.split(","))
+    if x.ndim != axes or B.ndim != axes:
         raise InputError(
-            "ssd: expected an input of shape (b, l, h, p) and B of shape (b, l, g, n), "
-            f"got {tuple(x_blhp.shape)} and {tuple(B_blgn.shape)}"
+            f"{operator}: expected an input of shape ({rows}, h, p) and B of shape "
+            f"({rows}, g, n), got {tuple(x.shape)} and {tuple(B.shape)}"
         )
-    (b, l, h, p), (g, n) = x_blhp.shape, B_blgn.shape[2:]
-    check_shape("ssd", "dt", dt_blh, (b, l, h))
+
+
+def _check_shapes(operator: str, arguments: SsdArguments | SsdStepArguments, n_states: int) -> None:
+    x, dt, A_h, B, C, D_h, z, dt_bias_h, _, limit, state = arguments[:11]
+    rows, (h, p), (g, n) = x.shape[:-2], x.shape[-2:], B.shape[-2:]
+    check_shape(operator, "dt", dt, (*rows, h))
     for name, vector in (("A", A_h), ("dt_bias", dt_bias_h)):
-        check_shape("ssd", name, vector, (h,))
-    for name, tensor in (("B", B_blgn), ("C", C_blgn)):
-        check_shape("ssd", name, tensor, (b, l, g, n))
+        check_shape(operator, name, vector, (h,))
+    for name, tensor in (("B", B), ("C", C)):
+        check_shape(operator, name, tensor, (*rows, g, n))
     if g < 1 or h % g:
-        raise InputError(f"ssd: B and C have {g} groups, which do not divide h={h}")
-    check_shape("ssd", "D", D_h, (h,), (h, p))
-    check_shape("ssd", "z", z_blhp, (b, l, h, p))
+        raise InputError(f"{operator}: B and C have {g} groups, which do not divide h={h}")
+    check_shape(operator, "D", D_h, (h,), (h, p))
+    check_shape(operator, "z", z, (*rows, h, p))
+    check_shape(operator, arguments._fields[10], state, (n_states, h, p, n))
+    if not limit[0] <= limit[1]:
+        raise InputError(f"{operator}: dt_limit is {limit}, expected the smaller number first")

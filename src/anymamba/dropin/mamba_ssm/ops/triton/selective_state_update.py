@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba import ops
@@ -208,21 +208,9 @@ def _step_of_channels(inputs: _Inputs, dt_softplus: bool, backend: str | None = 
 
 def _step_of_heads(inputs: _Inputs, dt_softplus: bool) -> Tensor:
     """A step with one decay a head: one exponential in place of one for each state."""
-    wide = torch.promote_types(inputs.x.dtype, torch.float32)
-    tensors = (None if tensor is None else tensor.to(wide) for tensor in inputs)
-    state, x, dt, A, B, C, D, z, dt_bias = _Inputs._make(tensors)
-    dt_bh1 = dt[..., :1] if dt_bias is None else dt[..., :1] + dt_bias[:, :1]
-    if dt_softplus:
-        dt_bh1 = F.softplus(dt_bh1)
-    heads = x.shape[1] // B.shape[1]
-    B_bhn, C_bhn = B.repeat_interleave(heads, 1), C.repeat_interleave(heads, 1)
-    decay_bh1 = torch.exp(dt_bh1 * A[:, 0, :1])
-    state.mul_(decay_bh1[..., None]).addcmul_((dt_bh1 * x)[..., None], B_bhn[:, :, None])
-    if state is not inputs.state:
-        inputs.state.copy_(state)
-    out = (state @ C_bhn[..., None])[..., 0]
-    if D is not None:
-        out = out + D * x
-    if z is not None:
-        out = out * F.silu(z)
-    return out.to(inputs.x.dtype)
+    state, x, dt, A, B, C, D, z, dt_bias = inputs
+    bias = None if dt_bias is None else dt_bias[:, 0]
+    return ops.ssd_state_update(
+        *(state, x, dt[..., 0], A[:, 0, 0], B, C, D, z, bias, dt_softplus),
+        dt_limit=(-math.inf, math.inf),
+    )

@@ -112,10 +112,10 @@ def mamba_chunk_scan_combined(
         ops.ssd,
         *(x, dt, A, B, C, D, z, dt_bias, dt_softplus),
         dt_limit=dt_limit,
-        return_final_states=True,
+        return_last_state=True,
     )
     if not return_varlen_states:
-        out, final_states = scan(seq_idx=seq_idx, initial_states=initial_states)
+        out, final_states = scan(seq_idx=seq_idx, initial_state=initial_states)
         return (out, final_states) if return_final_states else out
     if cu_seqlens is None:
         raise InputError("mamba_chunk_scan_combined: return_varlen_states needs cu_seqlens")
@@ -123,7 +123,7 @@ def mamba_chunk_scan_combined(
     out, states = scan(cu_seqlens=offsets)
     final_states, varlen_states = states[-1:], states[: len(cu_seqlens) - 1]
     if initial_states is not None or not restart_at(seq_idx, offsets):
-        out, final_states = scan(seq_idx=seq_idx, initial_states=initial_states)
+        out, final_states = scan(seq_idx=seq_idx, initial_state=initial_states)
     return (out, final_states, varlen_states) if return_final_states else (out, varlen_states)
 
 
@@ -363,8 +363,8 @@ def mamba_split_conv1d_scan_combined(
         y, last = ops.ssd(
             *(x, dt, A, B, C, D, gate, dt_bias, True),
             dt_limit=dt_limit,
-            initial_states=initial_states,
-            return_final_states=True,
+            initial_state=initial_states,
+            return_last_state=True,
             seq_idx=seq_idx,
         )
         final_states.append(last)
