@@ -74,8 +74,7 @@ def _called(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution through its forward, called once for each packed sequence."""
-    b, l, _ = x_ble.shape
-    segments = segments_of(b, l, seq_idx, cu_seqlens, reverse=False)
+    segments = segments_of(x_ble.shape[:2], seq_idx, cu_seqlens, reverse=False)
     if segments is None:
         return _called_once(conv1d, x_ble, window)
     outputs, windows = [], [] if window is None else [window[:0]]
