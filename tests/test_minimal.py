@@ -18,7 +18,7 @@ from torch import nn
 
 from anymamba import minimal
 from anymamba.minimal import Mamba, ModelArgs
-from tests.checkpoint import by_hand
+from tests.support import files as by_hand
 
 # The project's contract for a whole model in float32: rounding of ~1e-7 a step, some hundred
 # steps deep, with two decades of room.

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from anymamba.checkpoint import expected_shapes, read_config
 from anymamba.errors import CheckpointError
-
-from .by_hand import (
+from tests.support.files import (
     CONFIGS,
     MINIMAL_CONFIG,
     ORIGINAL_CONFIG,

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from anymamba.checkpoint.files import find_weight_files
 from anymamba.errors import CheckpointError
-
-from .by_hand import one_line
+from tests.support.files import one_line
 
 PREFERENCE = [
     "model.safetensors",

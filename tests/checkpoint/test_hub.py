@@ -10,9 +10,8 @@ import torch
 
 from anymamba.checkpoint import load_torch_state_dict, open_checkpoint, resolve
 from anymamba.errors import CheckpointError, HubError
-
-from .by_hand import one_line, weights, write_model, write_shards
-from .hub_stand_in import COMMIT, serve
+from tests.support.files import one_line, weights, write_model, write_shards
+from tests.support.hub import COMMIT, serve
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anymamba.checkpoint import to_transformers_name
-
-from .by_hand import renamed, weights
+from tests.support.files import renamed, weights
 
 
 @pytest.mark.parametrize("layout", ["transformers", "original", "minimal"])

@@ -6,8 +6,7 @@ import pytest
 
 from anymamba.checkpoint import check_tensors, expected_shapes, model_shape
 from anymamba.errors import CheckpointError, ConfigError
-
-from .by_hand import TRANSFORMERS_CONFIG, one_line, weights
+from tests.support.files import TRANSFORMERS_CONFIG, one_line, weights
 
 
 def test_the_shapes_spelt_out_by_hand():

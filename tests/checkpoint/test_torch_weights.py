@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 
 from anymamba.checkpoint import expected_shapes, load_torch_state_dict, open_checkpoint
 from anymamba.errors import CheckpointError
-
-from .by_hand import (
+from tests.support.files import (
     TRANSFORMERS_CONFIG,
     one_line,
     renamed,

@@ -18,8 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from anymamba.cli import main as command_line
 from anymamba.cli.main import COMMANDS, build_parser, main
-
-from .test_common_options import WITH_PYTORCH, arguments
+from tests.cli.options.test_common_options import WITH_PYTORCH, arguments
 
 # Those that open a model and need neither the network nor PyTorch.
 WITH_MODEL = sorted({*COMMANDS} - WITH_PYTORCH - {"completion", "models", "download"})
@@ -198,8 +197,7 @@ def test_a_full_disk_is_called_so_in_the_middle_of_a_gguf_file(
     """numpy, which writes tensors, says how much it wrote and not why."""
     pytest.importorskip("gguf")
     from anymamba.assets import bundled_model
-
-    from .test_full_disk import files_of_at_most
+    from tests.cli.test_full_disk import files_of_at_most
 
     with files_of_at_most(500 << 10):
         done = anymamba("convert", bundled_model(), tmp_path / "x.gguf")

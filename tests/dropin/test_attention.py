@@ -13,9 +13,8 @@ from anymamba.dropin.mamba_ssm.modules.mha import MHA
 from anymamba.dropin.mamba_ssm.modules.mlp import GatedMLP
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError
-
-from . import loops
-from .closeness import assert_close, assert_gradients_close, unhidden
+from tests.support import loops
+from tests.support.layer_tolerance import assert_close, assert_gradients_close, unhidden
 
 
 def layer(**arguments: Any) -> Any:

@@ -27,7 +27,7 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import (
     causal_conv1d_varlen_states_ref,
 )
 from anymamba.errors import InputError
-from tests.ops.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_gradient
 
 LAYOUTS = {
     "time together": lambda x: x.contiguous(),

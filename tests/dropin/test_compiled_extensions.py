@@ -16,7 +16,7 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
 from anymamba.dropin.causal_conv1d.cpp_functions import causal_conv1d_bwd_function
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from anymamba.errors import ArgumentError
-from tests.ops.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_gradient
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 

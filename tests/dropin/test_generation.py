@@ -21,9 +21,8 @@ from anymamba.dropin.mamba_ssm.utils.generation import (
     update_graph_cache,
 )
 from anymamba.errors import InputError
-
-from .closeness import assert_close
-from .test_language_models import MODELS, small_model, words
+from tests.dropin.test_language_models import MODELS, small_model, words
+from tests.support.layer_tolerance import assert_close
 
 
 def likeliest(model: Any, ids: Tensor, length: int, penalty: float = 1.0) -> Tensor:

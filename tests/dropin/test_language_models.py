@@ -20,8 +20,7 @@ from anymamba.dropin.mamba_ssm.models.mixer_seq_simple import MixerModel, create
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.dropin.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 from anymamba.errors import CheckpointError, ConfigError
-
-from .closeness import assert_close, unhidden
+from tests.support.layer_tolerance import assert_close, unhidden
 
 MAMBA2 = {"layer": "Mamba2", "d_state": 6, "headdim": 8, "chunk_size": 8}
 ATTENTION = {"num_heads": 3, "causal": True, "rotary_emb_dim": 4, "d_conv": 2}

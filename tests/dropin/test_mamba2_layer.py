@@ -17,9 +17,8 @@ from anymamba.dropin.mamba_ssm.modules.mamba2 import Mamba2
 from anymamba.dropin.mamba_ssm.modules.mamba2_simple import Mamba2Simple
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError, NotIncludedError
-
-from . import loops
-from .closeness import assert_close, assert_gradients_close, unhidden
+from tests.support import loops
+from tests.support.layer_tolerance import assert_close, assert_gradients_close, unhidden
 
 SMALL = {"d_model": 12, "d_state": 6, "headdim": 4, "chunk_size": 8, "layer_idx": 0}
 

@@ -15,7 +15,7 @@ from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
     mamba_inner_ref,
 )
 from anymamba.errors import InputError
-from tests.ops.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_gradient
 
 NAMES = "conv1d_weight conv1d_bias x_proj_weight delta_proj_weight out_proj_weight out_proj_bias A"
 b, d, e, l, n, rank = 2, 5, 6, 9, 4, 3

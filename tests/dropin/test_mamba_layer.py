@@ -14,9 +14,8 @@ from anymamba.dropin.mamba_ssm.modules.block import Block
 from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError
-
-from . import loops
-from .closeness import assert_close, assert_gradients_close, unhidden
+from tests.support import loops
+from tests.support.layer_tolerance import assert_close, assert_gradients_close, unhidden
 
 
 def layer(**arguments: Any) -> Mamba:

@@ -15,7 +15,7 @@ from anymamba.dropin.mamba_ssm.ops.triton import layer_norm, layernorm_gated
 from anymamba.dropin.mamba_ssm.ops.triton.k_activations import SwiGLU, swiglu
 from anymamba.dropin.mamba_ssm.ops.triton.softplus import softplus
 from anymamba.errors import InputError
-from tests.ops.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_gradient
 
 Numbers = NDArray[np.float64]
 D = 12

@@ -25,7 +25,7 @@ from anymamba.dropin.mamba_ssm.ops.triton import (
 )
 from anymamba.errors import ArgumentError, MissingModuleError, NotIncludedError
 from anymamba.upstream import NAMES
-from tests.ops.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_gradient
 
 
 @pytest.fixture

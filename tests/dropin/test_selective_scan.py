@@ -1,7 +1,7 @@
 """The selective scan under the original's names, against a loop over single numbers.
 
-The loop is `tests.ops.test_scan.brute_force`; what this file adds is how the original lays out its
-tensors: channels before time, constant B and C, complex numbers as pairs in a row.
+The loop is `brute_force` of the scan's own tests; what this file adds is how the original lays out
+its tensors: channels before time, constant B and C, complex numbers as pairs in a row.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
     selective_scan_ref,
 )
 from anymamba.errors import InputError
-from tests.ops.test_scan import brute_force
-from tests.ops.tolerance import assert_contract, assert_gradient
+from tests.ops.scan.test_scan import brute_force
+from tests.support.tolerance import assert_contract, assert_gradient
 
 SEQUENCES = ("u", "delta", "z", "B", "C")
 FORMS = ["constant", "variable", "2 groups", "6 groups"]

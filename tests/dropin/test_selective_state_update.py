@@ -15,7 +15,7 @@ from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import (
     selective_state_update_ref,
 )
 from anymamba.errors import InputError
-from tests.ops.tolerance import assert_contract
+from tests.support.tolerance import assert_contract
 
 UPDATES = [selective_state_update, selective_state_update_ref]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .surface import listed, modules, signatures
+from tests.dropin.surface import listed, modules, signatures
 
 LISTED = listed()
 

@@ -15,7 +15,7 @@ from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 from anymamba.dropin.mamba_ssm.modules import ssd_minimal
 from anymamba.dropin.mamba_ssm.ops.triton import ssd_combined
 from anymamba.errors import InputError
-from tests.ops.tolerance import assert_contract
+from tests.support.tolerance import assert_contract
 
 
 def normal(*shape: int) -> Tensor:

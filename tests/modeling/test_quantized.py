@@ -21,8 +21,8 @@ from anymamba.errors import BackendError, InputError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.quantized import QuantizedLinear
 from anymamba.ops.quantized_linear import reference
-from tests.modeling.small import assert_same, small_model, words
-from tests.ops.tolerance import assert_contract
+from tests.support.models import assert_same, small_model, words
+from tests.support.tolerance import assert_contract
 
 # Kernels are held to the contract one by one, below. Through a whole model a last bit may carry an
 # activation over a border of its rounding: it then moves by 1/127 of its group's largest, and what

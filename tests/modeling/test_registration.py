@@ -31,8 +31,8 @@ from anymamba.modeling import (
 from anymamba.modeling.adapters import untie_head
 from anymamba.modeling.registration import CONFIG_MAPPING
 from anymamba.runtime.convert.conversion import convert
-from tests.modeling.small import small_model
-from tests.modeling.test_loading import write_minimal, write_original
+from tests.modeling.loading.test_loading import write_minimal, write_original
+from tests.support.models import small_model
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
 IDS = torch.tensor([[1, 5, 7, 2, 9], [3, 3, 8, 19, 0]])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.native.running import assert_ends_well, run_python
+from tests.support.processes import assert_ends_well, run_python
 
 # Their kernels take memory of their own; the others' work needs none.
 TAKE_MEMORY = {"conv", "conv_backward", "norm_backward", "product", "quantized_product"} | {

@@ -11,7 +11,7 @@ import torch
 
 from anymamba import _core
 from tests.native.calls import CALLS, Array
-from tests.native.running import assert_ends_well, run_python
+from tests.support.processes import assert_ends_well, run_python
 
 # Of each function and each instruction set; enough for every combination of absent arguments.
 VALID_CALLS = "200"

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from anymamba import _core, ops
-from tests.native.running import assert_ends_well, run_python
-from tests.ops.inputs import scan_inputs
+from tests.support.operators import scan_inputs
+from tests.support.processes import assert_ends_well, run_python
 
 # What the scripts share: a convolution of enough work for every thread, on numpy arrays.
 WORK = """

@@ -18,8 +18,8 @@ from anymamba.ops import backends
 from anymamba.ops.conv.arguments import ConvArguments
 from anymamba.ops.mamba_ssm_limits import unsupported_reason
 from anymamba.ops.scan.arguments import ScanArguments
-from tests.ops.inputs import scan_inputs
-from tests.ops.tolerance import assert_contract
+from tests.support.operators import scan_inputs
+from tests.support.tolerance import assert_contract
 
 
 def test_a_choice_lasts_as_long_as_its_context() -> None:

@@ -16,7 +16,7 @@ from anymamba.ops.conv import native as conv_native
 from anymamba.ops.linear import native as linear_native
 from anymamba.ops.norm import native as norm_native
 from anymamba.ops.scan import native as scan_native
-from tests.ops.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_gradient
 
 OPERATORS = torch.ops.anymamba
 b, l, e, n, k, g = 2, 37, 6, 4, 3, 2

@@ -12,8 +12,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from anymamba import ops
 from anymamba.errors import BackendError
-from tests.ops.inputs import scan_inputs
-from tests.ops.tolerance import assert_gradient
+from tests.support.operators import scan_inputs
+from tests.support.tolerance import assert_gradient
 
 Operator = Callable[..., tuple[Tensor, ...]]
 b, l, e, n, k = 2, 5, 3, 2, 3

@@ -15,7 +15,7 @@ from anymamba.dropin.causal_conv1d import causal_conv1d_update
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from anymamba.errors import InputError
 from anymamba.ops.direct import conv_step, scan_step
-from tests.ops.tolerance import assert_contract
+from tests.support.tolerance import assert_contract
 
 # Around a register's 16 channels; the last is too large for one thread alone, and (0, 3, 4) empty.
 SIZES = [(1, 17, 5), (3, 16, 16), (1, 1, 1), (0, 3, 4), (2, 1100, 32)]

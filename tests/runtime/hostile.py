@@ -25,7 +25,7 @@ from anymamba.errors import AnyMambaError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.loading import load
-from tests.runtime import gguf_by_hand, tiny_files
+from tests.support import gguf_files, tiny_files
 
 # The process takes a third of this before the first case. A case that asks for more than the rest
 # fails, and so does one that would fill a machine.
@@ -161,11 +161,11 @@ def write_originals(place: Path) -> None:
     convert(place / "plain", place / "minimal", "minimal", "f16")
     write_quantized(place / "plain", place / "quantized")
     for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
-        gguf_by_hand.write(place / f"{kind}.gguf", kind)
+        gguf_files.write(place / f"{kind}.gguf", kind)
     for kind in ("Q4_1", "Q4_K", "Q5_K"):
-        gguf_by_hand.write_wide(place / f"{kind}.gguf", kind, head="Q6_K")
+        gguf_files.write_wide(place / f"{kind}.gguf", kind, head="Q6_K")
     (place / "parts").mkdir()
-    gguf_by_hand.write_wide(place / "parts" / "model.gguf", "Q4_0", head="Q6_K", parts=5)
+    gguf_files.write_wide(place / "parts" / "model.gguf", "Q4_0", head="Q6_K", parts=5)
     convert(place / "plain", place / "tokens.gguf", "gguf", "f16")
     engine = load(place / "plain")
     for dtype in ("float32", "bfloat16"):

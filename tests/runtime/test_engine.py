@@ -16,8 +16,13 @@ from hypothesis import strategies as st
 import anymamba
 from anymamba import Engine
 from anymamba.errors import CheckpointError, InputError, StateError
-
-from .small import assert_close, reference_logits, small_weights, words, write_small
+from tests.support.reference import (
+    assert_close,
+    reference_logits,
+    small_weights,
+    words,
+    write_small,
+)
 
 
 @pytest.fixture(scope="module")

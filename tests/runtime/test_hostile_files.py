@@ -17,8 +17,7 @@ from anymamba.checkpoint import source as sources
 from anymamba.errors import CheckpointError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.loading import load
-
-from . import gguf_by_hand, tiny_files
+from tests.support import gguf_files, tiny_files
 
 pytest.importorskip("anymamba._core")
 pytest.importorskip("gguf")
@@ -92,7 +91,7 @@ def output(process: subprocess.Popen[str]) -> set[str]:
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_two_processes_read_one_model(kind: str, folder: Path) -> None:
-    path = folder if kind == "folder" else gguf_by_hand.write(folder.with_name("m.gguf"), "Q4_0")
+    path = folder if kind == "folder" else gguf_files.write(folder.with_name("m.gguf"), "Q4_0")
     alone = output(start(READER, path, "1"))
     assert len(alone) == 1
     before = contents(folder)

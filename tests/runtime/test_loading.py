@@ -22,8 +22,14 @@ from anymamba.errors import (
     InputError,
     MissingDependencyError,
 )
-
-from .small import CONFIG, assert_close, reference_logits, small_weights, words, write_small
+from tests.support.reference import (
+    CONFIG,
+    assert_close,
+    reference_logits,
+    small_weights,
+    words,
+    write_small,
+)
 
 SIZES = {"d_model": 24, "n_layer": 2, "vocab_size": 61}
 LAYER = {"d_state": 5, "dt_rank": 3}

@@ -15,8 +15,7 @@ from anymamba import Engine, MambaCache, MambaForCausalLM
 from anymamba.assets import bundled_model
 from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.errors import InputError, StateError
-
-from .small import assert_close, words, write_small
+from tests.support.reference import assert_close, words, write_small
 
 # The contract for whole models: float32, and bfloat16 storage.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}

@@ -1,0 +1,169 @@
+"""A file is there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from anymamba.checkpoint import write_atomically
+from anymamba.errors import CheckpointError
+from tests.support.files import one_line
+
+
+def write(text):
+    return lambda path: path.write_text(text) and None
+
+
+def test_creates_and_replaces(tmp_path):
+    target = tmp_path / "state.safetensors"
+    write_atomically(target, write("one"))
+    write_atomically(str(target), write("two"))
+    assert target.read_text() == "two"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_old_file_is_there_while_the_new_is_written(tmp_path):
+    target = tmp_path / "state"
+    target.write_text("old")
+
+    def look(path):
+        path.write_text("ne")
+        assert target.read_text() == "old"
+        assert path.parent.parent == target.parent
+        assert path.name == target.name
+        path.write_text("new")
+
+    write_atomically(target, look)
+    assert target.read_text() == "new"
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, KeyboardInterrupt, Interrupted])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_failure_changes_nothing(tmp_path, error, before):
+    target = tmp_path / "state"
+    if before:
+        target.write_text("old")
+
+    def fail(path):
+        path.write_text("half")
+        raise error
+
+    with pytest.raises(error):
+        write_atomically(target, fail)
+    assert [path.read_text() for path in tmp_path.iterdir()] == (["old"] if before else [])
+
+
+def test_a_killed_process_changes_nothing(tmp_path):
+    target = tmp_path / "state"
+    target.write_text("old")
+    program = (
+        "import os, sys\n"
+        "from anymamba.checkpoint import write_atomically\n"
+        "def die(path):\n"
+        "    path.write_text('half')\n"
+        "    os._exit(9)\n"
+        "write_atomically(sys.argv[1], die)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(target)], check=False).returncode == 9
+    assert target.read_text() == "old"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
+def test_mode_and_links(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "state", write("one"))
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE((tmp_path / "state").stat().st_mode) == 0o640
+    link = tmp_path / "link"
+    link.symlink_to("state")
+    write_atomically(link, write("two"))
+    assert link.is_symlink()
+    assert (tmp_path / "state").read_text() == "two"
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="No such file") as caught:
+        write_atomically(tmp_path / "nowhere" / "state", write("one"))
+    one_line(caught.value)
+
+
+def test_a_folder_in_the_way(tmp_path):
+    (tmp_path / "state").mkdir()
+    with pytest.raises(CheckpointError, match="it is not a file") as caught:
+        write_atomically(tmp_path / "state", write("one"))
+    one_line(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    """A device such as /dev/null neither; a pipe stands for it here."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="it is not a file"):
+        write_atomically(tmp_path / "pipe", write("one"))
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EACCES, "choose a place that you may write to"),
+        (errno.EROFS, "choose a place that you may write to"),
+    ],
+)
+@pytest.mark.parametrize("moment", ["writing", "flushing", "making the folder"])
+@pytest.mark.parametrize("before", [True, False])
+def test_what_the_system_refuses_is_said_with_what_to_do(
+    tmp_path, monkeypatch, number, advice, moment, before
+):
+    target = tmp_path / "state"
+    if before:
+        target.write_text("old")
+
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    def half(path):
+        path.write_text("half")
+        if moment == "writing":
+            fail()
+
+    if moment == "flushing":
+        monkeypatch.setattr("os.fsync", fail)
+    elif moment == "making the folder":
+        monkeypatch.setattr("tempfile.mkdtemp", fail)
+    with pytest.raises(CheckpointError, match=rf"cannot write '.*state': .*; {advice}") as caught:
+        write_atomically(target, half)
+    one_line(caught.value)
+    assert [path.read_text() for path in tmp_path.iterdir()] == (["old"] if before else [])
+
+
+def test_an_error_of_ours_stays_what_it_is(tmp_path):
+    def fail(path):
+        raise CheckpointError("the source is broken")
+
+    with pytest.raises(CheckpointError, match=r"^the source is broken$"):
+        write_atomically(tmp_path / "state", fail)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_a_private_file_stays_private(tmp_path):
+    target = tmp_path / "private.state"
+    target.write_text("old")
+    target.chmod(0o600)
+    write_atomically(target, lambda path: path.write_text("new") and None)
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o600

@@ -1,0 +1,114 @@
+"""Known checkpoints, their sizes, and downloading one from a stand-in for the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import anymamba as package
+from anymamba.checkpoint import expected_shapes
+from anymamba.cli.describe.known_models import KNOWN_MODELS, KnownModel
+from anymamba.cli.main import build_parser
+from tests.cli.conftest import Command
+from tests.support.files import write_model
+from tests.support.hub import Hub, serve
+
+
+def config_of(model: KnownModel) -> dict[str, Any]:
+    return {
+        "model_type": "mamba",
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "vocab_size": model.vocabulary,
+        "tie_word_embeddings": model.tied,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("130m", 129_135_360),
+        ("370m", 371_516_416),
+        ("790m", 793_204_224),
+        ("1.4b", 1_372_178_432),
+        ("2.8b", 2_768_345_600),
+    ],
+)
+def test_parameters_are_the_published_ones(name: str, parameters: int) -> None:
+    found = {model.name: model.parameters for model in KNOWN_MODELS}
+    assert found[f"state-spaces/mamba-{name}-hf"] == parameters
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
+def test_memory_is_what_an_engine_takes(weights: str, tied: bool, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    small = KnownModel("a/b", "base", "", width=128, layers=2, tied=tied, vocabulary=40)
+    shapes = expected_shapes(config_of(small))
+    tensors = {name: torch.full(shape, 0.01) for name, shape in shapes.items()}
+    write_model(tmp_path, tensors=tensors, **config_of(small), state_size=16, time_step_rank=8)
+    engine = package.load(tmp_path, weights=weights, threads=1)
+    assert small.weight_bytes(weights) == engine.weight_bytes
+
+
+def test_the_list_names_each_model_once_with_a_command(anymamba: Command) -> None:
+    shown = anymamba("models").out
+    listed = anymamba("models", "--json").json["models"]
+    assert [model["model"] for model in listed] == [model.name for model in KNOWN_MODELS]
+    for model in listed:
+        assert model["command"] in shown
+        assert model["licence"]
+        assert model["run_here"] is False
+        for command in model["command"].split(" && "):
+            words = command.replace('"Mamba is"', "prompt").split()[1:]
+            assert build_parser(words[:1]).parse_args(words).command == words[0]
+    assert "none was run" in shown
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with serve() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield hub
+
+
+def test_a_download_is_found_by_name_afterwards(
+    hub: Hub, tmp_path: Path, anymamba: Command
+) -> None:
+    hub.folders["someone/mamba-tiny"] = write_model(tmp_path / "served")
+    done = anymamba("download", "someone/mamba-tiny")
+    assert done.status == 0, done.err
+    folder = Path(done.out.rpartition(":")[0])
+    assert {"config.json", "model.safetensors"} <= {file.name for file in folder.iterdir()}
+    assert "anymamba generate" in done.err
+    hub.broken = True
+    facts = anymamba("download", "someone/mamba-tiny", "--offline", "--json").json
+    assert facts["folder"] == str(folder)
+    assert not facts["pickled"]
+    assert anymamba("info", "someone/mamba-tiny", "--offline").status == 0
+
+
+def test_a_pickled_download_says_what_to_do(hub: Hub, tmp_path: Path, anymamba: Command) -> None:
+    hub.folders["someone/old"] = write_model(tmp_path / "served", "original", pickled=True)
+    done = anymamba("download", "someone/old")
+    assert "anymamba convert someone/old ./old" in done.err
+
+
+@pytest.mark.parametrize("defect", ["absent", "broken", "no weights"])
+def test_what_cannot_be_had_is_told_in_a_line(
+    defect: str, hub: Hub, tmp_path: Path, anymamba: Command
+) -> None:
+    if defect != "absent":
+        hub.folders["someone/mamba"] = write_model(tmp_path / "served")
+    hub.broken = defect == "broken"
+    if defect == "no weights":
+        (tmp_path / "served" / "model.safetensors").unlink()
+    done = anymamba("download", "someone/mamba", "--json")
+    assert (done.status, done.out) == (2, "")
+    assert "someone/mamba" in done.err or "safetensors" in done.err
+    assert "Traceback" not in done.err
