@@ -1,6 +1,8 @@
 # make setup   makes .venv with all that development needs
 # make demo    generates text with the bundled model (sets up first)
 # make test    runs all checks and tests (sets up first)
+# make test-fast   runs the tests that take under two minutes in all: not the slow ones, and natively
+#                  on one instruction set
 # make sanitize   runs the core's C++ tests under sanitizers, as make test does too
 # make bench   measures; prints tables, writes JSON, draws the chart
 # make bench-peers   installs what it compares with; llama.cpp compiles for about ten minutes
@@ -12,7 +14,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: setup demo test sanitize bench bench-peers reproduce lint format
+.PHONY: setup demo test test-fast sanitize bench bench-peers reproduce lint format
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -37,12 +39,18 @@ test:
 	&& $(MAKE) --no-print-directory sanitize \
 	&& echo "make test took $$(($$(date +%s) - start)) s"
 
-# With each instruction set of this machine. UndefinedBehaviorSanitizer would else only warn.
+test-fast: setup
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not native_isa"
+
+# Memory and undefined behavior with each instruction set of this machine; threads, whose work is
+# shared out by the same code in all of them, with the widest and the portable one.
+# UndefinedBehaviorSanitizer would else only warn.
 sanitize: setup
 	@export PATH="$(abspath $(BIN)):$$PATH" UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
-	isas=$$(python -c "from anymamba import _core; print('|'.join(_core.isas()))") || exit 1; \
+	isas=$$(python -c "from anymamba import _core; print(*_core.isas(), sep='|')") || exit 1; \
 	for kind in address,undefined thread; do \
-		echo "The C++ tests under $$kind" \
+		test $$kind != thread || isas="$${isas%%|*}|portable"; \
+		echo "The C++ tests under $$kind, with $$isas" \
 		&& cmake -S . -B build/$$kind -G Ninja --log-level=WARNING \
 			-DANYMAMBA_TESTS=ON -DANYMAMBA_SANITIZE=$$kind > /dev/null \
 		&& cmake --build build/$$kind -- --quiet \

@@ -18,11 +18,9 @@ from torch import nn
 
 from anymamba import minimal
 from anymamba.minimal import Mamba, ModelArgs
-from tests.support import files as by_hand
-
-# The project's contract for a whole model in float32: rounding of ~1e-7 a step, some hundred
-# steps deep, with two decades of room.
-TOLERANCE = 1e-4
+from tests.support import layouts
+from tests.support.reference import reference_logits
+from tests.support.tolerance import WHOLE_MODEL, assert_same
 
 SHAPES = {
     "plain": ModelArgs(d_model=16, n_layer=2, vocab_size=32),
@@ -52,67 +50,18 @@ def random_tokens(args: ModelArgs, batch: int, length: int) -> torch.Tensor:
     return torch.randint(args.vocab_size, (batch, length), generator=generator)
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    largest = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * max(1.0, largest))
-
-
-# --- an independent model: one number at a time, in float64, from the paper's formulas ---------
-
 Weights = dict[str, np.ndarray]
 
 
-def silu(value: float) -> float:
-    return value / (1 + np.exp(-value))
-
-
-def scalar_norm(vector: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    mean_square = sum(value * value for value in vector) / len(vector)
-    return weight * vector / np.sqrt(mean_square + 1e-5)
-
-
-def scalar_block(hidden: np.ndarray, w: Weights, rank: int) -> np.ndarray:
-    """The mixer on one sequence, (l, d) to (l, d)."""
-    A_log, D, kernel = w["A_log"], w["D"], w["conv1d.weight"][:, 0, :]
-    inner, state_size = A_log.shape
-    width = kernel.shape[1]
-    projected = hidden @ w["in_proj.weight"].T + w.get("in_proj.bias", 0.0)
-    window = np.zeros((inner, width))
-    state = np.zeros((inner, state_size))
-    out = []
-    for step in projected:
-        x, gate = step[:inner], step[inner:]
-        window = np.concatenate([window[:, 1:], x[:, None]], axis=1)
-        bias = w.get("conv1d.bias", np.zeros(inner))
-        x = np.array([silu(sum(kernel[c] * window[c]) + bias[c]) for c in range(inner)])
-        mixed = w["x_proj.weight"] @ x
-        B, C = mixed[rank : rank + state_size], mixed[rank + state_size :]
-        step_size = w["dt_proj.weight"] @ mixed[:rank] + w["dt_proj.bias"]
-        y = np.zeros(inner)
-        for c in range(inner):
-            delta = np.log1p(np.exp(step_size[c]))
-            for s in range(state_size):
-                decay = np.exp(-delta * np.exp(A_log[c, s]))
-                state[c, s] = decay * state[c, s] + delta * B[s] * x[c]
-                y[c] += C[s] * state[c, s]
-            y[c] = (y[c] + D[c] * x[c]) * silu(gate[c])
-        out.append(w["out_proj.weight"] @ y + w.get("out_proj.bias", 0.0))
-    return np.array(out)
-
-
-def scalar_model(weights: Weights, tokens: np.ndarray, n_layer: int, rank: int) -> np.ndarray:
-    rows = []
-    for row in tokens:
-        hidden = weights["embedding.weight"][row]
-        for i in range(n_layer):
-            prefix = f"layers.{i}."
-            layer = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-            mixer = {k.removeprefix("mixer."): v for k, v in layer.items()}
-            normed = np.array([scalar_norm(h, layer["norm.weight"]) for h in hidden])
-            hidden = hidden + scalar_block(normed, mixer, rank)
-        normed = np.array([scalar_norm(h, weights["norm_f.weight"]) for h in hidden])
-        rows.append(normed @ weights["lm_head.weight"].T)
-    return np.array(rows)
+def reference(weights: Weights, tokens: torch.Tensor) -> np.ndarray:
+    """The logits of an independent model: in float64, step by step from the paper's formulas."""
+    renamed = {
+        "lm_head.weight"
+        if name == "lm_head.weight"
+        else f"backbone.{name.replace('embedding.', 'embeddings.')}": weight
+        for name, weight in weights.items()
+    }
+    return np.array([reference_logits(renamed, row) for row in tokens.tolist()])
 
 
 def weights_of(model: Mamba) -> Weights:
@@ -124,8 +73,8 @@ def test_forward_equals_scalar_loops(name: str) -> None:
     args = SHAPES[name]
     model = random_model(args)
     tokens = random_tokens(args, batch=2, length=9)
-    expected = scalar_model(weights_of(model), tokens.numpy(), args.n_layer, int(args.dt_rank))
-    close(model(tokens).double(), torch.from_numpy(expected))
+    expected = reference(weights_of(model), tokens)
+    assert_same(model(tokens).double(), torch.from_numpy(expected))
 
 
 @pytest.mark.parametrize("name", ["odd", "biases"])
@@ -139,7 +88,7 @@ def test_gradients_equal_differences_of_scalar_loops(name: str) -> None:
     (model(tokens) * torch.from_numpy(pull).float()).sum().backward()
 
     def objective(weights: Weights) -> float:
-        logits = scalar_model(weights, tokens.numpy(), args.n_layer, int(args.dt_rank))
+        logits = reference(weights, tokens)
         return float((logits * pull).sum())
 
     for tensor, parameter in model.named_parameters():
@@ -156,7 +105,7 @@ def test_gradients_equal_differences_of_scalar_loops(name: str) -> None:
         expected = (ends[0] - ends[1]) / (2 * step)
         assert parameter.grad is not None
         actual = float((parameter.grad.double().numpy() * direction).sum())
-        assert actual == pytest.approx(expected, abs=TOLERANCE * max(1.0, abs(expected))), tensor
+        assert actual == pytest.approx(expected, abs=WHOLE_MODEL * max(1.0, abs(expected))), tensor
 
 
 # --- against Transformers --------------------------------------------------------------------
@@ -190,7 +139,7 @@ def test_forward_equals_transformers(name: str) -> None:
     model = random_model(SHAPES[name])
     tokens = random_tokens(model.args, batch=3, length=17)
     with torch.no_grad():
-        close(model(tokens), transformers_twin(model)(tokens, use_cache=False).logits)
+        assert_same(model(tokens), transformers_twin(model)(tokens, use_cache=False).logits)
 
 
 # --- what it promises ------------------------------------------------------------------------
@@ -216,7 +165,7 @@ def test_empty_and_short_inputs(batch: int, length: int) -> None:
     logits.sum().backward()
     # A short input is the start of a long one.
     longer = F.pad(tokens, (0, 4))
-    close(logits, model(longer)[:, :length])
+    assert_same(logits, model(longer)[:, :length])
 
 
 def test_parameter_names_are_those_of_the_original_checkpoints() -> None:
@@ -335,7 +284,7 @@ def test_half_precision_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     in_half = model(tokens)
     assert in_half.dtype == torch.float32
     # The same rounded weights, computed in float32: the contract's figure for 16-bit storage.
-    close(in_half, model.float()(tokens), tolerance=2e-2)
+    assert_same(in_half, model.float()(tokens), 2e-2)
 
     seen = []
     scan = minimal.MambaBlock.selective_scan
@@ -411,7 +360,7 @@ def test_the_first_outputs_of_the_convolution_are_the_causal_ones() -> None:
         for j in range(block.args.d_conv):
             if t - j >= 0:
                 expected[:, :, t] += w_ek[:, -1 - j] * x_bel[:, :, t - j]
-    close(block.conv1d(x_bel)[:, :, :7], expected + block.conv1d.bias[:, None])
+    assert_same(block.conv1d(x_bel)[:, :, :7], expected + block.conv1d.bias[:, None])
 
 
 def test_hooks_of_every_module_run() -> None:
@@ -432,9 +381,9 @@ def test_hooks_of_every_module_run() -> None:
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("layout", ["transformers", "original", "minimal"])
 def test_every_layout_is_read(layout: str, pickled: bool, tmp_path: Path) -> None:
-    folder = by_hand.write_model(tmp_path, layout, pickled=pickled)
+    folder = layouts.write_model(tmp_path, layout, pickled=pickled)
     loaded = Mamba.from_pretrained(folder).state_dict()
-    expected = by_hand.renamed("minimal", by_hand.weights())
+    expected = layouts.renamed("minimal", layouts.weights())
     assert loaded.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(loaded[name], tensor), name
@@ -442,7 +391,7 @@ def test_every_layout_is_read(layout: str, pickled: bool, tmp_path: Path) -> Non
 
 def test_shards_and_a_head_of_its_own_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
     config = transformers.MambaConfig(
-        **by_hand.TRANSFORMERS_CONFIG | {"tie_word_embeddings": False, "expand": 3}
+        **layouts.TRANSFORMERS_CONFIG | {"tie_word_embeddings": False, "expand": 3}
     )
     torch.manual_seed(0)
     theirs = transformers.MambaForCausalLM(config).eval()
@@ -451,7 +400,7 @@ def test_shards_and_a_head_of_its_own_are_read_as_transformers_reads_them(tmp_pa
     ours = Mamba.from_pretrained(tmp_path)
     tokens = random_tokens(ours.args, batch=2, length=9)
     with torch.no_grad():
-        close(ours(tokens), theirs(tokens, use_cache=False).logits)
+        assert_same(ours(tokens), theirs(tokens, use_cache=False).logits)
 
 
 @pytest.mark.parametrize(
@@ -468,14 +417,14 @@ def test_shards_and_a_head_of_its_own_are_read_as_transformers_reads_them(tmp_pa
 def test_a_checkpoint_of_another_model_is_refused(
     changes: dict[str, object], dropped: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    tensors = {name: value for name, value in by_hand.weights().items() if name not in dropped}
-    by_hand.write_model(tmp_path, tensors=tensors, **changes)
+    tensors = {name: value for name, value in layouts.weights().items() if name not in dropped}
+    layouts.write_model(tmp_path, tensors=tensors, **changes)
     with pytest.raises((ValueError, RuntimeError), match=message):
         Mamba.from_pretrained(tmp_path)
 
 
 def test_another_head_than_a_tied_one_is_refused(tmp_path: Path) -> None:
-    by_hand.write_model(tmp_path, tensors=by_hand.weights() | {"lm_head.weight": torch.ones(16, 6)})
+    layouts.write_model(tmp_path, tensors=layouts.weights() | {"lm_head.weight": torch.ones(16, 6)})
     with pytest.raises(ValueError, match="tied"):
         Mamba.from_pretrained(tmp_path)
 
@@ -484,7 +433,7 @@ def test_another_head_than_a_tied_one_is_refused(tmp_path: Path) -> None:
 def test_what_a_trainer_leaves_beside_the_weights_is_not_read(
     pickled: bool, tmp_path: Path
 ) -> None:
-    folder = by_hand.write_model(tmp_path, pickled=pickled)
+    folder = layouts.write_model(tmp_path, pickled=pickled)
     torch.save({"folder": Path("runs")}, folder / "training_args.bin")
     save_file({"a.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
     Mamba.from_pretrained(folder)

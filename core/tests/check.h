@@ -110,6 +110,7 @@ class Memory {
 
   void* data() { return bytes_.data(); }
   DType type() const { return type_; }
+  std::size_t size() const { return bytes_.size() / size_of(type_); }
   std::uint32_t bits(std::int64_t i) const {
     std::uint32_t bits = 0;
     std::memcpy(&bits, &bytes_[static_cast<std::size_t>(i) * size_of(type_)], size_of(type_));

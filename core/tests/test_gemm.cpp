@@ -104,6 +104,13 @@ struct Stored {
     return i * matrix.row_stride + j * matrix.column_stride;
   }
   double at(int64_t i, int64_t j) const { return value_of(matrix.data, matrix.type, index(i, j)); }
+  // All of them by rows. To convert them inside a reference's loops took most of a sanitized run.
+  std::vector<double> values(int64_t rows, int64_t columns) const {
+    std::vector<double> found;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) found.push_back(at(i, j));
+    return found;
+  }
   void set(int64_t i, int64_t j, float x) { set_value(matrix.data, matrix.type, index(i, j), x); }
 };
 
@@ -135,13 +142,14 @@ void check_gemm(int64_t m, int64_t n, int64_t k, const Options& o = {}) {
   std::vector<char> old(c.block.get(), c.block.get() + c.bytes);
   std::vector<double> expected(static_cast<std::size_t>(m * n));
   double largest = 1;
+  const std::vector<double> a_mk = a.values(m, k), b_kn = b.values(k, n);
   std::vector<double> row(static_cast<std::size_t>(n));
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j)
       row[j] = (o.bias ? bias.at(0, j) : 0.0) + (o.accumulate ? c.at(i, j) : 0.0);
     for (int64_t p = 0; p < k; ++p) {
-      const double x = a.at(i, p);
-      for (int64_t j = 0; j < n; ++j) row[j] += x * b.at(p, j);
+      const double x = a_mk[i * k + p];
+      for (int64_t j = 0; j < n; ++j) row[j] += x * b_kn[p * n + j];
     }
     for (int64_t j = 0; j < n; ++j) {
       expected[i * n + j] = row[j];
@@ -150,7 +158,7 @@ void check_gemm(int64_t m, int64_t n, int64_t k, const Options& o = {}) {
   }
 
   std::vector<char> first;
-  for (const int threads : {1, 2, 4}) {
+  for (const int threads : {1, 3}) {
     Threads::set_count(threads);
     std::copy(old.begin(), old.end(), c.block.get());
     const auto* bias_data = static_cast<const float*>(bias.matrix.data);
@@ -249,7 +257,12 @@ void test_types_and_strides() {
         for (const Layout a_layout : kLayouts)
           for (const Layout b_layout : kLayouts)
             for (const Layout c_layout : kLayouts) {
+              // Every pair of types and layouts, in a third of all combinations.
               const int flags = ++count;
+              if ((static_cast<int>(a) + static_cast<int>(b) + static_cast<int>(c) +
+                   static_cast<int>(a_layout) + static_cast<int>(b_layout) +
+                   static_cast<int>(c_layout)) % 3 != 0)
+                continue;
               const Options o = {a, b, c, a_layout, b_layout, c_layout,
                                  (flags & 1) != 0, (flags & 2) != 0, flags % 5};
               check_gemm(19, 37, 21, o);
@@ -303,6 +316,14 @@ void check_gemv(int m, int64_t n, int64_t k, DType type, int64_t padding, bool b
   gemv.y = static_cast<float*>(y.matrix.data), gemv.y_row_stride = y.matrix.row_stride;
   gemv.m = m;
 
+  const std::vector<double> x_mk = x.values(m, k), weight_nk = weight.values(n, k);
+  std::vector<double> product(static_cast<std::size_t>(m * n));
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) {
+      double& sum = product[i * n + j] = bias ? biases.at(0, j) : 0.0;
+      for (int64_t p = 0; p < k; ++p) sum += x_mk[i * k + p] * weight_nk[j * k + p];
+    }
+
   for (int64_t first = 0; first <= n; first += 5) {
     const int64_t last = first + (n - first) * 2 / 3 + (first == 0 ? (n + 2) / 3 : 0);
     const int64_t end = last < n ? last : n;
@@ -311,9 +332,7 @@ void check_gemv(int m, int64_t n, int64_t k, DType type, int64_t padding, bool b
     kernels().gemv(gemv, first, end);
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = 0; j < n; ++j) {
-        double expected = bias ? biases.at(0, j) : 0.0;
-        for (int64_t p = 0; p < k; ++p) expected += x.at(i, p) * weight.at(j, p);
-        if (j < first || j >= end) expected = 77;
+        const double expected = j < first || j >= end ? 77 : product[i * n + j];
         const double error = std::fabs(y.at(i, j) - expected);
         CHECK(error <= 1e-5 * std::fmax(10.0, std::fabs(expected)),
               "gemv m %d n %lld k %lld %s, rows %lld to %lld, at %lld %lld: %g, not %g", m,

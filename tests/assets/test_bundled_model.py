@@ -20,6 +20,7 @@ from anymamba import assets
 from anymamba.assets import bundled_model
 from anymamba.errors import CheckpointError
 from anymamba.training.settings import settings_from
+from tests.support.tolerance import assert_same
 
 # Written for this test in the manner of the training text, of which it is no part.
 VERSE = """\
@@ -116,8 +117,7 @@ def test_transformers_own_mamba_computes_the_same(model):
     ids = torch.tensor([list(VERSE.encode()[:64])])
     with torch.no_grad():
         ours, theirs = model(ids).logits, other(ids).logits
-    # The design's tolerance for whole models in float32.
-    assert (ours - theirs).abs().max() <= 1e-4 * max(1.0, float(theirs.abs().max()))
+    assert_same(ours, theirs)
 
 
 def load_plain():

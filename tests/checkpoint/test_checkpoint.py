@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 
 from anymamba.checkpoint import open_checkpoint
 from anymamba.errors import CheckpointError
-from tests.support.files import one_line, weights, write_index, write_model, write_shards
+from tests.support.files import one_line
+from tests.support.layouts import weights, write_index, write_model, write_shards
 
 
 def refusal(folder) -> str:

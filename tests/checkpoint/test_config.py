@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from anymamba.checkpoint import expected_shapes, read_config
 from anymamba.errors import CheckpointError
-from tests.support.files import (
+from tests.support.files import one_line
+from tests.support.layouts import (
     CONFIGS,
     MINIMAL_CONFIG,
     ORIGINAL_CONFIG,
     TRANSFORMERS_CONFIG,
-    one_line,
     write_config,
 )
 

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from anymamba.checkpoint import bytes_digest, checkpoint_digest, open_checkpoint, state_dict_digest
 from anymamba.errors import CheckpointError
-from tests.support.files import one_line, renamed, weights, write_model, write_shards
+from tests.support.files import one_line
+from tests.support.layouts import renamed, weights, write_model, write_shards
 
 
 def test_as_documented():

@@ -10,8 +10,9 @@ import torch
 
 from anymamba.checkpoint import load_torch_state_dict, open_checkpoint, resolve
 from anymamba.errors import CheckpointError, HubError
-from tests.support.files import one_line, weights, write_model, write_shards
+from tests.support.files import one_line
 from tests.support.hub import COMMIT, serve
+from tests.support.layouts import weights, write_model, write_shards
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.support.files import write_model
+from tests.support.layouts import write_model
 
 HEAVY = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub"}
 

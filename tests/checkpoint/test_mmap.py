@@ -15,7 +15,7 @@ from anymamba.checkpoint import read_header
 from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError
 from anymamba.runtime.convert.conversion import convert
-from tests.support.reference import write_small
+from tests.support.files import write_small
 
 VALUES = np.array([[1.5, -2.0, 3.0]], np.float32)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anymamba.checkpoint import to_transformers_name
-from tests.support.files import renamed, weights
+from tests.support.layouts import renamed, weights
 
 
 @pytest.mark.parametrize("layout", ["transformers", "original", "minimal"])

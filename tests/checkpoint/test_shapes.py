@@ -6,7 +6,8 @@ import pytest
 
 from anymamba.checkpoint import check_tensors, expected_shapes, model_shape
 from anymamba.errors import CheckpointError, ConfigError
-from tests.support.files import TRANSFORMERS_CONFIG, one_line, weights
+from tests.support.files import one_line
+from tests.support.layouts import TRANSFORMERS_CONFIG, weights
 
 
 def test_the_shapes_spelt_out_by_hand():

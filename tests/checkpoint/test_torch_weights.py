@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from anymamba.checkpoint import expected_shapes, load_torch_state_dict, open_checkpoint
 from anymamba.errors import CheckpointError
-from tests.support.files import (
+from tests.support.files import one_line
+from tests.support.layouts import (
     TRANSFORMERS_CONFIG,
-    one_line,
     renamed,
     weights,
     write_config,

@@ -14,7 +14,7 @@ from anymamba import __version__
 from anymamba.cli import main as main_module
 from anymamba.cli.main import COMMANDS, build_parser, main
 from anymamba.errors import InputError
-from tests.cli.conftest import buffered
+from tests.support.cli import buffered
 
 
 def python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,8 @@ from anymamba.dropin.mamba_ssm.modules.mlp import GatedMLP
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError
 from tests.support import loops
-from tests.support.layer_tolerance import assert_close, assert_gradients_close, unhidden
+from tests.support.models import unhidden
+from tests.support.tolerance import assert_layer, assert_layer_gradients
 
 
 def layer(**arguments: Any) -> Any:
@@ -41,8 +42,8 @@ VARIANTS = [*CAUSAL, {"causal": False}, {"causal": False, "num_heads_kv": 1, "d_
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_forward_and_gradients_are_those_of_a_loop(variant: dict[str, Any]) -> None:
     mha = layer(**variant)
-    assert_close(mha(inputs()), loops.attention(mha, inputs()))
-    assert_gradients_close(mha, inputs(), loops.attention)
+    assert_layer(mha(inputs()), loops.attention(mha, inputs()))
+    assert_layer_gradients(mha, inputs(), loops.attention)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -50,7 +51,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     mha = layer(dtype=dtype, rotary_emb_dim=4, d_conv=2)
     y = mha(inputs(dtype=dtype))
     assert y.dtype == dtype
-    assert_close(y, loops.attention(mha, inputs(dtype=dtype)))
+    assert_layer(y, loops.attention(mha, inputs(dtype=dtype)))
 
 
 @settings(max_examples=20)
@@ -74,7 +75,7 @@ def test_a_prompt_and_steps_give_what_forward_gives(
             if lengths is not None:
                 lengths[:] = t
             parts.append(mha(x[:, t : t + 1], inference_params=params))
-        assert_close(torch.cat(parts, dim=1), loops.attention(mha, x))
+        assert_layer(torch.cat(parts, dim=1), loops.attention(mha, x))
 
 
 def test_several_tokens_may_follow_a_prompt() -> None:
@@ -84,7 +85,7 @@ def test_several_tokens_may_follow_a_prompt() -> None:
         first = mha(x[:, :3], inference_params=params)
         params.seqlen_offset = 3
         rest = mha(x[:, 3:], inference_params=params)
-        assert_close(torch.cat([first, rest], dim=1), loops.attention(mha, x))
+        assert_layer(torch.cat([first, rest], dim=1), loops.attention(mha, x))
 
 
 def test_rows_of_different_lengths() -> None:
@@ -99,8 +100,8 @@ def test_rows_of_different_lengths() -> None:
         params.lengths_per_sample = torch.tensor([2, 5])
         y = mha(x[:, 5:], inference_params=params)
         shorter = torch.cat([x[:1, :2], x[:1, 5:]], dim=1)
-        assert_close(y[:1], loops.attention(mha, shorter)[:, -1:])
-        assert_close(y[1:], loops.attention(mha, x[1:])[:, -1:])
+        assert_layer(y[:1], loops.attention(mha, shorter)[:, -1:])
+        assert_layer(y[1:], loops.attention(mha, x[1:])[:, -1:])
 
 
 def test_a_batch_in_two_parts() -> None:
@@ -112,7 +113,7 @@ def test_a_batch_in_two_parts() -> None:
             head = mha(rows[:, :5], inference_params=params)
             params.seqlen_offset = 5
             tail = mha(rows[:, 5:], inference_params=params)
-            assert_close(torch.cat([head, tail], dim=1), loops.attention(mha, rows))
+            assert_layer(torch.cat([head, tail], dim=1), loops.attention(mha, rows))
 
 
 def test_the_cache() -> None:
@@ -154,6 +155,6 @@ def test_the_gated_mlp() -> None:
     assert list(mlp.state_dict()) == ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
     assert mlp.fc2.weight.shape == (5, 32)
     up, gate = loops.linear(mlp.fc1, x.double()).chunk(2, dim=-1)
-    assert_close(mlp(x), loops.linear(mlp.fc2, up * gate.tanh()))
+    assert_layer(mlp(x), loops.linear(mlp.fc2, up * gate.tanh()))
     assert list(GatedMLP(12).state_dict()) == ["fc1.weight", "fc2.weight"]
     assert GatedMLP(100).fc1.weight.shape == (2 * 384, 100)

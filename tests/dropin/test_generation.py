@@ -22,7 +22,7 @@ from anymamba.dropin.mamba_ssm.utils.generation import (
 )
 from anymamba.errors import InputError
 from tests.dropin.test_language_models import MODELS, small_model, words
-from tests.support.layer_tolerance import assert_close
+from tests.support.tolerance import assert_layer
 
 
 def likeliest(model: Any, ids: Tensor, length: int, penalty: float = 1.0) -> Tensor:
@@ -60,7 +60,7 @@ def test_what_is_returned() -> None:
     with torch.no_grad():
         whole = model(output.sequences).logits
     for step, scores in enumerate(output.scores):
-        assert_close(scores, whole[:, 8 + step])
+        assert_layer(scores, whole[:, 8 + step])
 
 
 def test_the_teacher_and_the_size_of_the_vocabulary() -> None:
@@ -120,7 +120,7 @@ def test_a_graph_cache_runs_steps(name: str) -> None:
             cache.inference_params.reset(8, 2)
             model(ids[:, :5], inference_params=cache.inference_params)
             for t in (5, 6, 7):
-                assert_close(cache.run(ids[:, t : t + 1], None, t), whole[:, t : t + 1])
+                assert_layer(cache.run(ids[:, t : t + 1], None, t), whole[:, t : t + 1])
 
 
 def test_a_cache_begins_anew() -> None:

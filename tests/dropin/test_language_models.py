@@ -20,7 +20,8 @@ from anymamba.dropin.mamba_ssm.models.mixer_seq_simple import MixerModel, create
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.dropin.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 from anymamba.errors import CheckpointError, ConfigError
-from tests.support.layer_tolerance import assert_close, unhidden
+from tests.support.models import unhidden
+from tests.support.tolerance import assert_layer
 
 MAMBA2 = {"layer": "Mamba2", "d_state": 6, "headdim": 8, "chunk_size": 8}
 ATTENTION = {"num_heads": 3, "causal": True, "rotary_emb_dim": 4, "d_conv": 2}
@@ -59,7 +60,7 @@ def test_a_checkpoint_is_the_same_model_in_ours(tmp_path: Path, tied: bool) -> N
     model.save_pretrained(tmp_path)
     ours = anymamba.MambaForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert_close(model(words()).logits, ours(words()).logits)
+        assert_layer(model(words()).logits, ours(words()).logits)
 
 
 def renamed(model: MambaLMHeadModel) -> dict[str, Tensor]:
@@ -77,7 +78,7 @@ def test_transformers_mamba_of_the_same_weights() -> None:
     theirs = transformers.MambaForCausalLM(config).eval()
     theirs.load_state_dict(renamed(model))
     with torch.no_grad():
-        assert_close(model(words()).logits, theirs(words()).logits)
+        assert_layer(model(words()).logits, theirs(words()).logits)
 
 
 def test_transformers_mamba2_of_the_same_weights() -> None:
@@ -89,7 +90,7 @@ def test_transformers_mamba2_of_the_same_weights() -> None:
     theirs = transformers.Mamba2ForCausalLM(config).eval()
     theirs.load_state_dict(renamed(model))
     with torch.no_grad():
-        assert_close(model(words()).logits, theirs(words()).logits)
+        assert_layer(model(words()).logits, theirs(words()).logits)
 
 
 def continued(model: Any, ids: Tensor, cut: int) -> Tensor:
@@ -110,9 +111,9 @@ def test_wherever_a_sequence_is_cut_its_logits_are_the_same(name: str, dtype: to
     with torch.no_grad():
         whole = model(words()).logits
         assert whole.dtype == dtype
-        assert_close(model(words(), num_last_tokens=2).logits, whole[:, -2:])
+        assert_layer(model(words(), num_last_tokens=2).logits, whole[:, -2:])
     for cut in (1, 2, 5, 8):
-        assert_close(continued(model, words(), cut), whole)
+        assert_layer(continued(model, words(), cut), whole)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -121,7 +122,7 @@ def test_fused_norms_and_half_precision_change_little(name: str) -> None:
     with torch.no_grad():
         expected = small_model(**fields)(words()).logits
         other = fields | {"fused_add_norm": not fields.get("fused_add_norm", True)}
-        assert_close(small_model(**other)(words()).logits, expected)
+        assert_layer(small_model(**other)(words()).logits, expected)
         # Each layer rounds to 8 bits once more: the tolerance is that of one, times three.
         error = (small_model(**fields).bfloat16()(words()).logits - expected).abs().max()
         assert error <= 3 * 2e-2 * max(1.0, float(expected.abs().max()))

@@ -18,7 +18,8 @@ from anymamba.dropin.mamba_ssm.modules.mamba2_simple import Mamba2Simple
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError, NotIncludedError
 from tests.support import loops
-from tests.support.layer_tolerance import assert_close, assert_gradients_close, unhidden
+from tests.support.models import unhidden
+from tests.support.tolerance import assert_layer, assert_layer_gradients
 
 SMALL = {"d_model": 12, "d_state": 6, "headdim": 4, "chunk_size": 8, "layer_idx": 0}
 
@@ -49,8 +50,8 @@ VARIANTS: list[dict[str, Any]] = [
 def test_forward_and_gradients_are_those_of_a_loop(variant: dict[str, Any], fast: bool) -> None:
     mamba, u = layer(**variant, use_mem_eff_path=fast), inputs()
     slow = partial(loops.mamba2, d_ssm=mamba.d_ssm)
-    assert_close(mamba(u), slow(mamba, u))
-    assert_gradients_close(mamba, u, slow)
+    assert_layer(mamba(u), slow(mamba, u))
+    assert_layer_gradients(mamba, u, slow)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -62,13 +63,13 @@ def test_transformers_mixer_of_the_same_weights(groups: int) -> None:
     )  # fmt: skip
     mixer = Mamba2Mixer(config, layer_idx=0)
     mixer.load_state_dict(mamba.state_dict())
-    assert_close(mamba(inputs()), mixer(inputs()))
+    assert_layer(mamba(inputs()), mixer(inputs()))
 
 
 @pytest.mark.parametrize(("b", "l"), [(1, 1), (3, 2), (0, 4), (2, 8)])
 def test_short_and_empty_inputs(b: int, l: int) -> None:
     mamba, u = layer(), inputs(b, l)
-    assert_close(mamba(u), loops.mamba2(mamba, u))
+    assert_layer(mamba(u), loops.mamba2(mamba, u))
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -77,13 +78,13 @@ def test_half_precision(dtype: torch.dtype, fast: bool) -> None:
     mamba = layer(dtype=dtype, use_mem_eff_path=fast)
     y = mamba(inputs(dtype=dtype))
     assert y.dtype == dtype
-    assert_close(y, loops.mamba2(mamba, inputs(dtype=dtype)))
+    assert_layer(y, loops.mamba2(mamba, inputs(dtype=dtype)))
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_rows_of_two_dimensions(fast: bool) -> None:
     mamba, u = layer(use_mem_eff_path=fast), inputs()
-    assert_close(mamba(u.flatten(0, 1), seqlen=21), mamba(u).flatten(0, 1))
+    assert_layer(mamba(u.flatten(0, 1), seqlen=21), mamba(u).flatten(0, 1))
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -94,7 +95,7 @@ def test_packed_sequences_do_not_see_each_other(said_by: str, fast: bool) -> Non
     seq_idx = torch.tensor([[0] * 5 + [1] + [2] * 15], dtype=torch.int32)
     said = {"seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     packed = mamba(u, **(said if said_by == "both" else {said_by: said[said_by]}))
-    assert_close(packed, loops.mamba2(mamba, u, starts=(5, 6)))
+    assert_layer(packed, loops.mamba2(mamba, u, starts=(5, 6)))
 
 
 @settings(max_examples=20)
@@ -115,7 +116,7 @@ def test_a_prompt_and_steps_give_what_forward_gives(
             params.seqlen_offset = t
             parts.append(mamba(u[:, t : t + 1], inference_params=params))
         expected = loops.mamba2(mamba, u, d_ssm=mamba.d_ssm)
-    assert_close(torch.cat(parts, dim=1), expected)
+    assert_layer(torch.cat(parts, dim=1), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -124,7 +125,7 @@ def test_steps_of_every_variant(variant: dict[str, Any]) -> None:
     states = mamba.allocate_inference_cache(2, 9)
     with torch.no_grad():
         steps = [mamba.step(u[:, t : t + 1], *states)[0] for t in range(9)]
-        assert_close(torch.cat(steps, dim=1), loops.mamba2(mamba, u, d_ssm=mamba.d_ssm))
+        assert_layer(torch.cat(steps, dim=1), loops.mamba2(mamba, u, d_ssm=mamba.d_ssm))
 
 
 @pytest.mark.parametrize("mark", [-1, 3])
@@ -146,9 +147,9 @@ def test_padding_behind_the_last_packed_sequence(mark: int, empty: bool) -> None
         for i, (start, stop) in enumerate(pairwise(ends)):
             row = torch.cat([u[:, start:stop], inputs(1, 1)], dim=1)
             expected = loops.mamba2(mamba, row)
-            assert_close(y[:, start:stop], expected[:, :-1])
-            assert_close(alone[:, start:stop], expected[:, :-1])
-            assert_close(after[i : i + 1], expected[:, -1:])
+            assert_layer(y[:, start:stop], expected[:, :-1])
+            assert_layer(alone[:, start:stop], expected[:, :-1])
+            assert_layer(after[i : i + 1], expected[:, -1:])
 
 
 def test_packed_prompts_and_steps_of_each() -> None:
@@ -164,7 +165,7 @@ def test_packed_prompts_and_steps_of_each() -> None:
         following = torch.stack([row[0, l] for row, l in zip(rows, prompts, strict=True)])
         y = mamba(following.unsqueeze(1), inference_params=params)
         for i, (row, l) in enumerate(zip(rows, prompts, strict=True)):
-            assert_close(y[i : i + 1], loops.mamba2(mamba, row)[:, l : l + 1])
+            assert_layer(y[i : i + 1], loops.mamba2(mamba, row)[:, l : l + 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -177,14 +178,14 @@ def test_steps_from_nothing(dtype: torch.dtype) -> None:
     assert ssm_state.dtype == torch.float32
     with torch.no_grad():
         steps = [mamba.step(u[:, t : t + 1], conv_state, ssm_state)[0] for t in range(30)]
-        assert_close(torch.cat(steps, dim=1), loops.mamba2(mamba, u))
+        assert_layer(torch.cat(steps, dim=1), loops.mamba2(mamba, u))
 
 
 def test_what_replaces_a_projection_is_called() -> None:
     mamba, u = layer(), inputs()
     before = mamba(u)
     mamba.out_proj.register_forward_hook(lambda module, args, out: 2 * out)
-    assert_close(mamba(u), 2 * before)
+    assert_layer(mamba(u), 2 * before)
 
 
 def test_what_replaces_the_convolution_is_called_for_packed_sequences() -> None:
@@ -195,7 +196,7 @@ def test_what_replaces_the_convolution_is_called_for_packed_sequences() -> None:
     with torch.no_grad():
         for weight in mamba.conv1d.parameters():
             weight.mul_(2)
-        assert_close(hooked(u, seq_idx=seq_idx), mamba(u, seq_idx=seq_idx))
+        assert_layer(hooked(u, seq_idx=seq_idx), mamba(u, seq_idx=seq_idx))
 
 
 def test_names_of_weights() -> None:
@@ -238,7 +239,7 @@ def test_sizes_and_first_values_are_the_originals() -> None:
 def test_a_layer_is_saved_and_loaded_by_its_mixin(tmp_path) -> None:
     layer(dt_limit=(0.02, 0.1)).save_pretrained(tmp_path)
     loaded = Mamba2.from_pretrained(tmp_path)
-    assert_close(loaded(inputs()), layer(dt_limit=(0.02, 0.1))(inputs()))
+    assert_layer(loaded(inputs()), layer(dt_limit=(0.02, 0.1))(inputs()))
 
 
 def test_wrong_uses_say_what_is_wrong() -> None:
@@ -266,15 +267,15 @@ def test_the_simple_layer_is_a_loop(variant: dict[str, Any], fast: bool) -> None
     def slow(module: Any, x: torch.Tensor) -> torch.Tensor:
         return loops.mamba2(module, x, first_state=getattr(module, "init_states", None))
 
-    assert_close(mamba(u), slow(mamba, u))
-    assert_gradients_close(mamba, u, slow)
+    assert_layer(mamba(u), slow(mamba, u))
+    assert_layer_gradients(mamba, u, slow)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_the_simple_layer_takes_packed_sequences(fast: bool) -> None:
     mamba, u = layer(Mamba2Simple, use_mem_eff_path=fast), inputs(b=1)
     seq_idx = torch.tensor([[4] * 9 + [7] * 12], dtype=torch.int32)
-    assert_close(mamba(u, seq_idx=seq_idx), loops.mamba2(mamba, u, starts=(9,)))
+    assert_layer(mamba(u, seq_idx=seq_idx), loops.mamba2(mamba, u, starts=(9,)))
 
 
 @pytest.mark.parametrize("layer", [Mamba2, Mamba2Simple])

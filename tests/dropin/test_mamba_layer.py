@@ -15,7 +15,8 @@ from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError
 from tests.support import loops
-from tests.support.layer_tolerance import assert_close, assert_gradients_close, unhidden
+from tests.support.models import unhidden
+from tests.support.tolerance import assert_layer, assert_layer_gradients
 
 
 def layer(**arguments: Any) -> Mamba:
@@ -41,14 +42,14 @@ VARIANTS: list[dict[str, Any]] = [
 def test_forward_and_gradients_are_those_of_a_loop(variant: dict[str, Any], fast: bool) -> None:
     mamba = layer(**variant, use_fast_path=fast)
     u = inputs(d=mamba.d_model)
-    assert_close(mamba(u), loops.mamba(mamba, u))
-    assert_gradients_close(mamba, u, loops.mamba)
+    assert_layer(mamba(u), loops.mamba(mamba, u))
+    assert_layer_gradients(mamba, u, loops.mamba)
 
 
 @pytest.mark.parametrize(("b", "l"), [(1, 1), (3, 2), (0, 4)])
 def test_short_and_empty_inputs(b: int, l: int) -> None:
     mamba, u = layer(), inputs(b, l)
-    assert_close(mamba(u), loops.mamba(mamba, u))
+    assert_layer(mamba(u), loops.mamba(mamba, u))
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -58,7 +59,7 @@ def test_other_types(dtype: torch.dtype, fast: bool) -> None:
     assert mamba.A_log.dtype == mamba.D.dtype == torch.float32
     y = mamba(inputs(dtype=dtype))
     assert y.dtype == dtype
-    assert_close(y, loops.mamba(mamba, inputs(dtype=dtype)))
+    assert_layer(y, loops.mamba(mamba, inputs(dtype=dtype)))
 
 
 @settings(max_examples=20)
@@ -72,7 +73,7 @@ def test_a_prompt_and_steps_give_what_forward_gives(l: int, cut: int, b: int, k:
         for t in range(cut, l):
             params.seqlen_offset = t
             parts.append(mamba(u[:, t : t + 1], inference_params=params))
-        assert_close(torch.cat(parts, dim=1), loops.mamba(mamba, u))
+        assert_layer(torch.cat(parts, dim=1), loops.mamba(mamba, u))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -90,7 +91,7 @@ def test_steps_from_nothing(dtype: torch.dtype) -> None:
             assert same_conv is conv_state
             assert same_ssm is ssm_state
             parts.append(y)
-        assert_close(torch.cat(parts, dim=1), loops.mamba(mamba, u))
+        assert_layer(torch.cat(parts, dim=1), loops.mamba(mamba, u))
 
 
 def test_states_of_a_type_that_is_asked_for() -> None:
@@ -108,15 +109,15 @@ def test_what_replaces_a_projection_is_called() -> None:
     with torch.no_grad():
         plain = layer()
         plain.x_proj.weight.mul_(2)
-        assert_close(doubled, plain(u))
+        assert_layer(doubled, plain(u))
     for name in ("conv1d", "dt_proj", "out_proj"):
         # The same function, but no longer plain: steps and forward go by the modules.
         getattr(plain, name).register_forward_hook(lambda module, args, out: out)
-    assert_close(plain(u), doubled)
+    assert_layer(plain(u), doubled)
     states = plain.allocate_inference_cache(2, 7)
     with torch.no_grad():
         steps = [plain.step(u[:, t : t + 1], *states)[0] for t in range(7)]
-    assert_close(torch.cat(steps, dim=1), doubled)
+    assert_layer(torch.cat(steps, dim=1), doubled)
 
 
 def test_one_seed_gives_the_weights_of_the_original() -> None:
@@ -185,8 +186,8 @@ def test_a_block_adds_norms_and_mixes(fused: bool, residual_in_fp32: bool) -> No
     )
     x, residual = inputs(), 3 * inputs()
     y, total = block(x, residual)
-    assert_close(total, x + residual)
-    assert_close(y, loops.mamba(block.mixer, nn.functional.layer_norm(x + residual, (12,))))
+    assert_layer(total, x + residual)
+    assert_layer(y, loops.mamba(block.mixer, nn.functional.layer_norm(x + residual, (12,))))
     first = block(x)
     assert torch.equal(first[1], x)
     y.sum().backward()

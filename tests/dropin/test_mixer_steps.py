@@ -16,6 +16,8 @@ from anymamba import _core, ops
 from anymamba.dropin import mixer_steps
 from anymamba.dropin.transformers_finder import MIXERS, MixersFinder
 from tests.dropin.transformers_models import model_of
+from tests.support.operators import ISAS
+from tests.support.tolerance import assert_same
 
 MODELS = ("Mamba", "FalconMamba", "Jamba")
 # The design's, of one operator's worst error: a mixer is a whole layer, but a short sum.
@@ -99,8 +101,7 @@ def own_steps(mixer: Any, batch: int, dtype: torch.dtype, **arguments: Any) -> l
 
 def assert_close(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype) -> None:
     for found, expected in zip(ours, theirs, strict=True):
-        allowed = TOLERANCES[dtype] * max(1.0, float(expected.abs().max()))
-        assert float((found - expected).abs().max()) <= allowed
+        assert_same(found, expected, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])
@@ -117,7 +118,7 @@ def test_steps_agree(name: str, dtype: torch.dtype, batch: int, steps: list[int]
     assert len(steps) == 4
 
 
-@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_steps_agree_on_every_instruction_set(name: str, isa: str) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.tolerance import assert_same, naming
+
 ROOT = Path(__file__).parents[2]
 MODELS = ("Mamba", "Mamba2", "FalconMamba", "Jamba")
 # What each model asks the two packages for, on its way through the test.
@@ -64,9 +66,8 @@ def test_outputs_and_gradients_are_the_same(model: str, runs: dict[str, tuple[Fo
             continue
         # The design's tolerances for whole models and gradients, by the type of the weights.
         tolerance = 2e-2 if "bfloat16" in name else 1e-4
-        largest = max(1.0, float(expected.abs().max()))
-        difference = float((ours[name] - expected).abs().max())
-        assert difference <= tolerance * largest, f"{name}: {difference} of {largest}"
+        with naming(name):
+            assert_same(ours[name], expected, tolerance)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from anymamba import MambaCache, MambaForCausalLM
+from tests.support.tolerance import assert_same
 
 IDS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -29,8 +30,7 @@ def test_a_prompt_and_then_token_by_token(model: MambaForCausalLM, prompt_length
             cache_position=torch.tensor([position]),
         )
         logits.append(outputs.logits)
-    bound = 1e-4 * max(1.0, float(whole.abs().max()))
-    assert torch.allclose(torch.cat(logits, 1), whole, rtol=0, atol=bound)
+    assert_same(torch.cat(logits, 1), whole)
     assert cache.token_counts.tolist() == [9, 9]
 
 
@@ -41,5 +41,4 @@ def test_the_default_type_of_a_cache_rounds_the_window_alone(model: MambaForCaus
     model(IDS[:, :-1], cache=cache, use_cache=True, cache_position=torch.arange(8))
     last = model(IDS[:, -1:], cache=cache, use_cache=True, cache_position=torch.tensor([8])).logits
     # float16 keeps 11 bits; the design's bound for 16-bit storage.
-    bound = 2e-2 * max(1.0, float(whole.abs().max()))
-    assert torch.allclose(last, whole[:, -1:], rtol=0, atol=bound)
+    assert_same(last, whole[:, -1:], 2e-2)

@@ -21,8 +21,8 @@ from anymamba.errors import BackendError, InputError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.quantized import QuantizedLinear
 from anymamba.ops.quantized_linear import reference
-from tests.support.models import assert_same, small_model, words
-from tests.support.tolerance import assert_contract
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_contract, assert_same
 
 # Kernels are held to the contract one by one, below. Through a whole model a last bit may carry an
 # activation over a border of its rounding: it then moves by 1/127 of its group's largest, and what
@@ -78,10 +78,6 @@ def write_folder(
     }
     (folder / "config.json").write_text(json.dumps(config))
     return model, widened_model
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert (actual - expected).abs().max() <= tolerance * max(1, float(expected.abs().max()))
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,10 +166,10 @@ def test_a_folder_loads_and_runs_natively(
         expected = expected_model(ids).logits
         with ops.backend("reference"):
             reference = model(ids).logits
-    assert_near(modules, reference, ONE_ROUNDING)
-    assert_near(logits, reference, ONE_ROUNDING)
+    assert_same(modules, reference, ONE_ROUNDING)
+    assert_same(logits, reference, ONE_ROUNDING)
     # Against the same weights with activations that are not rounded to 8 bits.
-    assert_near(logits, expected, 0.05)
+    assert_same(logits, expected, 0.05)
 
 
 def test_steps_continue_a_prompt(tmp_path: Path) -> None:
@@ -184,7 +180,7 @@ def test_steps_continue_a_prompt(tmp_path: Path) -> None:
     with torch.no_grad():
         whole = model(ids).logits
         pieces = [model(ids[:, t : t + 1], cache=cache).logits for t in range(12)]
-    assert_near(torch.cat(pieces, 1), whole, ONE_ROUNDING)
+    assert_same(torch.cat(pieces, 1), whole, ONE_ROUNDING)
 
 
 def test_generate(tmp_path: Path) -> None:
@@ -271,7 +267,7 @@ def test_every_isa_gives_the_same_rounding(tmp_path: Path) -> None:
     finally:
         _core.use_isa(chosen)
     for other in results[1:]:
-        assert_near(other, results[0], ONE_ROUNDING)
+        assert_same(other, results[0], ONE_ROUNDING)
 
 
 def test_transformers_refuses_the_folder(tmp_path: Path) -> None:
@@ -300,4 +296,4 @@ def test_a_table_that_is_not_quantized_is_the_head_too(tmp_path: Path) -> None:
     model = MambaForCausalLM.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.backbone.embeddings.weight
     ids = words(1, 9)
-    assert_near(model.to("cpu")(ids).logits, expected(ids).logits, ONE_ROUNDING)
+    assert_same(model.to("cpu")(ids).logits, expected(ids).logits, ONE_ROUNDING)

@@ -11,7 +11,8 @@ import torch
 from anymamba import MambaCache
 from anymamba.errors import InputError
 from anymamba.modeling.mamba.outputs import MambaCausalLMOutput, MambaOutput
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 MODEL = small_model()
 BLOCK: Any = MODEL.backbone.layers[0]

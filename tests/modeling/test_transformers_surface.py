@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from anymamba import MambaForCausalLM, MambaModel
 from anymamba.modeling.loading.arguments import FILES, PASSED_ON, PLACE, REFUSED
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 IDS = words(2, 9)
 ROOT = Path(__file__).parents[2]

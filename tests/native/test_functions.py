@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anymamba import _core
+from tests.support.operators import ISAS
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -31,7 +32,7 @@ FUNCTIONS: dict[str, Callable[[Doubles], Doubles]] = {
 }
 
 
-@pytest.fixture(params=_core.isas(), autouse=True)
+@pytest.fixture(params=ISAS, autouse=True)
 def _each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
     before = _core.isa()
     _core.use_isa(request.param)

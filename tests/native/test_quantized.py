@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anymamba import _core
+from tests.support.operators import ISAS
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -72,10 +73,10 @@ def _restored() -> object:
 
 
 @pytest.mark.usefixtures("_restored")
-@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("few", [True, False])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     m=st.integers(1, 40),
     n=st.integers(1, 70),
@@ -91,7 +92,7 @@ def test_products(
 
 
 @pytest.mark.usefixtures("_restored")
-@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("few", [True, False])
 def test_rows_of_zeros_and_of_no_numbers(isa: str, few: bool) -> None:
     """Zeros stay zeros; what is infinite or no number spoils its row and no other."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from anymamba import _core, ops
-from tests.support.operators import scan_inputs
+from tests.support.operators import ISAS, scan_inputs
 from tests.support.processes import assert_ends_well, run_python
 
 # What the scripts share: a convolution of enough work for every thread, on numpy arrays.
@@ -226,7 +226,7 @@ def test_more_threads_than_there_is_work_or_there_are_cores() -> None:
         assert torch.equal(ops.selective_scan(**call), expected)
 
 
-@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
     script = "from anymamba import _core; print(_core.isa(), _core.isas()[0])"
     printed = assert_ends_well(run_python("-c", script, ANYMAMBA_ISA=isa))

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from anymamba import _core, ops
-from tests.ops.running import natively
+from anymamba import ops
+from tests.support.operators import ISAS, natively
 
 
 # Module scope: Hypothesis runs a test's examples inside one set-up.
-@pytest.fixture(scope="module", params=["reference", *_core.isas()])
+@pytest.fixture(scope="module", params=["reference", *ISAS])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """The reference, and the native core with each instruction set."""
     if request.param == "reference":
@@ -22,7 +22,7 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
             yield request.param
 
 
-@pytest.fixture(scope="module", params=_core.isas())
+@pytest.fixture(scope="module", params=ISAS)
 def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native core with each instruction set."""
     with natively(request.param):

@@ -13,14 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from tests.support.tolerance import assert_same, naming
 from torch import Tensor, nn
 
 import anymamba
 from anymamba import minimal
-
-# The project's contract for whole models and for gradients in float32: a relative rounding error
-# of 1e-7 an operation, and some hundred operations between a token and a logit.
-TOLERANCE = 1e-4
 
 # Each differs from the default in at least one way that code could overlook.
 SHAPES: dict[str, dict[str, object]] = {
@@ -139,13 +136,6 @@ def anymamba_model(source: transformers.PreTrainedModel, shape: dict[str, object
     return model
 
 
-def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
-    bound = TOLERANCE * max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(
-        actual, expected, rtol=0, atol=bound, msg=lambda message: f"{what}: {message}"
-    )
-
-
 @pytest.mark.parametrize("name", SHAPES)
 def test_three_models_agree(name: str) -> None:
     shape = SHAPES[name]
@@ -159,13 +149,15 @@ def test_three_models_agree(name: str) -> None:
     ours = with_gradients(run_anymamba, anymamba_model(theirs, shape), tokens)
     plain = with_gradients(run_minimal, minimal_model(theirs), tokens)
     for who, actual in {"anymamba": ours, "minimal": plain}.items():
-        assert_close(actual.logits, expected.logits, f"{who}, logits")
-        assert_close(actual.loss, expected.loss, f"{who}, loss")
-        for i, (layer, expected_layer) in enumerate(
-            zip(actual.layers, expected.layers, strict=True)
-        ):
-            assert_close(layer, expected_layer, f"{who}, output of layer {i}")
+        layers = zip(actual.layers, expected.layers, strict=True)
+        with naming(who):
+            assert_same(actual.logits, expected.logits)
+            assert_same(actual.loss, expected.loss)
+        for i, pair in enumerate(layers):
+            with naming(f"{who}, output of layer {i}"):
+                assert_same(*pair)
         assert len(actual.gradients) == len(expected.gradients)
         for tensor, gradient in expected.gradients.items():
             its_name = original_name(tensor) if who == "minimal" else tensor
-            assert_close(actual.gradients[its_name], gradient, f"{who}, gradient of {tensor}")
+            with naming(f"{who}, gradient of {tensor}"):
+                assert_same(actual.gradients[its_name], gradient)

@@ -25,7 +25,7 @@ from anymamba.errors import AnyMambaError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.loading import load
-from tests.support import gguf_files, tiny_files
+from tests.support import files, gguf_files
 
 # The process takes a third of this before the first case. A case that asks for more than the rest
 # fails, and so does one that would fill a machine.
@@ -156,7 +156,7 @@ def changes_for(path: Path) -> list[Change]:
 
 
 def write_originals(place: Path) -> None:
-    tiny_files.write_folder(place / "plain")
+    files.write_folder(place / "plain")
     convert(place / "plain", place / "original", "original", "bf16")
     convert(place / "plain", place / "minimal", "minimal", "f16")
     write_quantized(place / "plain", place / "quantized")
@@ -192,7 +192,7 @@ def write_quantized(source: Path, folder: Path) -> None:
 
 def quantized_arrays() -> dict[str, Any]:
     arrays: dict[str, Any] = {}
-    for name, tensor in tiny_files.tensors().items():
+    for name, tensor in files.tensors().items():
         if name.endswith(("embeddings.weight", "in_proj.weight", "out_proj.weight")):
             weight = quantize(np.ascontiguousarray(tensor), bits=4, group=32)
             arrays |= {f"{name}_q": weight.q, f"{name}_scales": weight.scales}
@@ -270,7 +270,7 @@ def main(examples: int, place: Path) -> None:
         try:
             reads(path, rng, folder, sound)
         except AnyMambaError as error:
-            tiny_files.one_line(error)
+            files.one_line(error)
             counts[type(error).__name__] += 1
         else:
             counts["worked"] += 1

@@ -16,13 +16,9 @@ from hypothesis import strategies as st
 import anymamba
 from anymamba import Engine
 from anymamba.errors import CheckpointError, InputError, StateError
-from tests.support.reference import (
-    assert_close,
-    reference_logits,
-    small_weights,
-    words,
-    write_small,
-)
+from tests.support.files import small_weights, write_small
+from tests.support.reference import reference_logits, words
+from tests.support.tolerance import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +51,7 @@ def test_logits_are_the_paper_s(tmp_path: Path, fields: dict[str, Any], length: 
     ids = words(length)
     eps = fields.get("layer_norm_epsilon", 1e-5)
     expected = reference_logits(small_weights(**fields), ids, eps)
-    assert_close(engine.logits(ids), expected)
+    assert_same(engine.logits(ids), expected)
 
 
 def test_no_tokens_no_logits(engine: Engine) -> None:
@@ -68,7 +64,7 @@ def test_no_tokens_no_logits(engine: Engine) -> None:
 def test_a_long_text_is_read_in_stretches(engine: Engine) -> None:
     """More than two stretches of 512, against the paper's loop over all of it."""
     ids = words(1100)
-    assert_close(engine.logits(ids), reference_logits(small_weights(), ids))
+    assert_same(engine.logits(ids), reference_logits(small_weights(), ids))
 
 
 CUTS = st.lists(st.integers(0, 40), max_size=6)
@@ -86,9 +82,9 @@ def test_a_text_may_be_cut_anywhere(engine: Engine, cuts: list[int], ways: list[
             *((state, ids[start:stop]) if way == "prefill" else (ids[start:stop], state))
         )
     assert state.token_count == 40
-    assert_close(state.logits, whole.logits)
-    assert_close(state.ssm_states, whole.ssm_states)
-    assert_close(state.conv_states, whole.conv_states)
+    assert_same(state.logits, whole.logits)
+    assert_same(state.ssm_states, whole.ssm_states)
+    assert_same(state.conv_states, whole.conv_states)
 
 
 def test_progress_is_told(engine: Engine) -> None:
@@ -272,7 +268,7 @@ def test_who_stops_listening_leaves_a_state_that_has_read_what_was_given_out(
         read = ids + given if heard else []
         assert state.token_count == len(read)
         if read:
-            assert_close(state.logits, engine.logits(read)[-1])
+            assert_same(state.logits, engine.logits(read)[-1])
 
 
 def test_a_fork_goes_its_own_way(engine: Engine) -> None:
@@ -280,8 +276,8 @@ def test_a_fork_goes_its_own_way(engine: Engine) -> None:
     fork = state.copy()
     engine.prefill(fork, words(5, seed=2))
     assert (state.token_count, fork.token_count) == (9, 14)
-    assert_close(state.logits, engine.logits(words(9))[-1])
-    assert_close(fork.logits, engine.logits(words(9) + words(5, seed=2))[-1])
+    assert_same(state.logits, engine.logits(words(9))[-1])
+    assert_same(fork.logits, engine.logits(words(9) + words(5, seed=2))[-1])
 
 
 def test_special_tokens_come_once(bundled: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +314,7 @@ def test_another_engine_of_the_same_model_takes_the_state(tmp_path: Path) -> Non
     first, second = anymamba.load(tmp_path), anymamba.load(tmp_path, threads=1)
     state = first.prefill(first.state(), words(9))
     second.prefill(state, words(5, seed=2))
-    assert_close(state.logits, first.logits(words(9) + words(5, seed=2))[-1])
+    assert_same(state.logits, first.logits(words(9) + words(5, seed=2))[-1])
 
 
 # Scores.

@@ -17,7 +17,7 @@ from anymamba.checkpoint import source as sources
 from anymamba.errors import CheckpointError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.loading import load
-from tests.support import gguf_files, tiny_files
+from tests.support import files, gguf_files
 
 pytest.importorskip("anymamba._core")
 pytest.importorskip("gguf")
@@ -65,7 +65,7 @@ def test_what_takes_too_much_memory_would_be_noticed() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return tiny_files.write_folder(tmp_path / "model")
+    return files.write_folder(tmp_path / "model")
 
 
 # Prints what a model says, many times; each time from the file anew.
@@ -134,7 +134,7 @@ def test_a_file_replaced_between_header_and_weights_is_not_mixed(
 
     def replaced_meanwhile(path: Path) -> Any:
         checkpoint = opened(path)
-        stored = tiny_files.tensors()
+        stored = files.tensors()
         if size == "alike":  # the same bytes in all, but another order
             a, b = (f"backbone.layers.{i}.mixer.in_proj.weight" for i in (0, 1))
             stored[a], stored[b] = stored[a].reshape(32, 128), stored[b].reshape(32, 128)
@@ -157,8 +157,8 @@ def test_a_model_that_is_replaced_stays_for_who_has_it(folder: Path) -> None:
     file = convert(folder, folder.with_name("model.gguf"), "gguf")
     engines = [load(new), load(file)]
     before = [engine.logits(IDS) for engine in engines]
-    others = {name: -tensor for name, tensor in tiny_files.tensors().items()}
-    source = tiny_files.write_folder(folder.with_name("others"), others)
+    others = {name: -tensor for name, tensor in files.tensors().items()}
+    source = files.write_folder(folder.with_name("others"), others)
     convert(source, new, overwrite=True)
     convert(source, file, "gguf", overwrite=True)
     for engine, logits, path in zip(engines, before, (new, file), strict=True):
@@ -201,7 +201,7 @@ def test_what_is_no_file_is_refused_at_once(name: str, folder: Path) -> None:
 
 
 def test_shards_outside_the_folder_are_refused(folder: Path) -> None:
-    secret: dict[str, Any] = dict.fromkeys(tiny_files.tensors(), "../secret.safetensors")
+    secret: dict[str, Any] = dict.fromkeys(files.tensors(), "../secret.safetensors")
     (folder / "model.safetensors").rename(folder.with_name("secret.safetensors"))
     text = str({"weight_map": secret}).replace("'", '"')
     (folder / "model.safetensors.index.json").write_text(text)

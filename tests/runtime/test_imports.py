@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.reference import write_small
+from tests.support.files import write_small
 
 TORCH = {"torch", "transformers", "jaxtyping"}
 LIBRARIES = {"tokenizers", "huggingface_hub", "safetensors"}

@@ -22,14 +22,9 @@ from anymamba.errors import (
     InputError,
     MissingDependencyError,
 )
-from tests.support.reference import (
-    CONFIG,
-    assert_close,
-    reference_logits,
-    small_weights,
-    words,
-    write_small,
-)
+from tests.support.files import SMALL, small_weights, write_small
+from tests.support.reference import reference_logits, words
+from tests.support.tolerance import assert_same
 
 SIZES = {"d_model": 24, "n_layer": 2, "vocab_size": 61}
 LAYER = {"d_state": 5, "dt_rank": 3}
@@ -47,7 +42,7 @@ def test_the_original_layout(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["backbone.embedding.weight"].copy()
     save_file(tensors, tmp_path / "model.safetensors")
     engine = anymamba.load(tmp_path)
-    assert_close(engine.logits(IDS), expected())
+    assert_same(engine.logits(IDS), expected())
     # Transformers' default for a config that names no end.
     assert engine.end_ids == (0,)
     assert engine.config["hidden_size"] == 24
@@ -60,11 +55,11 @@ def test_the_minimal_layout(tmp_path: Path) -> None:
         n: n.replace("embeddings", "embedding").removeprefix("backbone.") for n in small_weights()
     }
     save_file({names[n]: t for n, t in small_weights().items()}, tmp_path / "model.safetensors")
-    assert_close(anymamba.load(tmp_path).logits(IDS), expected())
+    assert_same(anymamba.load(tmp_path).logits(IDS), expected())
 
 
 def test_shards(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
     tensors, index = small_weights(), {}
     names = list(tensors)
     for number, part in enumerate((names[::2], names[1::2])):
@@ -72,7 +67,7 @@ def test_shards(tmp_path: Path) -> None:
         save_file({name: tensors[name] for name in part}, tmp_path / file)
         index |= dict.fromkeys(part, file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert_close(anymamba.load(tmp_path).logits(IDS), expected())
+    assert_same(anymamba.load(tmp_path).logits(IDS), expected())
 
 
 @pytest.mark.parametrize("shift", [1, 2, 3])
@@ -83,7 +78,7 @@ def test_unaligned_weights(tmp_path: Path, shift: int) -> None:
     whole = file.read_bytes()
     text = whole[8:begin] + b" " * ((shift - begin) % 4)
     file.write_bytes(len(text).to_bytes(8, "little") + text + whole[begin:])
-    assert_close(anymamba.load(tmp_path).logits(IDS), expected())
+    assert_same(anymamba.load(tmp_path).logits(IDS), expected())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
@@ -91,7 +86,7 @@ def test_stored_types(tmp_path: Path, dtype: type) -> None:
     """float16 rounds the weights by 2^-11, which moves the logits by less than 2e-2 of them."""
     engine = anymamba.load(write_small(tmp_path, dtype=dtype))
     rounded = {name: tensor.astype(dtype) for name, tensor in small_weights().items()}
-    assert_close(engine.logits(IDS), reference_logits(rounded, IDS), 1e-4)
+    assert_same(engine.logits(IDS), reference_logits(rounded, IDS), 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int8", "int4"])
@@ -100,14 +95,14 @@ def test_kinds(tmp_path: Path, kind: str) -> None:
     engine = anymamba.load(write_small(tmp_path), weights=kind)
     assert engine.weights_kind == kind
     tolerance = 1e-4 if kind == "f32" else 2e-2  # the contract's for float32 and bfloat16
-    assert_close(engine.logits(IDS), expected(), tolerance)
+    assert_same(engine.logits(IDS), expected(), tolerance)
 
 
 def test_facts(tmp_path: Path) -> None:
     engine = anymamba.load(write_small(tmp_path), threads=1)
     size = sum(tensor.size for tensor in small_weights().values())
     assert (engine.n_parameters, engine.weight_bytes, engine.threads) == (size, 4 * size, 1)
-    assert engine.config == CONFIG
+    assert engine.config == SMALL
     assert repr(engine) == "Engine(11,136 parameters, f32, 1 threads)"
 
 
@@ -190,7 +185,7 @@ def test_no_such_model(tmp_path: Path) -> None:
 )
 def test_what_the_core_does_not_compute(tmp_path: Path, fields: dict, reason: str) -> None:
     write_small(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | fields))
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | fields))
     with pytest.raises(CheckpointError, match=reason):
         anymamba.load(tmp_path)
 
@@ -228,6 +223,6 @@ def test_a_gguf_file(tmp_path: Path, kind: str) -> None:
     assert engine.tokenize("ROMEO:") == own.tokenize("ROMEO:")
     assert engine.end_ids == ()
     # The file keeps bfloat16 where we do, and A in place of its logarithm.
-    assert_close(engine.logits("ROMEO:"), own.logits("ROMEO:"), 1e-4 if kind == "f32" else 2e-2)
+    assert_same(engine.logits("ROMEO:"), own.logits("ROMEO:"), 1e-4 if kind == "f32" else 2e-2)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is missing"):
         anymamba.load(str(tmp_path / "model.gguf"), tokenizer=tmp_path).tokenize("Hi")

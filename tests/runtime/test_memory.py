@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from anymamba.assets import bundled_model
-from tests.support.reference import write_small
+from tests.support.files import write_small
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="reads its memory where Linux shows it"

@@ -15,7 +15,9 @@ from anymamba import Engine, MambaCache, MambaForCausalLM
 from anymamba.assets import bundled_model
 from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.errors import InputError, StateError
-from tests.support.reference import assert_close, words, write_small
+from tests.support.files import write_small
+from tests.support.reference import words
+from tests.support.tolerance import assert_same
 
 # The contract for whole models: float32, and bfloat16 storage.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -49,10 +51,10 @@ def test_logits(tmp_path: Path, dtype: str, fields: dict[str, Any]) -> None:
     assert engine.weights_kind == {"float32": "f32", "bfloat16": "bf16"}[dtype]
     logits = engine.logits(IDS)
     ours = MambaForCausalLM.from_pretrained(folder, dtype=dtype)
-    assert_close(logits, torch_logits(ours, IDS), TOLERANCES[dtype])
+    assert_same(logits, torch_logits(ours, IDS), TOLERANCES[dtype])
     # Transformers in bfloat16 rounds as much as we do, at other places: its float32 is the truth.
     exact = transformers.MambaForCausalLM.from_pretrained(folder, dtype="float32")
-    assert_close(logits, torch_logits(exact, IDS), TOLERANCES[dtype])
+    assert_same(logits, torch_logits(exact, IDS), TOLERANCES[dtype])
 
 
 def test_the_bundled_model() -> None:
@@ -60,7 +62,7 @@ def test_the_bundled_model() -> None:
     ids = engine.tokenize("ROMEO:\nBut, soft! what light through yonder window breaks?\n")
     for dtype, ours in (("float32", exact), ("bfloat16", engine)):
         model = MambaForCausalLM.from_pretrained(bundled_model(), dtype=dtype)
-        assert_close(ours.logits(ids), torch_logits(model, ids), TOLERANCES[dtype])
+        assert_same(ours.logits(ids), torch_logits(model, ids), TOLERANCES[dtype])
 
 
 def test_greedy_texts(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_a_state_becomes_a_cache(engine: Engine, model: MambaForCausalLM) -> Non
     cache = MambaCache.from_state(state, model.config)
     assert cache.token_counts.tolist() == [70]
     logits = next_logits(model, cache, [3, 4])
-    assert_close(logits, engine.logits([3, 4], state.copy()))
+    assert_same(logits, engine.logits([3, 4], state.copy()))
     assert state.token_count == 70  # a copy went on, not the state
 
 
@@ -124,7 +126,7 @@ def test_a_cache_becomes_a_state(engine: Engine, model: MambaForCausalLM) -> Non
         model(torch.tensor([[1], [2]]), cache=cache)
     state = cache.to_state(engine, row=1)
     assert (state.token_count, state.logits) == (71, None)
-    assert_close(engine.logits([3, 4], state), engine.logits([*IDS, 2, 3, 4])[-2:])
+    assert_same(engine.logits([3, 4], state), engine.logits([*IDS, 2, 3, 4])[-2:])
     assert cache.token_counts.tolist() == [71, 71]
 
 
@@ -145,10 +147,10 @@ def test_one_file_serves_both(
     cache = MambaCache.load(tmp_path / "a.state", model=model)
     tolerance = TOLERANCES[dtype]
     expected = engine.logits([*IDS, 3, 4])[-2:]
-    assert_close(next_logits(model, cache, [3, 4]), expected, tolerance)
+    assert_same(next_logits(model, cache, [3, 4]), expected, tolerance)
     read(model, IDS).save(tmp_path / "b.state", model=model)
     loaded = engine.load_state(tmp_path / "b.state")
-    assert_close(engine.logits([3, 4], loaded), expected)
+    assert_same(engine.logits([3, 4], loaded), expected)
 
 
 def test_the_digest_is_the_same_in_every_type(folder: Path, tmp_path: Path) -> None:

@@ -1,143 +1,190 @@
-"""Model files written without the package under test."""
+"""Small models on disk, written without the package under test and without torch.
+
+Three sizes: `tensors` and `write_folder` where widths must fit blocks of 32, `small_weights` and
+`write_small` where no two sizes may be alike, `write_model` where the command line shall be fast.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-# Two layers, no two sizes alike: d 6, e 12, n 5, r 3, k 4, v 16.
-TRANSFORMERS_CONFIG: dict[str, Any] = {
+from anymamba.assets import bundled_model
+
+# No two sizes alike but those that blocks of 32 ask for: d 32, e 64, n 5, r 3, k 4, v 320.
+CONFIG: dict[str, Any] = {
     "model_type": "mamba",
-    "hidden_size": 6,
+    "hidden_size": 32,
     "num_hidden_layers": 2,
-    "vocab_size": 16,
+    "vocab_size": 320,
     "state_size": 5,
     "time_step_rank": 3,
     "expand": 2,
     "conv_kernel": 4,
+    "layer_norm_epsilon": 1e-5,
+    "use_bias": False,
+    "use_conv_bias": True,
     "tie_word_embeddings": True,
 }
-ORIGINAL_CONFIG: dict[str, Any] = {
-    "d_model": 6,
-    "n_layer": 2,
-    "vocab_size": 13,  # the weights are padded to 16 rows
-    "ssm_cfg": {"d_state": 5, "dt_rank": 3},
-    "rms_norm": True,
-    "residual_in_fp32": True,
-    "fused_add_norm": True,
-    "pad_vocab_size_multiple": 8,
-}
-MINIMAL_CONFIG: dict[str, Any] = {
-    "d_model": 6,
-    "n_layer": 2,
-    "vocab_size": 16,
-    "d_state": 5,
-    "expand": 2,
-    "dt_rank": 3,
-    "d_conv": 4,
-    "pad_vocab_size_multiple": 8,
-    "conv_bias": True,
-    "bias": False,
-}
-CONFIGS = {
-    "transformers": TRANSFORMERS_CONFIG,
-    "original": ORIGINAL_CONFIG,
-    "minimal": MINIMAL_CONFIG,
-}
+TEXT = "It's a long way, isn't it?  To be   or not to be 1234\n\n\tis THE question. " * 8
 
 
-def weights() -> dict[str, torch.Tensor]:
-    """Random weights of the model above in Transformers' names, spelt out."""
-    shapes: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (16, 6)}
-    for layer in (0, 1):
-        prefix = f"backbone.layers.{layer}."
-        shapes |= {
-            prefix + "norm.weight": (6,),
-            prefix + "mixer.in_proj.weight": (24, 6),
-            prefix + "mixer.conv1d.weight": (12, 1, 4),
-            prefix + "mixer.conv1d.bias": (12,),
-            prefix + "mixer.x_proj.weight": (13, 12),
-            prefix + "mixer.dt_proj.weight": (12, 3),
-            prefix + "mixer.dt_proj.bias": (12,),
-            prefix + "mixer.A_log": (12, 5),
-            prefix + "mixer.D": (12,),
-            prefix + "mixer.out_proj.weight": (6, 12),
-        }
-    shapes["backbone.norm_f.weight"] = (6,)
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-def renamed(layout: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors under the names of another layout; its head is the embedding table."""
-    if layout == "transformers":
-        return dict(tensors)
-    names = {name: name.replace("embeddings", "embedding") for name in tensors}
-    if layout == "minimal":
-        names = {old: new.removeprefix("backbone.") for old, new in names.items()}
-    head = {"lm_head.weight": tensors["backbone.embeddings.weight"]}
-    return {names[name]: tensor for name, tensor in tensors.items()} | head
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def write_model(
-    folder: Path,
-    layout: str = "transformers",
-    tensors: dict[str, torch.Tensor] | None = None,
-    *,
-    pickled: bool = False,
-    **changes: Any,
-) -> Path:
-    """A whole model's folder. `changes` are fields of its config."""
-    stored = renamed(layout, weights()) if tensors is None else tensors
-    write_config(folder, CONFIGS[layout] | changes)
-    if pickled:
-        torch.save(stored, folder / "pytorch_model.bin")
-    else:
-        copies = {name: tensor.clone() for name, tensor in stored.items()}
-        save_file(copies, folder / "model.safetensors")
-    return folder
-
-
-def write_shards(folder: Path, *, pickled: bool = False) -> dict[str, str]:
-    """The model in two shards with their index, which is returned."""
-    write_config(folder, TRANSFORMERS_CONFIG)
-    ending, stem = (".bin", "pytorch_model") if pickled else (".safetensors", "model")
-    names = list(weights())
-    halves = {
-        f"{stem}-00001-of-00002{ending}": names[::2],
-        f"{stem}-00002-of-00002{ending}": names[1::2],
-    }
-    for file, half in halves.items():
-        shard = {name: weights()[name] for name in half}
-        if pickled:
-            torch.save(shard, folder / file)
-        else:
-            save_file(shard, folder / file)
-    index = {name: file for file, half in halves.items() for name in half}
-    write_index(folder, index)
-    return index
-
-
-def write_index(folder: Path, index: dict[str, str]) -> None:
-    stem = (
-        "pytorch_model.bin" if next(iter(index.values())).endswith(".bin") else "model.safetensors"
+def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Each tensor's shape in Transformers' names, spelt out; sizes are fields of `config`."""
+    v, d, n, r = (
+        config[name] for name in ("vocab_size", "hidden_size", "state_size", "time_step_rank")
     )
-    (folder / f"{stem}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    e, k = config.get("expand", 2) * d, config.get("conv_kernel", 4)
+    found: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (v, d)}
+    for layer in range(config["num_hidden_layers"]):
+        of_layer: dict[str, tuple[int, ...]] = {
+            "norm.weight": (d,),
+            "mixer.in_proj.weight": (2 * e, d),
+            "mixer.in_proj.bias": (2 * e,),
+            "mixer.conv1d.weight": (e, 1, k),
+            "mixer.conv1d.bias": (e,),
+            "mixer.x_proj.weight": (r + 2 * n, e),
+            "mixer.dt_proj.weight": (e, r),
+            "mixer.dt_proj.bias": (e,),
+            "mixer.A_log": (e, n),
+            "mixer.D": (e,),
+            "mixer.out_proj.weight": (d, e),
+            "mixer.out_proj.bias": (d,),
+        }
+        if not config.get("use_bias", False):
+            del of_layer["mixer.in_proj.bias"], of_layer["mixer.out_proj.bias"]
+        if not config.get("use_conv_bias", True):
+            del of_layer["mixer.conv1d.bias"]
+        found |= {f"backbone.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    found["backbone.norm_f.weight"] = (d,)
+    if not config.get("tie_word_embeddings", True):
+        found["lm_head.weight"] = (v, d)
+    return found
 
 
-def safetensors_bytes(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
+def tensors(tied: bool = True, layers: int = 2) -> dict[str, NDArray[Any]]:
+    """Random weights of the model above in Transformers' names."""
+    rng = np.random.default_rng(0)
+    config = CONFIG | {"tie_word_embeddings": tied, "num_hidden_layers": layers}
+    return {n: 0.3 * rng.standard_normal(s).astype(np.float32) for n, s in shapes(config).items()}
+
+
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE as GPT-NeoX has it: control tokens first, runs of spaces last."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator([TEXT], trainer)
+    made.add_tokens([AddedToken("    ", normalized=True), AddedToken("  ", normalized=True)])
+    return made
+
+
+def write_folder(
+    folder: Path, stored: dict[str, NDArray[Any]] | None = None, **changes: Any
+) -> Path:
+    """A whole model's folder in Transformers' layout, with a tokenizer."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
+    save_file(tensors() if stored is None else stored, folder / "model.safetensors")
+    (folder / "tokenizer.json").write_text(tokenizer().to_str())
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    return folder
+
+
+# Two layers, no two sizes alike: d 24, e 48, n 5, r 3, k 4, v 61.
+SMALL: dict[str, Any] = {
+    "model_type": "mamba",
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "vocab_size": 61,
+    "state_size": 5,
+    "time_step_rank": 3,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def small_weights(seed: int = 0, **fields: Any) -> dict[str, np.ndarray]:
+    """Random float32 weights of a model, none of them zero, in Transformers' names."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in shapes(SMALL | fields).items():
+        if name.endswith("A_log"):
+            values = np.log(np.arange(1, shape[1] + 1)) + 0.1 * random.standard_normal(shape)
+        elif name.endswith(("norm.weight", "norm_f.weight", ".D")):
+            values = 1 + 0.3 * random.standard_normal(shape)
+        elif name.endswith("dt_proj.bias"):
+            values = np.log(np.expm1(random.uniform(0.01, 0.5, shape)))
+        elif name.endswith("bias"):
+            values = 0.3 * random.standard_normal(shape)
+        else:
+            values = random.standard_normal(shape) / np.sqrt(shape[-1])
+        tensors[name] = values.astype(np.float32)
+    return tensors
+
+
+def write_small(folder: Path, seed: int = 0, dtype: Any = np.float32, **fields: Any) -> Path:
+    """A checkpoint in Transformers' layout. `fields` are of its config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(SMALL | fields))
+    tensors = small_weights(seed, **fields)
+    save_file({n: t.astype(dtype) for n, t in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+# One layer for bytes. A head of its own: with the embeddings for a head a random model says one
+# word again and again.
+BYTES: dict[str, Any] = {
+    "model_type": "mamba",
+    "architectures": ["MambaForCausalLM"],
+    "dtype": "float32",
+    "vocab_size": 256,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "state_size": 16,
+    "time_step_rank": 1,
+    "conv_kernel": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def write_model(folder: Path, **settings: Any) -> Path:
+    """A random model of bytes in `folder`, always the same. Needs no torch."""
+    random = np.random.default_rng(0)
+    # Logits far apart, so that the likeliest token has no rival.
+    weights = {
+        name: (0.5 * random.standard_normal(shape)).astype(np.float32)
+        for name, shape in shapes(BYTES).items()
+    }
+    for name in ("backbone.norm_f.weight", "backbone.layers.0.norm.weight"):
+        weights[name] = np.ones(BYTES["hidden_size"], np.float32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    names: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    (folder / "config.json").write_text(json.dumps(BYTES | names | settings))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bundled_model() / name, folder)
+    return folder
+
+
+def with_head(tiny: Path, folder: Path, change: Callable[[Any], Any]) -> Path:
+    """The tiny model with another head."""
+    shutil.copytree(tiny, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = change(tensors["lm_head.weight"])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def one_line(error: BaseException) -> str:

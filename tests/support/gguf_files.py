@@ -1,14 +1,19 @@
-"""GGUF files written by the `gguf` package's writer, name by name."""
+"""GGUF files written by the `gguf` package's writer, name by name, and what it reads in them."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
-from tests.support.tiny_files import tensors
+from anymamba.checkpoint.gguf.reader import read_gguf
+from anymamba.errors import CheckpointError
+from tests.support.files import one_line, tensors
 
 COUNTS = {
     "mamba.embedding_length": 32,
@@ -142,3 +147,45 @@ def add(writer: Any, name: str, value: Any) -> None:
         writer.add_string(name, value)
     elif value is not None:
         writer.add_array(name, value)
+
+
+def widened(values: Any) -> Any:
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def by_the_package(path: Path) -> dict[str, Any]:
+    """Every tensor as the package itself reads it, in float32."""
+    import gguf
+
+    return {
+        tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+
+
+def lists_of(tokenizer: Tokenizer) -> dict[str, Any]:
+    """A tokenizer as llama.cpp's converter writes it."""
+    fields = json.loads(tokenizer.to_str())
+    added = {token["id"]: token["special"] for token in fields["added_tokens"]}
+    size = tokenizer.get_vocab_size()
+    return {
+        "tokenizer__ggml__model": "gpt2",
+        "tokenizer__ggml__pre": "olmo",
+        "tokenizer__ggml__tokens": [*map(tokenizer.id_to_token, range(size)), "[PAD]", "[PAD2]"],
+        "tokenizer__ggml__token_type": [
+            *({None: 1, True: 3, False: 4}[added.get(i)] for i in range(size)),
+            *(5, 5),
+        ],
+        "tokenizer__ggml__merges": [" ".join(pair) for pair in fields["model"]["merges"]],
+    }
+
+
+def refusal(path: Path) -> str:
+    """The one line with which a file is refused, which names it."""
+    with pytest.raises(CheckpointError) as caught:
+        dict(read_gguf(path).tensors)
+    message = one_line(caught.value)
+    assert path.name in message
+    return message

@@ -1,15 +1,30 @@
-"""Random inputs for the operators, and the ways in which a tensor may lie in memory."""
+"""Random inputs for the operators, the ways a tensor may lie in memory, and the native core."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from anymamba import _core, ops
+from tests.support.tolerance import assert_contract, assert_gradients
+
 HALVES = (torch.bfloat16, torch.float16)
 TYPES = (torch.float32, *HALVES)
+# This machine's instruction sets, the first choice first; `make test-fast` takes that one alone.
+ISAS = [
+    isa if isa == _core.isas()[0] else pytest.param(isa, marks=pytest.mark.native_isa)
+    for isa in _core.isas()
+]
+# More than one, so that work is shared out; odd, so that it does not share out evenly.
+THREADS = "3"
 
 
 def _inside(tensor: Tensor, *margins: tuple[int, int]) -> Tensor:
@@ -110,3 +125,179 @@ def scan_inputs(
     else:
         inputs["delta_ble"] = inputs["delta_ble"].abs() * 0.1
     return inputs
+
+
+def conv_inputs(
+    b: int,
+    l: int,
+    e: int,
+    k: int,
+    *,
+    windows: int | None = None,
+    columns: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All tensors of `causal_conv1d`; a window for each row, or for each of `windows`."""
+    g = torch.Generator().manual_seed(seed)
+    n_windows, columns = b if windows is None else windows, k if columns is None else columns
+    return {
+        "x_ble": torch.randn(b, l, e, generator=g).to(dtype),
+        "weight_ek": torch.randn(e, k, generator=g),
+        "bias_e": torch.randn(e, generator=g),
+        "initial_window": torch.randn(n_windows, e, columns, generator=g).to(dtype),
+    }
+
+
+def norm_inputs(*shape: int, types: tuple[torch.dtype, ...] = (torch.float32,) * 3) -> Any:
+    g = torch.Generator().manual_seed(len(shape))
+    return {
+        "x": torch.randn(shape, generator=g).to(types[0]),
+        "weight_d": torch.randn(shape[-1], generator=g).to(types[1]),
+        "residual": torch.randn(shape, generator=g).to(types[2]),
+    }
+
+
+def product_inputs(
+    m: int, n: int, k: int, types: tuple[torch.dtype, ...] = (torch.float32,) * 3
+) -> dict[str, Tensor]:
+    """x, weight and bias; scaled so that results are about 1, as a model's are."""
+    g = torch.Generator().manual_seed(m * 10007 + n * 101 + k)
+    return {
+        "x": torch.randn(m, k, generator=g).to(types[0]),
+        "weight_nk": (torch.randn(n, k, generator=g) / math.sqrt(max(k, 1))).to(types[1]),
+        "bias_n": torch.randn(n, generator=g).to(types[2]),
+    }
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator whose results and gradients are held against float64.
+
+    Attributes:
+        call: the operator, with its inputs as a dict and options; returns all outputs.
+        dtypes: which types the outputs of such a call must have.
+        reference: the same in float64.
+        moved: which outputs hold inputs as they were, and are computed by no arithmetic.
+    """
+
+    call: Callable[..., tuple[Tensor, ...]]
+    dtypes: Callable[..., tuple[torch.dtype, ...]]
+    reference: Callable[..., tuple[Tensor, ...]]
+    moved: tuple[int, ...] = ()
+
+    def exactly(self, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
+        """The reference in float64, on the numbers that the inputs hold."""
+        return self.reference(doubles(inputs), **options)
+
+    def assert_results(self, inputs: dict[str, Any], **options: Any) -> None:
+        found, expected = self.call(inputs, **options), self.exactly(inputs, **options)
+        assert tuple(output.dtype for output in found) == self.dtypes(inputs, **options)
+        for index, (output, reference) in enumerate(zip(found, expected, strict=True)):
+            assert_contract(output, reference)
+            assert index not in self.moved or torch.equal(output.double(), reference)
+
+    def assert_gradients(
+        self,
+        inputs: dict[str, Any],
+        outputs: Sequence[int] | None = None,
+        of: Collection[str] | None = None,
+        lay_out: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given,
+        cotangent: Callable[[Tensor], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        """The gradients against those of the reference in float64.
+
+        Args:
+            inputs: the operator's inputs.
+            outputs: which outputs count; all if None.
+            of: which inputs require a gradient; all if None.
+            lay_out: stores the inputs in another way.
+            cotangent: makes the gradient of an output like it; random if None.
+        """
+        ours, theirs = (
+            {name: _detached(value, of is None or name in of) for name, value in given.items()}
+            for given in (inputs, doubles(inputs))
+        )
+        found, expected = self.call(lay_out(ours), **options), self.reference(theirs, **options)
+        chosen = range(len(found)) if outputs is None else outputs
+        g = torch.Generator().manual_seed(7)
+        # Rounded before, so that both go back from the same numbers.
+        cotangents = [
+            cotangent(found[index])
+            if cotangent
+            else torch.randn(found[index].shape, generator=g).to(found[index].dtype)
+            for index in chosen
+        ]
+        actual = gradients([found[index] for index in chosen], cotangents, ours)
+        assert {name: gradient.dtype for name, gradient in actual.items()} == {
+            name: inputs[name].dtype for name in actual
+        }
+        assert_gradients(
+            actual, gradients([expected[index] for index in chosen], cotangents, theirs)
+        )
+
+
+def doubles(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in float64."""
+    return {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def _detached(value: Any, requires_grad: bool) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().clone().requires_grad_(requires_grad)
+
+
+def _scan(inputs: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
+    return ops.selective_scan(**inputs, **options, return_last_state=True)
+
+
+def _convolve(inputs: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
+    options = {"activation": "silu", "return_final_window": True} | options
+    return ops.causal_conv1d(**inputs, **options)
+
+
+def _norm(inputs: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
+    return ops.rms_norm(**inputs, **options, return_sum=True)
+
+
+def _types_of_norm(inputs: dict[str, Any], **options: Any) -> tuple[torch.dtype, ...]:
+    x, residual = inputs["x"], inputs["residual"]
+    wider = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return inputs["weight_d"].dtype, torch.float32 if options.get("residual_in_fp32") else wider
+
+
+def _product(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    return (inputs["x"] @ inputs["weight_nk"].T + inputs["bias_n"],)
+
+
+SCAN = Operator(
+    _scan,
+    lambda inputs, **_: (inputs["x_ble"].dtype, torch.float32),
+    partial(_scan, backend="reference"),
+)
+CONVOLUTION = Operator(
+    _convolve,
+    lambda inputs, **_: (inputs["x_ble"].dtype,) * 2,
+    partial(_convolve, backend="reference"),
+    moved=(1,),
+)
+NORM = Operator(_norm, _types_of_norm, partial(_norm, backend="reference"))
+LINEAR = Operator(
+    lambda inputs: (ops.linear(**inputs),), lambda inputs: (inputs["x"].dtype,), _product
+)
+
+
+@contextmanager
+def natively(isa: str) -> Iterator[None]:
+    """Everything inside runs on the native core, with the kernels of one instruction set."""
+    before = _core.isa()
+    with pytest.MonkeyPatch.context() as patch, ops.backend("cpu"):
+        patch.setenv("ANYMAMBA_NUM_THREADS", THREADS)
+        _core.use_isa(isa)
+        yield
+        _core.use_isa(before)

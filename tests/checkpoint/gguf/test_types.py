@@ -18,8 +18,8 @@ from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.convert.quantizing import quantize_checkpoint
 from anymamba.runtime.weights.gguf import load_gguf_weights
-from tests.support import gguf_files, tiny_files
-from tests.support.tiny_files import one_line
+from tests.support import files, gguf_files
+from tests.support.files import one_line
 
 gguf = pytest.importorskip("gguf")
 
@@ -27,11 +27,6 @@ BLOCKS = [found.name for found in TYPES.values() if found.name not in PLAIN]
 EMBEDDINGS = "backbone.embeddings.weight"
 OUT_PROJ = "backbone.layers.0.mixer.out_proj.weight"
 IDS = [5, 0, 63, 7, 7, 40]
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "model.gguf"
 
 
 def by_the_package(blocks: Any, kind: str) -> Any:
@@ -239,7 +234,7 @@ def test_a_folder_with_one_model(tmp_path: Path) -> None:
 
 
 def test_other_weights_go_first(tmp_path: Path) -> None:
-    folder = tiny_files.write_folder(tmp_path / "model")
+    folder = files.write_folder(tmp_path / "model")
     for name in ("a.gguf", "b.gguf"):
         (folder / name).write_bytes(b"GGUF")
     assert find_gguf(folder) is None
@@ -255,7 +250,7 @@ def test_everything_that_reads_a_model_takes_such_a_folder(
     folder.mkdir()
     gguf_files.write_wide(folder / "m.gguf", "Q4_0", head="Q6_K", parts=5)
     (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "tokenizer.json").write_text(tiny_files.tokenizer().to_str())
+    (tmp_path / "t" / "tokenizer.json").write_text(files.tokenizer().to_str())
     assert main(["info", str(folder), "--json"]) == 0
     assert '"Q6_K": 16384' in capsys.readouterr().out
     assert main(["convert", str(folder), str(tmp_path / "new")]) == 0

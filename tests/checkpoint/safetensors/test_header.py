@@ -16,7 +16,8 @@ from safetensors.torch import save, save_file
 
 from anymamba.checkpoint import read_header
 from anymamba.errors import CheckpointError
-from tests.support.files import one_line, safetensors_bytes
+from tests.support.files import one_line
+from tests.support.layouts import safetensors_bytes
 
 DTYPES = {
     "F64": torch.float64,

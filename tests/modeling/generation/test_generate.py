@@ -13,7 +13,8 @@ from transformers.generation.utils import DeferredStopCheck
 
 from anymamba import MambaCache, MambaForCausalLM
 from anymamba.errors import InputError
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 MODEL = small_model(seed=3, eos_token_id=None)
 GREEDY = {"do_sample": False, "pad_token_id": 0}

@@ -23,7 +23,8 @@ from anymamba.modeling.loading.arguments import FILES, PASSED_ON, PLACE, REFUSED
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.weights.weights import load_weights
 from tests.modeling.loading.test_loading import write_minimal, write_original
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 IDS = words(2, 9)
 

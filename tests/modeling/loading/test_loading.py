@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from anymamba import MambaForCausalLM, MambaModel
 from anymamba.errors import CheckpointError, HubError
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 IDS = words(2, 9)
 

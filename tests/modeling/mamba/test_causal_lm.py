@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from anymamba import MambaCache, MambaConfig, MambaModel
 from anymamba.errors import BackendError, InputError, MissingDependencyError
 from anymamba.ops import backends
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 MODEL = small_model(use_bias=True)
 LENGTH = 14

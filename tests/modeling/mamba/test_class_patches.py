@@ -15,7 +15,8 @@ from transformers.activations import SiLUActivation
 from anymamba import MambaForCausalLM, MambaModel
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.mamba.model import MambaBlock, MambaMixer, MambaRMSNorm
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 IDS = words(2, 9)
 PATCHES = [

@@ -20,7 +20,8 @@ from anymamba import MambaCache, MambaConfig, MambaForCausalLM, ops
 from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.ops.ssd.chunk import Inputs
 from anymamba.ops.ssd.chunked import run_backward, run_forward
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 MASKS = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0]])
 

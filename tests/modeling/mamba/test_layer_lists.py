@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from anymamba import MambaCache, MambaForCausalLM, ops
 from anymamba.errors import InputError, StateError
 from anymamba.modeling.fused import why_not_fused
-from tests.support.models import assert_same, talkative_model, words
+from tests.support.models import talkative_model, words
+from tests.support.tolerance import assert_same
 
 ORDERS = {
     "cut": (0, 1),

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from anymamba import MambaCache, MambaForCausalLM
 from anymamba.modeling.state import LayerState
-from tests.support.models import assert_same, talkative_model, words
+from tests.support.models import talkative_model, words
+from tests.support.tolerance import assert_same
 
 LAYERS = 3
 

@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicCache
 
 from anymamba import MambaCache, MambaForCausalLM
 from anymamba.errors import InputError
-from tests.support.models import assert_same, small_model, talkative_model, words
+from tests.support.models import small_model, talkative_model, words
+from tests.support.tolerance import assert_same
 
 IDS = words(2, 7)
 MASK = torch.ones_like(IDS)

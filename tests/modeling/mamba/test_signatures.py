@@ -16,7 +16,8 @@ from transformers.models.mamba import modeling_mamba as theirs
 from anymamba import MambaCache, MambaConfig, MambaForCausalLM, MambaModel
 from anymamba.modeling.mamba import model as ours
 from anymamba.modeling.mamba import outputs
-from tests.support.models import assert_same, small_model, words
+from tests.support.models import small_model, words
+from tests.support.tolerance import assert_same
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 

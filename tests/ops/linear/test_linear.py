@@ -3,54 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from anymamba import ops
 from anymamba.errors import InputError
 from anymamba.ops.fusable import project_halves
-from tests.support.operators import LAYOUTS, TYPES, gradients, leaves
-from tests.support.tolerance import assert_contract, assert_gradients
+from tests.support.operators import LINEAR, TYPES, product_inputs
+from tests.support.tolerance import assert_contract, assert_gradient
 
 every_backend = pytest.mark.usefixtures("each_backend")
 native = pytest.mark.usefixtures("each_isa")
-
-
-def product_inputs(
-    m: int, n: int, k: int, types: tuple[torch.dtype, ...] = (torch.float32,) * 3
-) -> dict[str, Tensor]:
-    """x, weight and bias; scaled so that results are about 1, as a model's are."""
-    g = torch.Generator().manual_seed(m * 10007 + n * 101 + k)
-    return {
-        "x": torch.randn(m, k, generator=g).to(types[0]),
-        "weight_nk": (torch.randn(n, k, generator=g) / math.sqrt(max(k, 1))).to(types[1]),
-        "bias_n": torch.randn(n, generator=g).to(types[2]),
-    }
-
-
-def exactly(inputs: dict[str, Tensor]) -> Tensor:
-    return inputs["x"].double() @ inputs["weight_nk"].double().T + inputs["bias_n"].double()
-
-
-def assert_product(inputs: dict[str, Tensor]) -> None:
-    y = ops.linear(**inputs)
-    assert y.dtype == inputs["x"].dtype
-    assert_contract(y, exactly(inputs))
-
-
-def assert_product_gradients(inputs: dict[str, Tensor]) -> None:
-    ours, theirs = leaves(inputs), leaves(inputs, torch.float64)
-    y = ops.linear(**ours)
-    dy = [torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)]
-    actual = gradients([y], dy, ours)
-    for name, gradient in actual.items():
-        assert gradient.dtype == ours[name].dtype
-    assert_gradients(actual, gradients([exactly(theirs)], dy, theirs))
 
 
 # Around the sizes of vectors (4, 8, 16), of few rows (16), and of blocks.
@@ -59,24 +25,24 @@ def assert_product_gradients(inputs: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 3), (16, 16), (33, 17), (64, 65), (97, 130)])
 def test_sizes(m: int, n: int, k: int) -> None:
     inputs = product_inputs(m, n, k)
-    assert_product(inputs)
-    assert_product_gradients(inputs)
+    LINEAR.assert_results(inputs)
+    LINEAR.assert_gradients(inputs)
 
 
 @every_backend
 @pytest.mark.parametrize(("m", "n", "k"), [(3, 0, 4), (3, 4, 0), (0, 0, 0), (0, 4, 5), (0, 4, 0)])
 def test_empty_sizes(m: int, n: int, k: int) -> None:
     inputs = product_inputs(m, n, k)
-    assert_product(inputs)
-    assert_product_gradients(inputs)
+    LINEAR.assert_results(inputs)
+    LINEAR.assert_gradients(inputs)
 
 
 @every_backend
 @pytest.mark.parametrize(("m", "n", "k"), [(5, 700, 300), (130, 300, 700), (300, 70, 1100)])
 def test_sizes_beyond_a_block(m: int, n: int, k: int) -> None:
     inputs = product_inputs(m, n, k)
-    assert_product(inputs)
-    assert_product_gradients(inputs)
+    LINEAR.assert_results(inputs)
+    LINEAR.assert_gradients(inputs)
 
 
 @every_backend
@@ -109,47 +75,8 @@ def test_bad_shapes_are_named() -> None:
 )
 def test_any_mixture_of_types(m: int, n: int, k: int, types: tuple[torch.dtype, ...]) -> None:
     inputs = product_inputs(m, n, k, types)
-    assert_product(inputs)
-    assert_product_gradients(inputs)
-
-
-@native
-@pytest.mark.parametrize("types", [(t,) * 3 for t in TYPES])
-@pytest.mark.parametrize("of_weight", LAYOUTS)
-@pytest.mark.parametrize("of_x", LAYOUTS)
-def test_any_strides(of_x: str, of_weight: str, types: tuple[torch.dtype, ...]) -> None:
-    for m in (3, 35):
-        inputs = product_inputs(m, 37, 45, types)
-        inputs["x"] = LAYOUTS[of_x](inputs["x"])
-        inputs["weight_nk"] = LAYOUTS[of_weight](inputs["weight_nk"])
-        assert_product(inputs)
-        assert_product_gradients(inputs)
-
-
-@native
-@pytest.mark.parametrize("layout", [*LAYOUTS, "one number for all"])
-def test_gradients_that_lie_in_memory_in_any_way(layout: str) -> None:
-    inputs = product_inputs(35, 37, 45)
-    ours, theirs = leaves(inputs), leaves(inputs, torch.float64)
-    dy = torch.ones(()).expand(35, 37)
-    if layout in LAYOUTS:
-        dy = LAYOUTS[layout](torch.randn(35, 37))
-    actual = gradients([ops.linear(**ours)], [dy], ours)
-    assert_gradients(actual, gradients([exactly(theirs)], [dy], theirs))
-
-
-@native
-@pytest.mark.parametrize(
-    "names", [("x",), ("weight_nk",), ("bias_n",), ("x", "bias_n"), ("weight_nk", "bias_n")]
-)
-def test_gradients_of_some_inputs_alone(names: tuple[str, ...]) -> None:
-    inputs = product_inputs(5, 7, 9)
-    ours = {n: v.clone().requires_grad_(n in names) for n, v in inputs.items()}
-    theirs = {n: v.double().requires_grad_(n in names) for n, v in inputs.items()}
-    dy = [torch.randn(5, 7)]
-    actual = gradients([ops.linear(**ours)], dy, ours)
-    assert set(actual) == set(names)
-    assert_gradients(actual, gradients([exactly(theirs)], dy, theirs))
+    LINEAR.assert_results(inputs)
+    LINEAR.assert_gradients(inputs)
 
 
 @native
@@ -161,24 +88,6 @@ def test_what_is_not_finite_stays_in_its_row() -> None:
     assert y[7].isnan().all()
     y[7] = clean[7]
     assert torch.equal(y, clean)
-
-
-@native
-@pytest.mark.parametrize("sizes", [(1, 700, 130), (16, 333, 70), (100, 130, 500), (3, 5, 2000)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_number_of_threads_changes_no_bit(
-    sizes: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def bits_with(threads: int) -> list[Tensor]:
-        monkeypatch.setenv("ANYMAMBA_NUM_THREADS", str(threads))
-        inputs = leaves(product_inputs(*sizes, types=(dtype,) * 3))
-        y = ops.linear(**inputs)
-        return [y, *gradients([y], [torch.ones_like(y)], inputs).values()]
-
-    alone = bits_with(1)
-    for threads in (2, 4):
-        for actual, expected in zip(bits_with(threads), alone, strict=True):
-            assert torch.equal(actual, expected)
 
 
 @every_backend
@@ -202,9 +111,7 @@ def test_halves_are_those_of_the_whole(bias: bool) -> None:
     product = exact(x64) * torch.cat(weights, -1).double()
     expected = torch.autograd.grad(product.sum(), [x64, *exact.parameters()])
     for gradient, wanted in zip(found, expected, strict=True):
-        # 1e-4 of the largest, as for all gradients.
-        bound = 1e-4 * max(1.0, float(wanted.abs().max()))
-        torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=bound)
+        assert_gradient(gradient, wanted)
 
 
 def test_a_layer_with_a_hook_is_called_once_for_both_halves() -> None:

@@ -21,13 +21,13 @@ from anymamba.checkpoint.gguf.names import is_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, StateError
 from anymamba.runtime.adapters.adapter_file import read_adapter
 from anymamba.runtime.convert.merging import merge
+from tests.support.tolerance import assert_same
 
 TARGETS = ["x_proj", "embeddings", "in_proj", "out_proj"]
 IDS = [1, 50, 7, 7, 33, 12]
 # PEFT multiplies and adds in float32 too, in another order: a few roundings of a sum of r products.
 ROUNDING = 1e-6
 # The design's bound for whole models in float32, times the largest logit.
-WHOLE_MODEL = 1e-4
 
 
 def write_base(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
@@ -75,10 +75,6 @@ def logits_of(model: Any) -> np.ndarray:
         return model.eval()(torch.tensor([IDS])).logits[0].float().numpy()
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray, bound: float) -> None:
-    assert np.abs(found - expected).max() <= bound * max(1.0, float(np.abs(expected).max()))
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_base(tmp_path_factory.mktemp("base"))
@@ -124,12 +120,12 @@ def test_merged_weights_are_those_of_peft(kind: str, base: Path, tmp_path: Path)
     ours, theirs = (load_file(f / "model.safetensors") for f in (written, tmp_path / "peft"))
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
-        assert_close(ours[name], expected, ROUNDING)
+        assert_same(ours[name], expected, ROUNDING)
     expected = logits_of(reference)
     # The adapter does something, or equality would say nothing.
     assert np.abs(expected - logits_of(MambaForCausalLM.from_pretrained(base))).max() > 0.1
     for engine in (load(base, adapter=adapter), load(adapter=adapter), load(written)):
-        assert_close(engine.logits(IDS), expected, WHOLE_MODEL)
+        assert_same(engine.logits(IDS), expected)
 
 
 def test_an_adapter_of_tied_embeddings_leaves_the_head(base: Path, tmp_path: Path) -> None:
@@ -170,7 +166,7 @@ def test_quantized_weights_are_merged_as_the_numbers_they_stand_for(
     assert engine.weights_kind == "int8"
     exact = load(small, "f32", adapter=adapter)
     # 8 bits move the logits by less than the adapter does, by far.
-    assert_close(engine.logits(IDS), exact.logits(IDS), 0.05)
+    assert_same(engine.logits(IDS), exact.logits(IDS), 0.05)
     assert np.abs(exact.logits(IDS) - load(small).logits(IDS)).max() > 0.1
     with pytest.raises(ConfigError, match="int8 already"):
         load(small, "int4", adapter=adapter)
@@ -185,9 +181,9 @@ def test_a_gguf_model_takes_an_adapter(base: Path, adapter: Path, tmp_path: Path
     file = convert(base, tmp_path / "model.gguf", "gguf", "f32")
     assert is_gguf(file)
     expected = load(base, adapter=adapter).logits(IDS)
-    assert_close(load(file, adapter=adapter).logits(IDS), expected, WHOLE_MODEL)
+    assert_same(load(file, adapter=adapter).logits(IDS), expected)
     merge(adapter, tmp_path / "merged", file)
-    assert_close(load(tmp_path / "merged").logits(IDS), expected, WHOLE_MODEL)
+    assert_same(load(tmp_path / "merged").logits(IDS), expected)
 
 
 def test_a_state_belongs_to_the_adapter_too(base: Path, adapter: Path, tmp_path: Path) -> None:

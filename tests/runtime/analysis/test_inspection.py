@@ -10,7 +10,7 @@ import pytest
 import anymamba
 from anymamba.errors import InputError
 from anymamba.runtime.analysis.inspection import Inspection, inspect
-from tests.support.reference import write_small
+from tests.support.files import write_small
 
 LENGTH = 13
 # Both compute in float32, the sums in float64: a whole model's tolerance in relative terms.

@@ -11,7 +11,8 @@ import anymamba
 from anymamba.errors import InputError
 from anymamba.runtime.analysis.losses_by_position import helpful_context, loss_by_position
 from anymamba.runtime.engine import Engine
-from tests.support.reference import words, write_small
+from tests.support.files import write_small
+from tests.support.reference import words
 
 
 @pytest.fixture(scope="module")

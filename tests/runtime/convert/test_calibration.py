@@ -29,7 +29,9 @@ from anymamba.runtime.convert.calibration import (
     windows_of,
 )
 from anymamba.runtime.weights.weights import load_weights
-from tests.support.reference import CONFIG, assert_close, reference_logits, small_weights, words
+from tests.support.files import SMALL, small_weights
+from tests.support.reference import reference_logits, words
+from tests.support.tolerance import assert_same
 
 
 def weights(n: int, k: int, seed: int = 0) -> np.ndarray:
@@ -196,7 +198,7 @@ def test_an_empty_text_is_refused() -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"use_bias": True}, {"use_conv_bias": False}])
 def test_layer_by_layer_is_the_model(fields: dict[str, Any]) -> None:
-    config, tensors = CONFIG | fields, small_weights(**fields)
+    config, tensors = SMALL | fields, small_weights(**fields)
     ids = [words(9, seed) for seed in (1, 2)]
     hidden = tensors["backbone.embeddings.weight"][ids]
     for index in range(2):
@@ -204,7 +206,7 @@ def test_layer_by_layer_is_the_model(fields: dict[str, Any]) -> None:
     last = normed(hidden, tensors["backbone.norm_f.weight"], 1e-5)
     logits = linear(last, tensors["backbone.embeddings.weight"])
     for row, text in zip(logits, ids, strict=True):
-        assert_close(row, reference_logits(tensors, text))
+        assert_same(row, reference_logits(tensors, text))
 
 
 def test_a_quantized_matrix_is_multiplied_as_the_kernels_do() -> None:
@@ -223,7 +225,7 @@ LARGE = {
 
 def calibrated(tensors: Any, recipe: Recipe, **fields: Any) -> dict[str, QuantizedArray]:
     ids = np.array([words(40, seed) for seed in range(3)])
-    return dict(calibrate(tensors.get, CONFIG | WIDE | fields, ids, recipe))
+    return dict(calibrate(tensors.get, SMALL | WIDE | fields, ids, recipe))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -235,7 +237,7 @@ def test_all_large_matrices_are_quantized_once(tied: bool) -> None:
     recipe = Recipe(4, 32)
     made = list(
         calibrate(
-            tensors.get, CONFIG | WIDE | fields, ids, recipe, lambda *now: progress.append(now)
+            tensors.get, SMALL | WIDE | fields, ids, recipe, lambda *now: progress.append(now)
         )
     )
     names = [name for name, _ in made]
@@ -259,7 +261,7 @@ def test_a_matrix_is_calibrated_on_what_the_quantized_ones_before_it_give() -> N
         np.array([words(40, seed) for seed in range(3)])
     ]
     for index in (0, 1):
-        layer, prefix = Layer.read(index, tensors.get, CONFIG | WIDE), f"backbone.layers.{index}."
+        layer, prefix = Layer.read(index, tensors.get, SMALL | WIDE), f"backbone.layers.{index}."
         reads = layer.normed(hidden)
         for name in ("in_proj", "out_proj"):
             if name == "out_proj":
@@ -280,7 +282,7 @@ def test_models_and_texts_that_cannot_be_calibrated() -> None:
         calibrated(tensors, Recipe(4, 32), layer_norm_epsilon=2)
     for wrong in (-1, 61):
         with pytest.raises(InputError, match=f"token {wrong}, .* vocabulary has 61"):
-            list(calibrate(tensors.get, CONFIG | WIDE, np.array([[0, wrong]]), Recipe(4, 32)))
+            list(calibrate(tensors.get, SMALL | WIDE, np.array([[0, wrong]]), Recipe(4, 32)))
 
 
 def test_on_the_bundled_model_each_step_lowers_the_error() -> None:

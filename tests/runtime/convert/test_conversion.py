@@ -20,16 +20,15 @@ from anymamba.checkpoint.architecture import is_matrix
 from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.convert.conversion import convert
-from tests.support import gguf_files, tiny_files
-from tests.support.reference import write_small
-from tests.support.tiny_files import CONFIG, one_line
+from tests.support import files, gguf_files
+from tests.support.files import CONFIG, one_line, write_small
 
 FOLDERS = ["transformers", "original", "minimal"]
 
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return tiny_files.write_folder(tmp_path / "source")
+    return files.write_folder(tmp_path / "source")
 
 
 def refusal(kind: type[AnyMambaError], *arguments: Any, **options: Any) -> str:
@@ -61,7 +60,7 @@ def test_a_model_goes_through_all_layouts(first: str, second: str, source: Path)
     two = convert(one, source.parent / "two", second)
     back = convert(two, source.parent / "back")
     assert open_checkpoint(two).layout == second
-    expected = tiny_files.tensors()
+    expected = files.tensors()
     stored = load_file(back / "model.safetensors")
     assert stored.keys() == expected.keys()
     assert all(np.array_equal(stored[name], expected[name]) for name in expected)
@@ -76,7 +75,7 @@ def test_the_names_are_those_of_the_layouts_programs(source: Path) -> None:
     """Spelt out: the embedding table and, where the programs want one, the head."""
     original = convert(source, source.parent / "original", "original")
     minimal = convert(source, source.parent / "minimal", "minimal")
-    names = set(tiny_files.tensors())
+    names = set(files.tensors())
     renamed = {name.replace("embeddings", "embedding") for name in names} | {"lm_head.weight"}
     assert set(types_in(original)) == renamed
     assert set(types_in(minimal)) == {name.removeprefix("backbone.") for name in renamed}
@@ -93,9 +92,9 @@ def test_the_names_are_those_of_the_layouts_programs(source: Path) -> None:
 @pytest.mark.parametrize("layout", ["original", "minimal"])
 def test_a_vocabulary_that_is_no_multiple_of_8_stays(layout: str, tmp_path: Path) -> None:
     """The programs of these layouts round vocabularies up, unless they are told not to."""
-    stored = tiny_files.tensors()
+    stored = files.tensors()
     stored["backbone.embeddings.weight"] = stored["backbone.embeddings.weight"][:317]
-    source = tiny_files.write_folder(tmp_path / "source", stored, vocab_size=317)
+    source = files.write_folder(tmp_path / "source", stored, vocab_size=317)
     back = convert(convert(source, tmp_path / "there", layout), tmp_path / "back")
     assert json.loads((back / "config.json").read_text())["vocab_size"] == 317
     assert load_file(back / "model.safetensors")["backbone.embeddings.weight"].shape == (317, 32)
@@ -110,25 +109,25 @@ def test_minimal_itself_loads_the_minimal_layout(source: Path) -> None:
     folder = convert(source, source.parent / "minimal", "minimal")
     model = Mamba(ModelArgs(**json.loads((folder / "config.json").read_text())))
     model.load_state_dict(load_torch(folder / "model.safetensors"))
-    expected = torch.tensor(tiny_files.tensors()["backbone.embeddings.weight"])
+    expected = torch.tensor(files.tensors()["backbone.embeddings.weight"])
     assert torch.equal(model.lm_head.weight, expected)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "original"])
 def test_an_untied_head_is_kept(layout: str, tmp_path: Path) -> None:
-    source = tiny_files.write_folder(
-        tmp_path / "source", tiny_files.tensors(tied=False), tie_word_embeddings=False
+    source = files.write_folder(
+        tmp_path / "source", files.tensors(tied=False), tie_word_embeddings=False
     )
     back = convert(convert(source, tmp_path / "there", layout), tmp_path / "back")
     stored = load_file(back / "model.safetensors")
-    assert np.array_equal(stored["lm_head.weight"], tiny_files.tensors(False)["lm_head.weight"])
+    assert np.array_equal(stored["lm_head.weight"], files.tensors(False)["lm_head.weight"])
     assert json.loads((back / "config.json").read_text())["tie_word_embeddings"] is False
     assert "head" in refusal(ConfigError, source, tmp_path / "minimal", "minimal")
 
 
 def test_a_repeated_head_is_left_out_and_another_is_no_loss(tmp_path: Path) -> None:
-    stored = tiny_files.tensors(tied=False)
-    source = tiny_files.write_folder(tmp_path / "source", stored)
+    stored = files.tensors(tied=False)
+    source = files.write_folder(tmp_path / "source", stored)
     assert "differ" in refusal(CheckpointError, source, tmp_path / "new")
     stored["lm_head.weight"] = stored["backbone.embeddings.weight"].copy()
     save_file(stored, source / "model.safetensors")
@@ -148,7 +147,7 @@ def test_what_belongs_to_the_model_goes_along(source: Path) -> None:
 
 def test_fields_of_a_transformers_config_stay(tmp_path: Path) -> None:
     changes = {"eos_token_id": 7, "torch_dtype": "float16", "initializer_range": 0.5}
-    source = tiny_files.write_folder(tmp_path / "source", **changes)
+    source = files.write_folder(tmp_path / "source", **changes)
     config = json.loads((convert(source, tmp_path / "new") / "config.json").read_text())
     assert (config["eos_token_id"], config["initializer_range"]) == (7, 0.5)
     assert "torch_dtype" not in config
@@ -161,8 +160,8 @@ def test_fields_of_a_transformers_config_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_to_gguf_and_back(tied: bool, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    expected = tiny_files.tensors(tied)
-    source = tiny_files.write_folder(
+    expected = files.tensors(tied)
+    source = files.write_folder(
         tmp_path / "source", expected, tie_word_embeddings=tied, eos_token_id=0
     )
     (source / "chat_template.jinja").write_text("{{ messages }}")
@@ -231,30 +230,30 @@ def test_rounding_is_torchs(source: Path) -> None:
         stored = load_torch(
             convert(source, source.parent / weights, weights=weights) / "model.safetensors"
         )
-        for name, tensor in tiny_files.tensors().items():
+        for name, tensor in files.tensors().items():
             expected = torch.tensor(tensor).to(dtype) if is_matrix(name) else torch.tensor(tensor)
             assert torch.equal(stored[name], expected), name
 
 
 def test_float32_all_over(tmp_path: Path) -> None:
-    stored = {name: tensor.astype(np.float16) for name, tensor in tiny_files.tensors().items()}
-    source = tiny_files.write_folder(tmp_path / "source", stored)
+    stored = {name: tensor.astype(np.float16) for name, tensor in files.tensors().items()}
+    source = files.write_folder(tmp_path / "source", stored)
     wide = load_file(convert(source, tmp_path / "new", weights="f32") / "model.safetensors")
     assert all(np.array_equal(wide[name], stored[name].astype(np.float32)) for name in stored)
     assert {tensor.dtype for tensor in wide.values()} == {np.dtype(np.float32)}
 
 
 def test_float64_becomes_float32(tmp_path: Path) -> None:
-    stored = {name: tensor.astype(np.float64) / 3 for name, tensor in tiny_files.tensors().items()}
-    source = tiny_files.write_folder(tmp_path / "source", stored)
+    stored = {name: tensor.astype(np.float64) / 3 for name, tensor in files.tensors().items()}
+    source = files.write_folder(tmp_path / "source", stored)
     new = load_file(convert(source, tmp_path / "new") / "model.safetensors")
     assert all(np.array_equal(new[name], stored[name].astype(np.float32)) for name in stored)
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
-    stored = tiny_files.tensors()
+    stored = files.tensors()
     stored["backbone.embeddings.weight"][0, 0] = 7e4
-    source = tiny_files.write_folder(tmp_path / "source", stored)
+    source = files.write_folder(tmp_path / "source", stored)
     assert "float16" in refusal(ConfigError, source, tmp_path / "new", weights="f16")
     assert entries(tmp_path) == ["source"]
 
@@ -355,20 +354,18 @@ def test_choices_that_do_not_exist(
 def test_what_a_layout_cannot_say_is_refused(
     layout: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:
-    source = tiny_files.write_folder(tmp_path / "source", **changes)
+    source = files.write_folder(tmp_path / "source", **changes)
     assert next(iter(changes)) in refusal(ConfigError, source, tmp_path / "new", layout)
     assert entries(tmp_path) == ["source"]
 
 
 def test_quantized_folders_are_refused(tmp_path: Path) -> None:
-    source = tiny_files.write_folder(
-        tmp_path / "source", quantization_config={"format": "anymamba"}
-    )
+    source = files.write_folder(tmp_path / "source", quantization_config={"format": "anymamba"})
     assert "quantized" in refusal(CheckpointError, source, tmp_path / "new")
 
 
 def test_broken_sources_leave_nothing(source: Path) -> None:
-    stored = tiny_files.tensors()
+    stored = files.tensors()
     del stored["backbone.layers.1.mixer.D"]
     save_file(stored, source / "model.safetensors")
     assert "layers.1.mixer.D" in refusal(CheckpointError, source, source.parent / "new")
@@ -379,9 +376,9 @@ def test_broken_sources_leave_nothing(source: Path) -> None:
 
 
 def test_integers_are_no_weights(tmp_path: Path) -> None:
-    stored = tiny_files.tensors()
+    stored = files.tensors()
     stored["backbone.norm_f.weight"] = stored["backbone.norm_f.weight"].astype(np.int32)
-    source = tiny_files.write_folder(tmp_path / "source", stored)
+    source = files.write_folder(tmp_path / "source", stored)
     assert "I32" in refusal(CheckpointError, source, tmp_path / "new")
 
 
@@ -495,5 +492,5 @@ def test_a_killed_conversion_leaves_no_half_of_one(layout: str, source: Path) ->
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    files = [path] if path.is_file() else list(path.iterdir())
-    return {"" if path.is_file() else file.name: file.read_bytes() for file in files}
+    found = [path] if path.is_file() else list(path.iterdir())
+    return {"" if path.is_file() else file.name: file.read_bytes() for file in found}

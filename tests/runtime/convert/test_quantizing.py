@@ -25,8 +25,9 @@ from anymamba.runtime.convert.calibration import Recipe, calibrate
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.convert.quantizing import quantize_checkpoint
 from anymamba.runtime.weights.weights import load_weights
-from tests.support import tiny_files
-from tests.support.reference import words, write_small
+from tests.support import files
+from tests.support.files import write_small
+from tests.support.reference import words
 
 # d 64, e 128: groups of 32 and 64 divide all large matrices, a group of 128 only out_proj.
 WIDE = {"hidden_size": 64, "time_step_rank": 4}
@@ -107,9 +108,7 @@ def test_its_config(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layout", ["transformers", "original", "minimal"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
 def test_every_layout_and_type_is_read(tmp_path: Path, layout: str, dtype: str) -> None:
-    source = convert(
-        tiny_files.write_folder(tmp_path / "plain"), tmp_path / "source", layout, dtype
-    )
+    source = convert(files.write_folder(tmp_path / "plain"), tmp_path / "source", layout, dtype)
     folder = quantize_checkpoint(source, tmp_path / "out", "int8", 32)
     before, after = original(source), stored(folder)
     assert before.keys() == after.keys()
@@ -180,15 +179,15 @@ def test_calibrating_on_text_needs_a_tokenizer(source: Path, tmp_path: Path) -> 
     assert "without a tokenizer" in refusal(
         CheckpointError, source, tmp_path / "a", group=32, calibrate="To be"
     )
-    tiny = tiny_files.write_folder(tmp_path / "tiny")
-    own = quantize_checkpoint(tiny, tmp_path / "own", group=32, calibrate=tiny_files.TEXT)
+    tiny = files.write_folder(tmp_path / "tiny")
+    own = quantize_checkpoint(tiny, tmp_path / "own", group=32, calibrate=files.TEXT)
     (tmp_path / "bare").mkdir()
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "bare" / name).write_bytes((tiny / name).read_bytes())
     given = quantize_checkpoint(
         *(tmp_path / "bare", tmp_path / "given"),
         group=32,
-        calibrate=tiny_files.TEXT,
+        calibrate=files.TEXT,
         tokenizer=tiny,
         threads=1,
     )

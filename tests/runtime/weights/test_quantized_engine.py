@@ -14,7 +14,10 @@ from anymamba.checkpoint import open_checkpoint
 from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.quantization import dequantize
 from anymamba.runtime.weights.weights import load_weights
-from tests.support.reference import assert_close, reference_logits, rounded, words, write_small
+from tests.support.files import write_small
+from tests.support.operators import ISAS
+from tests.support.reference import reference_logits, rounded, words
+from tests.support.tolerance import assert_same
 
 WIDE = {"hidden_size": 128, "tie_word_embeddings": False}  # widths that groups divide
 
@@ -44,7 +47,7 @@ def stepped(engine: Engine, ids: list[int]) -> np.ndarray:
 # In the texts of these seeds no activation lies on the border between two whole numbers.
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_a_model_in_few_bits(tmp_path: Path, isa: str, kind: str, seed: int) -> None:
     folder = write_small(tmp_path, seed, **WIDE)
     engine = anymamba.load(folder, kind)
@@ -53,8 +56,8 @@ def test_a_model_in_few_bits(tmp_path: Path, isa: str, kind: str, seed: int) -> 
     usual = _core.isa()
     try:
         _core.use_isa(isa)
-        assert_close(engine.logits(ids), expected)
-        assert_close(stepped(engine, ids), expected)
+        assert_same(engine.logits(ids), expected)
+        assert_same(stepped(engine, ids), expected)
     finally:
         _core.use_isa(usual)
     # The reference's rounding is no formality: without it the logits are others.

@@ -20,14 +20,10 @@ from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantiz
 from anymamba.runtime.network import Network
 from anymamba.runtime.state.batch_state import BatchState
 from anymamba.runtime.weights.weights import Weights
-from tests.support.reference import (
-    CONFIG,
-    WHOLE_MODEL,
-    reference_logits,
-    rounded,
-    small_weights,
-    words,
-)
+from tests.support.files import SMALL, small_weights
+from tests.support.operators import ISAS
+from tests.support.reference import reference_logits, rounded, words
+from tests.support.tolerance import WHOLE_MODEL
 
 FIELDS = {"hidden_size": 64, "time_step_rank": 32, "tie_word_embeddings": False}  # e is 128
 NAMES = [
@@ -61,7 +57,7 @@ def numbers(tensor: Any) -> np.ndarray:
 
 
 def network(tensors: dict[str, Any]) -> Network:
-    weights = Weights(CONFIG | FIELDS, tensors, "f32", lambda: "", lambda: None)
+    weights = Weights(SMALL | FIELDS, tensors, "f32", lambda: "", lambda: None)
     return Network(weights, threads=1)
 
 
@@ -82,7 +78,7 @@ def both_ways(model: Network, ids: list[int]) -> Iterator[np.ndarray]:
 
 
 @pytest.mark.parametrize("matmul_dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=12)
 @given(kinds=st.tuples(*[st.sampled_from(TYPES)] * len(NAMES)))
 def test_every_mixture(isa: str, matmul_dtype: str, kinds: tuple[str, ...]) -> None:
@@ -114,7 +110,7 @@ def test_every_mixture(isa: str, matmul_dtype: str, kinds: tuple[str, ...]) -> N
         _core.use_isa(usual)
 
 
-@pytest.mark.parametrize("isa", _core.isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", ["bf16", "f16"])
 def test_a_weight_type_is_one_arithmetic_everywhere(isa: str, kind: str) -> None:
     """By default nothing but the weights is rounded, on whatever instruction set."""

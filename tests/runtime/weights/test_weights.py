@@ -15,7 +15,7 @@ from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantize
 from anymamba.errors import CheckpointError, ConfigError
 from anymamba.runtime.weights.weights import load_weights
-from tests.support.reference import CONFIG, small_weights, write_small
+from tests.support.files import SMALL, small_weights, write_small
 
 LARGE = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
 SENSITIVE = ("x_proj.weight", "dt_proj.weight")
@@ -26,7 +26,7 @@ WIDE = {"hidden_size": 128, "num_hidden_layers": 1, "tie_word_embeddings": False
 def write_types(folder: Path, types: dict[str, str], **fields: Any) -> Path:
     """A checkpoint whose tensors that end in a key of `types` are stored so; the rest is F32."""
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | fields))
+    (folder / "config.json").write_text(json.dumps(SMALL | fields))
     stored = {}
     for name, tensor in small_weights(**fields).items():
         kind = next((kind for end, kind in types.items() if name.endswith(end)), "F32")
@@ -124,7 +124,7 @@ def write_quantized(
     folder.mkdir(exist_ok=True)
     about = {"format": "anymamba", "format_version": 1, "bits": bits}
     about |= {"group_size": 64, "symmetric": symmetric}
-    config = CONFIG | WIDE | {"quantization_config": about | (changes or {})}
+    config = SMALL | WIDE | {"quantization_config": about | (changes or {})}
     (folder / "config.json").write_text(json.dumps(config))
     stored = {}
     for name, tensor in small_weights(**WIDE).items():
@@ -247,7 +247,7 @@ def test_no_such_type(tmp_path: Path) -> None:
 
 def test_tensors_that_do_not_fit_the_config(tmp_path: Path) -> None:
     write_small(tmp_path)
-    config = CONFIG | {"vocab_size": 62, "use_bias": True}
+    config = SMALL | {"vocab_size": 62, "use_bias": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"missing .*in_proj.bias.*61×24, expected 62×24"):
         loaded(tmp_path)

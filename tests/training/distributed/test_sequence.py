@@ -11,6 +11,7 @@ import torch
 
 from anymamba.errors import InputError
 from anymamba.training.distributed import sequence_parallel, stretch_of
+from tests.support.tolerance import assert_same, naming
 from tests.training.distributed import work
 from tests.training.distributed.launching import launch
 
@@ -36,8 +37,8 @@ def same(found: Any, expected: Any) -> None:
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
     assert found[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        allowed = 1e-4 * max(1.0, float(gradient.abs().max()))
-        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=allowed, msg=name)
+        with naming(name):
+            assert_same(found[1][name], gradient)
         # Small gradients too: the bound above says nothing where they are all below it.
         difference = (found[1][name] - gradient).norm() / gradient.norm()
         assert difference < 1e-3, name
@@ -57,8 +58,7 @@ def test_loss_gradients_and_logits(processes: int, changes: dict[str, Any], tmp_
     for one in found:
         same(one, expected)
     logits = torch.cat([one[2] for one in found], dim=1)
-    allowed = 1e-4 * max(1.0, float(expected[2].abs().max()))
-    torch.testing.assert_close(logits, expected[2], rtol=0, atol=allowed)
+    assert_same(logits, expected[2])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ from anymamba.assets import bundled_model
 from anymamba.runtime.convert.quantizing import quantize_checkpoint
 from anymamba.training.finetune import FinetuneSettings, finetune
 from anymamba.training.pretrain.run import train
-from tests.cli.conftest import write_model
+from tests.support.files import write_model
+from tests.support.tolerance import assert_same
 from tests.support.training import small
 
 
@@ -91,8 +92,7 @@ def test_peft_loads_what_was_written(method: str, tiny: Path, tmp_path: Path) ->
     finally:
         anymamba.unregister()
     found = anymamba.load(adapter=tmp_path / "new").logits(ids[0].tolist())
-    # The design's bound for whole models in float32.
-    assert np.abs(found - expected).max() <= 1e-4 * max(1.0, np.abs(expected).max())
+    assert_same(found, expected)
 
 
 def test_a_signal_ends_it_and_what_was_learned_is_kept(tiny: Path, tmp_path: Path) -> None:

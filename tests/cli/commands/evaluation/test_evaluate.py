@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 from anymamba.assets import bundled_model
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.convert.quantizing import quantize_checkpoint
-from tests.cli.conftest import VOCABULARY, WIDTH, Command, write_model
+from tests.support.cli import Command
+from tests.support.files import BYTES, write_model
 
 pytest.importorskip("lm_eval")
 
@@ -122,8 +123,8 @@ def test_an_adapter_counts(tmp_path: Path, anymamba: Command) -> None:
     fields = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "base_model_name_or_path": str(model)}
     (adapter / "adapter_config.json").write_text(json.dumps(fields))
     name = "base_model.model.backbone.embeddings.lora_embedding_"
-    sides = {f"{name}A": np.ones((1, VOCABULARY), np.float32)}
-    sides[f"{name}B"] = np.linspace(-1, 1, WIDTH, dtype=np.float32)[:, None]
+    sides = {f"{name}A": np.ones((1, BYTES["vocab_size"]), np.float32)}
+    sides[f"{name}B"] = np.linspace(-1, 1, BYTES["hidden_size"], dtype=np.float32)[:, None]
     save_file(sides, adapter / "adapter_model.safetensors")
     task = write_task(tmp_path, "whole", WHOLE_TEXTS, TEXTS[1:2])
     (tmp_path / "a.txt").write_text("\n" + TEXTS[1])

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from tests.cli.conftest import with_head
-from tests.support.byte_reference import greedy, log_probabilities
+from tests.support.files import with_head
+from tests.support.reference import greedy, log_probabilities
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from tests.cli.conftest import with_head
-from tests.support.byte_reference import log_probabilities
+from tests.support.files import with_head
+from tests.support.reference import log_probabilities
 
 
 def test_the_figures_are_those_of_the_reference(tiny, tmp_path, anymamba):

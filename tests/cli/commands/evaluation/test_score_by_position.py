@@ -8,7 +8,7 @@ import pytest
 
 import anymamba as package
 from anymamba.runtime.analysis.losses_by_position import loss_by_position
-from tests.cli.conftest import Command
+from tests.support.cli import Command
 
 TEXT = "To be, or not to be: that is the question.\n" * 6
 

@@ -11,9 +11,9 @@ import anymamba as package
 from anymamba.checkpoint import expected_shapes
 from anymamba.cli.describe.known_models import KNOWN_MODELS, KnownModel
 from anymamba.cli.main import build_parser
-from tests.cli.conftest import Command
-from tests.support.files import write_model
+from tests.support.cli import Command
 from tests.support.hub import Hub, serve
+from tests.support.layouts import write_model
 
 
 def config_of(model: KnownModel) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from anymamba.assets import bundled_model
-from tests.cli.conftest import write_model
+from tests.support.files import write_model
 
 TEXT = "ROMEO:\nWhat is thy name?\n\nJULIET:\nI have forgot why I did call thee back.\n"
 

@@ -16,8 +16,8 @@ from anymamba.cli.chat.conversation import Conversation
 from anymamba.cli.chat.template import ChatTemplate
 from anymamba.errors import InputError
 from anymamba.runtime.loading import load
-from tests.cli.conftest import buffered
-from tests.support.byte_reference import greedy
+from tests.support.cli import buffered
+from tests.support.reference import greedy
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from anymamba.assets import bundled_model
 from anymamba.cli.load_engine import open_engine
-from tests.cli.conftest import write_model
-from tests.support.byte_reference import greedy
+from tests.support.files import write_model
+from tests.support.reference import greedy
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 import anymamba as package
 from anymamba.runtime.analysis.inspection import inspect
-from tests.cli.conftest import Command
+from tests.support.cli import Command
 
 TEXT = "ROMEO:\nWhat is <b>thy</b> name, good lady?"
 

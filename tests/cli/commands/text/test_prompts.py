@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Command
+from tests.support.cli import Command
 
 PROMPTS = ["To be", "a", "or not to be, that is", "Exit, pursued by a bear.", "ROMEO:"]
 FEW = ("--max-new-tokens", 6)

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from anymamba.cli.terminal.output import write
-from tests.cli.conftest import buffered
+from tests.support.cli import buffered
 
 # Far more than a test waits for.
 ENDLESS = ("--max-new-tokens", "1000000")

@@ -10,7 +10,7 @@ import pytest
 
 import anymamba as package
 from anymamba.errors import CheckpointError
-from tests.cli.conftest import Command
+from tests.support.cli import Command
 
 ASKED = ("--max-new-tokens", 12, "--seed", 3)
 

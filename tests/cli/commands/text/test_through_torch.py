@@ -9,8 +9,8 @@ import torch
 
 from anymamba import MambaForCausalLM
 from anymamba.cli.commands.text import generate
-from tests.cli.conftest import write_model
-from tests.support.byte_reference import greedy
+from tests.support.files import write_model
+from tests.support.reference import greedy
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.cli.conftest import with_head
+from tests.support.files import with_head
 
 pytest.importorskip("trl")
 
