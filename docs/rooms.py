@@ -20,6 +20,7 @@ ANSWERS = {
     "dropin": "import mamba_ssm",
     "modeling": "Transformers' API in PyTorch",
     "runtime": "models without PyTorch",
+    "layers": "one torch layer of each kind",
     "ops": "operators and their backends",
     "checkpoint": "what is on disk",
 }
