@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from types import ModuleType
@@ -53,6 +54,19 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
         ops.backend("mamba_ssm")
     with pytest.raises(BackendError, match="pip install mambapy"):
         ops.selective_scan(**scan_inputs(1, 2, 2, 2), backend="mambapy")
+
+
+def test_an_older_name_is_taken_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = dataclasses.replace(backends.BACKENDS["mamba_ssm"], packages=(), device=None)
+    monkeypatch.setitem(backends.BACKENDS, "mamba_ssm", entry)
+    with pytest.warns(DeprecationWarning, match="'cuda' is called 'mamba_ssm' now"):
+        choice = ops.backend("cuda")
+    assert isinstance(choice, backends.Chosen)
+    with choice:
+        assert ops.backend() == "mamba_ssm"
+    monkeypatch.setenv("ANYMAMBA_BACKEND", "cuda")
+    with pytest.warns(DeprecationWarning, match="ANYMAMBA_BACKEND: the backend 'cuda'"):
+        assert ops.backend() == "mamba_ssm"
 
 
 def test_every_backend_is_listed_with_a_reason() -> None:

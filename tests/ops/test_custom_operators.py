@@ -87,11 +87,31 @@ def linear_call(
     return random(9, 7, dtype=dtype, grad=grad), random(5, 7, dtype=dtype, grad=grad), bias
 
 
+def ssd_call(
+    *, grad: bool = False, all_given: bool = True, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ...]:
+    h, p = 2, 3
+    segments = table((0, 0, 20, 0, -1), (0, 20, l, -1, 0), (1, 0, l, 1, 1)) if all_given else None
+    return (
+        random(b, l, h, p, dtype=dtype, grad=grad),
+        torch.rand(b, l, h).requires_grad_(grad),
+        (-torch.rand(h)).requires_grad_(grad),
+        random(b, l, 1, n, dtype=dtype, grad=grad),
+        random(b, l, 1, n, dtype=dtype, grad=grad),
+        random(h, p, grad=grad) if all_given else None,
+        random(b, h, p, n, grad=grad) if all_given else None,
+        segments,
+        b,
+        16,
+    )
+
+
 CALLS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "selective_scan": scan_call,
     "causal_conv1d": conv_call,
     "rms_norm": norm_call,
     "linear": linear_call,
+    "ssd": ssd_call,
 }
 
 

@@ -216,7 +216,8 @@ def implementation(
         if _prefers_other(candidate, operator, arguments):
             continue
         if _unsupported_reason(candidate, operator, arguments) is None:
-            if arguments[0].device.type == "cpu" and candidate != "cpu":
+            native = operator in BACKENDS["cpu"].operators and arguments[0].device.type == "cpu"
+            if native and candidate != "cpu":
                 _say_once_that_the_core_is_missing()
             return _load(BACKENDS[candidate].operators[operator])
     raise BackendError(f"no backend can run {operator} on {arguments[0].device}")

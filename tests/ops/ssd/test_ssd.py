@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anymamba.errors import InputError
-from anymamba.ops import selective_scan, ssd
+from anymamba.ops import selective_scan, ssd, ssd_state_update
 from anymamba.ops.segments import segments_of
 from anymamba.ops.ssd.reference import ssd_sequential
 from tests.support.operators import HALVES, LAYOUTS, gradients, leaves
@@ -288,6 +288,66 @@ def test_memory_grows_with_the_input_and_not_with_the_states_of_all_steps() -> N
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ssd(**inputs(1, 5, 2, 3, 1, 4) | change)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_are_the_operator_over_the_same_sequence(
+    size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    given = inputs(*size, dtype)
+    limit = (0.01, 0.9)
+    whole, last = ssd(**given, dt_limit=limit, return_last_state=True)
+    state = given.pop("initial_state").clone()
+    at_once = {name: given.pop(name) for name in ("A_h", "D_h", "dt_bias_h", "dt_softplus")}
+    names = {name: name.replace("_bl", "_b") for name in given}
+    for t in range(min(size[1], 40)):
+        step = {names[name]: value[:, t] for name, value in given.items()}
+        y = ssd_state_update(state, **step, **at_once, dt_limit=limit)
+        assert y.dtype == dtype
+        assert_contract(y, whole[:, t])
+    if size[1] <= 40:
+        assert_contract(state, last)
+
+
+def test_a_step_keeps_a_state_of_another_type_and_layout() -> None:
+    given = inputs(2, 1, 4, 3, 2, 5)
+    step = {name: given[name][:, 0] for name in ("x_blhp", "dt_blh", "B_blgn", "C_blgn")}
+    states = [torch.randn(4, 4, 3, 5)[::2], torch.randn(2, 4, 5, 3).mT, torch.zeros(2, 4, 3, 5)]
+    for state in (*states, states[0].bfloat16()):
+        expected = state.clone().float()
+        arguments = (step["x_blhp"], step["dt_blh"].abs(), given["A_h"], *list(step.values())[2:])
+        y = ssd_state_update(state, *arguments)
+        assert_contract(y, ssd_state_update(expected, *arguments))
+        assert_contract(state, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_bhp": torch.zeros(1, 6)}, "expected an input of shape"),
+        ({"dt_bh": torch.zeros(1, 3)}, "dt has shape"),
+        ({"C_bgn": torch.zeros(1, 1, 3)}, "C has shape"),
+        ({"state_bhpn": torch.zeros(2, 2, 3, 4)}, "state_bhpn has shape"),
+        ({"dt_limit": (1.0, 0.0)}, "the smaller number first"),
+    ],
+)
+def test_a_step_that_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    maps = {"B_bgn": torch.zeros(1, 1, 4), "C_bgn": torch.zeros(1, 1, 4)}
+    given = {"state_bhpn": torch.zeros(1, 2, 3, 4), "x_bhp": torch.zeros(1, 2, 3)} | maps
+    given |= {"dt_bh": torch.zeros(1, 2), "A_h": torch.zeros(2)}
+    with pytest.raises(InputError, match=f"ssd_state_update: .*{message}"):
+        ssd_state_update(**given | change)
+
+
+def test_older_names_of_the_states_warn() -> None:
+    given = inputs(1, 5, 2, 3, 1, 4)
+    expected = ssd(**given, return_last_state=True)
+    given["initial_states"] = given.pop("initial_state")
+    with pytest.warns(DeprecationWarning, match="called initial_state and return_last_state"):
+        found = ssd(**given, return_final_states=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_autocast_changes_nothing():

@@ -24,7 +24,7 @@ def linear(
     """Multiply rows by a matrix. Differentiable in every tensor.
 
     Sums are float32 (on the native core also where weights or rows are bfloat16 or float16,
-    which are widened a panel at a time instead of being multiplied as they are).
+    which are converted a panel at a time instead of being multiplied as they are).
 
     Args:
         x: rows of width k, (..., k).
