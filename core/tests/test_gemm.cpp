@@ -1,33 +1,15 @@
 // Matrix products against a loop in double.
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <limits>
 #include <memory>
-#include <string>
-#include <vector>
 
-#include "kernels/kernels.h"
-#include "base/threads.h"
+#include "tests/check.h"
 
 namespace {
 
 using namespace anymamba;
+using namespace anymamba::test;
 using std::int64_t;
-
-int failures = 0;
-
-#define CHECK(condition, ...)                                 \
-  do {                                                        \
-    if (!(condition) && ++failures <= 20) {                   \
-      std::printf("failed: %s: ", #condition);                \
-      std::printf(__VA_ARGS__);                               \
-      std::printf("\n");                                      \
-    }                                                         \
-  } while (0)
 
 const char* const kNames[] = {"f32", "bf16", "f16"};
 
@@ -37,17 +19,11 @@ float random_number() {  // in [-1, 1), with 11 bits: enough for half precision 
   return static_cast<float>(seed >> 21) / 1024.0f - 1.0f;
 }
 
-float from_bits(std::uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
 // Storage types, written from their definitions and not with the kernels' own conversions.
 double value_of(const void* data, DType type, int64_t index) {
   if (type == DType::f32) return static_cast<const float*>(data)[index];
   const std::uint16_t h = static_cast<const std::uint16_t*>(data)[index];
-  if (type == DType::bf16) return from_bits(static_cast<std::uint32_t>(h) << 16);
+  if (type == DType::bf16) return float_of(static_cast<std::uint32_t>(h) << 16);
   const int exponent = (h >> 10) & 31, mantissa = h & 1023;
   double x = exponent == 0    ? std::ldexp(mantissa, -24)
              : exponent == 31 ? (mantissa ? NAN : INFINITY)
@@ -61,8 +37,7 @@ void set_value(void* data, DType type, int64_t index, float x) {
     return;
   }
   std::uint16_t h;
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const std::uint32_t bits = bits_of(x);
   if (type == DType::bf16) {
     h = static_cast<std::uint16_t>(bits >> 16);  // cut off: any value will do
   } else if (!(std::fabs(x) < 65504)) {
@@ -249,11 +224,10 @@ void test_transposed_left() {
 }
 
 void test_types_and_strides() {
-  const DType types[] = {DType::f32, DType::bf16, DType::f16};
   int count = 0;
-  for (const DType a : types)
-    for (const DType b : types)
-      for (const DType c : types)
+  for (const DType a : kTypes)
+    for (const DType b : kTypes)
+      for (const DType c : kTypes)
         for (const Layout a_layout : kLayouts)
           for (const Layout b_layout : kLayouts)
             for (const Layout c_layout : kLayouts) {
@@ -275,7 +249,7 @@ void test_types_and_strides() {
 void test_not_finite() {
   for (const int64_t m : {2, 20, 45})
     for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")})
-      for (const DType type : {DType::f32, DType::bf16, DType::f16}) {
+      for (const DType type : kTypes) {
         const int64_t n = 37, k = 35;
         Stored a(m, k, type, Layout::rows), b(k, n, type, Layout::columns);
         Stored c(m, n, DType::f32, Layout::rows);
@@ -345,7 +319,7 @@ void check_gemv(int m, int64_t n, int64_t k, DType type, int64_t padding, bool b
 
 void test_gemv() {
   for (int m = 1; m <= 16; ++m)
-    for (const DType type : {DType::f32, DType::bf16, DType::f16})
+    for (const DType type : kTypes)
       for (const int64_t k : {0, 1, 15, 16, 17, 33, 100, 256})
         for (const int64_t n : {0, 1, 3, 8, 9, 17, 26})
           check_gemv(m, n, k, type, (m + n + k) % 2 * 7, (m + k) % 3 == 0);
@@ -375,6 +349,5 @@ int main() {
   test_not_finite();
   test_gemv();
   test_nested();
-  std::printf("%s: gemm %s\n", kernels().isa, failures ? "FAILED" : "passed");
-  return failures != 0;
+  return finish("gemm");
 }

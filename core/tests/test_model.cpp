@@ -167,7 +167,7 @@ void test_batch_of_steps() {
 }
 
 // A kept beside A_log changes nothing, in a step or in a prompt.
-void test_kept_rates(DType type) {
+void test_kept_A(DType type) {
   Example example(type, 16, 35, 5);
   Model& m = example.model;
   const std::vector<std::int64_t> tokens = {3, 1, 4, 1, 5}, offsets = {0, 5}, positions = {4};
@@ -190,8 +190,8 @@ void test_kept_rates(DType type) {
 }  // namespace
 
 int main() {
-  test_kept_rates(DType::f32);
-  test_kept_rates(DType::bf16);
+  test_kept_A(DType::f32);
+  test_kept_A(DType::bf16);
   test_prompt(DType::f32, 16, 32, 16);
   test_prompt(DType::f32, 13, 21, 5);
   test_prompt(DType::bf16, 16, 32, 16);

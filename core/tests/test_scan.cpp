@@ -328,12 +328,7 @@ static void test_step(const Options& o) {
     for (int64_t i = 0; i < o.e * o.n; ++i)
       state[b * stride + i] =
           o.states && p.state_in[b] >= 0 ? p.initial[p.state_in[b] * o.e * o.n + i] : 0;
-  ScanStep step;
-  step.b = o.b, step.e = o.e, step.n = o.n, step.groups = o.groups;
-  step.x = p.scan.x, step.delta = p.scan.delta, step.z = p.scan.z, step.y = y.view;
-  step.B = p.scan.B, step.C = p.scan.C, step.A = p.scan.A, step.D = p.scan.D;
-  step.delta_bias = p.scan.delta_bias, step.softplus = o.softplus;
-  step.state = state.data(), step.state_row_stride = stride;
+  const ScanStep step = {p.scan, o.b, y.view, state.data(), stride};
   const int64_t middle = below(o.e + 1);
   kernels().scan_step(step, 0, middle);
   kernels().scan_step(step, middle, o.e);
@@ -382,9 +377,9 @@ int main() {
     for (int n = 0; n < 7; ++n)
       for (int l = 0; l < 8; ++l)
         if ((e + n + l) % 3 == 0) check(random_options(widths[e], states[n], lengths[l]));
-  // Several blocks of channels, more of them than lanes, and more segments than lanes.
+  // Several blocks of channels, more of them than partial sums, and more segments.
   for (const Layout layout : {Layout::channel_last, Layout::time_contiguous, Layout::odd}) {
-    for (const DType type : {DType::f32, DType::bf16, DType::f16}) {
+    for (const DType type : kTypes) {
       Options o;
       o.layout = layout, o.type = type;
       o.b = 2, o.l = 70, o.e = 200, o.n = 16, o.groups = 2;
