@@ -87,7 +87,7 @@ void load_inputs(float* inputs, const Conv& conv, const SegmentSlice& slice, std
     fill_zeros(inputs, old, block);
   }
   if (count > old)
-    load_tile(inputs + old * block.columns, conv.x, part_of(slice, position + old, count - old),
+    read_tile(inputs + old * block.columns, conv.x, part_of(slice, position + old, count - old),
               block);
 }
 
@@ -156,7 +156,7 @@ void convolve_chunk(const Conv& conv, const Tensor3& y, const Chunks::Chunk& chu
   for (std::int64_t p = chunk.start; p < chunk.stop; p += kSteps) {
     const std::int64_t steps = smaller(kSteps, chunk.stop - p);
     const SegmentSlice here = part_of(chunk.slice, p, steps);
-    load_tile(inputs + past * columns, conv.x, here, block);
+    read_tile(inputs + past * columns, conv.x, here, block);
     convolve(inputs, taps, k, conv.silu, steps, columns);
     store_tile(inputs, y, here, block);
     __builtin_memmove(inputs, inputs + steps * columns,
@@ -272,7 +272,7 @@ void load_gradients(float* gradients, float* inputs, const float* taps, const Co
                     std::int64_t count, Block block) {
   const std::int64_t there = smaller(count, slice.steps - start);
   load_inputs(inputs, conv, slice, start - (conv.k - 1), conv.k - 1 + there, block);
-  load_tile(gradients, dy, part_of(slice, start, there), block);
+  read_tile(gradients, dy, part_of(slice, start, there), block);
   if (conv.silu) through_silu(gradients, inputs, taps, conv.k, there, block.columns);
   fill_zeros(gradients + there * block.columns, count - there, block);
 }

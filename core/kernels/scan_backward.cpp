@@ -154,10 +154,10 @@ void backward_chunk(const Scan& scan, const ScanGradients& grads, Backward& f, c
                     const SegmentSlice& slice, const float* checkpoint, float* dB, float* dC) {
   Chunk& k = f.chunk;
   k.steps = static_cast<int>(slice.steps);
-  load_tile(f.raw, scan.delta, slice, b);
-  load_tile(f.x, scan.x, slice, b);
-  load_tile(f.du, grads.y, slice, b);
-  if (scan.z) load_tile(f.gate, scan.z, slice, b);
+  read_tile(f.raw, scan.delta, slice, b);
+  read_tile(f.x, scan.x, slice, b);
+  read_tile(f.du, grads.y, slice, b);
+  if (scan.z) read_tile(f.gate, scan.z, slice, b);
   k.read_projections(scan, slice, b);
   load_checkpoint(k.h, checkpoint, b, scan.n);
   prepare(f, scan);
@@ -169,9 +169,9 @@ void backward_chunk(const Scan& scan, const ScanGradients& grads, Backward& f, c
     differentiate<kStates>(f, i, dB + start + i, dC + start + i, stride);
   for (; i < scan.n; ++i) differentiate<1>(f, i, dB + start + i, dC + start + i, stride);
   finish(f, scan);
-  if (grads.x) store_tile(k.dx, grads.x, slice, b);
-  if (grads.delta) store_tile(f.ddelta, grads.delta, slice, b);
-  if (scan.z && grads.z) store_tile(f.gate, grads.z, slice, b);
+  if (grads.x) write_tile(k.dx, grads.x, slice, b);
+  if (grads.delta) write_tile(f.ddelta, grads.delta, slice, b);
+  if (scan.z && grads.z) write_tile(f.gate, grads.z, slice, b);
 }
 
 // Gradients that several work items add to are kept apart in parts, and added in one order

@@ -54,7 +54,7 @@ void advance_all(const Scan& scan, const ScanResult& result, const Chunk& k, con
 // u *= silu(z), z being read over delta, which is spent.
 void apply_gate(const Scan& scan, const Chunk& k, const SegmentSlice& slice, const Block& b) {
   float* z = k.delta;
-  load_tile(z, scan.z, slice, b);
+  read_tile(z, scan.z, slice, b);
   for (int at = 0; at < k.steps * k.columns; at += kLanes)
     store(k.u + at, load(k.u + at) * silu_of(load(z + at)));
 }
@@ -71,13 +71,13 @@ void scan_block(const Scan& scan, const ScanResult& result, const SegmentSlice& 
     k.steps = static_cast<int>(slice.steps);
     if (checkpoints != nullptr)
       save_checkpoint(checkpoint_of(checkpoints, chunk, scan, b), k.h, b, scan.n);
-    load_tile(k.delta, scan.delta, slice, b);
-    load_tile(k.dx, scan.x, slice, b);
+    read_tile(k.delta, scan.delta, slice, b);
+    read_tile(k.dx, scan.x, slice, b);
     k.read_projections(scan, slice, b);
     prepare(k, scan.softplus);
     advance_all(scan, result, k, b, chunk + 1 < chunks ? chunk_of(segment, chunk + 1) : SegmentSlice{});
     if (scan.z) apply_gate(scan, k, slice, b);
-    store_tile(k.u, result.y, slice, b);
+    write_tile(k.u, result.y, slice, b);
   }
   if (result.last != nullptr && segment.state_out >= 0)
     write_states(result.last + segment.state_out * scan.e * scan.n, k.h, b, scan.n);

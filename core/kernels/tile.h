@@ -71,7 +71,8 @@ ANYMAMBA_INLINE void store_transposed(const float* buffer, int columns, const Te
 // buffer (steps, columns) = the slice's steps of the block's channels, zeros in the other columns.
 ANYMAMBA_INLINE void load_tile(float* buffer, const Tensor3& tensor, const SegmentSlice& slice,
                                const Block& block) {
-  const int columns = block.columns, channels = block.channels, steps = static_cast<int>(slice.steps);
+  const int columns = block.columns, channels = block.channels;
+  const int steps = static_cast<int>(slice.steps);
   const std::int64_t direction = slice.direction, stride = tensor.step_stride * direction;
   const std::int64_t start = slice.row * tensor.row_stride + slice.first * tensor.step_stride +
                              block.first * tensor.channel_stride;
@@ -96,7 +97,8 @@ ANYMAMBA_INLINE void load_tile(float* buffer, const Tensor3& tensor, const Segme
 
 ANYMAMBA_INLINE void store_tile(const float* buffer, const Tensor3& tensor, const SegmentSlice& slice,
                                 const Block& block) {
-  const int columns = block.columns, channels = block.channels, steps = static_cast<int>(slice.steps);
+  const int columns = block.columns, channels = block.channels;
+  const int steps = static_cast<int>(slice.steps);
   const std::int64_t direction = slice.direction, stride = tensor.step_stride * direction;
   const std::int64_t start = slice.row * tensor.row_stride + slice.first * tensor.step_stride +
                              block.first * tensor.channel_stride;
@@ -116,5 +118,20 @@ ANYMAMBA_INLINE void store_tile(const float* buffer, const Tensor3& tensor, cons
         write(tensor.data, known, at(t, c), buffer[t * columns + c]);
   });
 }
+
+namespace {
+
+// The same out of line, where a kernel moves many tiles.
+inline void read_tile(float* buffer, const Tensor3& tensor, const SegmentSlice& slice,
+                      const Block& block) {
+  load_tile(buffer, tensor, slice, block);
+}
+
+inline void write_tile(const float* buffer, const Tensor3& tensor, const SegmentSlice& slice,
+                       const Block& block) {
+  store_tile(buffer, tensor, slice, block);
+}
+
+}  // namespace
 
 }  // namespace anymamba::ANYMAMBA_ISA
