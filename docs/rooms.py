@@ -103,7 +103,10 @@ def picture() -> str:
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
         'font-family="system-ui, sans-serif" text-anchor="middle">',
-        "<title>The rooms of the package: an arrow points to what a room imports</title>",
+        "<title>The rooms of the package</title>",
+        "<desc>An arrow points to what a room imports: "
+        + "; ".join(f"{room} {', '.join(sorted(to))}" for room, to in arrows.items() if to)
+        + ".</desc>",
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
         'markerHeight="7" orient="auto"><path d="M0 0 8 4 0 8z" fill="#7a828e"/></marker></defs>',
         f'<rect width="{width:g}" height="{height:g}" fill="white"/>',

@@ -138,7 +138,6 @@ NAMES = {
     "modeling.packing": {"PackedBatch": "modeling.packing.packing:PackedBatch"},
     "runtime.analysis.layerwise": {
         "check_computable": "runtime.native:epsilon_of",
-        "epsilon_of": "runtime.native:epsilon_of",
     },
     "ops.fusable": {"why_not_plain": "ops.fusable:why_not_fusable"},
     "ops.mamba_ssm_limits": {"reason_against": "ops.mamba_ssm_limits:unsupported_reason"},

@@ -148,8 +148,9 @@ def test_without_selection_the_state_space_model_is_linear_in_its_input() -> Non
 
     def scanned(x_ble: torch.Tensor) -> torch.Tensor:
         delta, B, C = mixer.x_proj(x_ble).split([mixer.time_step_rank, 16, 16], dim=-1)
-        delta, bias = mixer._step_size(delta)
-        y: torch.Tensor = mixer._scan(x_ble, delta, B, C, torch.ones_like(x_ble), bias, None, None)
+        delta, bias = delta @ mixer.dt_proj.weight.T, mixer.dt_proj.bias
+        inputs = (x_ble, delta, mixer._A(), B, C, mixer.D, torch.ones_like(x_ble), bias)
+        y: torch.Tensor = mixer._scan(inputs, None, None)
         return y
 
     one, other = torch.randn(2, 2, 9, 128)

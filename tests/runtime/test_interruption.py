@@ -92,7 +92,7 @@ raise SystemExit(7)
 """
 
 
-@pytest.mark.parametrize("call", ["feed(engine.state(), ids)", "generate('a', 50)"])
+@pytest.mark.parametrize("call", ["prefill(engine.state(), ids)", "generate('a', 50)"])
 def test_a_program_ends_with_its_own_status_while_a_daemon_thread_computes(call):
     command = [sys.executable, "-c", PROGRAM.format(call=call)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["bytes_digest", "checkpoint_digest", "state_dict_digest"]
 
 _CHUNK_BYTES = 1 << 20
-_BY_TORCH = {dtype.torch: name for name, dtype in DTYPES.items()}
+_BY_TORCH = {dtype.torch: name for name, dtype in DTYPES.items() if name != "C64"}
 
 
 class _Fingerprint(NamedTuple):

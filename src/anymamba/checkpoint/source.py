@@ -22,7 +22,8 @@ from anymamba.checkpoint import (
 )
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.dtypes import FLOATS, dtype_of
-from anymamba.checkpoint.gguf import GgufModel, find_gguf, read_gguf
+from anymamba.checkpoint.gguf import find_gguf
+from anymamba.checkpoint.gguf.reader import GgufModel, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, user_path
 from anymamba.checkpoint.quantized_folder import PARTS, quantized_bits, quantized_shapes

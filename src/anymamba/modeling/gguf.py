@@ -33,7 +33,8 @@ def find_mamba_gguf(place: Path) -> Path | None:
     Example:
         >>> find_mamba_gguf(Path("state-spaces/mamba-130m-hf"))
     """
-    from anymamba.checkpoint.gguf import find_gguf, read_gguf_header
+    from anymamba.checkpoint.gguf import find_gguf
+    from anymamba.checkpoint.gguf.header import read_gguf_header
 
     path = None if (place / "config.json").is_file() else find_gguf(place)
     if path is None or not path.is_file():
@@ -78,7 +79,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
         >>> gguf_config(Path(file))["num_hidden_layers"]
         7
     """
-    from anymamba.checkpoint.gguf import read_gguf
+    from anymamba.checkpoint.gguf.reader import read_gguf
 
     config = read_gguf(path, tokenizer=False).config
     return {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **config}
@@ -106,7 +107,7 @@ def gguf_state_dict(path: Path) -> dict[str, torch.Tensor]:
         >>> gguf_state_dict(Path(file))["backbone.norm_f.weight"].shape
         torch.Size([256])
     """
-    from anymamba.checkpoint.gguf import read_gguf
+    from anymamba.checkpoint.gguf.reader import read_gguf
     from anymamba.checkpoint.torch_weights import to_torch
 
     tensors = read_gguf(path, tokenizer=False).tensors

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.tokenizer import HELP, raise_if_foreign, reason_of
 from anymamba.errors import CheckpointError, InputError
 from anymamba.renamed import old_names
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
@@ -31,16 +30,15 @@ _LEAST_SPEED = 2000.0
 class TextCodec:
     """Makes tokens of text, and text of tokens.
 
-        Args:
-            open_tokenizer: finds the tokenizer, once it is needed; None where the model has none.
+    Args:
+        open_tokenizer: finds the tokenizer, once it is needed; None where the model has none.
 
-        Example:
-            >>> from anymamba.assets import bundled_model
-            >>> from anymamba.checkpoint.io import shown
-    from anymamba.checkpoint.tokenizer import read_tokenizer
-            >>> codec = TextCodec(lambda: read_tokenizer(bundled_model()))
-            >>> codec.encode("Hi", special=True), codec.decode([72, 105])
-            ([72, 105], 'Hi')
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> from anymamba.checkpoint.tokenizer import read_tokenizer
+        >>> codec = TextCodec(lambda: read_tokenizer(bundled_model()))
+        >>> codec.encode("Hi", special=True), codec.decode([72, 105])
+        ([72, 105], 'Hi')
     """
 
     def __init__(self, open_tokenizer: Callable[[], Tokenizer] | None) -> None:
@@ -112,6 +110,8 @@ def as_token_ids(ids: Any) -> NDArray[np.integer]:
         >>> as_token_ids([72, 105])
         array([ 72, 105])
     """
+    import numpy as np
+
     try:
         found = np.asarray(ids)
     except ValueError:  # lists of different lengths

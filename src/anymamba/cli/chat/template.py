@@ -70,7 +70,7 @@ def find_template(place: Path) -> ChatTemplate | None:
 
 def template_of_gguf(file: Path) -> ChatTemplate | None:
     """The template in a GGUF file, whose special tokens are places in its vocabulary."""
-    from anymamba.checkpoint.gguf import read_gguf_files
+    from anymamba.checkpoint.gguf.parts import read_gguf_files
 
     values = read_gguf_files(file).metadata
     source = values.get("tokenizer.chat_template")

@@ -22,7 +22,7 @@ def describe(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is broken, or holds what cannot be read.
     """
-    from anymamba.checkpoint.gguf import read_gguf_files
+    from anymamba.checkpoint.gguf.parts import read_gguf_files
 
     header = read_gguf_files(file)
     counts: Counter[str] = Counter()

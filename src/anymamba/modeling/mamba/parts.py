@@ -27,7 +27,7 @@ def parts_of(config: MambaConfig, backbone: MambaModel, lm_head: nn.Module) -> I
     """
     d, v = config.hidden_size, config.vocab_size
     embeddings = backbone.embeddings
-    eps = {"variance_epsilon": backbone.norm_f.variance_epsilon}
+    eps = {"variance_epsilon": getattr(backbone.norm_f, "variance_epsilon", None)}
     yield Part("lm_head", lm_head, _usual(lm_head, nn.Linear), (v, d), may_have_bias=False)
     yield Part("backbone", backbone, MambaModel)
     table = _usual(embeddings, nn.Embedding)

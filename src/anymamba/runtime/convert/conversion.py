@@ -21,7 +21,8 @@ from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, is_matrix
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_dtype, as_float32, dtype_of
 from anymamba.checkpoint.finite import check_finite
-from anymamba.checkpoint.gguf import GGUF_WEIGHTS, is_gguf, write_gguf
+from anymamba.checkpoint.gguf import is_gguf
+from anymamba.checkpoint.gguf.writer import GGUF_WEIGHTS, write_gguf
 from anymamba.checkpoint.io import parse_json_object
 from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source

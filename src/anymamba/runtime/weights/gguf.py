@@ -7,13 +7,13 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from anymamba.checkpoint.architecture import MAMBA, in_layer
-from anymamba.checkpoint.gguf import read_gguf
 from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN
+from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.runtime.weights.weight_types import check_kind, to_weight_type
 from anymamba.runtime.weights.weights import Weights
 
 if TYPE_CHECKING:
-    from anymamba.checkpoint.gguf import GgufModel, GgufTensors
+    from anymamba.checkpoint.gguf.reader import GgufModel, GgufTensors
     from anymamba.checkpoint.quantization import Tensor
 
 __all__ = ["load_gguf_weights"]

@@ -117,7 +117,7 @@ def place_of(source: str, offline: bool) -> Path:
 def weight_bytes_in(place: Path) -> int:
     """The bytes of a model's weight files."""
     from anymamba.checkpoint import open_checkpoint
-    from anymamba.checkpoint.gguf import read_gguf_files
+    from anymamba.checkpoint.gguf.parts import read_gguf_files
 
     if place.is_file():
         return sum(len(data) for data in read_gguf_files(place).data.values())
