@@ -55,6 +55,7 @@ WITH_EXAMPLES = {
     "runtime.tokenizer",
     "checkpoint.tokenizer.reader",
     "runtime.weights.weights",
+    "devices",
     "training.pretrain.arguments",
     "training.data.documents",
     "training.pretrain.dropout",

@@ -79,6 +79,7 @@ def refuse_others(options: Options) -> None:
 def load_model(folder: Path, device_name: str, dtype: str) -> MambaForCausalLM:
     """The model, on the device and in the type asked for, ready to generate."""
     from anymamba import MambaForCausalLM
+    from anymamba.devices import find_device
 
     device = find_device(device_name)
     if dtype == "auto" and device.type == "cpu":
@@ -103,23 +104,6 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         if were_on:
             logging.enable_progress_bar()
-
-
-def find_device(name: str) -> torch.device:
-    """The PyTorch device of that name, or an error that says why there is none."""
-    import torch
-
-    try:
-        # A number alone is a GPU's, as Transformers' pipelines have it.
-        device = torch.device(int(name) if name.isdecimal() else name)
-    except (RuntimeError, ValueError, OverflowError) as error:
-        raise InputError(f"--device {name}: {error}") from None
-    try:
-        torch.zeros(1, device=device).tolist()
-    # PyTorch reports a device it was not built for by an AssertionError or NotImplementedError.
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise BackendError(f"--device {name} cannot be used here: {error}") from None
-    return device
 
 
 def first_token(model: MambaForCausalLM) -> int:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint.io import user_path
-from anymamba.errors import BackendError, InputError, MissingDependencyError
+from anymamba.devices import find_device
+from anymamba.errors import InputError, MissingDependencyError
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -174,10 +175,11 @@ def harness_model(
     disable_progress_bar()  # of loading weights
 
     words = stored_tokenizer(tokenizer or model)
-    place = _device(device)
+    place = find_device(device)
     dtype = dtype or ("float32" if place.type == "cpu" else "auto")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    loaded = MambaForCausalLM.from_pretrained(model, dtype=wanted).to(place)
+    loaded: Any = MambaForCausalLM.from_pretrained(model, dtype=wanted)
+    loaded.to(place)
     check_weights(loaded)
     # The harness looks for one of Transformers' formats here; the layers are in place already.
     vars(loaded.config).pop("quantization_config", None)
@@ -214,20 +216,6 @@ def _prefix_token(tokenizer: Any, config: Any) -> int:
             return int(token)
     lines = tokenizer("\n", add_special_tokens=False)["input_ids"]
     return int(lines[0]) if lines else 0
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BackendError(f"there is no device {name!r} here: {reason}") from None
-    return place
 
 
 def _named(tasks: Sequence[str]) -> tuple[list[str], list[Path], bool]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from anymamba.errors import ConfigError
+from anymamba.devices import find_device
 from anymamba.training.settings import Settings
 
 __all__ = ["NO_END", "chosen_device", "chosen_dtype", "rate_at", "training_arguments"]
@@ -21,18 +21,9 @@ def chosen_device(settings: Settings) -> str:
     """`cpu`, `cuda` or `mps`.
 
     Raises:
-        ConfigError: one was asked for that this machine lacks.
+        BackendError: one was asked for that this machine lacks.
     """
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if settings.device == "auto":
-        return next(name for name, found in there.items() if found)
-    if not there[settings.device]:
-        raise ConfigError(f"device {settings.device!r} is not there: torch sees no such device")
-    return settings.device
+    return find_device(settings.device).type
 
 
 def chosen_dtype(settings: Settings) -> torch.dtype:
