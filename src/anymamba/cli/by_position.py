@@ -12,7 +12,7 @@ from anymamba.cli.options.argument_types import integer
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import AdapterOptions, EngineOptions
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run_by_position(options: PositionOptions, text: str) -> None:
     if options.plot is not None:
         plot = check_picture(options.plot, drawn=[".png", ".svg"])
     window = options.window or DEFAULT_WINDOW
-    with quiet():
+    with silence():
         engine = open_engine(options)
         ids = engine.tokenize(text, special=False)
         with Steps("windows", visible=not options.json) as steps:

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["quiet"]
+__all__ = ["silence"]
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence() -> Iterator[None]:
     """Drop warnings, log lines below errors, and progress bars."""
     # Read when the hub's library is imported, which is later; whoever wants bars sets it to 0.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

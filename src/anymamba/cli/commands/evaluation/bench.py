@@ -10,7 +10,7 @@ from anymamba.cli.options.argument_types import integer
 from anymamba.cli.options.fields import flag, offline_flag, option
 from anymamba.cli.options.model import WEIGHTS
 from anymamba.cli.terminal.output import say, tell
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
 
@@ -76,7 +76,7 @@ def run(options: Options) -> None:
         for threads in dict.fromkeys(options.threads or default_threads()):
             if not options.json:
                 tell(f"measuring {kind} with {threads} threads")
-            with quiet():
+            with silence():
                 engine = load(options.model, weights=kind, threads=threads, offline=options.offline)
                 speeds.append(measure(engine, threads, effort))
     if options.json:
@@ -99,7 +99,7 @@ def kinds(options: Options) -> list[str]:
     asked = list(dict.fromkeys(options.weights or KINDS))
     if not {*asked} & {*QUANTIZED}:
         return asked
-    with quiet():
+    with silence():
         stored = load(options.model, threads=1, offline=options.offline).weights_kind
     if stored not in QUANTIZED:
         return asked

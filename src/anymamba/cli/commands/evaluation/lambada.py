@@ -14,7 +14,7 @@ from anymamba.cli.options.argument_types import finite, integer
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
     passages = islice(
         passages_in(read_blocks(options.file, reader.add), options.file), options.limit
     )
-    with quiet():
+    with silence():
         engine = open_engine(options)
         with Progress(total, visible=not options.quiet) as progress:
             result = test(engine, passages, progress, reader)

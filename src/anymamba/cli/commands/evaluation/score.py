@@ -12,7 +12,7 @@ from anymamba.cli.load_engine import model_name, open_engine
 from anymamba.cli.options.argument_types import finite
 from anymamba.cli.options.fields import option
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def run(options: Options) -> None:
     if options.by_position:
         run_by_position(options, text)
         return
-    with quiet():
+    with silence():
         engine = open_engine(options)
         figures = score_text(engine, text)
     if options.json:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from anymamba.cli.options.fields import option
 from anymamba.cli.options.places import Places, places_of
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 
 __all__ = ["Options", "run"]
 
@@ -49,7 +49,7 @@ def run(options: Options) -> None:
     source, destination = places_of(options)
     is_gguf = destination.lower().endswith(".gguf")
     layout = options.layout or ("gguf" if is_gguf else "transformers")
-    with quiet():
+    with silence():
         written = convert(
             source,
             destination,

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from anymamba.cli.options.fields import flag, offline_flag, option
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 
 __all__ = ["Options", "run"]
 
@@ -44,7 +44,7 @@ def run(options: Options) -> None:
 
     if not options.json:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
-    with quiet():
+    with silence():
         folder = resolve(options.model, revision=options.revision, offline=options.offline)
         checkpoint = open_checkpoint(folder)  # what is broken shows now, and not on first use
     count = bytes_in(folder)

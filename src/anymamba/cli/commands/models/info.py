@@ -9,7 +9,7 @@ from typing import Any
 
 from anymamba.cli.options.fields import flag, offline_flag, option
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 
 __all__ = ["Options", "run"]
 
@@ -42,7 +42,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Describe, and print."""
-    with quiet():
+    with silence():
         facts, as_text = describe(options.model, options.offline)
     say(json.dumps(facts) if options.json else as_text(facts))
 

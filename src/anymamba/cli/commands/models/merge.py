@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from anymamba.cli.options.fields import option
 from anymamba.cli.options.places import Places, places_of
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 
 __all__ = ["Options", "run"]
 
@@ -51,7 +51,7 @@ def run(options: Options) -> None:
     from anymamba.runtime.convert import merge
 
     adapter, destination = places_of(options)
-    with quiet():
+    with silence():
         written = merge(
             adapter,
             destination,

@@ -13,7 +13,7 @@ from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import threads_option
 from anymamba.cli.options.places import Places, places_of
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 
 __all__ = ["Options", "run"]
 
@@ -70,7 +70,7 @@ def run(options: Options) -> None:
     score = None if options.score is None else read_text(options.score)
     calibrate = None if options.calibrate is None else read_text(options.calibrate)
     figures: dict[str, Any] = {}
-    with quiet():
+    with silence():
         if score is not None:
             # First of all, so that nothing is written where the text cannot be scored.
             check_apart(source, destination)

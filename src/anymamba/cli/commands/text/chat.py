@@ -19,7 +19,7 @@ from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import AdapterOptions, EngineOptions
 from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
 from anymamba.cli.terminal.output import tell, tell_error, write
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.errors import AnyMambaError, InputError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run(options: Options) -> None:
     from anymamba.cli.chat.template import find_template
 
     read_line = line_reader(options.history)
-    with quiet():
+    with silence():
         engine = open_engine(options)
         state = beginning_state(engine, options.state)
         template = None if options.no_template else find_template(tokenizer_place(options))

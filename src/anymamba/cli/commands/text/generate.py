@@ -16,7 +16,7 @@ from anymamba.cli.options.model import WEIGHTS, AdapterOptions, EngineOptions
 from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
 from anymamba.cli.summary import figures_line, figures_of
 from anymamba.cli.terminal.output import Output, tell
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.cli.text.continuation import Continuation, ended_by
 from anymamba.cli.text.prompt import prompt_from
 from anymamba.errors import InputError, MissingDependencyError
@@ -84,7 +84,7 @@ def run(options: Options) -> None:
     if options.prompts is not None:
         from anymamba.cli.text.prompt_lines import continue_prompts
 
-        with quiet():
+        with silence():
             continue_prompts(options, weights_of(options))
         return
     if options.batch is not None:
@@ -92,7 +92,7 @@ def run(options: Options) -> None:
     # A state can be continued without another word.
     prompt = prompt_from(options.prompt, needed=options.state is None)
     beginning = prompt if options.echo else ""
-    with quiet(), Output(beginning, visible=not options.json) as output:
+    with silence(), Output(beginning, visible=not options.json) as output:
         if through_torch(options):
             from anymamba.cli.torch_generation import continue_with_torch
 

@@ -20,7 +20,7 @@ from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.summary import peak_memory, rate
 from anymamba.cli.terminal.output import tell
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 
 if TYPE_CHECKING:
     from anymamba.cli.terminal.progress import Progress
@@ -65,7 +65,7 @@ def run(options: Options) -> None:
     check_writable(options.save_state)
     read_once(options.files)
     total = size_of(options.files)
-    with quiet():
+    with silence():
         engine = open_engine(options)
         state = beginning_state(engine, options.state)
         start = time.perf_counter()

@@ -13,7 +13,7 @@ from anymamba.cli.options.argument_types import integer
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def run(options: Options) -> None:
 
     picture = picture_file(options)
     text = prompt_from(options.text)
-    with quiet():
+    with silence():
         inspected = look(options, text)
         if picture is not None:
             write_picture(inspected, picture)

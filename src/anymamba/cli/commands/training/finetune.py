@@ -12,7 +12,7 @@ from anymamba.cli.openmp import let_waiting_threads_sleep
 from anymamba.cli.options.argument_types import integer
 from anymamba.cli.options.fields import flag, offline_flag, option, settings
 from anymamba.cli.terminal.output import say
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.errors import MissingDependencyError
 from anymamba.training.finetune.settings import FinetuneSettings
 from anymamba.training.settings import MOST
@@ -85,9 +85,9 @@ def run(options: Options) -> None:
 
     chosen = settings_of(options)
     let_waiting_threads_sleep()
-    with quiet(), network_allowed(not options.offline):
+    with silence(), network_allowed(not options.offline):
         finetune = import_finetune()  # which reads whether the network may be asked
-    with quiet(), Steps("steps", visible=not options.json) as steps:
+    with silence(), Steps("steps", visible=not options.json) as steps:
         figures = finetune(
             [*options.data, *options.more_data],
             options.output,

@@ -11,7 +11,7 @@ from typing import Any
 from anymamba.cli.openmp import let_waiting_threads_sleep
 from anymamba.cli.options.argument_types import finite
 from anymamba.cli.options.fields import flag, option, settings
-from anymamba.cli.terminal.silence import quiet
+from anymamba.cli.terminal.silence import silence
 from anymamba.training.settings import PRESETS, Settings, settings_from
 
 __all__ = ["Options", "run"]
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
 
     chosen = settings_of(options)
     let_waiting_threads_sleep()
-    with quiet():
+    with silence():
         try:
             from anymamba.training.pretrain import train
         except ImportError as error:
