@@ -255,17 +255,11 @@ void py_conv_backward(const In& x, const In& weight, const std::optional<In>& bi
 
 void py_conv_step(const In& x, const Out& state, const In& weight, const std::optional<In>& bias,
                   bool silu, const Out& y) {
-  ConvStep step;
-  step.b = extent(x, 0);
-  step.e = extent(x, 1);
-  step.k = extent(weight, 1);
-  step.x = one_step("x", x, {step.b, step.e});
-  step.y = one_step("y", y, {step.b, step.e});
-  step.weight = floats("weight", weight, {step.e, step.k});
-  step.bias = floats("bias", bias, {step.e});
-  step.silu = silu;
-  step.window = window("window", state, step.b, step.e, step.k);
-  if (step.k < 1 || step.window.columns != step.k) refuse("the window must be as wide as the weight");
+  const std::int64_t b = extent(x, 0), e = extent(x, 1), k = extent(weight, 1);
+  const ConvStep step = {{e, k, one_step("x", x, {b, e}), floats("weight", weight, {e, k}),
+                          floats("bias", bias, {e}), silu},
+                         b, one_step("y", y, {b, e}), window("window", state, b, e, k)};
+  if (k < 1 || step.window.columns != k) refuse("the window must be as wide as the weight");
   const WithoutGil unlocked;
   kernels().conv_step(step, 0, step.e);
 }

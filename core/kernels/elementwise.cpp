@@ -1,4 +1,4 @@
-// Widening to float32, and the elementary functions over arrays for tests.
+// Conversion to float32, and the elementary functions over arrays for tests.
 #include "kernels/kernels.h"
 #include "simd/math.h"
 

@@ -387,25 +387,20 @@ void run_gemv(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
   const bool in_place = sums_in_place(job) && !job.accumulate;
   const int64_t size = size_of(job.right.type);
   const Scratch<float> beside(gemv_sums(job, last - first));
-  Gemv gemv;
-  gemv.k = job.depth;
-  gemv.weight = static_cast<const char*>(job.right.data) + first * job.right.stride * size;
-  gemv.type = job.right.type;
-  gemv.weight_row_stride = job.right.stride;
-  gemv.bias = in_place && job.bias != nullptr ? job.bias + first : nullptr;
-  gemv.x = x.data;
-  gemv.x_row_stride = x.stride;
-  gemv.y = in_place ? static_cast<float*>(job.c.data) + first
-                   : static_cast<float*>(beside);
-  gemv.y_row_stride = in_place ? job.c.row_stride : last - first;
-  gemv.m = static_cast<int>(job.rows);
+  float* const y = in_place ? static_cast<float*>(job.c.data) + first : static_cast<float*>(beside);
+  const int64_t y_stride = in_place ? job.c.row_stride : last - first;
+  const Gemv gemv = {job.depth,
+                     static_cast<const char*>(job.right.data) + first * job.right.stride * size,
+                     job.right.type, job.right.stride,
+                     in_place && job.bias != nullptr ? job.bias + first : nullptr,
+                     x.data, x.stride, y, y_stride, static_cast<int>(job.rows)};
   ANYMAMBA_ISA::gemv(gemv, 0, last - first);
-  if (!in_place) finish(job, {0, job.rows, first, last}, gemv.y, gemv.y_row_stride);
+  if (!in_place) finish(job, {0, job.rows, first, last}, y, y_stride);
 }
 
 void run_gemv(const Job& job) {
-  const Scratch<float> widened(are_floats(job.left) ? 0 : job.rows * job.depth);
-  const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth, widened);
+  const Scratch<float> converted(are_floats(job.left) ? 0 : job.rows * job.depth);
+  const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth, converted);
   const int64_t worth = job.columns * job.depth / kTaskWeights;
   const int64_t most = larger(1, smaller(2 * Threads::count(), worth));
   const int64_t width = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kGemvRows);

@@ -1,4 +1,4 @@
-// Matrix products. Inputs of any storage type are widened to float32 as they are read; sums are
+// Matrix products. Inputs of any storage type become float32 as they are read; sums are
 // float32.
 #pragma once
 

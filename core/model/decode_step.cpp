@@ -94,18 +94,10 @@ void project(const Weight& weight, const Vectors& x, const float* bias, float* y
   for (std::int64_t first = rows.first; first < rows.last; first += block) {
     const std::int64_t last = std::min(rows.last, first + block);
     for (std::int64_t row = 0; row < x.b; row += kMostVectors) {
-      Gemv product;
-      product.k = x.k;
-      product.weight = weight.data;
-      product.type = weight.type;
-      product.weight_row_stride = weight.row_stride;
-      product.bias = bias;
-      product.x = data + row * stride;
-      product.x_row_stride = stride;
-      product.y = y + row * y_stride;
-      product.y_row_stride = y_stride;
-      product.m = static_cast<int>(std::min<std::int64_t>(kMostVectors, x.b - row));
-      kernels().gemv(product, first, last);
+      const auto m = static_cast<int>(std::min<std::int64_t>(kMostVectors, x.b - row));
+      kernels().gemv({x.k, weight.data, weight.type, weight.row_stride, bias, data + row * stride,
+                      stride, y + row * y_stride, y_stride, m},
+                     first, last);
     }
   }
 }

@@ -154,11 +154,11 @@ class Prefill {
     const std::int64_t worker =
         std::max({kGemmScratch, quantized_worker_scratch(widest), scan_worker_scratch(m_.n),
                   conv_worker_scratch(m_.k), norm_worker_scratch(m_.d)});
-    constexpr std::int64_t kFewRows = 16, kLists = 4;  // rows that are widened; of all sequences
-    const std::int64_t widened = std::min(l_, kFewRows) * widest * 4;
+    constexpr std::int64_t kGemvRows = 16, kLists = 4;  // rows that become float32; of all sequences
+    const std::int64_t converted = std::min(l_, kGemvRows) * widest * 4;
     const std::int64_t lists = kLists * in_arena((prompt_.sequences + 1) * 8);
     return Threads::count() * in_arena(worker) + quantized_caller_scratch(l_, widest) +
-           in_arena(widened) + lists;
+           in_arena(converted) + lists;
   }
 
   // Copies a layer's states before it changes them. If this is to stop, those of the layers before
