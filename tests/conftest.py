@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.warm import Warm
+
 settings.register_profile(
     "anymamba",
     deadline=None,
@@ -29,3 +31,11 @@ def usual_verbosity() -> Iterator[None]:
     yield
     if "transformers" in sys.modules:
         sys.modules["transformers"].logging.set_verbosity_warning()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Commands in whose processes PyTorch and Transformers are imported already."""
+    started = Warm(tmp_path_factory.mktemp("warm"))
+    yield started
+    started.close()

@@ -18,6 +18,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.support.warm import Warm
+
 ROOT = Path(__file__).parent.parent
 README, IN_CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 PAGES = [README, IN_CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -67,9 +69,11 @@ def at_their_lines(pieces: list[Snippet]) -> str:
     return program
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(command: list[str], folder: Path, warm: Warm) -> None:
     """Run in an empty folder, without a network; show what was printed if it fails."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = os.pathsep.join(
+        [str(warm.commands), str(Path(sys.executable).parent), os.environ["PATH"]]
+    )
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
     done = subprocess.run(
         command,
@@ -88,20 +92,22 @@ def test_every_fence_says_how_it_is_checked(page: Path) -> None:
         assert snippet.kind in KINDS, f"line {snippet.line - 1}: ```{snippet.kind}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names_of_pages_with("python"))
-def test_python_snippets_run(name: str, tmp_path: Path) -> None:
+def test_python_snippets_run(name: str, warm: Warm, tmp_path: Path) -> None:
     pieces = [snippet for snippet in snippets(ROOT / name) if snippet.kind == "python"]
     # Not by the page's name alone: a program named inspect.py would hide a module of Python's.
     program = tmp_path / f"page_{Path(name).stem}.py"
     program.write_text(at_their_lines(pieces), encoding="utf-8")
-    run([sys.executable, str(program)], tmp_path)
+    run([warm.python, str(program)], tmp_path, warm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names_of_pages_with("bash"))
-def test_commands_run(name: str, tmp_path: Path) -> None:
+def test_commands_run(name: str, warm: Warm, tmp_path: Path) -> None:
     for snippet in snippets(ROOT / name):
         if snippet.kind == "bash":
-            run(["bash", "-euo", "pipefail", "-c", snippet.text], tmp_path)
+            run(["bash", "-euo", "pipefail", "-c", snippet.text], tmp_path, warm)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

@@ -304,10 +304,10 @@ def test_head_and_embedding_are_one_matrix() -> None:
     assert model.lm_head.weight is model.embedding.weight
 
 
-def test_the_module_prints_the_classic_shape() -> None:
-    command = [sys.executable, "-m", "anymamba.minimal"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    assert run.stdout == "torch.Size([2, 200, 32000])\n"
+def test_the_module_prints_the_classic_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the README's `python -m anymamba.minimal`, which a test of the documentation runs."""
+    minimal.main()
+    assert capsys.readouterr().out == "torch.Size([2, 200, 32000])\n"
 
 
 def test_examples_in_the_docstrings() -> None:
@@ -322,11 +322,15 @@ def test_examples_in_the_docstrings() -> None:
 def test_it_runs_where_it_was_copied_to(tmp_path: Path) -> None:
     """Alone, in a process that cannot find the package."""
     (tmp_path / "one_file.py").write_bytes(Path(minimal.__file__).read_bytes())
-    program = "import sys; sys.modules['anymamba'] = None; import one_file; one_file.main()"
+    program = (
+        "import sys; sys.modules['anymamba'] = None; import torch; import one_file as m\n"
+        "model = m.Mamba(m.ModelArgs(d_model=16, n_layer=2, vocab_size=40))\n"
+        "print(model(torch.zeros(2, 9, dtype=torch.int64)).shape)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert run.stdout == "torch.Size([2, 200, 32000])\n"
+    assert run.stdout == "torch.Size([2, 9, 40])\n"
 
 
 def test_arguments_and_attributes_have_the_walkthroughs_names() -> None:

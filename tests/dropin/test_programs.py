@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
+
+from tests.support.warm import Warm
 
 CUDA_ON_CPU = "anymamba: no CUDA here: what this program puts there is on the CPU\n"
 
@@ -79,6 +80,7 @@ import torch
 from causal_conv1d import causal_conv1d_fn
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from mamba_ssm.ops.triton.layer_norm import RMSNorm, rms_norm_fn
+from tests.support.warm import Warm
 
 x = torch.randn(2, 8, 10, device="cuda", requires_grad=True)
 u = causal_conv1d_fn(x, torch.randn(8, 4, device="cuda"), activation="silu")
@@ -91,10 +93,10 @@ print("ran", x.grad.isfinite().all().item())
 """.replace("from einops import rearrange\n", "")
 
 
-def run(program: str, folder: Path, *arguments: str) -> str:
+def run(warm: Warm, program: str, folder: Path, *arguments: str) -> str:
     (folder / "program.py").write_text(program)
     done = subprocess.run(
-        [sys.executable, "-m", "anymamba", "run", "program.py", *arguments],
+        [warm.python, "-m", "anymamba", "run", "program.py", *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -110,12 +112,12 @@ def run(program: str, folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("program", [MAMBA, MAMBA2], ids=["Mamba", "Mamba2"])
-def test_the_layers_of_the_originals_readme(program: str, tmp_path: Path) -> None:
-    assert run(program, tmp_path).startswith("ran anymamba.dropin.mamba_ssm.modules.")
+def test_the_layers_of_the_originals_readme(program: str, warm: Warm, tmp_path: Path) -> None:
+    assert run(warm, program, tmp_path).startswith("ran anymamba.dropin.mamba_ssm.modules.")
 
 
-def test_operators_by_themselves(tmp_path: Path) -> None:
-    assert run(OPERATORS, tmp_path) == "ran True\n"
+def test_operators_by_themselves(warm: Warm, tmp_path: Path) -> None:
+    assert run(warm, OPERATORS, tmp_path) == "ran True\n"
 
 
 def mamba() -> tuple[Any, dict[str, Any]]:
@@ -145,7 +147,7 @@ def mamba2() -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", [mamba, mamba2])
 def test_a_language_model_generates_from_a_checkpoint_of_the_original(
-    kind: Any, tmp_path: Path
+    kind: Any, tmp_path: Path, warm: Warm
 ) -> None:
     torch.manual_seed(0)
     model, layer = kind()
@@ -162,7 +164,7 @@ def test_a_language_model_generates_from_a_checkpoint_of_the_original(
     config = {"d_model": 16, "n_layer": 2, "vocab_size": 24, "ssm_cfg": layer, "rms_norm": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
 
-    said = run(GENERATE, tmp_path, "--model-name", str(tmp_path))
+    said = run(warm, GENERATE, tmp_path, "--model-name", str(tmp_path))
     prompt, sequences, scores = json.loads(said)
     assert scores == 12
     expected = torch.tensor(prompt)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import anymamba.dropin
+from tests.support.warm import Warm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("vision", "dna", "forecast")
@@ -45,10 +46,10 @@ def load() -> Iterator[Load]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_short_run_ends_well(name: str) -> None:
+def test_a_short_run_ends_well(name: str, warm: Warm) -> None:
     script = str(EXAMPLES / name / "train.py")
     done = subprocess.run(
-        [sys.executable, "-m", "anymamba", "run", script, "--quick"],
+        [warm.python, "-m", "anymamba", "run", script, "--quick"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

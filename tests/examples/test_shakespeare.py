@@ -13,6 +13,8 @@ import pytest
 import torch
 import transformers
 
+from tests.support.warm import Warm
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shakespeare"
 LINE = b"The quick brown fox jumps over the lazy dog. "
 # What makes the recipe a matter of seconds.
@@ -29,10 +31,10 @@ SMALL = {
 }
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
+def run(warm: Warm, *command: str) -> subprocess.CompletedProcess[str]:
     """A program of Python's, with one thread."""
     return subprocess.run(
-        [sys.executable, *command],
+        [warm.python, *command],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -41,14 +43,16 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module", params=["recipe", "short"])
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(
+    request: pytest.FixtureRequest, warm: Warm, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The folder of a model that one of the recipes trained, made small; fox.txt stands beside."""
     folder = tmp_path_factory.mktemp("fox")
     (folder / "fox.txt").write_bytes(LINE * 120)
     options = [f"--{name}={value}" for name, value in SMALL.items()]
     config, output = str(EXAMPLE / f"{request.param}.yaml"), str(folder / "model")
     data = ["--data", str(folder / "fox.txt"), "--output", output]
-    done = run("-m", "anymamba", "train", "--config", config, *options, *data)
+    done = run(warm, "-m", "anymamba", "train", "--config", config, *options, *data)
     assert done.returncode == 0, done.stderr
     return folder / "model"
 
@@ -68,14 +72,14 @@ def scripts() -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-def test_the_check_agrees_with_the_trainer(trained: Path, text: str) -> None:
-    done = run(str(EXAMPLE / "check.py"), str(trained), "--data", text)
+def test_the_check_agrees_with_the_trainer(trained: Path, text: str, warm: Warm) -> None:
+    done = run(warm, str(EXAMPLE / "check.py"), str(trained), "--data", text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("agrees")
 
 
-def test_the_check_measures_the_last_tenth(trained: Path, text: str) -> None:
-    printed = run(str(EXAMPLE / "check.py"), str(trained), "--data", text).stdout.splitlines()
+def test_the_check_measures_the_last_tenth(trained: Path, text: str, warm: Warm) -> None:
+    printed = run(warm, str(EXAMPLE / "check.py"), str(trained), "--data", text).stdout.splitlines()
     model = transformers.MambaForCausalLM.from_pretrained(trained, dtype=torch.float32)
     data = torch.tensor(list(LINE * 120))
     held_out = data[int(0.9 * len(data)) :]
@@ -89,22 +93,24 @@ def test_the_check_measures_the_last_tenth(trained: Path, text: str) -> None:
     assert "540 bytes" in printed[1]
 
 
-def test_the_check_finds_other_losses_than_the_noted(trained: Path, text: str) -> None:
+def test_the_check_finds_other_losses_than_the_noted(trained: Path, text: str, warm: Warm) -> None:
     file = trained / "training.json"
     content = file.read_text()
     noted = json.loads(content)
     noted["result"]["validation_loss_windows"] += 0.001
     try:
         file.write_text(json.dumps(noted))
-        done = run(str(EXAMPLE / "check.py"), str(trained), "--data", text)
+        done = run(warm, str(EXAMPLE / "check.py"), str(trained), "--data", text)
     finally:
         file.write_text(content)
     assert done.returncode == 1
     assert "DIFFERS" in done.stdout
 
 
-def test_the_card_has_the_losses_and_samples(trained: Path, text: str) -> None:
-    done = run(str(EXAMPLE / "model_card.py"), str(trained), "--data", text, "--machine", "a toy")
+def test_the_card_has_the_losses_and_samples(trained: Path, text: str, warm: Warm) -> None:
+    done = run(
+        warm, str(EXAMPLE / "model_card.py"), str(trained), "--data", text, "--machine", "a toy"
+    )
     assert done.returncode == 0, done.stderr
     card = (trained / "README.md").read_text()
     result = json.loads((trained / "training.json").read_text())["result"]

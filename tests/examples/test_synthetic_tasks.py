@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.warm import Warm
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
@@ -41,11 +43,11 @@ def as_before() -> Iterator[None]:
             del sys.modules[name]
 
 
-def quick(name: str, output: Path) -> dict[str, Any]:
+def quick(warm: Warm, name: str, output: Path) -> dict[str, Any]:
     """What a short run writes."""
     script = str(EXAMPLES / name / "train.py")
     done = subprocess.run(
-        [sys.executable, script, "--quick", "--output", str(output)],
+        [warm.python, script, "--quick", "--output", str(output)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -57,16 +59,18 @@ def quick(name: str, output: Path) -> dict[str, Any]:
     return result
 
 
-def test_induction_is_learned_in_seconds_and_holds_beyond_its_lengths(tmp_path: Path) -> None:
-    result = quick("induction_heads", tmp_path / "result.json")
+def test_induction_is_learned_in_seconds_and_holds_beyond_its_lengths(
+    warm: Warm, tmp_path: Path
+) -> None:
+    result = quick(warm, "induction_heads", tmp_path / "result.json")
     scores = {score["length"]: score["accuracy"] for score in result["scores"]}
     assert max(result["training_lengths"]) == 64
     assert scores[64] > 0.9  # a guess: 0.067
     assert scores[256] > 0.5
 
 
-def test_selection_is_what_copies(tmp_path: Path) -> None:
-    models = quick("selective_copying", tmp_path / "result.json")["models"]
+def test_selection_is_what_copies(warm: Warm, tmp_path: Path) -> None:
+    models = quick(warm, "selective_copying", tmp_path / "result.json")["models"]
     with_it, without = (
         models[name]["score"]["accuracy"] for name in ("selective", "time-invariant")
     )

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from anymamba.training.pretrain.run import train
 from anymamba.training.pretrain.trainer import MambaTrainer
 from anymamba.training.settings import Settings
 from tests.support.training import small
+from tests.support.warm import Warm
 
 STEPS = 60
 
@@ -37,12 +37,12 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in lines]
 
 
-def begin(settings: Settings) -> subprocess.Popen[str]:
+def begin(settings: Settings, warm: Warm) -> subprocess.Popen[str]:
     """The run in a process of its own, through the command line."""
     config = Path(settings.output).with_suffix(".yaml")
     config.write_text(settings.to_yaml())
     return subprocess.Popen(
-        [sys.executable, "-m", "anymamba", "train", "--config", str(config), "--resume"],
+        [warm.python, "-m", "anymamba", "train", "--config", str(config), "--resume"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,7 +58,7 @@ def steps_of(run: Path) -> int:
     ("order", "kills"), [("random", [(5, 25), (30, 50)]), ("carried", [(20, 50)])]
 )
 def test_killed_at_random_it_comes_to_the_same(
-    order: str, kills: list[tuple[int, int]], tmp_path: Path
+    order: str, kills: list[tuple[int, int]], warm: Warm, tmp_path: Path
 ) -> None:
     """SIGKILL when a random step is reached; the same numbers afterwards, bit for bit."""
     whole = settings_in(tmp_path / "whole", order)
@@ -67,7 +67,7 @@ def test_killed_at_random_it_comes_to_the_same(
     run = Path(killed.output)
     chance = random.Random(order)
     for first, last in kills:
-        process = begin(killed)
+        process = begin(killed, warm)
         wanted = chance.randint(first, last)
         while steps_of(run) < wanted and process.poll() is None:
             time.sleep(0.001)
@@ -75,7 +75,7 @@ def test_killed_at_random_it_comes_to_the_same(
         process.kill()
         process.communicate()
     assert 0 < steps_of(run) < STEPS
-    process = begin(killed)
+    process = begin(killed, warm)
     _, told = process.communicate()
     assert process.returncode == 0, told
     assert losses(run) == losses(Path(whole.output))
@@ -87,10 +87,12 @@ def test_killed_at_random_it_comes_to_the_same(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_ends(number: signal.Signals, status: int, tmp_path: Path) -> None:
+def test_a_signal_saves_and_ends(
+    number: signal.Signals, status: int, warm: Warm, tmp_path: Path
+) -> None:
     settings = small(tmp_path, steps=10**6, save_every=10**6, evaluate_every=10**6)
     run = Path(settings.output)
-    process = begin(settings)
+    process = begin(settings, warm)
     while steps_of(run) < 3 and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
