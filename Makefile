@@ -35,7 +35,7 @@ demo:
 
 test:
 	@start=$$(date +%s); $(MAKE) --no-print-directory setup lint \
-	&& $(BIN)/python -m pytest --numprocesses 2 --dist loadfile \
+	&& $(BIN)/python -m pytest --numprocesses 2 --dist worksteal \
 	&& $(MAKE) --no-print-directory sanitize \
 	&& echo "make test took $$(($$(date +%s) - start)) s"
 

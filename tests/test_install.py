@@ -15,6 +15,8 @@ import pytest
 
 from anymamba import _core
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SITE_PACKAGES = sysconfig.get_paths()["purelib"]
 # Nothing is downloaded: what the build needs is in this environment.

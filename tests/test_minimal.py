@@ -260,6 +260,7 @@ def test_initial_values_are_those_of_the_paper() -> None:
     assert 64 - 17 <= (step_e < 1e-2).sum() <= 64 + 17
 
 
+@pytest.mark.slow
 def test_it_learns_from_scratch_what_only_memory_can_know() -> None:
     """Recall, after seven tokens of noise, the one that came first: chance is log 8 = 2.08."""
     torch.manual_seed(0)
@@ -319,6 +320,7 @@ def test_examples_in_the_docstrings() -> None:
 # --- the names that walk-throughs of Mamba use -------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_runs_where_it_was_copied_to(tmp_path: Path) -> None:
     """Alone, in a process that cannot find the package."""
     (tmp_path / "one_file.py").write_bytes(Path(minimal.__file__).read_bytes())

@@ -16,6 +16,8 @@ import torch
 
 from tests.benchmarks.conftest import FOLDER, load
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = (
     "prefill",
     "decode",

@@ -142,6 +142,7 @@ def test_folders_say_what_to_do(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [("info",), ("score", "TEXT"), ("completion", "bash")])
 def test_output_that_finds_no_space_is_one_line(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("To be, or not to be")

@@ -133,6 +133,7 @@ def test_an_interrupt_while_the_program_is_imported_is_quiet():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["info"], ["generate", "a"]])
 def test_a_closed_pipe_is_quiet(arguments):
     """The reader is gone before the first byte, which is the worst case."""

@@ -239,6 +239,7 @@ def test_a_broken_original_breaks_only_calls_that_need_it(original: Path) -> Non
     importlib.import_module("mamba_ssm.ops")
 
 
+@pytest.mark.slow
 def test_transformers_models_imported_before_are_told_of() -> None:
     program = (
         "import sys, warnings, transformers.models.jamba.modeling_jamba\n"

@@ -13,6 +13,8 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 from tests.support.warm import Warm
 
+pytestmark = pytest.mark.slow
+
 CUDA_ON_CPU = "anymamba: no CUDA here: what this program puts there is on the CPU\n"
 
 MAMBA = """

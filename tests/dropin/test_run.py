@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 PYTHON = [sys.executable]
 RUN = [sys.executable, "-m", "anymamba", "run"]
 

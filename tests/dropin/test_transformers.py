@@ -12,6 +12,8 @@ from torch import Tensor
 
 from tests.support.tolerance import assert_same, naming
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MODELS = ("Mamba", "Mamba2", "FalconMamba", "Jamba")
 # What each model asks the two packages for, on its way through the test.

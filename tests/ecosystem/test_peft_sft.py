@@ -11,6 +11,8 @@ from trl import SFTConfig, SFTTrainer
 
 from anymamba import MambaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["x_proj", "embeddings", "in_proj", "out_proj"]
 STEPS = 12
 

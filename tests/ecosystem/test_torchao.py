@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from anymamba import MambaConfig, MambaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 IDS = torch.randint(0, 256, (2, 11), generator=torch.Generator().manual_seed(0))
 

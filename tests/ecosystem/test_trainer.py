@@ -15,6 +15,8 @@ from transformers import (
 
 from anymamba import MambaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 def arguments(folder: Path, **settings: object) -> TrainingArguments:
     return TrainingArguments(

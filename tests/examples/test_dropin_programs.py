@@ -16,6 +16,8 @@ import torch
 import anymamba.dropin
 from tests.support.warm import Warm
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("vision", "dna", "forecast")
 Load = Callable[[str], ModuleType]

@@ -15,6 +15,8 @@ import transformers
 
 from tests.support.warm import Warm
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shakespeare"
 LINE = b"The quick brown fox jumps over the lazy dog. "
 # What makes the recipe a matter of seconds.

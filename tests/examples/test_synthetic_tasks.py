@@ -17,6 +17,8 @@ import torch
 
 from tests.support.warm import Warm
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

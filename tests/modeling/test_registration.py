@@ -179,6 +179,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_unregister_leaves_nothing_behind() -> None:
     """In a process of its own, where nothing else was imported before the first look."""
     result = subprocess.run(

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.processes import assert_ends_well, run_python
 
+pytestmark = pytest.mark.slow
+
 # Their kernels take memory of their own; the others' work needs none.
 TAKE_MEMORY = {"conv", "conv_backward", "norm_backward", "product", "quantized_product"} | {
     "scan",

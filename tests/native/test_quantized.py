@@ -72,6 +72,7 @@ def _restored() -> object:
     _core.use_isa(isa)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [8, 4])

@@ -13,6 +13,8 @@ from anymamba import _core
 from tests.native.calls import CALLS, Array
 from tests.support.processes import assert_ends_well, run_python
 
+pytestmark = pytest.mark.slow
+
 # Of each function and each instruction set; enough for every combination of absent arguments.
 VALID_CALLS = "200"
 WRONG_CALLS = "3000"

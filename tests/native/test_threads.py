@@ -15,6 +15,8 @@ from anymamba import _core, ops
 from tests.support.operators import ISAS, scan_inputs
 from tests.support.processes import assert_ends_well, run_python
 
+pytestmark = pytest.mark.slow
+
 # What the scripts share: a convolution of enough work for every thread, on numpy arrays.
 WORK = """
 import os, sys, threading, time

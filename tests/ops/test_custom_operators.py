@@ -18,6 +18,8 @@ from anymamba.ops.norm import native as norm_native
 from anymamba.ops.scan import native as scan_native
 from tests.support.tolerance import assert_contract, assert_gradient
 
+pytestmark = pytest.mark.slow
+
 OPERATORS = torch.ops.anymamba
 b, l, e, n, k, g = 2, 37, 6, 4, 3, 2
 

@@ -15,6 +15,8 @@ from anymamba.errors import BackendError
 from tests.support.operators import scan_inputs
 from tests.support.tolerance import assert_gradient
 
+pytestmark = pytest.mark.slow
+
 Operator = Callable[..., tuple[Tensor, ...]]
 b, l, e, n, k = 2, 5, 3, 2, 3
 generator = torch.Generator().manual_seed(0)

@@ -113,6 +113,7 @@ def test_generate_takes_the_likeliest_token_each_time(engine: Engine) -> None:
     assert (generation.logprobs, generation.top_logprobs) == (None, None)
 
 
+@pytest.mark.slow
 def test_stream_gives_what_generate_gives(bundled: Engine) -> None:
     settings = {"max_new_tokens": 60, "temperature": 0.9, "seed": 3, "top_logprobs": 2}
     pieces = list(bundled.stream("ROMEO:", **settings))

@@ -19,6 +19,8 @@ from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.loading import load
 from tests.support import files, gguf_files
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("anymamba._core")
 pytest.importorskip("gguf")
 

@@ -17,6 +17,8 @@ import pytest
 import anymamba
 from anymamba.runtime.native import core
 
+pytestmark = pytest.mark.slow
+
 IDS = list(b"To be, or not to be: that is the question. " * 400)
 
 

@@ -11,9 +11,12 @@ import pytest
 from anymamba.assets import bundled_model
 from tests.support.files import write_small
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="reads its memory where Linux shows it"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not Path("/proc/self/statm").exists(), reason="reads its memory where Linux shows it"
+    ),
+]
 
 # Prints the process's memory in megabytes after each part of the work.
 SCRIPT = """

@@ -47,6 +47,7 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(names, st.tuples(st.sampled_from(sorted(DTYPES)), shapes), max_size=5))
 def test_agrees_with_the_library(tmp_path_factory, wanted):
@@ -141,6 +142,7 @@ entries = st.fixed_dictionaries(
 headers = st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), entries | json_values)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(headers, st.integers(0, 17))
 def test_invented_headers(tmp_path_factory, header, size):

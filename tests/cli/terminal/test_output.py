@@ -46,6 +46,7 @@ def run(redirection, *words):
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="the shell is POSIX's")
 @pytest.mark.parametrize("command", [("info",), ("generate", "a", "--max-new-tokens", "2")])
 def test_a_closed_output_is_as_one_to_nowhere(command):

@@ -22,6 +22,7 @@ MODEL = small_model(use_bias=True)
 LENGTH = 14
 
 
+@pytest.mark.slow
 @given(cuts=st.lists(st.integers(0, LENGTH), max_size=5))
 @settings(max_examples=40)
 def test_any_cut_gives_what_one_pass_gives(cuts: list[int]) -> None:
@@ -38,6 +39,7 @@ def test_any_cut_gives_what_one_pass_gives(cuts: list[int]) -> None:
     assert cache.token_counts.tolist() == [LENGTH, LENGTH]
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=40)
 def test_a_masked_position_counts_as_deleted(data: st.DataObject) -> None:
@@ -61,6 +63,7 @@ def test_a_masked_position_counts_as_deleted(data: st.DataObject) -> None:
         assert cache.token_counts[row] == kept.sum()
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5),
     how=st.sampled_from(["seq_idx", "cu_seq_lens_q", "position_ids"]),

@@ -23,6 +23,8 @@ from anymamba.ops.ssd.chunked import run_backward, run_forward
 from tests.support.models import small_model, words
 from tests.support.tolerance import assert_same
 
+pytestmark = pytest.mark.slow
+
 MASKS = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 0]])
 
 

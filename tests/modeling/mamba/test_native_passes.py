@@ -162,6 +162,7 @@ def in_one_pass(model: MambaForCausalLM, *args: Any, **options: Any) -> Any:
         return model(*args, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_short_chunks")
 @settings(max_examples=40)
 @given(
@@ -280,6 +281,7 @@ def test_token_by_token_is_the_whole(mixers: list[int]) -> None:
     assert_same(torch.cat(steps, 1), whole)
 
 
+@pytest.mark.slow
 def test_checkpointing_and_compiling() -> None:
     model, ids = lively_model().train(), words(2, 17)
     expected = pass_and_gradients(model, ids, None)

@@ -23,6 +23,8 @@ from anymamba.runtime.adapters.adapter_file import read_adapter
 from anymamba.runtime.convert.merging import merge
 from tests.support.tolerance import assert_same
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ["x_proj", "embeddings", "in_proj", "out_proj"]
 IDS = [1, 50, 7, 7, 33, 12]
 # PEFT multiplies and adds in float32 too, in another order: a few roundings of a sum of r products.

@@ -126,6 +126,7 @@ DOUBLING = """\
 {% set ns.text = ns.text ~ ns.text %}{% endfor %}"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="others do not keep count")
 @pytest.mark.parametrize(
     "template",

@@ -469,6 +469,7 @@ convert(source, destination, layout, "f16", overwrite=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["transformers", "gguf"])
 def test_a_killed_conversion_leaves_no_half_of_one(layout: str, source: Path) -> None:
     if layout == "gguf":

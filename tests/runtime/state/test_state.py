@@ -283,6 +283,7 @@ class Interrupted(Exception):
     """What Ctrl-C is to a program."""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs timers that interrupt")
 @pytest.mark.parametrize("way", ["feed", "generate", "logits"])
 def test_an_interruption_leaves_a_state_that_is_what_it_says(engine: Engine, way: str) -> None:

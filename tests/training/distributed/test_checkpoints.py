@@ -16,6 +16,8 @@ from tests.training.distributed import work
 from tests.training.distributed.launching import launch
 from tests.training.distributed.test_data_parallel import LOSSES
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def losses() -> list[float]:

@@ -13,6 +13,8 @@ from anymamba.training.distributed import shard
 from tests.training.distributed import work
 from tests.training.distributed.launching import launch
 
+pytestmark = pytest.mark.slow
+
 # Sums over rows in another order differ by float32's rounding, which AdamW's first steps, of one
 # size whatever the gradient's, can magnify where a gradient is next to nothing.
 LOSSES, WEIGHTS = 1e-5, 1e-4

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BIN = Path(sys.executable).parent
 TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"]

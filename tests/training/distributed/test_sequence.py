@@ -15,6 +15,8 @@ from tests.support.tolerance import assert_same, naming
 from tests.training.distributed import work
 from tests.training.distributed.launching import launch
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 41  # no multiple: the first stretches are one longer
 
 

@@ -28,6 +28,8 @@ from tests.support.files import write_model
 from tests.support.tolerance import assert_same
 from tests.support.training import small
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:

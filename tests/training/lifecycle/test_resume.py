@@ -23,6 +23,8 @@ from anymamba.training.settings import Settings
 from tests.support.training import small
 from tests.support.warm import Warm
 
+pytestmark = pytest.mark.slow
+
 STEPS = 60
 
 

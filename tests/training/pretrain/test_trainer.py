@@ -20,6 +20,8 @@ from anymamba.training.pretrain.trainer import MambaTrainer
 from anymamba.training.settings import Settings
 from tests.support.training import TEXT, small
 
+pytestmark = pytest.mark.slow
+
 
 def losses(folder: Path, key: str = "loss") -> list[float]:
     return [line[key] for line in read_metrics(folder / "run" / "metrics.jsonl") if key in line]

@@ -17,6 +17,8 @@ from anymamba.runtime.convert.quantizing import quantize_checkpoint
 from tests.support.cli import Command
 from tests.support.files import BYTES, write_model
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval")
 
 TEXTS = (

@@ -64,6 +64,7 @@ def test_the_format_is_the_one_asked_for(kind, group, offset, tmp_path, anymamba
     assert anymamba("generate", "ROMEO:", *options).status == 0
 
 
+@pytest.mark.slow
 def test_a_text_may_choose_the_rounding(text, tmp_path, anymamba):
     options = ("--calibrate", text, "--json")
     assert anymamba("quantize", bundled_model(), tmp_path / "q", *options).status == 0

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 
 from tests.support.files import with_head
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("trl")
 
 PAIRS = {"ab=": "xyz", "cd=": "uvw"}
