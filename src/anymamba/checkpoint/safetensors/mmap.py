@@ -140,6 +140,9 @@ class StoredTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
+    def __contains__(self, name: object) -> bool:
+        return any(name == own for own in self)  # Mapping's own would make the tensor
+
     @abstractmethod
     def bytes_of(self, name: str) -> memoryview:
         """The bytes of one of `records` as its file holds them.
