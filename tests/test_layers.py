@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 import anymamba
 
 PACKAGE = Path(anymamba.__file__).parent
+ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers")
 # What a room of the package must not know of, neither at import time nor later.
 STRANGERS = {
@@ -89,6 +92,43 @@ def test_nothing_imports_the_command_line() -> None:
     for file in modules("."):
         if "cli" not in file.parts and file.name != "__main__.py":
             assert not any(name.startswith("anymamba.cli") for name in imports(file)), file
+
+
+def module_name(file: Path) -> str:
+    name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+def runs_first(file: Path, known: Collection[str]) -> set[str]:
+    """The modules that Python runs before this one: what it imports, and the folders of that.
+
+    Its own folders began to run before it, and do not count.
+    """
+    name = module_name(file)
+    around = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for imported in imports(file, only_at_import_time=True):
+        parts = imported.split(".")
+        for count in range(1, len(parts) + 1):
+            one = ".".join(parts[:count])
+            if one in known and not f"{around}.".startswith(f"{one}."):
+                found.add(one)
+    return found - {name}
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    files = {module_name(file): file for file in modules(".")}
+    # Raises CycleError, which names the circle.
+    TopologicalSorter({name: runs_first(file, files) for name, file in files.items()}).prepare()
+
+
+def test_folders_and_files_stay_small() -> None:
+    folders = Counter(file.parent for file in modules("."))
+    assert {str(folder): count for folder, count in folders.items() if count > 16} == {}
+    core = [*(ROOT / "core").rglob("*.cpp"), *(ROOT / "core").rglob("*.h")]
+    for files, most in (modules("."), 450), (core, 600):
+        lines = {str(file): len(file.read_text().splitlines()) for file in files}
+        assert {name: count for name, count in lines.items() if count > most} == {}
 
 
 @pytest.mark.parametrize("room", LIGHT)
