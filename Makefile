@@ -1,7 +1,7 @@
 # make setup   makes .venv with all that development needs
 # make demo    generates text with the bundled model (sets up first)
 # make test    runs all checks and tests (sets up first)
-# make test-fast   runs the tests that take under two minutes in all: not the slow ones, and natively
+# make test-fast   runs the tests that take about two minutes in all: not the slow ones, and natively
 #                  on one instruction set
 # make sanitize   runs the core's C++ tests under sanitizers, as make test does too
 # make bench   measures; prints tables, writes JSON, draws the chart
