@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
-from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -247,10 +246,13 @@ def find_renamed(name: str) -> ModuleSpec | None:
         'anymamba.runtime.mapping'
     """
     new = MODULES.get(name.removeprefix("anymamba."))
-    return None if new is None else ModuleSpec(name, _Renamed(f"anymamba.{new}"))
+    if new is None:
+        return None
+    # Not a subclass of Loader: importing that class would take longer than all else here.
+    return ModuleSpec(name, _Renamed(f"anymamba.{new}"))  # type: ignore[arg-type]
 
 
-class _Renamed(Loader):
+class _Renamed:
     """Loads a module under its old name: it is the same module, of which there is one."""
 
     def __init__(self, new: str) -> None:

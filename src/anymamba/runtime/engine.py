@@ -413,7 +413,8 @@ class Engine:
         if isinstance(text, str):
             return np.array(self.tokenize(text, special=state.token_count == 0), np.int64)
         ids = as_token_ids(text)
-        self._network.check_tokens(ids)  # before numbers beyond int64 become others
+        if ids.dtype.kind == "u":  # the largest would be others after the conversion
+            self._network.check_tokens(ids)
         return ids.astype(np.int64)
 
     def _prompt_ids(self, prompt: Text, state: State) -> NDArray[np.int64]:
