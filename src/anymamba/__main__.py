@@ -5,8 +5,6 @@ It imports nothing before it is ready for Ctrl-C, which may come while the rest 
 
 import sys
 
-__all__ = ["main"]
-
 
 def main() -> int:
     """Run the command line and return its exit status."""

@@ -14,8 +14,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["MATMUL_DTYPES", "check_matmul_dtype", "load_core", "matmul_dtype_from_environment"]
-
 MATMUL_DTYPES = ("float32", "bfloat16")
 """What activations are when they are multiplied with bfloat16 weights."""
 

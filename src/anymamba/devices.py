@@ -9,8 +9,6 @@ from anymamba.errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["find_device"]
-
 
 def find_device(name: str | None = None) -> torch.device:
     """The device of a name, once it has shown that it works.

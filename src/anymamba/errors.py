@@ -5,21 +5,6 @@ Each message names the offending thing, what was expected and what to do. All of
 code written for other libraries catches it without knowing this one.
 """
 
-__all__ = [
-    "AnyMambaError",
-    "ArgumentError",
-    "BackendError",
-    "CheckpointError",
-    "ConfigError",
-    "HubError",
-    "InputError",
-    "MissingDependencyError",
-    "MissingModuleError",
-    "NotIncludedError",
-    "StateError",
-    "TrainingError",
-]
-
 
 class AnyMambaError(Exception):
     """Base of all errors that AnyMamba raises on purpose."""

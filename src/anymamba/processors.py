@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_processors", "quota_of_processors"]
-
 QuotaOf = Callable[[Path], float | None]
 
 

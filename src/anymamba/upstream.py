@@ -15,17 +15,6 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-__all__ = [
-    "EXTENSIONS",
-    "NAMES",
-    "PACKAGES",
-    "import_original",
-    "is_left_alone",
-    "is_loading",
-    "is_original_installed",
-    "keep_apart",
-]
-
 PACKAGES = ("mamba_ssm", "causal_conv1d")
 EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda")
 NAMES = PACKAGES + EXTENSIONS

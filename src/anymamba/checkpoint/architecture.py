@@ -20,19 +20,6 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from anymamba.checkpoint.shapes import ModelShape
 
-__all__ = [
-    "EMBEDDINGS",
-    "FINAL_NORM",
-    "HEAD",
-    "MAMBA",
-    "Architecture",
-    "Role",
-    "TensorRow",
-    "in_layer",
-    "is_matrix",
-    "role_of",
-]
-
 Role = Literal["large matrix", "small matrix", "convolution", "vector", "decay"]
 """What a tensor is for. A large matrix may be quantized; a small one is sensitive, and bfloat16 at
 least. The others stay as they are, or float32. The decay is A, as the logarithm of its negative."""

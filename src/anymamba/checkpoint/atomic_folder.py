@@ -13,8 +13,6 @@ from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.io import cannot_write, flush_to_disk, listed, shown, user_path
 from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["check_apart", "check_destination", "write_folder"]
-
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _KNOWN = (*SMALL_FILES, *SAFETENSORS_NAMES, *_ADAPTER, "README.md", "LICENSE")
 _PATTERNS = ("model-*.safetensors", "pytorch_model*.bin", "pytorch_model*.bin.index.json")

@@ -16,8 +16,6 @@ from anymamba.checkpoint.names import to_transformers_name
 from anymamba.checkpoint.safetensors import TensorRecord, read_header
 from anymamba.errors import CheckpointError
 
-__all__ = ["Checkpoint", "canonical_names", "check_shard", "open_checkpoint"]
-
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -16,8 +16,6 @@ from anymamba.checkpoint.io import listed, read_json_object, shown
 from anymamba.checkpoint.shapes import model_shape
 from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["LAYER_FIELDS", "MODEL_FIELDS", "Layout", "read_config", "translate_config"]
-
 Layout = Literal["transformers", "original", "minimal"]
 
 # The names below are those of the original layout; behind them, Transformers'.

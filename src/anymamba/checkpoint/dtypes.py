@@ -19,18 +19,6 @@ if TYPE_CHECKING:
 
     from anymamba.checkpoint.quantization import Tensor
 
-__all__ = [
-    "DTYPES",
-    "FLOATS",
-    "LARGEST_FLOAT16",
-    "DType",
-    "as_dtype",
-    "as_float32",
-    "dtype_of",
-    "to_bfloat16",
-    "to_float32",
-]
-
 
 class DType(NamedTuple):
     """A type of numbers.

@@ -9,8 +9,6 @@ from pathlib import Path
 from anymamba.checkpoint.io import listed, read_json_object, shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["SAFETENSORS_NAMES", "WEIGHT_NAMES", "WeightFiles", "find_weight_files"]
-
 # Whole or in shards; safetensors first, since reading a pickle needs torch and care.
 SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

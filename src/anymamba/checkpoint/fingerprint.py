@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from anymamba.checkpoint.checkpoint import Checkpoint
     from anymamba.checkpoint.safetensors import TensorRecord
 
-__all__ = ["bytes_digest", "checkpoint_digest", "state_dict_digest"]
-
 _CHUNK_BYTES = 1 << 20
 _BY_TORCH = {dtype.torch: name for name, dtype in DTYPES.items() if name != "C64"}
 

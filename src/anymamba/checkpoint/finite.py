@@ -20,8 +20,6 @@ from anymamba.errors import CheckpointError
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
 
-__all__ = ["broken_tensor", "check_finite", "count_nonfinite", "say_what_is_broken"]
-
 _EXPONENT = np.uint16(0x7F80)  # of bfloat16; all ones for NaN and infinity
 _BLOCK = 1 << 20
 

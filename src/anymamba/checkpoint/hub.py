@@ -9,8 +9,6 @@ from pathlib import Path
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import CheckpointError, HubError
 
-__all__ = ["SMALL_FILES", "resolve"]
-
 SMALL_FILES = (
     "config.json",
     "generation_config.json",

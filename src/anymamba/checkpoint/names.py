@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from anymamba.renamed import old_names
 
-__all__ = ["to_transformers_name"]
-
 __getattr__ = old_names(__name__)
 
 _BACKBONE_PARTS = ("embeddings.", "layers.", "norm_f.")

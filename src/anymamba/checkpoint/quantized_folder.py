@@ -15,8 +15,6 @@ from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.shapes import expected_shapes
 from anymamba.errors import ConfigError
 
-__all__ = ["FORMAT", "GROUPS", "PARTS", "quantized_bits", "quantized_shapes"]
-
 FORMAT = "anymamba"
 """What a config calls our format, under the key `format`.
 

@@ -10,8 +10,6 @@ from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, MAMBA
 from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["ModelShape", "check_repeated_head", "check_tensors", "expected_shapes", "model_shape"]
-
 # Transformers' names and defaults, for fields that a config leaves out.
 _COUNTS = {
     "vocab_size": 50280,

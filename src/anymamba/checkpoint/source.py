@@ -32,8 +32,6 @@ from anymamba.checkpoint.shapes import check_repeated_head
 from anymamba.checkpoint.torch_weights import to_numpy
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 
-__all__ = ["Source", "companions_in", "open_source", "open_tensors"]
-
 # The largest tokenizer.json of a published model is half of this.
 _MOST_COMPANION_BYTES = 4 * MAX_JSON_BYTES
 

@@ -27,14 +27,6 @@ from anymamba.checkpoint.safetensors import SafetensorsHeader, TensorRecord, rea
 from anymamba.checkpoint.shapes import model_shape
 from anymamba.errors import CheckpointError, StateError
 
-__all__ = [
-    "StateFile",
-    "check_identity",
-    "read_state_file",
-    "state_identity",
-    "state_metadata",
-]
-
 _FORMAT = "anymamba.state"
 _FORMAT_VERSION = "1"
 _BLOCKS = ("conv_states", "ssm_states")

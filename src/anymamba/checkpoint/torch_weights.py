@@ -27,16 +27,6 @@ if TYPE_CHECKING:
 
     from anymamba.checkpoint.safetensors.mmap import FileMap
 
-__all__ = [
-    "check_floating_point",
-    "check_repeated_head",
-    "load_named_tensors",
-    "load_stored_tensors",
-    "load_torch_state_dict",
-    "to_numpy",
-    "to_torch",
-]
-
 _ZIP_SIGNATURE = b"PK\x03\x04"
 
 

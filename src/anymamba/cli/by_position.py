@@ -18,8 +18,6 @@ from anymamba.errors import InputError
 if TYPE_CHECKING:
     from anymamba.runtime.analysis import Stretch
 
-__all__ = ["PositionOptions", "refuse_alone", "run_by_position"]
-
 DEFAULT_WINDOW = 1024
 GROUP = ("loss by position",)
 

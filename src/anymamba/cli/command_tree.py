@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from anymamba.cli.main import COMMANDS, build_parser
 
-__all__ = ["Command", "Option", "command_tree"]
-
 _FILES = ("FILE", "FOLDER", "MODEL", "DATA", "DST", "SRC DST")
 
 

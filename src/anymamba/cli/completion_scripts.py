@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable
 
 from anymamba.cli.command_tree import Command, Option, command_tree
 
-__all__ = ["SCRIPTS"]
-
 
 def bash() -> str:
     """A function for bash: first what the option before the cursor takes, then all options."""

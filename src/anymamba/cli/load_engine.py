@@ -13,15 +13,6 @@ if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.state import State
 
-__all__ = [
-    "beginning_state",
-    "beginning_tokens",
-    "check_writable",
-    "model_name",
-    "open_engine",
-    "tokenizer_place",
-]
-
 
 def open_engine(options: EngineOptions) -> Engine:
     """The runtime's engine that the options ask for."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["let_waiting_threads_sleep"]
-
 
 def let_waiting_threads_sleep() -> None:
     """Let PyTorch's OpenMP threads sleep as soon as they have nothing to do.

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
 
-__all__ = ["Effort", "Speed", "measure"]
-
 # Memory that no cache holds.
 BANDWIDTH_BYTES = 1 << 28
 

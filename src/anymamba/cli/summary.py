@@ -7,8 +7,6 @@ from pathlib import Path
 
 from anymamba.cli.text.continuation import Continuation
 
-__all__ = ["figures_line", "figures_of"]
-
 
 def figures_of(prompt_tokens: int, continuation: Continuation) -> dict[str, float | int | None]:
     """The figures of one continuation; None where there is nothing to measure.

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from anymamba.cli.terminal.output import Output
     from anymamba.runtime.generation import StreamingDetokenizer
 
-__all__ = ["continue_with_torch"]
-
 DTYPES = {"auto": "auto", "f32": "float32", "bf16": "bfloat16"}
 # What PyTorch's path has no counterpart of, by the value that asks for nothing.
 WITHOUT_COUNTERPART = {

@@ -18,8 +18,6 @@ from anymamba.dropin.common.gradients import filled, gradients
 from anymamba.dropin.common.ssd_parts import NO_LIMIT, step_sizes, with_padding
 from anymamba.dropin.dispatch import by_device
 
-__all__ = ["_mamba_chunk_scan_combined_bwd", "_mamba_chunk_scan_combined_fwd"]
-
 in_ssd_combined = partial(by_device, module="mamba_ssm.ops.triton.ssd_combined")
 
 

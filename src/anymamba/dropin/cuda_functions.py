@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Replacements", "replacements"]
-
 Replacements = list[tuple[Any, str, Any]]
 """Owner, name and value of attributes."""
 

@@ -16,8 +16,6 @@ from torch.overrides import TorchFunctionMode
 
 from anymamba.dropin.cuda_functions import Replacements, replacements
 
-__all__ = ["CudaOnCpu"]
-
 _OLD_TYPES = "torch.cuda."
 
 

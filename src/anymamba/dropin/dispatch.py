@@ -10,8 +10,6 @@ from typing import ParamSpec, TypeVar
 from anymamba.dropin.forks import explained
 from anymamba.upstream import import_original
 
-__all__ = ["answering", "by_device"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -15,8 +15,6 @@ from anymamba.dropin.forks import OWN_PACKAGE, fork_of
 from anymamba.errors import MissingModuleError
 from anymamba.upstream import NAMES, import_original, is_left_alone, is_loading
 
-__all__ = ["Finder"]
-
 
 class Finder(MetaPathFinder):
     """Finds `mamba_ssm.X` as `anymamba.dropin.mamba_ssm.X`: one module under two names.

@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from anymamba.errors import ArgumentError
 
-__all__ = ["OWN_PACKAGE", "explained", "fork_of"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

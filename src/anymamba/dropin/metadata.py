@@ -10,8 +10,6 @@ from pathlib import Path
 
 from anymamba.upstream import PACKAGES, is_left_alone, is_loading
 
-__all__ = ["DistributionsFinder", "version_of"]
-
 
 class DistributionsFinder(DistributionFinder):
     """Finds the distributions `mamba-ssm` and `causal-conv1d`, which no folder holds."""

@@ -25,8 +25,6 @@ from anymamba.ops.native import TYPES, core, handed
 from anymamba.ops.tracing import runs_now
 from anymamba.ops.watch import ModuleWatch
 
-__all__ = ["give_back", "replace", "take_again", "why_not_fused"]
-
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
 

@@ -13,8 +13,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-__all__ = ["MIXERS", "MixersFinder", "give_back", "take_again"]
-
 MIXERS = {
     "transformers.models.mamba.modeling_mamba": "MambaMixer",
     "transformers.models.falcon_mamba.modeling_falcon_mamba": "FalconMambaMixer",

@@ -17,8 +17,6 @@ from anymamba.ops.direct import conv_step
 from anymamba.ops.fusable import computes, why_not_fusable
 from anymamba.ops.segments import segments_of
 
-__all__ = ["convolve", "convolve_step", "last_inputs"]
-
 
 def convolve(
     conv1d: Any,

@@ -18,8 +18,6 @@ from anymamba import ops
 from anymamba.errors import InputError
 from anymamba.ops.checks import check_shape
 
-__all__ = ["check_gated_norm", "gated_norm", "in_groups"]
-
 
 def gated_norm(
     x: Tensor,

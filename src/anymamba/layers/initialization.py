@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["at_least_float32", "draw_step_bias", "s4d_real"]
-
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or in float64 where it is that already."""

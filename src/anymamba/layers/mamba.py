@@ -22,8 +22,6 @@ from anymamba.layers.initialization import at_least_float32
 from anymamba.ops.direct import scan_step
 from anymamba.ops.fusable import project, project_halves, why_not_fusable
 
-__all__ = ["MambaLayer", "States"]
-
 States = tuple[Tensor, Tensor]
 
 

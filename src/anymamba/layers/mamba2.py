@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["HeadSizes", "mix_heads"]
-
 
 @dataclass(frozen=True)
 class HeadSizes:

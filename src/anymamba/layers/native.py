@@ -10,8 +10,6 @@ from torch import nn
 
 from anymamba.ops.fusable import why_not_fusable
 
-__all__ = ["PROJECTIONS", "Part", "core_tensors", "mixer_parts"]
-
 PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 

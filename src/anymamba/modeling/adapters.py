@@ -17,8 +17,6 @@ from torch import nn
 
 from anymamba.modeling.mamba import MambaForCausalLM, MambaPreTrainedModel
 
-__all__ = ["patch_peft", "untie_head"]
-
 _GUARD = "_check_lora_target_modules_mamba"
 _ALLOWED = "get_default_import_allowlist"
 _MERGES = ("merge_and_unload", "merge_adapter")

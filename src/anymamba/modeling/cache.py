@@ -11,13 +11,11 @@ from transformers.cache_utils import Cache
 
 from anymamba.checkpoint import check_identity
 from anymamba.errors import InputError
-from anymamba.modeling.state import MambaState, config_of, model_identity
+from anymamba.modeling.state import MambaState, model_identity
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.state import State
-
-__all__ = ["MambaCache", "config_of", "model_identity"]
 
 
 class MambaCache(MambaState, Cache):

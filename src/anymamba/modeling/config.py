@@ -23,8 +23,6 @@ from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError
 from anymamba.modeling.gguf import find_mamba_gguf, gguf_config
 
-__all__ = ["INIT_SCHEMES", "MambaConfig", "read_config_dict"]
-
 INIT_SCHEMES = ("random", "uniform", "constant")
 """How `dt_proj.weight` starts; "random" and "uniform" are two names of one scheme."""
 

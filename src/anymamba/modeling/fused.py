@@ -26,8 +26,6 @@ from anymamba.ops.native import core
 from anymamba.ops.tracing import runs_now
 from anymamba.ops.watch import ModuleWatch
 
-__all__ = ["CHUNK_TOKENS", "MOST_ROWS", "Table", "fits", "table_of", "why_not_fused"]
-
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-__all__ = ["find_mamba_gguf", "gguf_config", "gguf_state_dict", "hub_pattern"]
-
 
 def find_mamba_gguf(place: Path) -> Path | None:
     """The GGUF file that a place stands for, if it is there and says nothing of another model.

@@ -12,8 +12,6 @@ from anymamba.ops import quantized_linear
 from anymamba.ops.fusable import fusable
 from anymamba.ops.quantized_linear.reference import dequantize
 
-__all__ = ["QuantizedEmbedding", "QuantizedLinear", "put_quantized_layers"]
-
 PARTS = ("weight_q", "weight_scales", "weight_minima")
 
 

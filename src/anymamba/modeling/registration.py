@@ -18,8 +18,6 @@ from anymamba.modeling.adapters import patch_peft
 from anymamba.modeling.config import MambaConfig, read_config_dict
 from anymamba.modeling.mamba import MambaForCausalLM, MambaModel, MambaPreTrainedModel
 
-__all__ = ["register", "unregister"]
-
 _BUILT_BY = {
     AutoModel: MambaModel,
     AutoModelForCausalLM: MambaForCausalLM,

@@ -10,8 +10,6 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from anymamba.errors import InputError
 
-__all__ = ["takes_cache_params"]
-
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 

@@ -29,8 +29,6 @@ from anymamba.checkpoint import (
 )
 from anymamba.errors import InputError, StateError
 
-__all__ = ["LayerState", "MambaState", "config_of", "model_identity"]
-
 _BLOCKS = ("conv_states", "ssm_states")
 
 

@@ -24,8 +24,6 @@ from anymamba.errors import BackendError
 from anymamba.ops.tracing import is_transformed
 from anymamba.upstream import PACKAGES, is_original_installed
 
-__all__ = ["Chosen", "available_backends", "backend", "implementation", "native_is_chosen"]
-
 
 @dataclass(frozen=True)
 class Backend:

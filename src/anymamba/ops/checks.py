@@ -6,8 +6,6 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 
-__all__ = ["ACTIVATIONS", "check_activation", "check_shape"]
-
 ACTIVATIONS = (None, "silu", "swish")
 """What the convolution can apply to its output."""
 

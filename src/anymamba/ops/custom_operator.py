@@ -19,8 +19,6 @@ from torch import Tensor
 from anymamba.ops.derivatives import register_second_derivatives
 from anymamba.ops.tracing import runs_now
 
-__all__ = ["Recurrence", "define_operator", "define_update"]
-
 Inputs = TypeVar("Inputs", bound=tuple[Any, ...])
 Outputs = TypeVar("Outputs")
 

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["register_second_derivatives"]
-
 Outputs = tuple[Tensor, ...]
 _vjp: Any = torch.func.vjp  # whose annotation has a third result
 

@@ -18,8 +18,6 @@ from anymamba.ops.scan.arguments import StepArguments
 from anymamba.ops.scan.native import selective_state_update
 from anymamba.ops.tracing import runs_now
 
-__all__ = ["conv_step", "scan_step"]
-
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

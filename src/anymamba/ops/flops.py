@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["register_flops"]
-
 Shape = Sequence[int]
 _SCAN = 7
 # Backward passes walk forward again from the states that were kept, then back, with two products

@@ -22,15 +22,6 @@ from anymamba.ops.linear import linear as multiply
 from anymamba.ops.tracing import autocast_is_on
 from anymamba.renamed import old_names
 
-__all__ = [
-    "call_attributes",
-    "computes",
-    "fusable",
-    "project",
-    "project_halves",
-    "why_not_fusable",
-]
-
 __getattr__ = old_names(__name__)
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])

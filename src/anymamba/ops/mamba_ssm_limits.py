@@ -10,8 +10,6 @@ from anymamba.ops.conv.arguments import ConvArguments
 from anymamba.ops.scan.arguments import ScanArguments
 from anymamba.renamed import old_names
 
-__all__ = ["unsupported_reason"]
-
 __getattr__ = old_names(__name__)
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -7,8 +7,6 @@ from contextvars import ContextVar
 from anymamba.arithmetic import check_matmul_dtype, matmul_dtype_from_environment
 from anymamba.ops.backends import Chosen
 
-__all__ = ["matmul_dtype"]
-
 _choice: ContextVar[str | None] = ContextVar("anymamba_matmul_dtype", default=None)
 
 

@@ -17,18 +17,6 @@ from anymamba.ops.segments import Segments
 from anymamba.processors import quota_of_processors
 from anymamba.renamed import old_names
 
-__all__ = [
-    "TYPES",
-    "core",
-    "description",
-    "handed",
-    "in_float32",
-    "is_built",
-    "prefers_other",
-    "segment_table",
-    "unsupported_reason",
-]
-
 __getattr__ = old_names(__name__)
 
 _FOUND = torch.cpu.get_capabilities()

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 
-__all__ = ["Segments", "count_states", "segments_from_table", "segments_of", "walk_segments"]
-
 
 @dataclass(frozen=True)
 class Segments:

@@ -13,14 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = [
-    "autocast_is_on",
-    "copy_for_backward",
-    "is_transformed",
-    "runs_now",
-    "values_are_known",
-]
-
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

@@ -17,8 +17,6 @@ from anymamba.ops.backends import backend
 from anymamba.ops.fusable import call_attributes
 from anymamba.ops.native import core
 
-__all__ = ["ModuleWatch"]
-
 _GLOBAL_HOOKS = (
     module_globals._global_forward_hooks,
     module_globals._global_forward_pre_hooks,

@@ -32,8 +32,6 @@ from anymamba.runtime.weights import Weights
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Engine", "Text"]
-
 Text: TypeAlias = str | Sequence[int]
 """A text, or its tokens."""
 

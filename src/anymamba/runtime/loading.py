@@ -23,8 +23,6 @@ from anymamba.runtime.weights import check_kind, load_weights
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["generation_config", "load", "model_of"]
-
 _GENERATION = "generation_config.json"
 
 

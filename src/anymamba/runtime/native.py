@@ -10,8 +10,6 @@ from anymamba.arithmetic import load_core
 from anymamba.errors import BackendError, ConfigError, InputError, MissingDependencyError
 from anymamba.processors import available_processors
 
-__all__ = ["MOST_THREADS", "core", "epsilon_of", "wanted_threads"]
-
 MOST_THREADS = 1024
 """More would be a mistake: no machine has so many cores, and each thread takes memory."""
 

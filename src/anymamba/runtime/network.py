@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
     from anymamba.runtime.weights import Weights
 
-__all__ = ["STRETCH_TOKENS", "Network"]
-
 STRETCH_TOKENS = 512
 """How many tokens a call reads at most, all texts together: enough for products at full speed,
 few enough for little memory."""

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from anymamba.runtime.network import STRETCH_TOKENS, Network
 from anymamba.runtime.state import BatchState
 
-__all__ = ["Progress", "read_texts", "read_with_logits"]
-
 Progress = Callable[[int, int], object]
 """Called after each stretch with how many tokens were read, and how many there are."""
 

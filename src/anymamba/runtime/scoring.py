@@ -13,8 +13,6 @@ from anymamba.runtime.network import Network
 from anymamba.runtime.prefill import read_with_logits
 from anymamba.runtime.state import BatchState
 
-__all__ = ["Score", "perplexity_of", "score_ids"]
-
 
 @dataclass(frozen=True)
 class Score:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-__all__ = ["TextCodec", "as_token_ids"]
-
 # Characters or tokens that may take long enough to be interrupted.
 _LONG = 4096
 

@@ -21,8 +21,6 @@ from anymamba.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
-__all__ = ["evaluate", "harness_model"]
-
 _YAML = (".yaml", ".yml")
 
 

@@ -12,8 +12,6 @@ from anymamba.checkpoint.finite import broken_tensor
 from anymamba.errors import ConfigError
 from anymamba.modeling import MambaForCausalLM
 
-__all__ = ["check_weights", "open_trainable"]
-
 
 def open_trainable(model: str | os.PathLike[str]) -> MambaForCausalLM:
     """A model in float32.

@@ -17,8 +17,6 @@ from anymamba.checkpoint.io import shown, user_path
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
 
-__all__ = ["PRESETS", "Settings", "read_yaml", "settings_from"]
-
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {"hidden_size": 64, "layers": 2, "batch": 8, "learning_rate": 5e-3},
     "small": {"hidden_size": 256, "layers": 8, "state_size": 16, "batch": 8, "dropout": 0.1},

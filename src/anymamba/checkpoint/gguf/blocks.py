@@ -32,17 +32,6 @@ from anymamba.errors import CheckpointError, MissingDependencyError
 if TYPE_CHECKING:
     from anymamba.checkpoint import TensorRecord
 
-__all__ = [
-    "KEPT",
-    "OTHER_TYPES",
-    "PLAIN",
-    "TYPES",
-    "BlockType",
-    "import_gguf",
-    "kept_blocks",
-    "widened",
-]
-
 
 class BlockType(NamedTuple):
     """A type of tensors.

@@ -10,8 +10,6 @@ from anymamba.checkpoint.gguf.names import is_gguf
 from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["PART", "find_gguf"]
-
 PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.gguf)", re.IGNORECASE)
 """The name of a part of a model: what it is called, its number from 1, how many there are."""
 

@@ -22,8 +22,6 @@ from anymamba.checkpoint.gguf.blocks import OTHER_TYPES, TYPES
 from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["MAX_HEADER_BYTES", "GgufHeader", "read_gguf_header"]
-
 MAX_HEADER_BYTES = 32 << 20
 """The vocabulary is in the header: 1.8 MB for the 50,000 tokens of the published Mambas."""
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from anymamba.checkpoint.architecture import MAMBA, in_layer
 from anymamba.renamed import old_names
 
-__all__ = ["from_gguf_name", "is_gguf", "to_gguf_name"]
-
 __getattr__ = old_names(__name__)
 
 _OURS = {row.gguf: row.name for row in (*MAMBA.outside, *MAMBA.layer) if row.gguf}

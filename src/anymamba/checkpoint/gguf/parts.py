@@ -16,8 +16,6 @@ from anymamba.checkpoint.gguf.header import GgufHeader, read_gguf_header
 from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["read_gguf_files"]
-
 
 def read_gguf_files(path: str | os.PathLike[str]) -> GgufHeader:
     """Read and check the header of a GGUF file, and of all parts where it is one of several.

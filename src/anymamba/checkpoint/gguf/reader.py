@@ -32,8 +32,6 @@ from anymamba.checkpoint.quantization import Tensor
 from anymamba.checkpoint.safetensors.mmap import StoredTensors, check_whole
 from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["GgufModel", "GgufTensors", "read_gguf"]
-
 # Transformers' fields by GGUF's. All of them must be there.
 _COUNTS = {
     "mamba.embedding_length": "hidden_size",

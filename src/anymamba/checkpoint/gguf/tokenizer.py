@@ -15,8 +15,6 @@ from typing import Any, NoReturn
 from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["CHAT_TEMPLATE", "WHOLE", "llama_tokenizer", "tokenizer_json"]
-
 WHOLE = "tokenizer.huggingface.json"
 CHAT_TEMPLATE = "tokenizer.chat_template"
 

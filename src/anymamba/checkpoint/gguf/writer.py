@@ -25,8 +25,6 @@ from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.tokenizer import tokenizer_from_json
 from anymamba.errors import ConfigError
 
-__all__ = ["GGUF_WEIGHTS", "write_gguf"]
-
 GGUF_WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 """The types that matrices can have."""
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from anymamba.checkpoint.io.paths import user_path
 from anymamba.errors import CheckpointError
 
-__all__ = ["cannot_write", "flush_to_disk", "write_atomically"]
-
 _ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
     errno.EDQUOT: "free some space, or choose another place",

@@ -9,8 +9,6 @@ from typing import Any
 from anymamba.checkpoint.io.messages import shown
 from anymamba.errors import CheckpointError
 
-__all__ = ["MAX_JSON_BYTES", "parse_json_object", "read_json_object"]
-
 # Parsed JSON takes up to some thirty times its text. The largest header or index of a Mamba
 # checkpoint is a fiftieth of this.
 MAX_JSON_BYTES = 8 << 20

@@ -6,8 +6,6 @@ import re
 import reprlib
 from collections.abc import Iterable
 
-__all__ = ["escaped", "listed", "not_text", "shown"]
-
 _MOST = 10
 
 # All that a terminal may obey or that hides what stands beside it: control characters and marks of

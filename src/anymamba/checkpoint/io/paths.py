@@ -9,8 +9,6 @@ from pathlib import Path
 from anymamba.checkpoint.io.messages import shown
 from anymamba.errors import AnyMambaError, CheckpointError
 
-__all__ = ["user_path"]
-
 
 def user_path(path: str | os.PathLike[str], error: type[AnyMambaError] = CheckpointError) -> Path:
     """A path with `~` written out, that the system can look up; whether it exists is not asked.

@@ -31,17 +31,6 @@ from anymamba.checkpoint.quantization.format import (
 )
 from anymamba.errors import ConfigError, InputError
 
-__all__ = [
-    "dequantize",
-    "quantize",
-    "quantize_rows",
-    "quantized_product",
-    "ranges",
-    "round_to",
-    "scales_of",
-    "values_of",
-]
-
 # A scale or minimum below this counts as zero: what it stands for is lost beside any other weight,
 # and no kernel meets numbers that are not normal.
 _SMALLEST = np.float32(2.0**-100)

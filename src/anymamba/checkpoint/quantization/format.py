@@ -24,17 +24,6 @@ from numpy.typing import NDArray
 from anymamba.checkpoint.quantized_folder import GROUPS
 from anymamba.errors import ConfigError, InputError
 
-__all__ = [
-    "Bits",
-    "QuantizedArray",
-    "Tensor",
-    "check_format",
-    "check_weight",
-    "pack",
-    "row_blocks",
-    "unpack",
-]
-
 Bits = Literal[8, 4]
 
 # Beyond this a difference of two weights could leave float32; no trained weight comes near it.

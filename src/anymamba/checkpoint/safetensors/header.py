@@ -22,8 +22,6 @@ from anymamba.errors import CheckpointError
 if TYPE_CHECKING:
     from mmap import mmap
 
-__all__ = ["SafetensorsHeader", "TensorRecord", "header_of", "read_header"]
-
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 

@@ -26,8 +26,6 @@ from anymamba.checkpoint.quantized_folder import PARTS
 from anymamba.checkpoint.safetensors import header_of
 from anymamba.errors import CheckpointError
 
-__all__ = ["TYPES", "FileMap", "MappedTensors", "StoredTensors", "check_whole"]
-
 TYPES = {name: DTYPES[name].numpy for name in (*FLOATS, "U8")}
 """numpy's types by safetensors' names, of all that weights are stored in."""
 

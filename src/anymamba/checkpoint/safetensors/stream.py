@@ -16,8 +16,6 @@ from typing import Any, Protocol
 
 from anymamba.checkpoint.dtypes import DTYPES
 
-__all__ = ["Planned", "SafetensorsStream", "TensorPlan"]
-
 _ALIGNMENT = 64
 
 

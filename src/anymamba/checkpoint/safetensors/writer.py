@@ -8,8 +8,6 @@ from pathlib import Path
 
 from anymamba.checkpoint.safetensors.stream import SafetensorsStream
 
-__all__ = ["TensorBytes", "write_safetensors"]
-
 
 @dataclass(frozen=True)
 class TensorBytes:

@@ -16,8 +16,6 @@ from anymamba.errors import CheckpointError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["MOST_GROWTH", "MOST_TOKEN_CHARACTERS", "check_limits"]
-
 MOST_GROWTH = 256
 """How many characters or tokens may come of one. Those in use make fewer than ten."""
 

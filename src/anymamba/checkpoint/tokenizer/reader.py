@@ -12,8 +12,6 @@ from anymamba.errors import CheckpointError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["HELP", "raise_if_foreign", "read_tokenizer", "reason_of", "tokenizer_from_json"]
-
 HELP = (
     "Name a folder that has a tokenizer.json (tokenizer=, on the command line --tokenizer; the "
     "state-spaces/mamba models use that of EleutherAI/gpt-neox-20b), or give tokens, not text"

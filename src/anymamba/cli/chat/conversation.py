@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from anymamba.runtime.generation import TokenOutput
     from anymamba.runtime.state import State
 
-__all__ = ["Conversation", "Reply"]
-
 
 @dataclass(frozen=True)
 class Reply:

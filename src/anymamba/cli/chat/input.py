@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from anymamba.cli.terminal.output import tell
 from anymamba.errors import InputError
 
-__all__ = ["ReadLine", "line_reader", "messages"]
-
 ReadLine = Callable[[str], str]
 """Shows a prompt and returns the next line without its end; at the end of input an EOFError."""
 

@@ -11,8 +11,6 @@ from anymamba.checkpoint.gguf import find_gguf
 from anymamba.checkpoint.io import MAX_JSON_BYTES, read_json_object
 from anymamba.errors import CheckpointError
 
-__all__ = ["ChatTemplate", "Message", "find_template"]
-
 Message = dict[str, str]
 """What was said: its `role` ("user" or "assistant") and its `content`."""
 

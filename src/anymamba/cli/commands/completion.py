@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from anymamba.cli.options.fields import flag, option
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Print a script that lets a shell complete commands, options, their values and file names. It is
 made from the commands as they are in this version.

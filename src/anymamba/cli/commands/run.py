@@ -22,8 +22,6 @@ from anymamba.cli.terminal.output import tell
 from anymamba.errors import InputError
 from anymamba.upstream import PACKAGES
 
-__all__ = ["Options", "run"]
-
 USAGE = (
     "anymamba run [-h] [--force] [--own PACKAGE] [--no-decode-steps] "
     "(SCRIPT | -m MODULE) [ARGUMENTS ...]"

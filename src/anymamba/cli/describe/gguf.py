@@ -10,8 +10,6 @@ from typing import Any
 from anymamba.cli.terminal.sizes import size
 from anymamba.cli.terminal.table import table
 
-__all__ = ["as_text", "describe"]
-
 # Texts and lists longer than this are vocabularies and licences.
 LONGEST = 200
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from anymamba.checkpoint import expected_shapes
 
-__all__ = ["KNOWN_MODELS", "KnownModel"]
-
 
 @dataclass(frozen=True)
 class KnownModel:

@@ -11,8 +11,6 @@ from anymamba.arithmetic import matmul_dtype_from_environment
 from anymamba.cli.terminal.table import table
 from anymamba.errors import AnyMambaError, MissingDependencyError
 
-__all__ = ["as_text", "describe"]
-
 
 def describe() -> dict[str, Any]:
     """Versions, backends and the bundled model. A part that is missing says what to install.

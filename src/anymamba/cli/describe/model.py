@@ -14,8 +14,6 @@ from anymamba.cli.terminal.table import table
 if TYPE_CHECKING:
     from anymamba.checkpoint import Checkpoint, ModelShape
 
-__all__ = ["as_text", "describe"]
-
 
 def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
     """The architecture, the sizes and the files of a model in a folder or on the hub.

@@ -10,8 +10,6 @@ from anymamba.cli.terminal.sizes import size
 from anymamba.cli.terminal.table import table
 from anymamba.errors import StateError
 
-__all__ = ["as_text", "describe"]
-
 
 def describe(file: Path) -> dict[str, Any]:
     """The texts and the model that a state belongs to.

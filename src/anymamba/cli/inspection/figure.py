@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from anymamba.cli.inspection.result import Inspected
 
-__all__ = ["figure_of"]
-
 INCHES_A_TOKEN = 0.13
 MOST_NAMES = 300  # of more tokens the names would lie on one another
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from anymamba.cli.inspection.result import Inspected
 
-__all__ = ["page_of"]
-
 STYLE = """\
 body { font: 16px/1.5 sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em;
   color: #222; background: #fff; }

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from anymamba.runtime.analysis import Inspection
     from anymamba.runtime.engine import Engine
 
-__all__ = ["Inspected", "names_of"]
-
 VISIBLE = str.maketrans({" ": "␣", "\n": "↵", "\t": "→"})
 TOKENS_BEFORE = 12
 

@@ -6,8 +6,6 @@ import argparse
 import math
 from collections.abc import Callable
 
-__all__ = ["finite", "integer", "number"]
-
 
 def finite(value: float) -> float | None:
     """A figure for JSON, which has no word for infinity: None, which becomes null."""

@@ -14,8 +14,6 @@ import argparse
 from dataclasses import Field, field, fields
 from typing import Any
 
-__all__ = ["add_options", "flag", "offline_flag", "option", "read_options", "settings"]
-
 # Names of settings, and what their options are called, too: `train` and `finetune` take each
 # other's names.
 OTHER_NAMES = {

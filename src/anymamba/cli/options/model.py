@@ -10,8 +10,6 @@ from anymamba.cli.options.argument_types import integer
 from anymamba.cli.options.fields import offline_flag, option
 from anymamba.runtime.native import MOST_THREADS
 
-__all__ = ["WEIGHTS", "AdapterOptions", "EngineOptions", "ModelOptions", "threads_option"]
-
 WEIGHTS = ("auto", "f32", "bf16", "int8", "int4")
 MODEL = ("the model",)
 COMPUTING = ("computing",)

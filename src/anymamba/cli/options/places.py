@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from anymamba.cli.options.fields import flag, offline_flag, option
 from anymamba.errors import InputError
 
-__all__ = ["Places", "places_of"]
-
 
 @dataclass(frozen=True)
 class Places:

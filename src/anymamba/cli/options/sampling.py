@@ -12,8 +12,6 @@ from anymamba.cli.options.argument_types import integer, number
 from anymamba.cli.options.fields import option
 from anymamba.cli.terminal.output import tell
 
-__all__ = ["SamplingOptions", "sampling_settings"]
-
 # Of these, options and settings have the same names.
 SETTINGS = (
     *("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "typical_p", "seed"),

@@ -14,8 +14,6 @@ from typing import TextIO
 
 from anymamba.checkpoint.io import escaped
 
-__all__ = ["Output", "forget", "open_missing", "say", "tell", "tell_error", "write"]
-
 # Of an error's message. What a file adds to it is short, unless it is hostile.
 MOST_OF_ERROR = 4000
 

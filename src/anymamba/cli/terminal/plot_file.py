@@ -10,8 +10,6 @@ from pathlib import Path
 from anymamba.checkpoint.io import user_path, write_atomically
 from anymamba.errors import InputError, MissingDependencyError
 
-__all__ = ["check_picture", "write_file"]
-
 
 def check_picture(name: str, drawn: Sequence[str], written: Sequence[str] = ()) -> Path:
     """Refuse a place or a kind of picture before the work that would go into it.

@@ -10,8 +10,6 @@ from typing import Self, TextIO
 
 from anymamba.cli.terminal.output import forget
 
-__all__ = ["Progress", "Steps"]
-
 BAR_WIDTH = 24
 # A terminal is drawn on anew; in a file every line stays, so that they come rarely.
 SECONDS_ON_TERMINAL = 0.1

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["bytes_in", "size"]
-
 
 def bytes_in(place: Path) -> int:
     """The bytes of a file, or of all files in a folder."""

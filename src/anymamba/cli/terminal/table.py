@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["columns", "table"]
-
 
 def table(rows: Sequence[tuple[str, object]]) -> str:
     """One line a row, the values below one another."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Continuation", "ended_by"]
-
 # What the command line's JSON has called it from the first release on.
 _ENDED_BY = {"eos": "end"}
 

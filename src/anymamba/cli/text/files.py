@@ -11,8 +11,6 @@ from typing import BinaryIO
 from anymamba.checkpoint.io import not_text, user_path
 from anymamba.errors import InputError
 
-__all__ = ["STANDARD_INPUT", "check_text", "read_blocks", "read_once", "read_text", "size_of"]
-
 STANDARD_INPUT = "-"
 BLOCK_BYTES = 1 << 15
 

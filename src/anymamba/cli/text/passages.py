@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from anymamba.cli.text.files import check_text
 from anymamba.errors import InputError
 
-__all__ = ["Passage", "passages_in"]
-
 
 @dataclass(frozen=True)
 class Passage:

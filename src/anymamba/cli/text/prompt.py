@@ -6,8 +6,6 @@ import sys
 
 from anymamba.errors import InputError
 
-__all__ = ["prompt_from"]
-
 
 def prompt_from(argument: str | None, *, needed: bool = True) -> str:
     """The prompt given as an argument, else what standard input holds, less one line end.

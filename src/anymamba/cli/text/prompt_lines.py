@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from anymamba.cli.commands.text.generate import Options
     from anymamba.runtime.engine import Engine
 
-__all__ = ["continue_prompts"]
-
 ROWS = 16
 ANSWER = {"text", "new_tokens", "ended_by"}
 

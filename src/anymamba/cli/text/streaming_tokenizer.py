@@ -13,8 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["Encode", "texts_of_blocks", "tokens_of_blocks"]
-
 Encode = Callable[[str], Sequence[int]]
 """The tokens of a text, without any that mark its beginning or end."""
 

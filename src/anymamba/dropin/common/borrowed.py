@@ -10,8 +10,6 @@ from typing import Any
 
 from anymamba.errors import MissingDependencyError
 
-__all__ = ["rearrange", "repeat"]
-
 
 def rearrange(*args: Any, **kwargs: Any) -> Any:
     """`einops.rearrange`.

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["filled", "gradients"]
-
 
 def gradients(
     function: Callable[..., Tensor | tuple[Tensor, ...]],

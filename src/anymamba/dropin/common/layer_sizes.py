@@ -7,8 +7,6 @@ from numbers import Integral, Real
 
 from anymamba.errors import ConfigError
 
-__all__ = ["check_sizes", "inner_width"]
-
 
 def check_sizes(**sizes: object) -> None:
     """Check that a layer's sizes are whole numbers from 1 up.

@@ -15,8 +15,6 @@ from anymamba.renamed import old_names
 if TYPE_CHECKING:
     from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 
-__all__ = ["CachedStates", "all_plain", "one_token"]
-
 __getattr__ = old_names(__name__)
 
 

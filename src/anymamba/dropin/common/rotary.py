@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from anymamba.errors import ConfigError
 
-__all__ = ["RotaryEmbedding"]
-
 
 class RotaryEmbedding(nn.Module):
     """Turn pairs of channels by an angle that grows with the position.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 
-__all__ = ["update_rows"]
-
 
 def update_rows(
     function: str,

@@ -12,14 +12,6 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 
-__all__ = [
-    "modify_logit_for_repetition_penalty",
-    "modify_logits_for_min_p_filtering",
-    "modify_logits_for_top_k_filtering",
-    "modify_logits_for_top_p_filtering",
-    "sample",
-]
-
 NEVER = float("-inf")
 
 

@@ -19,19 +19,6 @@ from anymamba.errors import InputError
 from anymamba.layers import HeadSizes, gated_norm
 from anymamba.ops.checks import check_shape
 
-__all__ = [
-    "NO_LIMIT",
-    "convolution_of",
-    "norm_of",
-    "project_out",
-    "restart_at",
-    "scan_channels",
-    "sizes_of",
-    "step_sizes",
-    "width_of_a_head",
-    "with_padding",
-]
-
 NO_LIMIT = (0.0, math.inf)
 
 

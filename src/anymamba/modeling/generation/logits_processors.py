@@ -19,8 +19,6 @@ from torch import Tensor
 from transformers.generation import logits_process as theirs
 from transformers.generation.logits_process import LogitsProcessorList
 
-__all__ = ["process", "replaced", "softmax"]
-
 _Row = NDArray[np.float32]
 # (processor, ids_l, scores_v) to the new scores, or None where Transformers' code is to decide.
 _Replacement = Callable[[Any, NDArray[np.int64], _Row], _Row | None]

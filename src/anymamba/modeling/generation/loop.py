@@ -29,8 +29,6 @@ from anymamba.modeling.generation.multinomial import multinomial
 if TYPE_CHECKING:
     from anymamba.modeling.mamba import MambaForCausalLM
 
-__all__ = ["NativeLoop", "records_methods", "why_not_direct", "why_not_loop", "why_not_native_loop"]
-
 _Model = TypeVar("_Model", bound=type[GenerationMixin])
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)

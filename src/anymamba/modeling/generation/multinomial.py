@@ -18,8 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["multinomial"]
-
 # Above what rounding to float32 can add to a quotient: two roundings of 2**-24 each.
 _MARGIN = 1e-6
 

@@ -15,17 +15,6 @@ from transformers import PreTrainedConfig
 from anymamba.errors import InputError
 from anymamba.modeling.config import MambaConfig
 
-__all__ = [
-    "FILES",
-    "PASSED_ON",
-    "PLACE",
-    "REFUSED",
-    "make_config",
-    "own_config",
-    "refuse_arguments",
-    "take_place",
-]
-
 PLACE = {
     "revision": "revision",
     "cache_dir": "cache_dir",

@@ -13,8 +13,6 @@ from anymamba.errors import CheckpointError, MissingDependencyError
 from anymamba.modeling.gguf import find_mamba_gguf, hub_pattern
 from anymamba.modeling.loading.arguments import take_place
 
-__all__ = ["Found", "find_model", "load_adapter"]
-
 _ADAPTER = "adapter_config.json"
 
 

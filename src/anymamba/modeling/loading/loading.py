@@ -19,9 +19,9 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from anymamba import checkpoint as files
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint.shapes import check_repeated_head
 from anymamba.checkpoint.torch_weights import (
     check_floating_point,
-    check_repeated_head,
     load_named_tensors,
 )
 from anymamba.errors import CheckpointError, InputError
@@ -40,8 +40,6 @@ from anymamba.modeling.loading.tensor_names import (
     rename_state_dict,
     ties_head,
 )
-
-__all__ = ["FromAnyLayout"]
 
 
 class FromAnyLayout:

@@ -16,8 +16,6 @@ from anymamba.modeling.loading.arguments import make_config
 from anymamba.modeling.loading.tensor_names import ties_head
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear, put_quantized_layers
 
-__all__ = ["is_ours", "load_quantized"]
-
 # What an argument must be, if it is given, and why.
 _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "dtype": (("auto", torch.float32, "float32"), "a quantized model computes in float32"),

@@ -11,8 +11,6 @@ from torch import nn
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.names import to_transformers_name
 
-__all__ = ["is_of_mamba", "own_names", "rename_state_dict", "tensor_names", "ties_head"]
-
 
 def ties_head(cls: Any) -> bool:
     """Whether models of a class have a language model's head that may be the embedding table."""

@@ -1,9 +1,9 @@
 """Mamba with Transformers' interface: configuration, layers, model, language model."""
 
 from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
+from anymamba.modeling.mamba.mixer import MambaMixer
 from anymamba.modeling.mamba.model import (
     MambaBlock,
-    MambaMixer,
     MambaModel,
     MambaPreTrainedModel,
     MambaRMSNorm,

@@ -40,8 +40,6 @@ from anymamba.modeling.renaming import takes_cache_params
 from anymamba.ops.fusable import project
 from anymamba.ops.tracing import values_are_known
 
-__all__ = ["MambaForCausalLM"]
-
 logger = logging.get_logger(__name__)
 
 

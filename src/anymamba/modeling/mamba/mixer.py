@@ -21,8 +21,6 @@ from anymamba.modeling.renaming import takes_cache_params
 from anymamba.modeling.state import LayerState
 from anymamba.ops.fusable import fusable
 
-__all__ = ["MambaMixer"]
-
 fusable(SiLUActivation, function="silu")
 
 

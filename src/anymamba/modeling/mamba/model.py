@@ -28,17 +28,6 @@ from anymamba.modeling.state import LayerState, config_of
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.fusable import fusable
 
-__all__ = [
-    "MambaBlock",
-    "MambaMixer",
-    "MambaModel",
-    "MambaPreTrainedModel",
-    "MambaRMSNorm",
-    "check_cache",
-    "check_cache_position",
-    "check_no_attention",
-]
-
 
 @fusable
 class MambaRMSNorm(nn.Module):

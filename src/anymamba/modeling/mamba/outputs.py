@@ -9,8 +9,6 @@ from transformers.utils.generic import ModelOutput
 
 from anymamba.modeling.cache import MambaCache
 
-__all__ = ["MambaCausalLMOutput", "MambaOutput"]
-
 
 @dataclass
 class MambaOutput(ModelOutput):

@@ -14,8 +14,6 @@ from anymamba.modeling.mamba.mixer import MambaMixer
 from anymamba.modeling.mamba.model import MambaBlock, MambaModel, MambaRMSNorm
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 
-__all__ = ["parts_of"]
-
 
 def parts_of(config: MambaConfig, backbone: MambaModel, lm_head: nn.Module) -> Iterator[Part]:
     """Every module of the model, with the class and the sizes that the core expects of it.

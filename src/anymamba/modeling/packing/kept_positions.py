@@ -9,8 +9,6 @@ from transformers.modeling_utils import slice_logits_to_keep
 from anymamba.errors import InputError
 from anymamba.modeling.packing.packing import next_tokens, pack_batch
 
-__all__ = ["at_kept", "check_kept", "targets_of"]
-
 
 def check_kept(logits_to_keep: int | Tensor) -> None:
     """Refuse what names no positions.

@@ -18,8 +18,6 @@ from anymamba.errors import InputError
 from anymamba.modeling.packing.padding import PaddedBatch, pad_batch
 from anymamba.ops.tracing import values_are_known
 
-__all__ = ["Layout", "PackedBatch", "check_mask", "next_tokens", "pack_batch"]
-
 
 @dataclass(frozen=True)
 class PackedBatch:

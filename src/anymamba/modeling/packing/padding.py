@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["PaddedBatch", "pad_batch"]
-
 # Softplus of it is 0 in every type, so that the state neither decays nor takes anything in.
 _NO_STEP = -1e4
 

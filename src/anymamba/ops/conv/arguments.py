@@ -8,8 +8,6 @@ from torch import Tensor
 
 from anymamba.ops.segments import Segments
 
-__all__ = ["ConvArguments", "ConvStepArguments"]
-
 
 class ConvArguments(NamedTuple):
     """The arguments of `anymamba.ops.causal_conv1d`, checked, with one mark of the packing."""

@@ -7,8 +7,6 @@ from torch import Tensor
 from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
 from anymamba.upstream import import_original
 
-__all__ = ["causal_conv1d", "causal_conv1d_update"]
-
 # The drop-in may stand under the package's name, and would come back here.
 kernels = import_original("causal_conv1d")
 

@@ -14,8 +14,6 @@ from anymamba.ops.custom_operator import Recurrence, define_update
 from anymamba.ops.native import core, handed, in_float32, segment_table
 from anymamba.ops.segments import count_states, segments_from_table
 
-__all__ = ["causal_conv1d", "causal_conv1d_update"]
-
 
 def causal_conv1d(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """Arguments and returns as in `anymamba.ops.causal_conv1d`."""

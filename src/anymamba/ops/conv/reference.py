@@ -9,8 +9,6 @@ from torch import Tensor
 from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
 from anymamba.ops.segments import count_states, walk_segments
 
-__all__ = ["causal_conv1d", "causal_conv1d_update"]
-
 
 def causal_conv1d(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
     """Arguments and returns as in `anymamba.ops.causal_conv1d`."""

@@ -10,8 +10,6 @@ from torch import Tensor
 from anymamba.ops.custom_operator import define_operator
 from anymamba.ops.native import core
 
-__all__ = ["linear"]
-
 
 def linear(x: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:
     """Arguments and returns as in `anymamba.ops.linear`."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["linear"]
-
 
 def linear(x: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:
     """Arguments and returns as in `anymamba.ops.linear`."""

@@ -13,8 +13,6 @@ from anymamba.ops.derivatives import register_second_derivatives
 from anymamba.ops.native import core
 from anymamba.ops.norm import reference
 
-__all__ = ["rms_norm"]
-
 
 def rms_norm(
     x: Tensor, weight_d: Tensor, eps: float, residual: Tensor | None, residual_in_fp32: bool

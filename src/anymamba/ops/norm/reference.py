@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["rms_norm"]
-
 
 def rms_norm(
     x: Tensor, weight_d: Tensor, eps: float, residual: Tensor | None, residual_in_fp32: bool

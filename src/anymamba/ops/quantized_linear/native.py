@@ -12,8 +12,6 @@ from anymamba.ops.custom_operator import define_operator
 from anymamba.ops.native import core
 from anymamba.ops.quantized_linear.reference import dequantize
 
-__all__ = ["quantized_linear"]
-
 _FEW_ROWS = 16  # up to here reading the weight decides, and no panel is worth its packing
 
 

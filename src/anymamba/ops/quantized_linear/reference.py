@@ -11,8 +11,6 @@ from anymamba.renamed import old_names
 # A group of smaller numbers counts as zeros: 127 / most would leave float32.
 _SMALLEST = 2.0**-100
 
-__all__ = ["dequantize", "quantized_linear"]
-
 __getattr__ = old_names(__name__)
 
 

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from anymamba.ops.segments import Segments
 
-__all__ = ["ScanArguments", "StepArguments"]
-
 
 class ScanArguments(NamedTuple):
     """The arguments of `anymamba.ops.selective_scan`, checked, with one mark of the packing."""

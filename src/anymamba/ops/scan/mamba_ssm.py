@@ -10,8 +10,6 @@ from torch import Tensor
 from anymamba.ops.scan.arguments import ScanArguments, StepArguments
 from anymamba.upstream import import_original
 
-__all__ = ["selective_scan", "selective_state_update"]
-
 # The drop-in may stand under the package's name, and would come back here.
 scan_kernels = import_original("mamba_ssm.ops.selective_scan_interface")
 update_kernels = import_original("mamba_ssm.ops.triton.selective_state_update")

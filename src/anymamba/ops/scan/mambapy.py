@@ -9,8 +9,6 @@ from torch import Tensor
 from anymamba.ops.scan import reference
 from anymamba.ops.scan.arguments import ScanArguments
 
-__all__ = ["selective_scan"]
-
 
 def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """`anymamba.ops.selective_scan` with mambapy's recurrence in the reference's place."""

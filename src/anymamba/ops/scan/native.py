@@ -16,8 +16,6 @@ from anymamba.ops.scan import reference
 from anymamba.ops.scan.arguments import ScanArguments, StepArguments
 from anymamba.ops.segments import count_states, segments_from_table
 
-__all__ = ["selective_scan", "selective_state_update"]
-
 
 def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """Arguments and returns as in `anymamba.ops.selective_scan`."""

@@ -23,8 +23,6 @@ from anymamba.ops.scan.arguments import ScanArguments, StepArguments
 from anymamba.ops.segments import count_states, walk_segments
 from anymamba.ops.tracing import is_transformed
 
-__all__ = ["selective_scan", "selective_scan_sequential", "selective_state_update"]
-
 Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
 Walk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 

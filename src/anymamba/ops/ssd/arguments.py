@@ -10,8 +10,6 @@ from torch import Tensor
 
 from anymamba.ops.segments import Segments
 
-__all__ = ["NO_LIMIT", "SsdArguments", "SsdStepArguments", "step_sizes"]
-
 NO_LIMIT = (0.0, math.inf)
 
 

@@ -16,18 +16,6 @@ from torch import Tensor
 
 from anymamba.ops.segments import segments_from_table
 
-__all__ = [
-    "Chunk",
-    "Inputs",
-    "Segment",
-    "batched_product",
-    "decay",
-    "flat",
-    "laid_out",
-    "later_steps",
-    "walked_segments",
-]
-
 # Rows are taken together as long as a chunk of them, in numbers, stays in the second-level cache.
 _CHUNK_NUMBERS = 1 << 17
 # exp(-40) is 4e-18: beside the 1 with which a step meets itself, less than float64's rounding.

@@ -32,8 +32,6 @@ from anymamba.ops.ssd.reference import ssd_sequential
 from anymamba.ops.tracing import is_transformed
 from anymamba.renamed import old_names
 
-__all__ = ["CHUNK_STEPS", "run_backward", "run_forward", "ssd"]
-
 __getattr__ = old_names(__name__)
 
 # Measured at 24 heads of 64 with 128 states: with 32 steps passing states takes long, with 128

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from anymamba.ops.ssd.chunk import Chunk, Inputs, batched_product, flat
 
-__all__ = ["Gradients"]
-
 
 class Gradients:
     """The gradients of all inputs, filled chunk by chunk.

@@ -11,8 +11,6 @@ from torch import Tensor
 from anymamba.ops.segments import Segments, count_states
 from anymamba.ops.ssd.arguments import SsdStepArguments, step_sizes
 
-__all__ = ["ssd_sequential", "ssd_state_update"]
-
 
 def ssd_sequential(
     x_blhp: Tensor,

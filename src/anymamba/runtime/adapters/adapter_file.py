@@ -26,8 +26,6 @@ from anymamba.checkpoint.io import listed, read_json_object, shown, user_path
 from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "Adapter", "Change", "base_model_of", "read_adapter"]
-
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 

@@ -29,8 +29,6 @@ from anymamba.runtime.weights import Weights, check_kind, to_weight_type
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
 
-__all__ = ["check_fits", "merge_adapter", "merged"]
-
 
 def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Weights:
     """Merge an adapter into a model's weights, and bring all of them into a storage.

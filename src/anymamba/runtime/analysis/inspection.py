@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.weights import Weights
 
-__all__ = ["Inspection", "inspect"]
-
 _BLOCK = 1 << 21  # numbers of a block of channels, 8 MB
 
 

@@ -23,8 +23,6 @@ from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.renamed import old_names
 from anymamba.runtime.native import core, epsilon_of
 
-__all__ = ["Layer", "Matrix", "Selected", "linear", "normed"]
-
 __getattr__ = old_names(__name__)
 
 Matrix = NDArray[np.float32] | QuantizedArray

@@ -21,8 +21,6 @@ from anymamba.errors import InputError
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
 
-__all__ = ["Stretch", "helpful_context", "loss_by_position"]
-
 
 @dataclass(frozen=True)
 class Stretch:

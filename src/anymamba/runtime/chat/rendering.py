@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from jinja2 import Template
 
-__all__ = ["MOST_CHARACTERS", "MOST_MEGABYTES", "answer", "main"]
-
 MOST_MEGABYTES = 1024
 """What the process may take, Python itself included, where the system keeps count."""
 

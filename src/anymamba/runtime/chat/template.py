@@ -20,8 +20,6 @@ from typing import Any
 from anymamba.checkpoint.io import escaped, shown
 from anymamba.errors import CheckpointError, InputError, MissingDependencyError
 
-__all__ = ["MOST_SECONDS", "render"]
-
 MOST_SECONDS = 10.0
 """How long a template may take."""
 

@@ -51,16 +51,6 @@ from anymamba.errors import InputError
 from anymamba.runtime.analysis import Layer, normed
 from anymamba.runtime.native import epsilon_of
 
-__all__ = [
-    "Recipe",
-    "calibrate",
-    "check_readable",
-    "round_with_feedback",
-    "search_clip",
-    "second_moment",
-    "windows_of",
-]
-
 Tensor = Callable[[str], NDArray[np.float32] | None]
 """Gives the float32 tensor of a name, None if there is none."""
 

@@ -29,8 +29,6 @@ from anymamba.checkpoint.source import Source, open_source
 from anymamba.errors import ConfigError
 from anymamba.runtime.convert.layouts import config_of_layout, name_in_layout, repeats_head
 
-__all__ = ["FOLDER_WEIGHTS", "LAYOUTS", "convert", "write_files"]
-
 LAYOUTS = (*get_args(Layout), "gguf")
 """What can be written."""
 

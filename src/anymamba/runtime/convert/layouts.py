@@ -11,8 +11,6 @@ from anymamba.checkpoint.dtypes import DTYPES
 from anymamba.checkpoint.io import shown
 from anymamba.errors import ConfigError
 
-__all__ = ["config_of_layout", "name_in_layout", "repeats_head"]
-
 # What the other layouts cannot say, and what their programs do.
 _FIXED = {"layer_norm_epsilon": 1e-5, "hidden_act": "silu"}
 

@@ -19,8 +19,6 @@ from anymamba.runtime.adapters import Adapter, check_fits, merged, read_adapter
 from anymamba.runtime.convert.conversion import FOLDER_WEIGHTS, write_files
 from anymamba.runtime.loading import model_of
 
-__all__ = ["merge"]
-
 
 def merge(
     adapter: str | os.PathLike[str],

@@ -40,8 +40,6 @@ from anymamba.runtime.convert.layouts import config_of_layout
 from anymamba.runtime.native import core, wanted_threads
 from anymamba.runtime.tokenizer import TextCodec
 
-__all__ = ["quantize_checkpoint"]
-
 Progress = Callable[[int, int], object]
 
 FORMAT_VERSION = 1

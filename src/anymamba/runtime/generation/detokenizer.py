@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from anymamba.errors import InputError
 from anymamba.renamed import old_names
 
-__all__ = ["StreamingDetokenizer"]
-
 # What decoders write for bytes that are not, or not yet, a character.
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character has at most four bytes. Of one that is not whole yet there are at most three, for

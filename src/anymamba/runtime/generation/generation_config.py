@@ -7,9 +7,7 @@ from typing import Any
 
 from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError, InputError
-from anymamba.runtime.generation.sampling import Sampling
-
-__all__ = ["suggested_sampling"]
+from anymamba.runtime.generation.sampling_settings import Sampling
 
 _CHOOSING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 

@@ -15,19 +15,6 @@ from numpy.typing import NDArray
 
 from anymamba.errors import InputError
 
-__all__ = [
-    "add_bias",
-    "check_numbers",
-    "keep_min_p",
-    "keep_top_k",
-    "keep_top_p",
-    "keep_typical",
-    "log_normalizer",
-    "penalize_presence_and_frequency",
-    "penalize_repetition",
-    "with_temperature",
-]
-
 Scores = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 

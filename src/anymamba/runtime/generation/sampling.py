@@ -31,8 +31,6 @@ from anymamba.runtime.generation.logits_processors import (
 )
 from anymamba.runtime.generation.sampling_settings import Constraint, Sampling
 
-__all__ = ["Constraint", "Sampled", "Sampler", "Sampling"]
-
 
 @dataclass(frozen=True, slots=True)
 class Sampled:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Constraint", "Sampling", "chosen_sampling"]
-
 Constraint = Callable[[Sequence[int], "NDArray[np.float32]"], "ArrayLike"]
 
 # Factors and summands outside of these would turn usual logits into zeros or infinities.

@@ -10,18 +10,10 @@ import numpy as np
 
 from anymamba.renamed import warn_renamed
 from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
-from anymamba.runtime.generation.sampling import Sampler, Sampling
+from anymamba.runtime.generation.sampling import Sampler
+from anymamba.runtime.generation.sampling_settings import Sampling
 from anymamba.runtime.network import Network
 from anymamba.runtime.state import BatchState
-
-__all__ = [
-    "FinishReason",
-    "GenerationOutput",
-    "TokenGenerator",
-    "TokenOutput",
-    "write_batch",
-    "write_text",
-]
 
 FinishReason = Literal["length", "stop", "eos"]
 """What ended a text: the number of tokens asked for, a stop string, or an end token."""

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from anymamba.renamed import old_names
 
-__all__ = ["BatchState"]
-
 
 @dataclass
 class BatchState:

@@ -7,8 +7,6 @@ from typing import Any
 
 from anymamba.checkpoint import state_identity
 
-__all__ = ["Identity"]
-
 
 class Identity:
     """A model's sizes, and a digest of its weights, which is computed once it is asked for.

@@ -28,8 +28,6 @@ from anymamba.errors import InputError, StateError
 from anymamba.runtime.state.batch_state import BatchState
 from anymamba.runtime.state.fingerprint import Identity
 
-__all__ = ["State", "check_state", "load_state"]
-
 
 class State:
     """What a model remembers of one text. `Engine.state` makes an empty one.

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from anymamba.checkpoint.gguf.reader import GgufModel, GgufTensors
     from anymamba.checkpoint.quantization import Tensor
 
-__all__ = ["load_gguf_weights"]
-
 # Writers of GGUF may keep the embedding table in more bits than the rest.
 _OF_MOST = next(in_layer(0, row.name) for row in MAMBA.layer if row.role == "large matrix")
 _KINDS = {name: name.lower() for name in PLAIN} | {n: f"int{bits}" for n, bits in KEPT.items()}

@@ -30,8 +30,6 @@ from anymamba.renamed import old_names
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import QuantizedArray, Tensor
 
-__all__ = ["KINDS", "bytes_of", "check_kind", "to_weight_type"]
-
 __getattr__ = old_names(__name__)
 
 KINDS = ("auto", "f32", "bf16", "int8", "int4")

@@ -22,8 +22,6 @@ from anymamba.runtime.weights.weight_types import check_kind, to_weight_type
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
 
-__all__ = ["Weights", "load_weights"]
-
 
 @dataclass(frozen=True)
 class Weights:

@@ -18,16 +18,6 @@ from anymamba.checkpoint.io import listed, not_text, user_path
 from anymamba.errors import InputError
 from anymamba.training.settings import Settings
 
-__all__ = [
-    "TokenRow",
-    "held_out",
-    "open_dataset",
-    "read_dataset",
-    "read_texts",
-    "texts_of",
-    "tokenize",
-]
-
 TEXT_ENDINGS = (".txt", ".md", ".text")
 LINE_ENDINGS = (".jsonl", ".ndjson")
 JSON_ENDINGS = (*LINE_ENDINGS, ".json")

@@ -9,8 +9,6 @@ from anymamba.checkpoint.io import user_path
 from anymamba.errors import InputError
 from anymamba.training.data.documents import JSON_ENDINGS, open_dataset, read_texts, values_in
 
-__all__ = ["DEFAULT_TEMPLATE", "Example", "dataset_examples", "is_conversation", "read_examples"]
-
 Example = dict[str, Any]
 """Either a `text`, or a `prompt` and its `completion`: texts, or lists of messages."""
 

@@ -22,8 +22,6 @@ from torch.utils.data import Dataset
 from anymamba.errors import InputError
 from anymamba.training.data.documents import TokenRow
 
-__all__ = ["Rows", "collate", "windows_side_by_side"]
-
 
 class Rows(Dataset[dict[str, Tensor]]):
     """The rows of a training run, by number.

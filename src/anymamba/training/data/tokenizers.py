@@ -12,8 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError, ConfigError
 
-__all__ = ["END_OF_TEXT", "byte_tokenizer", "open_tokenizer", "stored_tokenizer", "train_bpe"]
-
 END_OF_TEXT = "<|endoftext|>"
 
 

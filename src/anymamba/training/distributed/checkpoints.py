@@ -34,8 +34,6 @@ from anymamba.errors import CheckpointError
 from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.mamba import MambaForCausalLM
 
-__all__ = ["export_sharded", "load_sharded", "save_sharded"]
-
 _PROGRESS = "progress.json"
 
 

@@ -21,8 +21,6 @@ from torch.nn import functional as F
 from anymamba import ops
 from anymamba.training.distributed.states import gradient_after, state_before
 
-__all__ = ["parallel_scan"]
-
 
 def parallel_scan(
     x_ble: Tensor,

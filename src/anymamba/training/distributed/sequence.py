@@ -28,8 +28,6 @@ from anymamba.training.distributed.states import (
     window_before,
 )
 
-__all__ = ["sequence_loss", "sequence_parallel", "stretch_of", "sum_gradients"]
-
 
 @contextmanager
 def sequence_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:

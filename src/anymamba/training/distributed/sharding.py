@@ -11,8 +11,6 @@ from anymamba.errors import InputError
 from anymamba.modeling.mamba import MambaBlock, MambaForCausalLM
 from anymamba.training.distributed.states import check_started
 
-__all__ = ["shard"]
-
 
 def shard(
     model: MambaForCausalLM,

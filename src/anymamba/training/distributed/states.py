@@ -17,8 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from anymamba.errors import InputError
 
-__all__ = ["check_started", "gradient_after", "state_before", "sum_of_losses", "window_before"]
-
 
 def check_started(who: str) -> None:
     """Refuse to work without a process group.

@@ -13,8 +13,6 @@ from anymamba.training.data import Example
 from anymamba.training.finetune.settings import FinetuneSettings
 from anymamba.training.lifecycle import check_whole, last_checkpoint
 
-__all__ = ["RUN_FILE", "facts_of", "place_beside", "resumable"]
-
 RUN_FILE = "finetune.json"
 # What may differ from the run that is gone on with: how far it goes.
 BUDGET = ("epochs", "max_steps")

@@ -39,8 +39,6 @@ from anymamba.training.finetune.settings import LEARNING_RATES, FinetuneSettings
 from anymamba.training.lifecycle import StopSignals
 from anymamba.training.load_trainable import open_trainable
 
-__all__ = ["FinetuneSettings", "finetune"]
-
 
 def finetune(
     data: Sequence[str],

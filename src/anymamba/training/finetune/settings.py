@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from anymamba.training.settings import HIGHEST_SEED, check_fields, setting
 
-__all__ = ["LEARNING_RATES", "METHODS", "TARGETS", "FinetuneSettings"]
-
 LEARNING_RATES = {"lora": 5e-4, "dora": 5e-4, "full": 5e-5}
 METHODS = tuple(LEARNING_RATES)
 TARGETS = ("x_proj", "embeddings", "in_proj", "out_proj", "dt_proj")

@@ -12,8 +12,6 @@ from anymamba.renamed import old_names
 from anymamba.training.finetune.checkpoints import RUN_FILE
 from anymamba.training.lifecycle import RunTrainer
 
-__all__ = ["FinetuneTrainer"]
-
 
 class FinetuneTrainer(RunTrainer, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer, whose checkpoints tell which run they are of.

@@ -12,15 +12,6 @@ from anymamba.checkpoint.io import flush_to_disk
 from anymamba.errors import TrainingError
 from anymamba.renamed import old_names
 
-__all__ = [
-    "CANNOT_WRITE",
-    "checkpoints_in",
-    "keep_last",
-    "last_checkpoint",
-    "not_written",
-    "publish",
-]
-
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
 """What torch, safetensors and Python raise where a disk is full."""
 

@@ -8,8 +8,6 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-__all__ = ["FILE_NAME", "Progress"]
-
 FILE_NAME = "progress.json"
 
 

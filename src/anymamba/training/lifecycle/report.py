@@ -14,8 +14,6 @@ from transformers import TrainerCallback
 from anymamba.checkpoint.io import escaped
 from anymamba.training.lifecycle.atomic_checkpoints import not_written
 
-__all__ = ["ConsoleReport", "MetricsFile", "draw_losses", "read_metrics", "tensorboard_callback"]
-
 
 class MetricsFile(TrainerCallback):
     """Each line of metrics as a line of JSON in a file.

@@ -15,8 +15,6 @@ from anymamba.errors import CheckpointError, TrainingError
 from anymamba.training.lifecycle.progress import FILE_NAME, Progress
 from anymamba.training.settings import Settings
 
-__all__ = ["check_resumable", "check_same_settings", "check_whole"]
-
 WEIGHTS = "model.safetensors"
 OBJECTS = ("config.json", "trainer_state.json", FILE_NAME)
 PICKLES = ("optimizer.pt", "scheduler.pt")

@@ -7,8 +7,6 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
-__all__ = ["StopSignals"]
-
 
 class StopSignals:
     """While it is entered, SIGTERM and Ctrl-C ask for an end after the step, and end nothing.

@@ -20,8 +20,6 @@ from anymamba.training.lifecycle.atomic_checkpoints import (
     what_is_left,
 )
 
-__all__ = ["RunTrainer"]
-
 
 class RunTrainer(Trainer):
     """A trainer whose checkpoints are complete or not there, and that stops at NaN.

@@ -11,8 +11,6 @@ from transformers import TrainingArguments
 from anymamba.devices import find_device
 from anymamba.training.settings import Settings
 
-__all__ = ["NO_END", "chosen_device", "chosen_dtype", "rate_at", "training_arguments"]
-
 NO_END = 10**9
 """The number of steps where the clock, and not a number, ends the training."""
 

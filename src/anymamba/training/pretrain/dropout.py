@@ -16,8 +16,6 @@ from torch.nn.functional import dropout
 
 from anymamba.modeling.mamba import MambaForCausalLM
 
-__all__ = ["residual_dropout"]
-
 
 @contextmanager
 def residual_dropout(

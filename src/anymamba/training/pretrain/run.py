@@ -41,8 +41,6 @@ from anymamba.training.pretrain.trainer import MambaTrainer
 from anymamba.training.pretrain.validation import loss_of_stream, loss_of_windows
 from anymamba.training.settings import Settings, settings_from
 
-__all__ = ["CONFIG_FILE", "RunResult", "train"]
-
 CONFIG_FILE = "training.yaml"
 RESULT_FILE = "training.json"
 METRICS_FILE = "metrics.jsonl"

@@ -31,8 +31,6 @@ from anymamba.training.pretrain.arguments import rate_at, training_arguments
 from anymamba.training.pretrain.validation import loss_of_windows, summed_loss
 from anymamba.training.settings import Settings
 
-__all__ = ["MambaTrainer", "decays"]
-
 
 class MambaTrainer(RunTrainer):
     """Trains a Mamba language model on rows of tokens.

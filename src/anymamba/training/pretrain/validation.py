@@ -10,8 +10,6 @@ from torch.nn.functional import cross_entropy
 
 from anymamba.training.data import TokenRow, collate, cut, windows_side_by_side
 
-__all__ = ["Loss", "loss_of_stream", "loss_of_windows", "summed_loss"]
-
 
 @dataclass(frozen=True)
 class Loss:

@@ -14,8 +14,6 @@ from anymamba.cli.terminal.silence import silence
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Measure how fast a model reads a prompt (prefill) and writes tokens (decode), for each kind of
 weights and number of threads. Beside it stands the limit of this machine: each new token reads

@@ -18,8 +18,6 @@ from anymamba.cli.options.model import AdapterOptions
 from anymamba.cli.terminal.output import say
 from anymamba.errors import InputError
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Test a model on tasks of EleutherAI's lm-evaluation-harness, so that its results can be set beside
 those of other models. Computes with PyTorch, and needs: pip install 'anymamba[eval]'. A task is a

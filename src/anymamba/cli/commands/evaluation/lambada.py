@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from anymamba.cli.text.passages import Passage
     from anymamba.runtime.engine import Engine
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Test a model on the last words of passages, as the LAMBADA benchmark does (Paperno et al. 2016).
 FILE has a JSON object with a "text" a line. A word counts as known if each of its tokens is the

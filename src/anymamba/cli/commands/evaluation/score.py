@@ -18,8 +18,6 @@ from anymamba.errors import InputError
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
 
-__all__ = ["Options", "run", "score_text"]
-
 DESCRIPTION = """\
 Tell how well a model predicts a text: each token from all tokens before it. The first token is
 predicted only where the tokenizer puts one before it, and does not count otherwise. Perplexity

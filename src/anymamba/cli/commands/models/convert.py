@@ -10,8 +10,6 @@ from anymamba.cli.options.places import Places, places_of
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import silence
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Store a model in another layout: Transformers' (the default), the authors' original one, that of
 minimal.py, or a GGUF file. SRC is a folder in any layout, a GGUF file or a name on the hub.

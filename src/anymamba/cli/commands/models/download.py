@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from anymamba.cli.options.fields import flag, offline_flag, option
 from anymamba.cli.terminal.silence import silence
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Download a model from the Hugging Face hub, with a progress bar, to where all commands and Python
 look for it by its name. Only the files that AnyMamba reads are fetched, and pickled weights only

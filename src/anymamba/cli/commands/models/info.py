@@ -11,8 +11,6 @@ from anymamba.cli.options.fields import flag, offline_flag, option
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import silence
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 With MODEL, describe a model: what it is built of, how large it and its state are, and its files.
 With the file of a state, tell how much it has read, and of which model it is. No weights are

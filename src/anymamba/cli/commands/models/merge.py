@@ -11,8 +11,6 @@ from anymamba.cli.options.places import Places, places_of
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import silence
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Merge a LoRA or DoRA adapter into the model that it was trained on, and store the result as an
 ordinary model, in Transformers' layout. The sums are made in float32 and rounded once, to the type

@@ -11,8 +11,6 @@ from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.sizes import size
 from anymamba.cli.terminal.table import columns
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 List checkpoints on the Hugging Face hub that have Mamba's architecture: base models, which continue
 a text, and chat-tuned ones; with their size, their licence, the memory that the weights take in

@@ -15,8 +15,6 @@ from anymamba.cli.options.places import Places, places_of
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import silence
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Store a model with weights of 8 or 4 bits, from which it loads at once and decodes faster. The
 large matrices are rounded in groups that share a scale; the small and sensitive ones stay

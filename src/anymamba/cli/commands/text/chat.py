@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from anymamba.cli.chat.conversation import Conversation, Reply
     from anymamba.cli.chat.input import ReadLine
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Talk with a model. If its tokenizer has a chat template, the conversation is written by it;
 otherwise what is typed continues the text. The model remembers all of it in its state, which

@@ -24,8 +24,6 @@ from anymamba.errors import InputError, MissingDependencyError
 if TYPE_CHECKING:
     from anymamba.runtime.generation import TokenOutput
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Continue a text. What the model writes goes to standard output as it comes, without the prompt;
 figures go to standard error when it is done.

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.state import State
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Read texts into a state and store it. The state has the same size however long the texts are, and
 so has the memory that reading takes. `generate --state` and `chat --state` continue from it at

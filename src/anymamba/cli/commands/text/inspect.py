@@ -19,8 +19,6 @@ from anymamba.errors import InputError
 if TYPE_CHECKING:
     from anymamba.cli.inspection.result import Inspected
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Show what selection does with a text: how long each token lets a layer's clock run (the step size
 Delta), how much of what a token writes into the state is left some tokens later, and which tokens

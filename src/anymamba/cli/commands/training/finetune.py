@@ -17,8 +17,6 @@ from anymamba.errors import MissingDependencyError
 from anymamba.training.finetune.settings import FinetuneSettings
 from anymamba.training.settings import MOST
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Train a model further on examples: an adapter of it (LoRA, or DoRA), which is small and leaves the
 model as it is, or with --method full all of its weights. DATA are JSON lines with "messages", with

@@ -14,8 +14,6 @@ from anymamba.cli.options.fields import flag, option, settings
 from anymamba.cli.terminal.silence import silence
 from anymamba.training.settings import PRESETS, Settings, settings_from
 
-__all__ = ["Options", "run"]
-
 DESCRIPTION = """\
 Train a model on text files, folders, JSON lines or a Hugging Face dataset. Every setting is an
 option here and a line of the YAML file that --config names; options come first. The end of the
