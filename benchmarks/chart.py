@@ -25,11 +25,7 @@ class Panel:
     table: int
 
 
-PANELS = (
-    Panel("prefill", 0),
-    Panel("decode", 0),
-    Panel("train", 0),
-)
+PANELS = (Panel("prefill", 0), Panel("decode", 0), Panel("train", 0))
 
 
 def main() -> int:

@@ -13,17 +13,7 @@ from common.options import Options, options_from, parser
 from common.results import finish
 from common.roofline import ModelProducts
 from common.shapes import DEEP_5M, QUICK, WIDE_5M, Shape
-from common.tables import (
-    MILLISECONDS,
-    NAME,
-    NOTE,
-    SHARE,
-    SPEED,
-    SPREAD,
-    Table,
-    not_measured,
-    timed,
-)
+from common.tables import MILLISECONDS, NAME, NOTE, SHARE, SPEED, SPREAD, Table, not_measured, timed
 from common.timing import interleave
 from contenders.anymamba_model import AnyMamba, AutocastAnyMamba, random_model
 from contenders.registry import MINIMAL, TRANSFORMERS, Peers

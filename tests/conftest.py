@@ -22,10 +22,7 @@ from hypothesis import HealthCheck, settings
 from tests.support.warm import Warm
 
 settings.register_profile(
-    "anymamba",
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
+    "anymamba", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("anymamba")
 

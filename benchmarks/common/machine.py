@@ -14,13 +14,7 @@ from common.roofline import core_or_none, peak_operations, read_bandwidth
 
 __all__ = ["describe", "in_one_line"]
 
-_PACKAGES = (
-    "anymamba",
-    "torch",
-    "transformers",
-    "mambapy",
-    "llama-cpp-python",
-)
+_PACKAGES = ("anymamba", "torch", "transformers", "mambapy", "llama-cpp-python")
 
 
 def describe(quick: bool = False) -> dict[str, Any]:

@@ -31,8 +31,7 @@ def parser(script: str, question: str) -> argparse.ArgumentParser:
         question: what it measures, in a sentence.
     """
     made = argparse.ArgumentParser(
-        description=question,
-        epilog=f"example: python benchmarks/{script}.py --rounds 5",
+        description=question, epilog=f"example: python benchmarks/{script}.py --rounds 5"
     )
     made.add_argument("--quick", action="store_true", help="a smoke run with a tiny model")
     made.add_argument("--no-peers", action="store_true", help="AnyMamba and the limit alone")

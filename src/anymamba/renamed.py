@@ -181,9 +181,7 @@ NAMES = {
         "HEAD": "checkpoint.architecture:HEAD",
     },
     "modeling.packing": {"PackedBatch": "modeling.packing.packing:PackedBatch"},
-    "runtime.analysis.layerwise": {
-        "check_computable": "runtime.native:epsilon_of",
-    },
+    "runtime.analysis.layerwise": {"check_computable": "runtime.native:epsilon_of"},
     "ops.fusable": {"why_not_plain": "ops.fusable:why_not_fusable"},
     "ops.mamba_ssm_limits": {"reason_against": "ops.mamba_ssm_limits:unsupported_reason"},
     "ops.native": {
@@ -206,9 +204,7 @@ NAMES = {
         "StoppedBy": "runtime.generation.token_generator:FinishReason",
         "Writer": "runtime.generation:TokenGenerator",
     },
-    "runtime.generation.detokenizer": {
-        "TextStream": "runtime.generation:StreamingDetokenizer",
-    },
+    "runtime.generation.detokenizer": {"TextStream": "runtime.generation:StreamingDetokenizer"},
     "runtime.state.batch_state": {"Blocks": "runtime.state:BatchState"},
     "runtime.weights.weight_types": {"convert": "runtime.weights.weight_types:to_weight_type"},
     "runtime.tokenizer": {
@@ -222,10 +218,10 @@ NAMES = {
         "read_texts": "training.data.documents:read_texts",
     },
     "training.finetune.trainer": {
-        "CheckpointingTrainer": "training.finetune.trainer:FinetuneTrainer",
+        "CheckpointingTrainer": "training.finetune.trainer:FinetuneTrainer"
     },
     "training.lifecycle.atomic_checkpoints": {
-        "StopSignals": "training.lifecycle.signals:StopSignals",
+        "StopSignals": "training.lifecycle.signals:StopSignals"
     },
     "training.pretrain.run": {"Outcome": "training.pretrain.run:RunResult"},
 }

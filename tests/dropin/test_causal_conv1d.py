@@ -108,11 +108,7 @@ def test_seq_idx_keeps_sequences_apart(marks: list[int]) -> None:
     seq_idx = torch.tensor(marks, dtype=torch.int32).view(2, 8)
     for function in (causal_conv1d_fn, causal_conv1d_ref):
         for initial_states in (None, before):
-            options = {
-                "seq_idx": seq_idx,
-                "initial_states": initial_states,
-                "activation": "silu",
-            }
+            options = {"seq_idx": seq_idx, "initial_states": initial_states, "activation": "silu"}
             out, final = function(x, weight, bias, return_final_states=True, **options)
             expected, expected_final = by_hand(x, weight, bias, **options)
             assert_contract(out, expected)

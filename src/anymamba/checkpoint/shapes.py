@@ -153,9 +153,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(
-    found: Mapping[str, tuple[int, ...]],
-    expected: Mapping[str, tuple[int, ...]],
-    where: object,
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: object
 ) -> None:
     """Compare the tensors that are there with those that must be, and name every difference.
 

@@ -204,10 +204,7 @@ def _token_counts(metadata: Mapping[str, str], source: str) -> tuple[int, ...]:
 
 
 def _check_blocks(
-    tensors: Mapping[str, TensorRecord],
-    batch: int,
-    identity: Mapping[str, str | int],
-    source: str,
+    tensors: Mapping[str, TensorRecord], batch: int, identity: Mapping[str, str | int], source: str
 ) -> None:
     """Check what the file holds against what its header and the model say."""
     rows = (identity["num_hidden_layers"], batch, identity["intermediate_size"])

@@ -157,10 +157,7 @@ class Listener:
 
 
 def write(
-    model: MambaForCausalLM,
-    prompt_ids: Sequence[int],
-    listener: Listener,
-    settings: dict[str, Any],
+    model: MambaForCausalLM, prompt_ids: Sequence[int], listener: Listener, settings: dict[str, Any]
 ) -> Continuation:
     """Let the model write until a limit, a stop string or its end token."""
     import torch

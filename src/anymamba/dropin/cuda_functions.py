@@ -36,18 +36,7 @@ _DONE_ALREADY = (
 )
 """Functions of `torch.cuda` that have nothing to do, and return nothing."""
 
-_TYPES = (
-    "BFloat16",
-    "Bool",
-    "Byte",
-    "Char",
-    "Double",
-    "Float",
-    "Half",
-    "Int",
-    "Long",
-    "Short",
-)
+_TYPES = ("BFloat16", "Bool", "Byte", "Char", "Double", "Float", "Half", "Int", "Long", "Short")
 
 
 def replacements() -> Replacements:

@@ -184,10 +184,7 @@ def available_backends() -> list[tuple[str, bool, str]]:
 
 
 def implementation(
-    operator: str,
-    arguments: Sequence[Any],
-    name: str | None = None,
-    fallback: str = "reference",
+    operator: str, arguments: Sequence[Any], name: str | None = None, fallback: str = "reference"
 ) -> Callable[..., Any]:
     """The function that serves one call of an operator.
 

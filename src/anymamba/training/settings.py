@@ -146,9 +146,7 @@ class Settings:
     learning_rate: float = setting(3e-3, "the highest learning rate", low=0.0)
     final_learning_rate: float = setting(3e-5, "the last learning rate", low=0.0)
     schedule: str = setting(
-        "cosine",
-        "how the rate falls after the warm-up",
-        choices=("cosine", "linear", "constant"),
+        "cosine", "how the rate falls after the warm-up", choices=("cosine", "linear", "constant")
     )
     warm_up: float = setting(0.03, "share of the budget in which the rate rises", low=0.0, high=1.0)
     beta1: float = setting(0.9, "of AdamW", low=0.0, high=0.9999)

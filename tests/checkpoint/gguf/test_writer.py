@@ -78,8 +78,7 @@ def test_a_tokenizer_of_another_model_is_not_written(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"expand": 3}, {"use_bias": True}, {"use_conv_bias": False}, {"hidden_act": "gelu"}],
+    "changes", [{"expand": 3}, {"use_bias": True}, {"use_conv_bias": False}, {"hidden_act": "gelu"}]
 )
 def test_what_llama_cpp_cannot_express_is_refused(changes: dict[str, Any], file: Path) -> None:
     with pytest.raises(ConfigError, match="expand=2") as caught:

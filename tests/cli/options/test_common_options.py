@@ -80,10 +80,7 @@ def test_json_is_one_object_without_pytorch(command: str, tiny: Path, tmp_path: 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - WITH_PYTORCH - {"completion", "models"}))
 def test_offline_a_model_that_is_not_here_is_refused_without_network(
-    command: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    anymamba: Callable[..., Any],
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anymamba: Callable[..., Any]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         pytest.fail("asked the network")

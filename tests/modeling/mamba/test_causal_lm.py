@@ -255,9 +255,7 @@ def test_a_convolution_in_another_modules_place_is_called() -> None:
     assert_same(torch.cat(logits, 1), small_model()(ids, attention_mask=mask).logits)
 
 
-def test_use_mambapy_runs_mambapy_or_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_use_mambapy_runs_mambapy_or_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = words(2, 20)
     assert_same(small_model(use_mambapy=True)(ids).logits, small_model()(ids).logits)
     monkeypatch.setattr(backends, "INSTALLED", dict.fromkeys(backends.INSTALLED, False))

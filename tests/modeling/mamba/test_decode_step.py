@@ -194,8 +194,7 @@ def test_generate_takes_one_step_a_token(
     assert mixers == [0, 1]
     assert torch.equal(text, expected)
     assert torch.equal(
-        model.generate(ids, **options, num_beams=3),
-        reference_beams(model, ids, options),
+        model.generate(ids, **options, num_beams=3), reference_beams(model, ids, options)
     )
 
 

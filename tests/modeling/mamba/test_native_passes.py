@@ -175,13 +175,7 @@ def in_one_pass(model: MambaForCausalLM, *args: Any, **options: Any) -> Any:
     seed=st.integers(0, 999),
 )
 def test_a_prompt_in_chunks_is_the_prompt(
-    batch: int,
-    length: int,
-    keep: int,
-    masked: bool,
-    embedded: bool,
-    continued: bool,
-    seed: int,
+    batch: int, length: int, keep: int, masked: bool, embedded: bool, continued: bool, seed: int
 ) -> None:
     model, ids = lively_model(), words(batch, length, seed)
     inputs: dict[str, Any] = {"logits_to_keep": keep}

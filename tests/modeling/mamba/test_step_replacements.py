@@ -15,12 +15,7 @@ from anymamba import MambaForCausalLM, ops
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.mamba.model import MambaMixer, MambaRMSNorm
 from tests.support.models import lively_model, small_model, words
-from tests.support.stepping import (
-    assert_steps,
-    by_modules,
-    prefilled,
-    step,
-)
+from tests.support.stepping import assert_steps, by_modules, prefilled, step
 from tests.support.tolerance import assert_gradients, assert_same
 
 

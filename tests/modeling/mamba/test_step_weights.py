@@ -17,12 +17,7 @@ from anymamba.errors import InputError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.mamba.model import MambaMixer, MambaRMSNorm
 from tests.support.models import lively_model, words
-from tests.support.stepping import (
-    by_modules,
-    exactly,
-    prefilled,
-    step,
-)
+from tests.support.stepping import by_modules, exactly, prefilled, step
 from tests.support.tolerance import assert_same
 
 

@@ -156,10 +156,7 @@ def test_a_window_wider_than_needed_is_kept_as_wide() -> None:
 def test_empty_inputs(b: int, l: int) -> None:
     window = torch.randn(b, 3, 4)
     y, final = ops.causal_conv1d(
-        torch.randn(b, l, 3),
-        torch.randn(3, 4),
-        initial_window=window,
-        return_final_window=True,
+        torch.randn(b, l, 3), torch.randn(3, 4), initial_window=window, return_final_window=True
     )
     assert y.shape == (b, l, 3)
     assert final.shape == (b, 3, 4)

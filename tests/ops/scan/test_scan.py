@@ -200,9 +200,7 @@ def test_gradients_are_the_numerical_derivatives(reverse: bool, groups: int | No
 
 @pytest.mark.usefixtures("each_backend")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradients_are_those_of_the_sequential_scan(
-    shape: tuple[int, ...],
-) -> None:
+def test_the_gradients_are_those_of_the_sequential_scan(shape: tuple[int, ...]) -> None:
     inputs = scan_inputs(*shape)
     tensors = [v.requires_grad_() for v in inputs.values() if isinstance(v, Tensor)]
     weight = torch.randn_like(inputs["x_ble"])

@@ -48,10 +48,7 @@ NAMESPACE = """\
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_it_is_the_text_that_transformers_makes(template, messages, add_generation_prompt):
     [expected], _ = render_jinja_template(
-        [messages],
-        chat_template=template,
-        add_generation_prompt=add_generation_prompt,
-        **SPECIAL,
+        [messages], chat_template=template, add_generation_prompt=add_generation_prompt, **SPECIAL
     )
     assert render(template, messages, add_generation_prompt, SPECIAL) == expected
 

@@ -12,12 +12,7 @@ from hypothesis import strategies as st
 import anymamba
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import open_checkpoint
-from anymamba.checkpoint.quantization import (
-    QuantizedArray,
-    dequantize,
-    quantize,
-    quantized_product,
-)
+from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantize, quantized_product
 from anymamba.errors import ConfigError, InputError
 from anymamba.runtime.analysis.layerwise import Layer, linear, normed
 from anymamba.runtime.convert.calibration import (

@@ -184,9 +184,7 @@ def quantized_product(x_mk: NDArray[np.float32], weight: QuantizedArray) -> NDAr
     return y_mn.astype(np.float32)
 
 
-def ranges(
-    parts: NDArray[np.float32],
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def ranges(parts: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The least and the largest of each group: (..., group) to two of (...).
 
     Example:
@@ -263,10 +261,7 @@ def round_to(
 
 
 def values_of(
-    q: NDArray[np.uint8],
-    scale: NDArray[np.float32],
-    minimum: NDArray[np.float32] | None,
-    bits: int,
+    q: NDArray[np.uint8], scale: NDArray[np.float32], minimum: NDArray[np.float32] | None, bits: int
 ) -> NDArray[np.float32]:
     """The weights that whole numbers stand for: the inverse of `round_to`.
 

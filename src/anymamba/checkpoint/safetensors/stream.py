@@ -75,10 +75,7 @@ class SafetensorsStream:
     """
 
     def __init__(
-        self,
-        path: Path,
-        plans: Mapping[str, Planned],
-        metadata: Mapping[str, str] | None = None,
+        self, path: Path, plans: Mapping[str, Planned], metadata: Mapping[str, str] | None = None
     ) -> None:
         self._plans = dict(plans)
         self._left = set(plans)

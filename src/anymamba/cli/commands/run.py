@@ -213,11 +213,7 @@ def script(name: str) -> tuple[Program, str]:
 def as_script(source: bytes, file: str) -> None:
     """Run the text of a script in the module `__main__`."""
     names = vars(sys.modules["__main__"])
-    names.update(
-        __file__=file,
-        __loader__=SourceFileLoader("__main__", file),
-        __cached__=None,
-    )
+    names.update(__file__=file, __loader__=SourceFileLoader("__main__", file), __cached__=None)
     exec(compile(source, file, "exec", dont_inherit=True), names)
 
 

@@ -98,11 +98,7 @@ def modify_logit_for_repetition_penalty(
 
 
 def sample(
-    logits: Tensor,
-    top_k: int = 1,
-    top_p: float = 0.0,
-    min_p: float = 0.0,
-    temperature: float = 1.0,
+    logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.0, temperature: float = 1.0
 ) -> Tensor:
     """Choose a token a row.
 

@@ -84,9 +84,7 @@ def records_methods(kind: _Model) -> _Model:
 
 
 def why_not_native_loop(
-    model: MambaForCausalLM,
-    generation_config: GenerationConfig | None = None,
-    **options: Any,
+    model: MambaForCausalLM, generation_config: GenerationConfig | None = None, **options: Any
 ) -> str | None:
     """The reason why `generate` would run Transformers' loop, or None where it runs ours.
 

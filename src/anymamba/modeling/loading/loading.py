@@ -20,18 +20,10 @@ from transformers import GenerationConfig, PreTrainedConfig
 from anymamba import checkpoint as files
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.shapes import check_repeated_head
-from anymamba.checkpoint.torch_weights import (
-    check_floating_point,
-    load_named_tensors,
-)
+from anymamba.checkpoint.torch_weights import check_floating_point, load_named_tensors
 from anymamba.errors import CheckpointError, InputError
 from anymamba.modeling.gguf import gguf_config, gguf_state_dict
-from anymamba.modeling.loading.arguments import (
-    PASSED_ON,
-    make_config,
-    own_config,
-    refuse_arguments,
-)
+from anymamba.modeling.loading.arguments import PASSED_ON, make_config, own_config, refuse_arguments
 from anymamba.modeling.loading.find import Found, find_model, load_adapter
 from anymamba.modeling.loading.quantized import is_ours, load_quantized
 from anymamba.modeling.loading.tensor_names import (

@@ -20,12 +20,7 @@ from anymamba.layers.native import Part
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.generation import (
-    NativeLoop,
-    records_methods,
-    why_not_direct,
-    why_not_loop,
-)
+from anymamba.modeling.generation import NativeLoop, records_methods, why_not_direct, why_not_loop
 from anymamba.modeling.mamba.model import (
     MambaModel,
     MambaPreTrainedModel,
@@ -323,12 +318,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             reason = f"input_ids is on {input_ids.device}"
         if reason is None:
             loop = NativeLoop(
-                self,
-                self._step,
-                logits_processor,
-                stopping_criteria,
-                generation_config,
-                streamer,
+                self, self._step, logits_processor, stopping_criteria, generation_config, streamer
             )
             return loop.run(input_ids, model_kwargs)
         logger.info(f"generate runs Transformers' loop: {reason}")

@@ -159,17 +159,7 @@ def ssd_state_update(
     """
     _check_axes("ssd_state_update", x_bhp, B_bgn, "b")
     arguments = SsdStepArguments(
-        x_bhp,
-        dt_bh,
-        A_h,
-        B_bgn,
-        C_bgn,
-        D_h,
-        z_bhp,
-        dt_bias_h,
-        dt_softplus,
-        dt_limit,
-        state_bhpn,
+        x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h, z_bhp, dt_bias_h, dt_softplus, dt_limit, state_bhpn
     )
     _check_shapes("ssd_state_update", arguments, x_bhp.shape[0])
     return cast(Tensor, implementation("ssd_state_update", arguments, backend)(arguments))

@@ -25,14 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import expected_shapes, model_shape
-from anymamba.checkpoint.architecture import (
-    EMBEDDINGS,
-    FINAL_NORM,
-    HEAD,
-    MAMBA,
-    in_layer,
-    role_of,
-)
+from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, MAMBA, in_layer, role_of
 from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.checkpoint.quantization import (
     Bits,
@@ -396,9 +389,7 @@ def _calibrate_layer(
 
 
 def _last_hidden(
-    tensor: Tensor,
-    config: Mapping[str, Any],
-    hidden: list[NDArray[np.float32]],
+    tensor: Tensor, config: Mapping[str, Any], hidden: list[NDArray[np.float32]]
 ) -> list[NDArray[np.float32]]:
     """What the head reads while nothing is quantized."""
     for index in range(model_shape(config).n_layer):
@@ -408,9 +399,7 @@ def _last_hidden(
 
 
 def _normed(
-    tensor: Tensor,
-    config: Mapping[str, Any],
-    hidden: list[NDArray[np.float32]],
+    tensor: Tensor, config: Mapping[str, Any], hidden: list[NDArray[np.float32]]
 ) -> list[NDArray[np.float32]]:
     weight_d = _there(tensor, FINAL_NORM)
     return [normed(batch, weight_d, epsilon_of(config)) for batch in hidden]

@@ -112,10 +112,7 @@ class TokenGenerator:
     """
 
     def __init__(
-        self,
-        sampler: Sampler,
-        detokenize: Callable[[Sequence[int]], str],
-        end_ids: Collection[int],
+        self, sampler: Sampler, detokenize: Callable[[Sequence[int]], str], end_ids: Collection[int]
     ) -> None:
         self.finish_reason: FinishReason | None = None
         self._sampler = sampler

@@ -162,9 +162,7 @@ class State:
         return self._blocks
 
     def save(
-        self,
-        path: str | os.PathLike[str],
-        dtype: Literal["float32", "bfloat16"] = "float32",
+        self, path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] = "float32"
     ) -> None:
         """Write the state to a safetensors file, atomically. `MambaCache.load` reads it too.
 

@@ -66,10 +66,7 @@ def read_examples(names: Sequence[str], text_field: str | None = None) -> list[E
 
 
 def dataset_examples(
-    name: str,
-    config: str | None = None,
-    split: str = "train",
-    text_field: str | None = None,
+    name: str, config: str | None = None, split: str = "train", text_field: str | None = None
 ) -> list[Example]:
     """Read a Hugging Face dataset, whose rows have the fields that lines of JSON have.
 

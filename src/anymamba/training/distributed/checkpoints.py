@@ -66,9 +66,7 @@ def save_sharded(
 
 
 def load_sharded(
-    folder: str | os.PathLike[str],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    folder: str | os.PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
     """Read a checkpoint into a model, on any number of processes; every one of them calls it.
 

@@ -22,11 +22,7 @@ from anymamba.modeling.mamba import MambaMixer
 from anymamba.modeling.packing import Layout, next_tokens
 from anymamba.modeling.state import LayerState
 from anymamba.training.distributed.scan import parallel_scan
-from anymamba.training.distributed.states import (
-    check_started,
-    sum_of_losses,
-    window_before,
-)
+from anymamba.training.distributed.states import check_started, sum_of_losses, window_before
 
 
 @contextmanager

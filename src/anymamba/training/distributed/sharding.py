@@ -13,9 +13,7 @@ from anymamba.training.distributed.states import check_started
 
 
 def shard(
-    model: MambaForCausalLM,
-    mesh: DeviceMesh | None = None,
-    param_dtype: torch.dtype | None = None,
+    model: MambaForCausalLM, mesh: DeviceMesh | None = None, param_dtype: torch.dtype | None = None
 ) -> MambaForCausalLM:
     """Split a model over the processes, block by block, with PyTorch's `fully_shard`.
 

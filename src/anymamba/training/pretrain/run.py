@@ -206,11 +206,7 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> MambaFo
 
 
 def add_callbacks(
-    trainer: MambaTrainer,
-    stop: StopSignals,
-    stack: ExitStack,
-    begun: Path | None,
-    visible: bool,
+    trainer: MambaTrainer, stop: StopSignals, stack: ExitStack, begun: Path | None, visible: bool
 ) -> None:
     """Who listens to a run. The course of events is decided first, reports follow."""
     folder = trainer.checkpoints.parent

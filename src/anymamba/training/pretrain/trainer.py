@@ -22,11 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from anymamba.modeling import MambaCache, MambaForCausalLM
 from anymamba.training.data import Rows, TokenRow, collate
-from anymamba.training.lifecycle import (
-    Progress,
-    RunTrainer,
-    check_resumable,
-)
+from anymamba.training.lifecycle import Progress, RunTrainer, check_resumable
 from anymamba.training.pretrain.arguments import rate_at, training_arguments
 from anymamba.training.pretrain.validation import loss_of_windows, summed_loss
 from anymamba.training.settings import Settings

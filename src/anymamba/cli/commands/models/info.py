@@ -30,9 +30,7 @@ class Options:
     """What `anymamba info` is asked for."""
 
     model: str | None = option(
-        nargs="?",
-        metavar="MODEL",
-        help="a folder, a GGUF file, a state file, or a name on the hub",
+        nargs="?", metavar="MODEL", help="a folder, a GGUF file, a state file, or a name on the hub"
     )
     offline: bool = offline_flag()
     json: bool = flag("--json", "print one JSON object")

@@ -60,10 +60,7 @@ def run(options: Options) -> None:
                 f"training needs the package {error.name!r}: pip install 'anymamba[train]'"
             ) from error
         outcome = train(
-            chosen,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            visible=not options.json,
+            chosen, resume=options.resume, overwrite=options.overwrite, visible=not options.json
         )
     report(options, outcome)
 

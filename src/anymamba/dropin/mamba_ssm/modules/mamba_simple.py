@@ -26,14 +26,8 @@ from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
     mamba_inner_fn,
     selective_scan_fn,  # noqa: F401
 )
-from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import (  # noqa: F401
-    RMSNorm,
-    layer_norm_fn,
-    rms_norm_fn,
-)
-from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import (  # noqa: F401
-    selective_state_update,
-)
+from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn  # noqa: F401
+from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update  # noqa: F401
 from anymamba.errors import ConfigError
 from anymamba.layers import MambaLayer, States, at_least_float32, draw_step_bias, s4d_real
 from anymamba.ops.fusable import project

@@ -54,12 +54,7 @@ def _up_to_the_diagonal(sums: Tensor) -> Tensor:
 
 
 def ssd_minimal_discrete(
-    X: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    block_len: int,
-    initial_states: Tensor | None = None,
+    X: Tensor, A: Tensor, B: Tensor, C: Tensor, block_len: int, initial_states: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """h_t = exp(A_t) h_{t-1} + B_t X_t, and y_t = C_t h_t, in blocks. Differentiable.
 
