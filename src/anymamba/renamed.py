@@ -180,6 +180,7 @@ NAMES = {
         "EMBEDDINGS": "checkpoint.architecture:EMBEDDINGS",
         "HEAD": "checkpoint.architecture:HEAD",
     },
+    "modeling.cache": {"config_of": "modeling.state:config_of"},
     "modeling.packing": {"PackedBatch": "modeling.packing.packing:PackedBatch"},
     "runtime.analysis.layerwise": {"check_computable": "runtime.native:epsilon_of"},
     "ops.fusable": {"why_not_plain": "ops.fusable:why_not_fusable"},

@@ -12,10 +12,13 @@ from transformers.cache_utils import Cache
 from anymamba.checkpoint import check_identity
 from anymamba.errors import InputError
 from anymamba.modeling.state import MambaState, model_identity
+from anymamba.renamed import old_names
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.state import State
+
+__getattr__ = old_names(__name__)
 
 
 class MambaCache(MambaState, Cache):
