@@ -93,8 +93,9 @@ class WeightTable {
 class PyModel : WeightTable {
  public:
   PyModel(const nb::object& embeddings, const nb::object& head, const In& norm, float eps,
-          const nb::list& layers, bool constant) {
+          const nb::list& layers, bool constant, float mixer_eps) {
     model_.d = extent(norm, 0);
+    model_.mixer_eps = mixer_eps;
     model_.v = rows_of(embeddings);
     model_.eps = eps;
     model_.embeddings = weight("embeddings", embeddings, model_.v, model_.d);
@@ -227,10 +228,12 @@ class PyMixer : WeightTable {
 
 void add_model(nb::module_& m) {
   nb::class_<PyModel>(m, "Model", "A model's weights as one table of checked pointers.")
-      .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&, bool>(),
+      .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&, bool,
+                    float>(),
            nb::arg("embeddings"), nb::arg("head"), nb::arg("norm"), nb::arg("eps"),
-           nb::arg("layers"), nb::arg("constant") = false,
-           "With `constant` the weights never change, and what follows from them is kept.")
+           nb::arg("layers"), nb::arg("constant") = false, nb::arg("mixer_eps") = 0.0f,
+           "With `constant` the weights never change, and what follows from them is kept. "
+           "`mixer_eps` is that of dt_norm, B_norm and C_norm, which layers may have.")
       .def("step", &PyModel::step, nb::arg("tokens").none(), nb::arg("hidden").none(),
            nb::arg("conv"), nb::arg("ssm"), nb::arg("logits"), nb::arg("bf16_products") = false,
            "One token for each row; the states advance in place.")

@@ -216,13 +216,7 @@ class DecodeStep {
   // What x_proj gave, (b, r + 2n); after the layer's norms, where it has them.
   float* normed_rBC(const Layer& layer, WorkerScratch& own) {
     if (layer.dt_norm.data == nullptr) return buf_.rBC.data();
-    const auto norm_part = [&](std::int64_t first, std::int64_t width, Array weight, float* buffer) {
-      rms_norm(b_, width, {buf_.rBC.data() + first, DType::f32, wide()}, weight, buffer,
-               m_.mixer_eps, {own.rBC + first, DType::f32, wide()});
-    };
-    norm_part(0, m_.r, layer.dt_norm, own.small.dt_norm);
-    norm_part(m_.r, m_.n, layer.B_norm, own.small.B_norm);
-    norm_part(m_.r + m_.n, m_.n, layer.C_norm, own.small.C_norm);
+    norm_rBC(m_, layer, own.small, b_, buf_.rBC.data(), own.rBC);
     return own.rBC;
   }
 

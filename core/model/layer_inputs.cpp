@@ -74,6 +74,18 @@ void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weigh
   kernels().norm({count, width, x, {}, floats(weight, buffer, {0, width}), eps}, result);
 }
 
+void norm_rBC(const Model& m, const Layer& layer, const SmallTensors& small, std::int64_t count,
+              float* rBC, float* normed) {
+  const std::int64_t wide = m.r + 2 * m.n;
+  const auto norm_part = [&](std::int64_t first, std::int64_t width, Array weight, float* buffer) {
+    rms_norm(count, width, {rBC + first, DType::f32, wide}, weight, buffer, m.mixer_eps,
+             {normed + first, DType::f32, wide});
+  };
+  norm_part(0, m.r, layer.dt_norm, small.dt_norm);
+  norm_part(m.r, m.n, layer.B_norm, small.B_norm);
+  norm_part(m.r + m.n, m.n, layer.C_norm, small.C_norm);
+}
+
 Window window_of(const Model& m, const States& states, std::int64_t b, std::int64_t layer) {
   const std::int64_t size = m.e * m.k;
   char* const data = static_cast<char*>(states.conv) + layer * b * size * size_of(states.conv_type);

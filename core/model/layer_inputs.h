@@ -38,6 +38,11 @@ ScanInputs scan_of(const Model& model, const Layer& layer, const SmallTensors& s
 void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
               float eps, const Rows& normed);
 
+// normed (count, r + 2n) from what x_proj gave, which may be the same memory: each of its three parts
+// through its norm. Only for a layer that has these norms.
+void norm_rBC(const Model& model, const Layer& layer, const SmallTensors& small, std::int64_t count,
+              float* rBC, float* normed);
+
 // The convolution windows of a layer, as the cache lays them out.
 Window window_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
 

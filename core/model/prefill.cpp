@@ -153,7 +153,7 @@ class Prefill {
     const std::int64_t widest = std::max({m_.d, m_.e, wide()});
     const std::int64_t worker =
         std::max({kGemmScratch, quantized_worker_scratch(widest), scan_worker_scratch(m_.n),
-                  conv_worker_scratch(m_.k), norm_worker_scratch(m_.d)});
+                  conv_worker_scratch(m_.k), norm_worker_scratch(std::max({m_.d, m_.r, m_.n}))});
     constexpr std::int64_t kGemvRows = 16, kLists = 4;  // rows that become float32; of all sequences
     const std::int64_t converted = std::min(l_, kGemvRows) * widest * 4;
     const std::int64_t lists = kLists * in_arena((prompt_.sequences + 1) * 8);
@@ -227,6 +227,8 @@ class Prefill {
     // y is not written yet: until then its memory holds x as x_proj reads it.
     multiply(rounded_for(layer.x_proj, buf_.x, m_.e, buf_.y), m_.e, l_, m_.e, layer.x_proj, wide(),
              nullptr, buf_.rBC.floats());
+    if (layer.dt_norm.data != nullptr)
+      norm_rBC(m_, layer, buf_.small, l_, buf_.rBC.floats(), buf_.rBC.floats());
     multiply(rounded_for(layer.dt_proj, buf_.rBC, wide(), buf_.rounded_rBC), wide(), l_, m_.r,
              layer.dt_proj, m_.e, nullptr, buf_.delta.floats());
     compute_A(m_, layer, buf_.small, {0, m_.e});

@@ -49,9 +49,10 @@ struct Example {
     return quantized_weight(kind == 3 ? 8 : 4, 32, n, k);
   }
 
-  Example(DType type, std::int64_t d, std::int64_t e, std::int64_t n, std::int64_t r = 3) {
+  Example(DType type, std::int64_t d, std::int64_t e, std::int64_t n, std::int64_t r = 3,
+          bool normed = false) {
     Model& m = model;
-    m.v = 41, m.d = d, m.e = e, m.n = n, m.r = r, m.k = 4, m.eps = 1e-5f;
+    m.v = 41, m.d = d, m.e = e, m.n = n, m.r = r, m.k = 4, m.eps = 1e-5f, m.mixer_eps = 1e-6f;
     m.embeddings = weight(type, m.v, d);
     m.head = m.embeddings;
     m.norm = array(type, d);
@@ -68,6 +69,11 @@ struct Example {
       layer.D = array(type, e);
       layer.out_proj = weight(type, d, e);
       if (i == 1) layer.out_proj_bias = array(type, d);
+      if (normed) {
+        layer.dt_norm = array(type, m.r);
+        layer.B_norm = array(type, n);
+        layer.C_norm = array(type, n);
+      }
       m.layers.push_back(layer);
     }
   }
@@ -122,8 +128,8 @@ void test_prompt_of(Example& example, double tolerance, bool bf16_products = fal
 }
 
 // Other orders of the same sums; whatever the weights are stored in, activations are float32.
-void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n) {
-  Example example(type, d, e, n);
+void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n, bool normed = false) {
+  Example example(type, d, e, n, 3, normed);
   test_prompt_of(example, 1e-4);
 }
 
@@ -194,7 +200,10 @@ int main() {
   test_kept_A(DType::bf16);
   test_prompt(DType::f32, 16, 32, 16);
   test_prompt(DType::f32, 13, 21, 5);
+  test_prompt(DType::f32, 13, 21, 5, true);
+  test_prompt(DType::f32, 3, 6, 70, true);  // more states than the model is wide
   test_prompt(DType::bf16, 16, 32, 16);
+  test_prompt(DType::bf16, 16, 32, 16, true);
   test_prompt(DType::f16, 16, 32, 16);
   test_mixtures();
   test_batch_of_steps();

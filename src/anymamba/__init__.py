@@ -13,6 +13,10 @@ TYPE_CHECKING = False
 
 if TYPE_CHECKING:
     from anymamba.modeling import (
+        FalconMambaConfig,
+        FalconMambaForCausalLM,
+        FalconMambaModel,
+        FalconMambaPreTrainedModel,
         MambaCache,
         MambaCausalLMOutput,
         MambaConfig,
@@ -32,6 +36,10 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "Engine": "anymamba.runtime.engine",
+    "FalconMambaConfig": "anymamba.modeling",
+    "FalconMambaForCausalLM": "anymamba.modeling",
+    "FalconMambaModel": "anymamba.modeling",
+    "FalconMambaPreTrainedModel": "anymamba.modeling",
     "MambaCache": "anymamba.modeling",
     "MambaCausalLMOutput": "anymamba.modeling",
     "MambaConfig": "anymamba.modeling",
@@ -48,6 +56,10 @@ _HOME_OF = {
 
 __all__ = [
     "Engine",
+    "FalconMambaConfig",
+    "FalconMambaForCausalLM",
+    "FalconMambaModel",
+    "FalconMambaPreTrainedModel",
     "MambaCache",
     "MambaCausalLMOutput",
     "MambaConfig",

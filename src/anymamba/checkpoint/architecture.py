@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
+
+from anymamba.checkpoint.io import shown
+from anymamba.errors import ConfigError
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.shapes import ModelShape
@@ -75,18 +78,24 @@ class Architecture:
     """All tensors of an architecture, in the order of the forward pass.
 
     Args:
-        name: Transformers' `model_type`, and GGUF's `general.architecture`.
+        name: Transformers' `model_type`.
+        gguf: GGUF's `general.architecture`.
+        causal_lm: the class of its language model, as `architectures` of a config names it.
         embeddings: the embedding table.
         layer: the tensors of each layer.
         norm: the scale of the norm after the last layer.
         head: the language model's head.
+        norms_maps: whether each mixer norms dt, B and C, without a gain.
     """
 
     name: str
+    gguf: str
+    causal_lm: str
     embeddings: TensorRow
     layer: tuple[TensorRow, ...]
     norm: TensorRow
     head: TensorRow
+    norms_maps: bool = False
 
     @property
     def outside(self) -> tuple[TensorRow, ...]:
@@ -147,6 +156,8 @@ class Architecture:
 
 MAMBA = Architecture(
     name="mamba",
+    gguf="mamba",
+    causal_lm="MambaForCausalLM",
     embeddings=TensorRow(
         "backbone.embeddings.weight", "v d", "large matrix", "embeddings", "token_embd.weight"
     ),
@@ -174,12 +185,43 @@ MAMBA = Architecture(
 )
 """Mamba-1, as Transformers names its tensors."""
 
+FALCON_MAMBA = replace(
+    MAMBA, name="falcon_mamba", causal_lm="FalconMambaForCausalLM", norms_maps=True
+)
+"""Falcon-Mamba. llama.cpp tells it from Mamba by `mamba.ssm.dt_b_c_rms`."""
+
+ARCHITECTURES = {architecture.name: architecture for architecture in (MAMBA, FALCON_MAMBA)}
+
 EMBEDDINGS = MAMBA.embeddings.name
 FINAL_NORM = MAMBA.norm.name
 HEAD = MAMBA.head.name
 
-_ROLES = {row.name: row.role for row in (*MAMBA.outside, *MAMBA.layer)}
+_ROLES = {
+    row.name: row.role
+    for architecture in ARCHITECTURES.values()
+    for row in (*architecture.outside, *architecture.layer)
+}
 _BEFORE = re.compile(r".*\blayers\.\d+\.")
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a model.
+
+    Args:
+        config: fields in Transformers' names; without `model_type` they are Mamba's.
+
+    Raises:
+        ConfigError: there is no such architecture here.
+
+    Example:
+        >>> architecture_of({"model_type": "falcon_mamba"}).norms_maps
+        True
+    """
+    name = config.get("model_type", MAMBA.name)
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = " or ".join(map(repr, ARCHITECTURES))
+        raise ConfigError(f"model_type is {shown(name)}, expected {known}")
+    return ARCHITECTURES[name]
 
 
 def in_layer(index: int | str, name: str) -> str:

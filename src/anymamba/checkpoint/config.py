@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from anymamba.checkpoint.architecture import architecture_of
 from anymamba.checkpoint.io import listed, read_json_object, shown
 from anymamba.checkpoint.shapes import model_shape
 from anymamba.errors import CheckpointError, ConfigError
@@ -40,7 +41,7 @@ LAYER_FIELDS = {
     "bias": "use_bias",
 }
 _REQUIRED = ("d_model", "n_layer", "vocab_size")
-_PURE_MAMBA = "AnyMamba reads pure Mamba-1 models with RMSNorm"
+_PURE_MAMBA = "of the original layout AnyMamba reads pure Mamba-1 models with RMSNorm"
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any]]:
@@ -102,12 +103,9 @@ def translate_config(fields: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]
 
 def _layout(fields: Mapping[str, Any]) -> Layout:
     model_type = fields.get("model_type")
-    if model_type == "mamba":
-        return "transformers"
     if model_type is not None:
-        raise ConfigError(
-            f"model_type is {shown(model_type)}, expected 'mamba'; {_PURE_MAMBA} only"
-        )
+        architecture_of(fields)  # refuses what there is none of
+        return "transformers"
     missing = [name for name in _REQUIRED if name not in fields]
     if missing:
         raise ConfigError(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, MAMBA
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, architecture_of
 from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError, ConfigError
 
@@ -149,7 +149,7 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         >>> shapes["backbone.layers.0.mixer.conv1d.weight"]
         (16, 1, 4)
     """
-    return MAMBA.shapes(model_shape(config))
+    return architecture_of(config).shapes(model_shape(config))
 
 
 def check_tensors(

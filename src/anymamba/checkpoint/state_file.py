@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anymamba.checkpoint.architecture import architecture_of
 from anymamba.checkpoint.io import shown, user_path
 from anymamba.checkpoint.safetensors import SafetensorsHeader, TensorRecord, read_header
 from anymamba.checkpoint.shapes import model_shape
@@ -82,7 +83,7 @@ def state_identity(config: Mapping[str, Any]) -> dict[str, str | int]:
     """
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "state_size", "conv_kernel")
     fields = model_shape(config).fields
-    return {"model_type": "mamba", **{name: fields[name] for name in names}}
+    return {"model_type": architecture_of(config).name, **{name: fields[name] for name in names}}
 
 
 def state_metadata(

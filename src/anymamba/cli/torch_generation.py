@@ -76,15 +76,15 @@ def refuse_others(options: Options) -> None:
 
 def load_model(folder: Path, device_name: str, dtype: str) -> MambaForCausalLM:
     """The model, on the device and in the type asked for, ready to generate."""
-    from anymamba import MambaForCausalLM
     from anymamba.devices import find_device
+    from anymamba.modeling.auto import load_causal_lm
 
     device = find_device(device_name)
     if dtype == "auto" and device.type == "cpu":
         # Few CPUs have fast arithmetic in the narrow types that models are stored in.
         dtype = "float32"
     with without_progress_bars():
-        model = MambaForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = load_causal_lm(folder, dtype=dtype)
     # Transformers hides the type of this method from type checkers.
     cast(Any, model).to(device)
     return model

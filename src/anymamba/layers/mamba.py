@@ -92,7 +92,7 @@ class MambaLayer(nn.Module):
         x = convolve(x)
         n = self.A_log.shape[1]
         projected = project(self.x_proj, x)
-        delta, B, C = projected.split([projected.shape[-1] - 2 * n, n, n], dim=-1)
+        delta, B, C = self._normed(*projected.split([projected.shape[-1] - 2 * n, n, n], dim=-1))
         bias_e = None
         if why_not_fusable(self.dt_proj, nn.Linear) is None:
             # The bias stays apart, so that it is added in float32.
@@ -100,6 +100,14 @@ class MambaLayer(nn.Module):
         else:
             delta = self.dt_proj(delta)
         return project(self.out_proj, scan(x, delta, self._A(), B, C, self.D, z, bias_e))
+
+    def _normed(self, delta: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What x_proj gave, as dt_proj and the scan take it: a place for norms."""
+        return delta, B, C
+
+    def norm_weights(self) -> dict[str, Tensor]:
+        """The gains of these norms, by the core's names."""
+        return {}
 
     def _A(self) -> Tensor:
         return -torch.exp(at_least_float32(self.A_log))

@@ -1,7 +1,12 @@
 """Mamba with the API of Hugging Face Transformers."""
 
 from anymamba.modeling.cache import MambaCache
-from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.config import FalconMambaConfig, MambaConfig
+from anymamba.modeling.falcon_mamba import (
+    FalconMambaForCausalLM,
+    FalconMambaModel,
+    FalconMambaPreTrainedModel,
+)
 from anymamba.modeling.generation import why_not_native_loop
 from anymamba.modeling.mamba import (
     MambaCausalLMOutput,
@@ -13,6 +18,10 @@ from anymamba.modeling.mamba import (
 from anymamba.modeling.registration import register, unregister
 
 __all__ = [
+    "FalconMambaConfig",
+    "FalconMambaForCausalLM",
+    "FalconMambaModel",
+    "FalconMambaPreTrainedModel",
     "MambaCache",
     "MambaCausalLMOutput",
     "MambaConfig",

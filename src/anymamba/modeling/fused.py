@@ -147,6 +147,7 @@ class Table:
             norm.weight.detach(),
             norm.variance_epsilon,
             [_layer(block) for block in blocks],
+            mixer_eps=getattr(blocks[0].mixer, "rms_eps", 0.0),
         )
 
     def is_current(self) -> bool:
@@ -240,7 +241,9 @@ def _rounds_to_bfloat16() -> bool:
 
 def _layer(block: Any) -> dict[str, Any]:
     """One layer's tensors, the model's own memory every one of them."""
-    return core_tensors(block.mixer, _weight_of) | {"norm": block.norm.weight.detach()}
+    norms = {"norm": block.norm.weight, **block.mixer.norm_weights()}
+    tensors = core_tensors(block.mixer, _weight_of)
+    return tensors | {name: weight.detach() for name, weight in norms.items()}
 
 
 def _weight_of(module: Any) -> Any:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from anymamba.checkpoint.architecture import ARCHITECTURES, architecture_of
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def find_mamba_gguf(place: Path) -> Path | None:
         architecture = read_gguf_header(path).metadata.get("general.architecture", "mamba")
     except CheckpointError:
         return path  # who reads it says what is wrong
-    return path if architecture == "mamba" else None
+    return path if architecture in {known.gguf for known in ARCHITECTURES.values()} else None
 
 
 def hub_pattern(gguf_file: str) -> str:
@@ -80,7 +81,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
     from anymamba.checkpoint.gguf.reader import read_gguf
 
     config = read_gguf(path, tokenizer=False).config
-    return {"model_type": "mamba", "architectures": ["MambaForCausalLM"], **config}
+    return {"architectures": [architecture_of(config).causal_lm], **config}
 
 
 def gguf_state_dict(path: Path) -> dict[str, torch.Tensor]:

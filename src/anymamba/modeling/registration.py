@@ -15,32 +15,40 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForPreTrainin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from anymamba.modeling.adapters import patch_peft
-from anymamba.modeling.config import MambaConfig, read_config_dict
-from anymamba.modeling.mamba import MambaForCausalLM, MambaModel, MambaPreTrainedModel
+from anymamba.modeling.auto import CLASSES
+from anymamba.modeling.config import read_config_dict
 
 _BUILT_BY = {
-    AutoModel: MambaModel,
-    AutoModelForCausalLM: MambaForCausalLM,
-    AutoModelForPreTraining: MambaForCausalLM,
+    AutoModel: "model",
+    AutoModelForCausalLM: "causal_lm",
+    AutoModelForPreTraining: "causal_lm",
 }
-_MODELS: dict[str, type] = {
-    cls.__name__: cls for cls in (MambaModel, MambaForCausalLM, MambaPreTrainedModel)
-}
-_CONFIGS: dict[str, type] = {MambaConfig.__name__: MambaConfig}
-# Where other programs look up a class by its name: TRL in the first, PEFT in the third.
-_NAMED_IN: Mapping[str, Mapping[str, type]] = {
-    "transformers": _MODELS | _CONFIGS,
-    "transformers.models.mamba": _MODELS | _CONFIGS,
-    "transformers.models.mamba.modeling_mamba": _MODELS,
-    "transformers.models.mamba.configuration_mamba": _CONFIGS,
-}
+
+
+def _named_in() -> dict[str, dict[str, type]]:
+    """Where other programs look up a class by its name, and which of ours they find there.
+
+    TRL looks in `transformers`, and PEFT in the module of the model.
+    """
+    everywhere: dict[str, type] = {}
+    places: dict[str, dict[str, type]] = {"transformers": everywhere}
+    for name, classes in CLASSES.items():
+        config, *models = classes
+        package, configs = f"transformers.models.{name}", {config.__name__: config}
+        by_name: dict[str, type] = {cls.__name__: cls for cls in models}
+        everywhere |= by_name | configs
+        places[package] = by_name | configs
+        places[f"{package}.modeling_{name}"] = by_name
+        places[f"{package}.configuration_{name}"] = dict(configs)
+    return places
+
 
 # What undoes the registration; it is empty while there is none.
 _undo: list[ExitStack] = []
 
 
 def register() -> None:
-    """Let Transformers and PEFT treat model_type "mamba" as AnyMamba's.
+    """Let Transformers and PEFT treat the model types "mamba" and "falcon_mamba" as AnyMamba's.
 
     From then on `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
     `pipeline("text-generation")` build AnyMamba's classes, with the tokenizers they would use
@@ -51,7 +59,7 @@ def register() -> None:
     were imported before work on. Calling it again changes nothing.
 
     Example:
-        >>> from transformers import AutoModelForCausalLM
+        >>> from anymamba import MambaConfig
         >>> register()
         >>> config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1)
         >>> type(AutoModelForCausalLM.from_config(config)).__module__
@@ -61,11 +69,13 @@ def register() -> None:
     if _undo:
         return
     with ExitStack() as undo:
-        undo.callback(_put(CONFIG_MAPPING, MambaConfig.model_type, MambaConfig))
-        for auto, model in _BUILT_BY.items():
-            undo.callback(_put(auto._model_mapping, MambaConfig, model))
-        for name, classes in _NAMED_IN.items():
-            undo.callback(_show_in(importlib.import_module(name), classes))
+        for name, classes in CLASSES.items():
+            undo.callback(_put(CONFIG_MAPPING, name, classes.config))
+            for auto, role in _BUILT_BY.items():
+                built = getattr(classes, role)
+                undo.callback(_put(auto._model_mapping, classes.config, built))
+        for place, shown in _named_in().items():
+            undo.callback(_show_in(importlib.import_module(place), shown))
         undo.callback(_read_all_layouts())
         undo.callback(patch_peft())
         _undo.append(undo.pop_all())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anymamba.arithmetic import load_core
+from anymamba.checkpoint.architecture import architecture_of
 from anymamba.errors import BackendError, ConfigError, InputError, MissingDependencyError
 from anymamba.processors import available_processors
 
@@ -59,9 +60,31 @@ def epsilon_of(
             f"the config has hidden_act {activation!r}, and the native core computes 'silu' only; "
             + remedy
         )
-    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    return _epsilon(config, "layer_norm_epsilon", 1e-5)
+
+
+def mixer_epsilon_of(config: Mapping[str, Any]) -> float | None:
+    """The epsilon of the norms of dt, B and C, or None where the model has none.
+
+    Args:
+        config: fields in Transformers' names.
+
+    Raises:
+        ConfigError: it makes no sense.
+
+    Example:
+        >>> mixer_epsilon_of({"model_type": "falcon_mamba"}), mixer_epsilon_of({})
+        (1e-06, None)
+    """
+    if not architecture_of(config).norms_maps:
+        return None
+    return _epsilon(config, "mixer_rms_eps", 1e-6)
+
+
+def _epsilon(config: Mapping[str, Any], name: str, default: float) -> float:
+    epsilon = config.get(name, default)
     if type(epsilon) not in (int, float) or not 0 <= epsilon < 1:
-        raise ConfigError(f"the config has layer_norm_epsilon {epsilon!r}, expected 0 to 1")
+        raise ConfigError(f"the config has {name} {epsilon!r}, expected 0 to 1")
     return float(epsilon)
 
 

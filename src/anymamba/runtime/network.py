@@ -17,19 +17,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.arithmetic import check_matmul_dtype, matmul_dtype_from_environment
-from anymamba.checkpoint import model_shape
+from anymamba.checkpoint import ModelShape, model_shape
 from anymamba.checkpoint.architecture import (
     EMBEDDINGS,
     FINAL_NORM,
     HEAD,
-    MAMBA,
+    architecture_of,
     in_layer,
     is_matrix,
 )
 from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.errors import CheckpointError, ConfigError, InputError
-from anymamba.runtime.native import core, epsilon_of, wanted_threads
+from anymamba.runtime.native import core, epsilon_of, mixer_epsilon_of, wanted_threads
 from anymamba.runtime.state import BatchState
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Network:
         self._check_files = weights.check
         self._tensors = weights.tensors
         self._core = core()
-        self._model = self._core.Model(*_table(weights), constant=True)
+        self._model = self._core.Model(**_table(weights), constant=True)
 
     def step(self, blocks: BatchState, tokens_b: NDArray[np.int64]) -> None:
         """Let each text read one token; `blocks` and their logits advance in place."""
@@ -198,21 +198,40 @@ def _wanted_matmul_dtype(name: str | None, tensors: Mapping[str, Tensor]) -> str
     return name
 
 
-def _table(weights: Weights) -> tuple[Any, ...]:
-    """What the core's model is made of: embeddings, head, norm, epsilon, layers."""
+def _table(weights: Weights) -> dict[str, Any]:
+    """What the core's model is made of."""
     config, tensors = weights.config, weights.tensors
     try:
-        epsilon = epsilon_of(config)
+        eps, mixer_eps = epsilon_of(config), mixer_epsilon_of(config)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    layers = [_layer(tensors, index) for index in range(model_shape(config).n_layer)]
-    embeddings, head = tensors[EMBEDDINGS], tensors.get(HEAD, tensors[EMBEDDINGS])
-    norm = tensors[FINAL_NORM]
-    return _given(embeddings), _given(head), norm, epsilon, layers
+    shape = model_shape(config)
+    norms = {} if mixer_eps is None else weightless_norms(shape)
+    core_layer, layers = architecture_of(config).core_layer, range(shape.n_layer)
+    return {
+        "embeddings": _given(tensors[EMBEDDINGS]),
+        "head": _given(tensors.get(HEAD, tensors[EMBEDDINGS])),
+        "norm": tensors[FINAL_NORM],
+        "eps": eps,
+        "mixer_eps": mixer_eps or 0.0,
+        "layers": [core_layer(partial(_of_layer, tensors, index)) | norms for index in layers],
+    }
 
 
-def _layer(tensors: Mapping[str, Tensor], index: int) -> dict[str, Any]:
-    return MAMBA.core_layer(lambda name: _given(tensors.get(in_layer(index, name))))
+def _of_layer(tensors: Mapping[str, Tensor], index: int, name: str) -> Any:
+    return _given(tensors.get(in_layer(index, name)))
+
+
+def weightless_norms(shape: ModelShape) -> dict[str, NDArray[np.float32]]:
+    """The gains of the norms of dt, B and C by the core's names: ones, for there are none.
+
+    Example:
+        >>> from anymamba.checkpoint import ModelShape, model_shape
+        >>> weightless_norms(model_shape({"state_size": 2}))["B_norm"].tolist()
+        [1.0, 1.0]
+    """
+    widths = {"dt_norm": shape.dt_rank, "B_norm": shape.d_state, "C_norm": shape.d_state}
+    return {name: np.ones(width, np.float32) for name, width in widths.items()}
 
 
 def _given(tensor: Tensor | None) -> Any:

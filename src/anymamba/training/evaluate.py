@@ -166,7 +166,7 @@ def harness_model(
     from lm_eval.models.huggingface import HFLM
     from transformers.utils.logging import disable_progress_bar
 
-    from anymamba.modeling import MambaForCausalLM
+    from anymamba.modeling.auto import load_causal_lm
     from anymamba.training.data import stored_tokenizer
     from anymamba.training.load_trainable import check_weights
 
@@ -176,7 +176,7 @@ def harness_model(
     place = find_device(device)
     dtype = dtype or ("float32" if place.type == "cpu" else "auto")
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    loaded: Any = MambaForCausalLM.from_pretrained(model, dtype=wanted)
+    loaded: Any = load_causal_lm(model, dtype=wanted)
     loaded.to(place)
     check_weights(loaded)
     # The harness looks for one of Transformers' formats here; the layers are in place already.

@@ -11,6 +11,7 @@ from anymamba.checkpoint.architecture import role_of
 from anymamba.checkpoint.finite import broken_tensor
 from anymamba.errors import ConfigError
 from anymamba.modeling import MambaForCausalLM
+from anymamba.modeling.auto import load_causal_lm
 
 
 def open_trainable(model: str | os.PathLike[str]) -> MambaForCausalLM:
@@ -23,7 +24,7 @@ def open_trainable(model: str | os.PathLike[str]) -> MambaForCausalLM:
         CheckpointError: it is missing or broken, or a weight is NaN or infinite.
         ConfigError: its weights are kept in 8 or 4 bits, which have no gradients.
     """
-    found: MambaForCausalLM = MambaForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found: MambaForCausalLM = load_causal_lm(model, dtype=torch.float32)
     quantization = getattr(found.config, "quantization_config", None)
     if quantization is not None:
         raise ConfigError(

@@ -14,6 +14,12 @@ from anymamba.renamed import old_names
 
 __getattr__ = old_names(__name__)
 
+NORMS_MAPS = "mamba.ssm.dt_b_c_rms"
+"""Whether a Mamba is a Falcon-Mamba."""
+
+MIXER_EPSILON = "anymamba.mixer_rms_eps"
+"""The epsilon of a Falcon-Mamba's norms of dt, B and C. llama.cpp takes that of the layers."""
+
 _OURS = {row.gguf: row.name for row in (*MAMBA.outside, *MAMBA.layer) if row.gguf}
 _GGUF = {ours: theirs for theirs, ours in _OURS.items()}
 _IN_LAYER = {row.name for row in MAMBA.layer}

@@ -20,11 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import TensorRecord, check_tensors, expected_shapes, model_shape
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, MAMBA, in_layer, is_matrix, role_of
+from anymamba.checkpoint.architecture import (
+    EMBEDDINGS,
+    FALCON_MAMBA,
+    HEAD,
+    MAMBA,
+    in_layer,
+    is_matrix,
+    role_of,
+)
 from anymamba.checkpoint.dtypes import DTYPES, as_float32
 from anymamba.checkpoint.gguf.blocks import KEPT, PLAIN, kept_blocks, widened
 from anymamba.checkpoint.gguf.header import GgufHeader
-from anymamba.checkpoint.gguf.names import from_gguf_name
+from anymamba.checkpoint.gguf.names import MIXER_EPSILON, NORMS_MAPS, from_gguf_name
 from anymamba.checkpoint.gguf.parts import read_gguf_files
 from anymamba.checkpoint.gguf.tokenizer import CHAT_TEMPLATE, tokenizer_json
 from anymamba.checkpoint.io import shown
@@ -163,10 +171,10 @@ class GgufTensors(StoredTensors):
 def _by_our_names(header: GgufHeader) -> dict[str, TensorRecord]:
     """The tensors' places by Transformers' names, if the file is of a Mamba at all."""
     architecture = header.metadata.get("general.architecture")
-    if architecture != MAMBA.name:
+    if architecture != MAMBA.gguf:
         raise CheckpointError(
             f"{str(header.file)!r} is a model of architecture {shown(architecture)}, expected "
-            "'mamba'; AnyMamba reads pure Mamba-1 models only"
+            f"{MAMBA.gguf!r}: AnyMamba reads Mamba and Falcon-Mamba"
         )
     return {from_gguf_name(name): record for name, record in header.tensors.items()}
 
@@ -177,15 +185,16 @@ def _config(header: GgufHeader, records: Mapping[str, TensorRecord]) -> dict[str
     if missing or EMBEDDINGS not in records:
         what = ", ".join(missing) or "the tensor token_embd.weight"
         raise ConfigError(f"it lacks {what}; convert the model anew")
-    if metadata.get("mamba.ssm.dt_b_c_rms"):
-        raise ConfigError(
-            "mamba.ssm.dt_b_c_rms is true: this is a Falcon Mamba, which has norms that Mamba-1 "
-            "lacks; AnyMamba reads pure Mamba-1 models only"
-        )
-    config: dict[str, Any] = {"model_type": "mamba"}
+    norms_maps = metadata.get(NORMS_MAPS, False)
+    if type(norms_maps) is not bool:
+        raise ConfigError(f"{NORMS_MAPS} is {shown(norms_maps)}, expected true or false")
+    config: dict[str, Any] = {"model_type": (FALCON_MAMBA if norms_maps else MAMBA).name}
     config |= {ours: metadata[theirs] for theirs, ours in _COUNTS.items()}
     config["expand"] = _expand(metadata)
-    config["layer_norm_epsilon"] = _epsilon(metadata[_EPSILON])
+    config["layer_norm_epsilon"] = _epsilon(_EPSILON, metadata[_EPSILON])
+    if norms_maps:  # llama.cpp has one epsilon for all norms
+        key = MIXER_EPSILON if MIXER_EPSILON in metadata else _EPSILON
+        config["mixer_rms_eps"] = _epsilon(key, metadata[key])
     config["vocab_size"] = metadata.get("mamba.vocab_size", records[EMBEDDINGS].shape[0])
     config["use_bias"] = False
     config["use_conv_bias"] = in_layer(0, "mixer.conv1d.bias") in records
@@ -206,9 +215,9 @@ def _expand(metadata: Mapping[str, Any]) -> int:
     return inner // width
 
 
-def _epsilon(value: Any) -> float:
+def _epsilon(key: str, value: Any) -> float:
     if not isinstance(value, float) or not math.isfinite(value) or value < 0:
-        raise ConfigError(f"{_EPSILON} is {shown(value)}, expected a number of at least 0")
+        raise ConfigError(f"{key} is {shown(value)}, expected a number of at least 0")
     return float(str(np.float32(value)))  # the 1e-05 that was meant, not its float32
 
 

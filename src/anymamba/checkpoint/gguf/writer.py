@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_atomically
-from anymamba.checkpoint.architecture import is_matrix, role_of
+from anymamba.checkpoint.architecture import architecture_of, is_matrix, role_of
 from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
-from anymamba.checkpoint.gguf.names import to_gguf_name
+from anymamba.checkpoint.gguf.names import MIXER_EPSILON, to_gguf_name
 from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_tokenizer
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.tokenizer import tokenizer_from_json
@@ -30,7 +30,7 @@ GGUF_WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
 _CONTEXT = 1 << 20  # a Mamba has no limit; llama.cpp refuses to go beyond this
-_EPSILON = 1e-5
+_EPSILON, _MIXER_EPSILON = 1e-5, 1e-6  # where the config says nothing
 _PROBE_BYTES = 1 << 20
 
 
@@ -74,7 +74,7 @@ def write_gguf(
     gguf = import_gguf()
 
     def write(unfinished: Path) -> None:
-        writer = gguf.GGUFWriter(unfinished, arch="mamba")
+        writer = gguf.GGUFWriter(unfinished, arch=architecture_of(config).gguf)
         try:
             _add_settings(writer, config, shape, weights)
             _add_tokenizer(writer, config, shape, tokenizer_json, chat_template)
@@ -117,7 +117,8 @@ def _checked(config: Mapping[str, Any], weights: str) -> ModelShape:
 
 
 def _add_settings(writer: Any, config: Mapping[str, Any], shape: ModelShape, weights: str) -> None:
-    writer.add_name("mamba")
+    architecture = architecture_of(config)
+    writer.add_name(architecture.name)
     writer.add_file_type(_FILE_TYPES[weights])
     if weights.startswith("q"):
         writer.add_quantization_version(2)
@@ -132,6 +133,9 @@ def _add_settings(writer: Any, config: Mapping[str, Any], shape: ModelShape, wei
     writer.add_ssm_time_step_rank(shape.dt_rank)
     writer.add_layer_norm_rms_eps(config.get("layer_norm_epsilon", _EPSILON))
     writer.add_vocab_size(shape.vocab_size)
+    if architecture.norms_maps:
+        writer.add_ssm_dt_b_c_rms(True)
+        writer.add_float32(MIXER_EPSILON, config.get("mixer_rms_eps", _MIXER_EPSILON))
 
 
 def _add_tokenizer(

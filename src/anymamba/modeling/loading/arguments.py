@@ -12,8 +12,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from anymamba.checkpoint.architecture import ARCHITECTURES
 from anymamba.errors import InputError
-from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.config import CONFIGS
 
 PLACE = {
     "revision": "revision",
@@ -113,26 +114,47 @@ def make_config(cls: Any, stored: Mapping[str, Any], arguments: dict[str, Any]) 
     config_class = cls.config_class
     if given is not None:
         stored = config_class.get_config_dict(given)[0]
+    check_architecture(cls, stored.get("model_type"))
     fields = {name: arguments.pop(name) for name in list(arguments) if name not in _LOADERS}
     config, unused = config_class.from_dict(dict(stored), return_unused_kwargs=True, **fields)
     arguments |= unused
     return config
 
 
-def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config as our models take it: Transformers' own Mamba config becomes ours.
+def check_architecture(cls: Any, found: object) -> None:
+    """Refuse a model of another architecture than a class builds: it would compute something else.
 
     Args:
-        config: any config; of another class than Transformers' `MambaConfig` it stays.
+        cls: the model's class.
+        found: the `model_type` of the model; None where nothing says.
+
+    Raises:
+        InputError: the message names both, and the class to use.
+    """
+    wanted = cls.config_class.model_type
+    if found in CONFIGS and wanted in CONFIGS and found != wanted:
+        raise InputError(
+            f"this is a model of type {found!r}, and {cls.__name__} builds {wanted!r}; use "
+            f"{ARCHITECTURES[str(found)].causal_lm}, or call anymamba.register() and use "
+            "AutoModelForCausalLM"
+        )
+
+
+def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config as our models take it: Transformers' own becomes ours.
+
+    Args:
+        config: any config; of another class than Transformers' it stays.
 
     Example:
         >>> import transformers
         >>> theirs = transformers.models.mamba.configuration_mamba.MambaConfig(hidden_size=64)
-        >>> type(own_config(theirs)) is MambaConfig
-        True
+        >>> type(own_config(theirs)).__module__
+        'anymamba.modeling.config'
     """
-    if config.model_type != "mamba" or isinstance(config, MambaConfig):
+    ours = CONFIGS.get(config.model_type)
+    if ours is None or isinstance(config, ours):
         return config
     if not type(config).__module__.startswith("transformers."):
         return config
-    return MambaConfig.from_dict(config.to_dict())  # type: ignore[no-any-return]
+    return ours.from_dict(config.to_dict())  # type: ignore[no-any-return]

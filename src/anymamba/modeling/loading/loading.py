@@ -23,7 +23,13 @@ from anymamba.checkpoint.shapes import check_repeated_head
 from anymamba.checkpoint.torch_weights import check_floating_point, load_named_tensors
 from anymamba.errors import CheckpointError, InputError
 from anymamba.modeling.gguf import gguf_config, gguf_state_dict
-from anymamba.modeling.loading.arguments import PASSED_ON, make_config, own_config, refuse_arguments
+from anymamba.modeling.loading.arguments import (
+    PASSED_ON,
+    check_architecture,
+    make_config,
+    own_config,
+    refuse_arguments,
+)
 from anymamba.modeling.loading.find import Found, find_model, load_adapter
 from anymamba.modeling.loading.quantized import is_ours, load_quantized
 from anymamba.modeling.loading.tensor_names import (
@@ -38,6 +44,7 @@ class FromAnyLayout:
     """Mixed in before `PreTrainedModel`: finds out what a checkpoint is, checks it, loads it."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        check_architecture(type(self), config.model_type)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         self.register_load_state_dict_pre_hook(rename_state_dict)  # type: ignore[attr-defined]
 

@@ -58,11 +58,12 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         torch.Size([1, 3, 256])
     """
 
+    backbone_class: type[MambaModel] = MambaModel
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
-        self.backbone = MambaModel(config)
+        self.backbone = self.backbone_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -76,7 +77,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
 
     def fused_parts(self) -> Iterator[Part]:
         """The modules that one call of the native core stands in for."""
-        return parts_of(self.config, self.backbone, self.lm_head)
+        return parts_of(self.config, self.backbone, self.lm_head, self.backbone_class)
 
     @takes_cache_params
     def forward(

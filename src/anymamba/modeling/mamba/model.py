@@ -62,6 +62,8 @@ class MambaBlock(GradientCheckpointingLayer):
         config, layer_idx, initialize_mixer_weights: as for `MambaMixer`.
     """
 
+    mixer_class: type[MambaMixer] = MambaMixer
+
     def __init__(
         self, config: MambaConfig, layer_idx: int, *, initialize_mixer_weights: bool = True
     ) -> None:
@@ -70,7 +72,7 @@ class MambaBlock(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
-        self.mixer = MambaMixer(config, layer_idx, initialize_mixer_weights)
+        self.mixer = self.mixer_class(config, layer_idx, initialize_mixer_weights)
 
     @takes_cache_params
     def forward(
@@ -132,6 +134,8 @@ class MambaModel(MambaPreTrainedModel):
         torch.Size([1, 3, 32])
     """
 
+    block_class: type[MambaBlock] = MambaBlock
+
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         # It is what runs where no kernel does, and so is not asked for where one is there.
@@ -141,7 +145,7 @@ class MambaModel(MambaPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             [
-                MambaBlock(config, layer_idx, initialize_mixer_weights=False)
+                self.block_class(config, layer_idx, initialize_mixer_weights=False)
                 for layer_idx in range(config.num_hidden_layers)
             ]
         )

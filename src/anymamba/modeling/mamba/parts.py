@@ -9,44 +9,55 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from anymamba.layers.native import Part, mixer_parts
-from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.config import FalconMambaConfig, MambaConfig
 from anymamba.modeling.mamba.mixer import MambaMixer
-from anymamba.modeling.mamba.model import MambaBlock, MambaModel, MambaRMSNorm
+from anymamba.modeling.mamba.model import MambaModel, MambaRMSNorm
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 
 
-def parts_of(config: MambaConfig, backbone: MambaModel, lm_head: nn.Module) -> Iterator[Part]:
+def parts_of(
+    config: MambaConfig,
+    backbone: MambaModel,
+    lm_head: nn.Module,
+    backbone_class: type[MambaModel] = MambaModel,
+) -> Iterator[Part]:
     """Every module of the model, with the class and the sizes that the core expects of it.
 
     Args:
         config: the language model's.
         backbone: the model without its head.
         lm_head: the head.
+        backbone_class: the class that belongs there; it names those of the blocks and mixers.
     """
+    block_class = backbone_class.block_class
     d, v = config.hidden_size, config.vocab_size
     embeddings = backbone.embeddings
     eps = {"variance_epsilon": getattr(backbone.norm_f, "variance_epsilon", None)}
     yield Part("lm_head", lm_head, _usual(lm_head, nn.Linear), (v, d), may_have_bias=False)
-    yield Part("backbone", backbone, MambaModel)
+    yield Part("backbone", backbone, backbone_class)
     table = _usual(embeddings, nn.Embedding)
     yield Part("embeddings", embeddings, table, (v, d), settings={"max_norm": None})
     yield Part("norm_f", backbone.norm_f, MambaRMSNorm)
     for index, block in enumerate(backbone.layers):
         name = f"layers.{index}"
-        yield Part(name, block, MambaBlock)
-        if type(block) is not MambaBlock:
+        yield Part(name, block, block_class)
+        if type(block) is not block_class:
             return
         yield Part(f"{name}.norm", block.norm, MambaRMSNorm, settings=eps)
-        yield from _parts_of_mixer(config, f"{name}.mixer", block.mixer)
-        if type(block.mixer) is not MambaMixer:
+        yield from _parts_of_mixer(config, f"{name}.mixer", block.mixer, block_class.mixer_class)
+        if type(block.mixer) is not block_class.mixer_class:
             return
 
 
-def _parts_of_mixer(config: MambaConfig, name: str, mixer: Any) -> Iterator[Part]:
+def _parts_of_mixer(
+    config: MambaConfig, name: str, mixer: Any, mixer_class: type[MambaMixer]
+) -> Iterator[Part]:
     n, r = config.state_size, int(config.time_step_rank)
-    settings = {"ssm_state_size": n, "time_step_rank": r}
-    yield Part(name, mixer, MambaMixer, settings=settings)
-    if type(mixer) is not MambaMixer:
+    settings: dict[str, object] = {"ssm_state_size": n, "time_step_rank": r}
+    if isinstance(config, FalconMambaConfig):
+        settings["rms_eps"] = config.mixer_rms_eps
+    yield Part(name, mixer, mixer_class, settings=settings)
+    if type(mixer) is not mixer_class:
         return
     yield Part(f"{name}.act", mixer.act, nn.SiLU if type(mixer.act) is nn.SiLU else SiLUActivation)
     sizes = (config.hidden_size, config.intermediate_size, n, r)

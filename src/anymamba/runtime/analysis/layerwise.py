@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint.architecture import MAMBA, in_layer
+from anymamba.checkpoint.architecture import architecture_of, in_layer
 from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.renamed import old_names
-from anymamba.runtime.native import core, epsilon_of
+from anymamba.runtime.native import core, epsilon_of, mixer_epsilon_of
 
 __getattr__ = old_names(__name__)
 
@@ -62,6 +62,7 @@ class Layer:
         D: (e,), the share of x that passes by the state.
         out_proj, out_proj_bias: (d, e), and (d,) or None.
         epsilon: of the norm.
+        mixer_epsilon: of the norms of dt, B and C, or None where there are none.
     """
 
     norm: NDArray[np.float32]
@@ -77,6 +78,7 @@ class Layer:
     out_proj: Matrix
     out_proj_bias: NDArray[np.float32] | None
     epsilon: float
+    mixer_epsilon: float | None
 
     @classmethod
     def read(
@@ -93,9 +95,11 @@ class Layer:
             config: fields in Transformers' names.
         """
 
-        tensors = MAMBA.core_layer(lambda name: tensor(in_layer(index, name)))
+        tensors = architecture_of(config).core_layer(lambda name: tensor(in_layer(index, name)))
         tensors["conv_weight"] = np.ascontiguousarray(tensors["conv_weight"])
-        return cls(A=-np.exp(tensors.pop("A_log")), **tensors, epsilon=epsilon_of(config))
+        tensors["A"] = -np.exp(tensors.pop("A_log"))
+        tensors["mixer_epsilon"] = mixer_epsilon_of(config)
+        return cls(**tensors, epsilon=epsilon_of(config))
 
     def normed(self, hidden_bld: NDArray[np.float32]) -> NDArray[np.float32]:
         """What `in_proj` reads, (b, l, d)."""
@@ -111,13 +115,16 @@ class Layer:
             x_ble, self.conv_weight, self.conv_bias, True, None, None, 0, False, convolved, None
         )
         projected = linear(convolved, self.x_proj)
-        return Selected(
-            x_ble=convolved,
-            z_ble=z_ble,
-            dt_ble=linear(projected[..., :r], self.dt_proj),
-            B_bln=projected[..., r : r + n],
-            C_bln=projected[..., r + n :],
+        low_rank, B_bln, C_bln = (
+            self._mapped(part) for part in np.split(projected, [r, r + n], -1)
         )
+        return Selected(convolved, z_ble, linear(low_rank, self.dt_proj), B_bln, C_bln)
+
+    def _mapped(self, part: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A part of what x_proj gave, after its norm where the architecture has one."""
+        if self.mixer_epsilon is None:
+            return part
+        return normed(part, np.ones(part.shape[-1], np.float32), self.mixer_epsilon)
 
     def mixed(self, normed_bld: NDArray[np.float32]) -> NDArray[np.float32]:
         """What `out_proj` reads, (b, l, e): convolved, scanned and gated, each text by itself."""

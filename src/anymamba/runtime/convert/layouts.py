@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anymamba.checkpoint import Layout, ModelShape, model_shape
+from anymamba.checkpoint.architecture import architecture_of
 from anymamba.checkpoint.config import LAYER_FIELDS, MODEL_FIELDS
 from anymamba.checkpoint.dtypes import DTYPES
 from anymamba.checkpoint.io import shown
@@ -37,6 +38,11 @@ def config_of_layout(config: Mapping[str, Any], layout: Layout, dtype: str) -> d
     shape = model_shape(config)
     if layout == "transformers":
         return _transformers(config, shape, dtype)
+    if architecture_of(config).norms_maps:
+        raise ConfigError(
+            f"the layout {layout!r} has no Falcon-Mamba: its programs would leave out the norms of "
+            "dt, B and C; keep the layout 'transformers', or write a GGUF file"
+        )
     for name, value in _FIXED.items():
         if config.get(name, value) != value:
             raise ConfigError(
@@ -70,9 +76,9 @@ def config_of_layout(config: Mapping[str, Any], layout: Layout, dtype: str) -> d
 def _transformers(config: Mapping[str, Any], shape: ModelShape, dtype: str) -> dict[str, Any]:
     kept = {name: value for name, value in config.items() if name != "torch_dtype"}
     return {
-        "architectures": ["MambaForCausalLM"],
+        "architectures": [architecture_of(config).causal_lm],
         **kept,
-        "model_type": "mamba",
+        "model_type": architecture_of(config).name,
         **shape.fields,
         "expand": shape.d_inner // shape.d_model,
         "dtype": DTYPES[dtype].torch,

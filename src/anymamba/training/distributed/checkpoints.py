@@ -29,9 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from anymamba.checkpoint.config import read_config
 from anymamba.checkpoint.io import flush_to_disk, user_path
 from anymamba.errors import CheckpointError
-from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.auto import CLASSES, new_causal_lm
 from anymamba.modeling.mamba import MambaForCausalLM
 
 _PROGRESS = "progress.json"
@@ -111,7 +112,8 @@ def export_sharded(
     """
     source = Path(user_path(folder))
     _progress_of(source)
-    model = MambaForCausalLM(MambaConfig.from_pretrained(source))
+    config_class = CLASSES[read_config(source)[1]["model_type"]].config
+    model = new_causal_lm(config_class.from_pretrained(source))
     parts = {"model": _model_part(model)}
     _read(source, parts, no_dist=True)
     set_model_state_dict(model, parts["model"], options=StateDictOptions(strict=False))

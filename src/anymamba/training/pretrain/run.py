@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError, InputError
 from anymamba.modeling import MambaConfig, MambaForCausalLM
+from anymamba.modeling.auto import load_causal_lm
 from anymamba.renamed import old_names
 from anymamba.training.data import TokenRow, open_tokenizer, texts_of, tokenize
 from anymamba.training.lifecycle import (
@@ -361,7 +362,7 @@ def finish(
     best = trainer.checkpoints / BEST
     model = trainer.mamba
     if settings.keep == "best" and best.is_dir() and progress.best_step:
-        model = MambaForCausalLM.from_pretrained(best)
+        model = load_causal_lm(best)
         figures["best_step"] = progress.best_step
     result = trainer.checkpoints / "result"
     store(model, result, settings.store, trainer.checkpoints, tokenizer)
@@ -381,7 +382,7 @@ def finish(
 
 def measure(folder: Path, validation: TokenRow, settings: Settings) -> dict[str, float]:
     """The losses of what was stored, computed in float32."""
-    stored = MambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stored = load_causal_lm(folder, dtype=torch.float32).eval()
     window = settings.evaluation_window or settings.window
     return {
         "validation_tokens": len(validation),

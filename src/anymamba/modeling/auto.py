@@ -1,0 +1,71 @@
+"""From a model's architecture to the classes that build it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from anymamba.checkpoint.config import read_config
+from anymamba.modeling.config import FalconMambaConfig, MambaConfig
+from anymamba.modeling.falcon_mamba import (
+    FalconMambaForCausalLM,
+    FalconMambaModel,
+    FalconMambaPreTrainedModel,
+)
+from anymamba.modeling.gguf import gguf_config
+from anymamba.modeling.loading.find import find_model
+from anymamba.modeling.mamba import MambaForCausalLM, MambaModel, MambaPreTrainedModel
+
+
+class Classes(NamedTuple):
+    """What builds the models of an architecture."""
+
+    config: type[MambaConfig]
+    pretrained: type[MambaPreTrainedModel]
+    model: type[MambaModel]
+    causal_lm: type[MambaForCausalLM]
+
+
+CLASSES = {
+    "mamba": Classes(MambaConfig, MambaPreTrainedModel, MambaModel, MambaForCausalLM),
+    "falcon_mamba": Classes(
+        FalconMambaConfig, FalconMambaPreTrainedModel, FalconMambaModel, FalconMambaForCausalLM
+    ),
+}
+"""The classes of each architecture, by the `model_type` of its config."""
+
+
+def load_causal_lm(name: str | os.PathLike[str], **kwargs: Any) -> MambaForCausalLM:
+    """Load a language model, whatever architecture it has.
+
+    Args:
+        name, **kwargs: as `MambaForCausalLM.from_pretrained` takes them.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        AnyMambaError: as `MambaForCausalLM.from_pretrained` raises.
+
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> type(load_causal_lm(bundled_model())).__name__
+        'MambaForCausalLM'
+    """
+    found = find_model(name, dict(kwargs))
+    config = gguf_config(found.path) if found.is_gguf else read_config(found.path)[1]
+    return CLASSES[config.get("model_type", "mamba")].causal_lm.from_pretrained(name, **kwargs)
+
+
+def new_causal_lm(config: MambaConfig) -> MambaForCausalLM:
+    """A language model with initial weights.
+
+    Args:
+        config: of any architecture.
+
+    Example:
+        >>> config = FalconMambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
+        >>> type(new_causal_lm(config)).__name__
+        'FalconMambaForCausalLM'
+    """
+    return CLASSES[config.model_type].causal_lm(config)
