@@ -43,6 +43,8 @@ def _named_in() -> dict[str, dict[str, type]]:
     return places
 
 
+_NAMED_IN = _named_in()
+
 # What undoes the registration; it is empty while there is none.
 _undo: list[ExitStack] = []
 
@@ -74,7 +76,7 @@ def register() -> None:
             for auto, role in _BUILT_BY.items():
                 built = getattr(classes, role)
                 undo.callback(_put(auto._model_mapping, classes.config, built))
-        for place, shown in _named_in().items():
+        for place, shown in _NAMED_IN.items():
             undo.callback(_show_in(importlib.import_module(place), shown))
         undo.callback(_read_all_layouts())
         undo.callback(patch_peft())
