@@ -22,10 +22,7 @@ from tests.support.reference import words
 from tests.support.tolerance import assert_same
 
 # What each adds to a config; an epsilon far from the default shows where it is lost.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "mamba": {},
-    "falcon_mamba": {"mixer_rms_eps": 0.125},
-}
+ARCHITECTURES: dict[str, dict[str, Any]] = {"mamba": {}, "falcon_mamba": {"mixer_rms_eps": 0.125}}
 IDS = words(70)
 
 

@@ -84,7 +84,8 @@ def test_every_type_of_the_package_has_the_same_name_here(file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"mamba__ssm__dt_b_c_rms": True}, "Falcon"),
+        ({"mamba__ssm__dt_b_c_rms": 3}, "mamba.ssm.dt_b_c_rms is 3"),
+        ({"mamba__ssm__dt_b_c_rms": True, "anymamba__mixer_rms_eps": "1"}, "mixer_rms_eps is '1'"),
         ({"mamba__ssm__inner_size": 63}, "inner_size"),
         ({"mamba__ssm__inner_size": 96}, "in_proj.weight is 128×32, expected 192×32"),
         ({"mamba__block_count": 3}, "layers.2"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from anymamba.checkpoint.gguf.header import read_gguf_header
 from anymamba.checkpoint.gguf.reader import read_gguf
@@ -118,6 +118,42 @@ def test_llama_cpp_makes_the_same_tokens(file: Path) -> None:
         expected = theirs.tokenize(text.encode(), add_bos=False, special=True)
         assert ours.encode(text).ids == expected, text
         assert tokenizer.encode(text).ids == expected, text
+
+
+@pytest.fixture
+def falcon() -> Tokenizer:
+    """The tests' tokens behind the rule of Falcon's tokenizer.json."""
+    made = files.tokenizer()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ]
+    )
+    return made
+
+
+def test_falcon_s_rule_there_and_back(falcon: Tokenizer, file: Path) -> None:
+    write_gguf(file, CONFIG, files.tensors(), tokenizer_json=falcon.to_str())
+    metadata = read_gguf_header(file).metadata
+    assert metadata["tokenizer.ggml.pre"] == "falcon"
+    del metadata["tokenizer.huggingface.json"]
+    from_lists = tokenizer_json(metadata, "the lists")
+    assert from_lists is not None
+    again = Tokenizer.from_str(from_lists)
+    for text in (TEXT, "1234567 is't... (a) -- b?!", "éé12é345!!  x"):
+        assert again.encode(text).ids == falcon.encode(text).ids
+
+
+def test_llama_cpp_splits_as_falcon_does(falcon: Tokenizer, file: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    write_gguf(file, CONFIG, files.tensors(), tokenizer_json=falcon.to_str())
+    theirs = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    for text in (TEXT, "1234567 isn't it (a) -- b?", "a    b  c", "12 345 6789", "x.y,z; \n\n q"):
+        expected = theirs.tokenize(text.encode(), add_bos=False, special=True)
+        assert falcon.encode(text).ids == expected, text
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "mpt", "olmo"])

@@ -2,8 +2,9 @@
 
 A header has two ways to hold one. `tokenizer.huggingface.json` is a whole tokenizer.json, and is
 taken where it is there. llama.cpp reads the other: lists of tokens, of their types and of merges,
-with `tokenizer.ggml.pre` for the rule that cuts text before the merges. Every published Mamba has
-the tokenizer of GPT-NeoX, whose rule is GPT-2's; llama.cpp knows that rule by several names.
+with `tokenizer.ggml.pre` for the rule that splits text before the merges. Published Mambas have the
+tokenizer of GPT-NeoX, whose rule is GPT-2's, which llama.cpp knows by several names; Falcon-Mamba
+has Falcon's, which also keeps punctuation apart and splits numbers into threes.
 """
 
 from __future__ import annotations
@@ -21,9 +22,22 @@ CHAT_TEMPLATE = "tokenizer.chat_template"
 _PREFIX = "tokenizer.ggml."
 # Names of GPT-2's rule. Files from before there was a name have none: those of Mambas mean it.
 _GPT2_RULES = ("gpt-2", "mpt", "olmo", "default")
+_FALCON_RULE = "falcon"
+_RULES = (*_GPT2_RULES, _FALCON_RULE)
 _NO_TOKENIZER = ("no_vocab", "none")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+_GPT2_SPLIT: dict[str, Any] = {**_BYTE_LEVEL, "use_regex": True}
+_THREES = {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}}
+_FALCON_SPLIT: dict[str, Any] = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Punctuation", "behavior": "Contiguous"},
+        _GPT2_SPLIT,
+        {"type": "Digits", "individual_digits": False},
+        {**_THREES, "behavior": "Isolated", "invert": False},
+    ],
+}
 
 
 def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
@@ -38,7 +52,8 @@ def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
         only known to fit together once a `tokenizers.Tokenizer` was made of it.
 
     Raises:
-        CheckpointError: the tokenizer is not byte-level BPE with GPT-2's rule, or is broken.
+        CheckpointError: the tokenizer is not byte-level BPE with GPT-2's or Falcon's rule, or is
+            broken.
 
     Example:
         >>> header = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a", "b", "ab"],
@@ -66,9 +81,9 @@ def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
         "padding": None,
         "added_tokens": _added(tokens, types),
         "normalizer": None,
-        "pre_tokenizer": {**_BYTE_LEVEL, "use_regex": True},
+        "pre_tokenizer": _FALCON_SPLIT if rule == _FALCON_RULE else _GPT2_SPLIT,
         "post_processor": _post_processor(metadata, tokens, where),
-        "decoder": {**_BYTE_LEVEL, "use_regex": True},
+        "decoder": _GPT2_SPLIT,
         "model": {
             "type": "BPE",
             "vocab": {t: i for i, t in enumerate(tokens) if types[i] != _UNUSED},
@@ -82,8 +97,8 @@ def _refuse_others(metadata: Mapping[str, Any], kind: Any, rule: Any, where: str
     defect = None
     if kind != "gpt2":
         defect = f"its kind is {shown(kind)}, expected 'gpt2', which is byte-level BPE"
-    elif rule not in _GPT2_RULES:
-        defect = f"it cuts text as {shown(rule)}, expected one of {', '.join(_GPT2_RULES)}"
+    elif rule not in _RULES:
+        defect = f"it splits text as {shown(rule)}, expected one of {', '.join(_RULES)}"
     elif metadata.get(_PREFIX + "add_space_prefix"):
         defect = "it puts a space before every text"
     if defect:
@@ -164,8 +179,8 @@ def llama_tokenizer(text: str, vocab_size: int) -> tuple[list[str], list[int], l
         vocab_size: the embedding table's rows. Rows without a token get one that is never used.
 
     Returns:
-        The tokens, their types, and the merges; None where llama.cpp would cut text differently,
-        since the tokenizer is not byte-level BPE with GPT-2's rule.
+        The tokens, their types, and the merges; None where llama.cpp would split text differently,
+        since the tokenizer is not byte-level BPE with GPT-2's or Falcon's rule.
 
     Raises:
         CheckpointError: the text is no tokenizer, or has tokens that the table lacks.
@@ -180,7 +195,7 @@ def llama_tokenizer(text: str, vocab_size: int) -> tuple[list[str], list[int], l
     try:
         fields = json.loads(text)
         model = fields["model"]
-        if not _is_gpt2(fields):
+        if llama_rule(fields) is None:
             return None
         ids: dict[str, int] = dict(model["vocab"])
         added = {token["content"]: token for token in fields.get("added_tokens") or ()}
@@ -205,19 +220,23 @@ def llama_tokenizer(text: str, vocab_size: int) -> tuple[list[str], list[int], l
     return tokens, types, merges
 
 
-def _is_gpt2(fields: Mapping[str, Any]) -> bool:
+def llama_rule(fields: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name of the rule by which a tokenizer splits text before the merges.
+
+    Args:
+        fields: of a tokenizer.json.
+
+    Returns:
+        "gpt-2", "falcon", or None where the tokenizer is no byte-level BPE with either.
+    """
     model, before = fields["model"], fields.get("pre_tokenizer") or {}
-    plain = not any(
-        model.get(name)
-        for name in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
-    )
-    return bool(
-        model.get("type") == "BPE"
-        and plain
-        and before.get("type") == "ByteLevel"
-        and not before.get("add_prefix_space", True)
-        and before.get("use_regex", True)
-    )
+    changes = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "dropout")
+    if model.get("type") != "BPE" or any(model.get(name) for name in changes):
+        return None
+    if before == _FALCON_SPLIT:
+        return _FALCON_RULE
+    splits = before.get("use_regex", True) and not before.get("add_prefix_space", True)
+    return _GPT2_RULES[0] if before.get("type") == "ByteLevel" and splits else None
 
 
 def _broken(where: str, defect: str) -> NoReturn:

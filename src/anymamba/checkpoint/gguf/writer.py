@@ -6,6 +6,7 @@ convolution, A, D and biases. A matrix whose rows are no whole number of blocks 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
 from anymamba.checkpoint.gguf.names import MIXER_EPSILON, to_gguf_name
-from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_tokenizer
+from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_rule, llama_tokenizer
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.tokenizer import tokenizer_from_json
 from anymamba.errors import ConfigError
@@ -161,7 +162,7 @@ def _add_tokenizer(
         return
     tokens, types, merges = lists
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(llama_rule(json.loads(text or "")))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)

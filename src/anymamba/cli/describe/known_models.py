@@ -75,6 +75,8 @@ class KnownModel:
         )
 
 
+_FALCON_LICENCE = "TII Falcon-Mamba License 2.0"
+
 # Sizes: table 12 of the paper (arXiv 2312.00752) for state-spaces', the cards for the others.
 KNOWN_MODELS = (
     KnownModel("state-spaces/mamba-130m-hf", "base", "apache-2.0", 768, 24),
@@ -89,6 +91,12 @@ KNOWN_MODELS = (
         note="trained on RefinedWeb, in English",
     ),
     KnownModel(
+        *("tiiuae/falcon-mamba-7b", "base", _FALCON_LICENCE, 4096, 64),
+        tied=False,
+        vocabulary=65024,
+        note="Falcon-Mamba, trained on 5.5 trillion tokens, mainly English",
+    ),
+    KnownModel(
         *("havenhq/mamba-chat", "chat", "apache-2.0", 2560, 64),
         pickled=True,
         note="mamba-2.8b tuned on 16,000 conversations of UltraChat; Zephyr's prompt format",
@@ -97,6 +105,12 @@ KNOWN_MODELS = (
         *("xiuyul/mamba-2.8b-zephyr", "chat", "apache-2.0", 2560, 64),
         pickled=True,
         note="mamba-2.8b-slimpj tuned on UltraChat, then by DPO on UltraFeedback",
+    ),
+    KnownModel(
+        *("tiiuae/falcon-mamba-7b-instruct", "chat", _FALCON_LICENCE, 4096, 64),
+        tied=False,
+        vocabulary=65024,
+        note="falcon-mamba-7b tuned to follow instructions; has a chat template",
     ),
 )
 """The smallest first, chat-tuned ones last."""

@@ -32,6 +32,7 @@ def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
         open_checkpoint,
         resolve,
     )
+    from anymamba.checkpoint.architecture import architecture_of
     from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 
     checkpoint = open_checkpoint(resolve(model, offline=offline))
@@ -46,6 +47,7 @@ def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
         "model": model,
         "folder": str(checkpoint.folder),
         "layout": checkpoint.layout,
+        "model_type": architecture_of(checkpoint.config).name,
         "architecture": shape.fields,
         "parameters": sum(math.prod(dimensions) for dimensions in expected.values()),
         "quantization": checkpoint.config["quantization_config"] if bits else None,
@@ -99,6 +101,7 @@ def as_text(facts: dict[str, Any]) -> str:
         ("model", facts["model"]),
         ("folder", facts["folder"]),
         ("layout", facts["layout"]),
+        ("model type", facts["model_type"]),
         ("parameters", f"{facts['parameters']:,}"),
         ("stored as", types or "a pickle, which does not tell before it is loaded"),
         ("quantized", quantization_in_words(facts["quantization"])),

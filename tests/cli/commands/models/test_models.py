@@ -29,16 +29,17 @@ def config_of(model: KnownModel) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("130m", 129_135_360),
-        ("370m", 371_516_416),
-        ("790m", 793_204_224),
-        ("1.4b", 1_372_178_432),
-        ("2.8b", 2_768_345_600),
+        ("state-spaces/mamba-130m-hf", 129_135_360),
+        ("state-spaces/mamba-370m-hf", 371_516_416),
+        ("state-spaces/mamba-790m-hf", 793_204_224),
+        ("state-spaces/mamba-1.4b-hf", 1_372_178_432),
+        ("state-spaces/mamba-2.8b-hf", 2_768_345_600),
+        ("tiiuae/falcon-mamba-7b", 7_272_665_088),
     ],
 )
 def test_parameters_are_the_published_ones(name: str, parameters: int) -> None:
     found = {model.name: model.parameters for model in KNOWN_MODELS}
-    assert found[f"state-spaces/mamba-{name}-hf"] == parameters
+    assert found[name] == parameters
 
 
 @pytest.mark.parametrize("tied", [True, False])
