@@ -14,7 +14,10 @@ from anymamba.checkpoint.gguf.names import from_gguf_name, to_gguf_name
 PACKAGE = Path(anymamba.__file__).parent
 CONFIG = {"num_hidden_layers": 2, "use_bias": True, "tie_word_embeddings": False}
 # Who has the tensors as attributes: the specification, and the layers.
-OWNERS = ("minimal.py", "checkpoint/architecture.py", "layers/", "dropin/", "modeling/mamba/mixer")
+OWNERS = (
+    *("minimal.py", "minimal_mamba2.py", "checkpoint/architecture.py", "layers/", "dropin/"),
+    *("modeling/mamba/mixer", "modeling/mamba2/mixer"),
+)
 
 
 def test_every_tensor_has_a_role() -> None:

@@ -19,6 +19,8 @@ from tests.support.layouts import (
     write_config,
 )
 
+MAMBA2 = {"layer": "Mamba2", "headdim": 4}
+
 
 def refusal(folder) -> str:
     with pytest.raises(CheckpointError) as caught:
@@ -99,6 +101,32 @@ def test_the_published_original_config(tmp_path):
     assert shapes["backbone.layers.23.mixer.x_proj.weight"] == (80, 1536)
 
 
+def test_the_original_layout_of_mamba2(tmp_path):
+    """What state-spaces/mamba2-130m says, and the sizes of its tensors."""
+    fields = {
+        "d_model": 768,
+        "d_intermediate": 0,
+        "n_layer": 24,
+        "vocab_size": 50277,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": 16,
+        "tie_embeddings": True,
+    }
+    layout, config = read_config(write_config(tmp_path, fields))
+    shapes = expected_shapes(config)
+    assert (layout, config["num_heads"], config["n_groups"]) == ("original", 24, 1)
+    assert shapes["backbone.embeddings.weight"] == (50288, 768)
+    assert shapes["backbone.layers.23.mixer.in_proj.weight"] == (3352, 768)
+    assert shapes["backbone.layers.0.mixer.conv1d.weight"] == (1792, 1, 4)
+    assert shapes["backbone.layers.0.mixer.A_log"] == (24,)
+    assert "lm_head.weight" not in shapes
+
+
 @pytest.mark.parametrize("multiple", [1, 7, 8, 16])
 def test_padding(tmp_path, multiple):
     fields = MINIMAL_CONFIG | {"vocab_size": 13, "pad_vocab_size_multiple": multiple}
@@ -116,11 +144,18 @@ def test_transformers_fields_are_kept(tmp_path):
     ("fields", "said"),
     [
         ({"model_type": "llama"}, "'llama'"),
-        ({"model_type": "mamba2"}, "'mamba2'"),
+        ({"model_type": "bamba"}, "'bamba'"),
         ({"model_type": ["mamba"]}, "['mamba']"),
         ({}, "d_model, n_layer, vocab_size"),
         ({"d_model": 4}, "n_layer, vocab_size"),
-        (ORIGINAL_CONFIG | {"ssm_cfg": {"layer": "Mamba2"}}, "'Mamba2'"),
+        (ORIGINAL_CONFIG | {"ssm_cfg": {"layer": "Mamba3"}}, "'Mamba3'"),
+        (ORIGINAL_CONFIG | {"ssm_cfg": {"layer": "Mamba2"}}, "headdim is 64"),
+        (ORIGINAL_CONFIG | {"ssm_cfg": MAMBA2 | {"ngroups": 5}}, "n_groups 5"),
+        (ORIGINAL_CONFIG | {"ssm_cfg": MAMBA2 | {"norm_before_gate": True}}, "norm_before_gate"),
+        (ORIGINAL_CONFIG | {"ssm_cfg": MAMBA2 | {"rmsnorm": False}}, "rmsnorm is False"),
+        (ORIGINAL_CONFIG | {"ssm_cfg": MAMBA2 | {"dt_rank": 4}}, "'dt_rank'"),
+        ({"model_type": "mamba2", "num_heads": 3}, "num_heads 3 times head_dim 64"),
+        ({"model_type": "mamba2", "n_groups": 0}, "n_groups"),
         (ORIGINAL_CONFIG | {"ssm_cfg": {"headdim": 64}}, "'headdim'"),
         (ORIGINAL_CONFIG | {"ssm_cfg": [1]}, "ssm_cfg"),
         (ORIGINAL_CONFIG | {"attn_layer_idx": [3]}, "attn_layer_idx is [3]"),

@@ -8,6 +8,7 @@ Shapes are written in the letters of `anymamba.minimal`:
 
     v  vocabulary      d  model width     e  inner width
     n  states          r  rank of dt      k  convolution width
+    h  heads           p  head's width    m  B's width in all groups, g n
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 Role = Literal["large matrix", "small matrix", "convolution", "vector", "decay"]
 """What a tensor is for. A large matrix may be quantized; a small one is sensitive, and bfloat16 at
 least. The others stay as they are, or float32. The decay is A, as the logarithm of its negative."""
+
+
+def _dimensions(shape: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    known = {"1": 1, **sizes}
+    words = [word.split("+") for word in shape.split()]
+    return tuple(sum(int(t[:-1] or 1) * known[t[-1]] for t in terms) for terms in words)
 
 
 @dataclass(frozen=True)
@@ -68,9 +75,7 @@ class TensorRow:
             >>> TensorRow("x", "r+2n e", "small matrix", "x", None).dimensions(dict(r=3, n=4, e=8))
             (11, 8)
         """
-        known = {"1": 1, **sizes}
-        words = [word.split("+") for word in self.shape.split()]
-        return tuple(sum(int(t[:-1] or 1) * known[t[-1]] for t in terms) for terms in words)
+        return _dimensions(self.shape, sizes)
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class Architecture:
         layer: the tensors of each layer.
         norm: the scale of the norm after the last layer.
         head: the language model's head.
+        window, state: the shapes of what a layer carries from token to token.
+        defaults: Transformers' values of the fields that decide the shapes.
         norms_maps: whether each mixer norms dt, B and C, without a gain.
     """
 
@@ -95,6 +102,9 @@ class Architecture:
     layer: tuple[TensorRow, ...]
     norm: TensorRow
     head: TensorRow
+    window: str
+    state: str
+    defaults: Mapping[str, int | bool]
     norms_maps: bool = False
 
     @property
@@ -124,6 +134,18 @@ class Architecture:
             shapes |= {in_layer(index, name): numbers for name, numbers in layer.items()}
         rest = (row for row in (self.norm, self.head) if has(row))
         return shapes | {row.name: row.dimensions(shape.sizes) for row in rest}
+
+    def states(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of a layer's window and state.
+
+        Args:
+            sizes: the number that each letter stands for.
+
+        Example:
+            >>> MAMBA.states({"e": 16, "n": 8, "k": 4})
+            ((16, 4), (16, 8))
+        """
+        return _dimensions(self.window, sizes), _dimensions(self.state, sizes)
 
     def core_layer(self, get: Callable[[str], Any]) -> dict[str, Any]:
         """A layer's tensors by the names that the native core has for them.
@@ -182,6 +204,19 @@ MAMBA = Architecture(
     ),
     norm=TensorRow("backbone.norm_f.weight", "d", "vector", "norm_f", "output_norm.weight"),
     head=TensorRow("lm_head.weight", "v d", "large matrix", "head", "output.weight", "untied"),
+    window="e k",
+    state="e n",
+    defaults={
+        "vocab_size": 50280,
+        "hidden_size": 768,
+        "state_size": 16,
+        "num_hidden_layers": 32,
+        "expand": 2,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": True,
+    },
 )
 """Mamba-1, as Transformers names its tensors."""
 
@@ -190,7 +225,47 @@ FALCON_MAMBA = replace(
 )
 """Falcon-Mamba. llama.cpp tells it from Mamba by `mamba.ssm.dt_b_c_rms`."""
 
-ARCHITECTURES = {architecture.name: architecture for architecture in (MAMBA, FALCON_MAMBA)}
+MAMBA2 = replace(
+    MAMBA,
+    name="mamba2",
+    gguf="mamba2",
+    causal_lm="Mamba2ForCausalLM",
+    layer=(
+        TensorRow("norm.weight", "d", "vector", "norm", "attn_norm.weight"),
+        # The gate z, x, B, C and what the step size is made of.
+        TensorRow("mixer.in_proj.weight", "2e+2m+h d", "large matrix", "in_proj", "ssm_in.weight"),
+        TensorRow("mixer.in_proj.bias", "2e+2m+h", "vector", "in_proj_bias", None, "bias"),
+        # One filter a channel of x, B and C.
+        TensorRow(
+            "mixer.conv1d.weight", "e+2m 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"
+        ),
+        TensorRow(
+            "mixer.conv1d.bias", "e+2m", "vector", "conv_bias", "ssm_conv1d.bias", "conv_bias"
+        ),
+        TensorRow("mixer.dt_bias", "h", "vector", "dt_bias", "ssm_dt.bias"),
+        TensorRow("mixer.A_log", "h", "decay", "A_log", "ssm_a"),
+        TensorRow("mixer.D", "h", "vector", "D", "ssm_d"),
+        TensorRow("mixer.norm.weight", "e", "vector", "gated_norm", "ssm_norm.weight"),
+        TensorRow("mixer.out_proj.weight", "d e", "large matrix", "out_proj", "ssm_out.weight"),
+        TensorRow("mixer.out_proj.bias", "d", "vector", "out_proj_bias", None, "bias"),
+    ),
+    window="e+2m k",
+    state="h p n",
+    defaults={
+        **MAMBA.defaults,
+        "vocab_size": 32768,
+        "hidden_size": 4096,
+        "state_size": 128,
+        "num_hidden_layers": 64,
+        "num_heads": 128,
+        "head_dim": 64,
+        "n_groups": 8,
+        "tie_word_embeddings": False,
+    },
+)
+"""Mamba-2. Its state has heads, each with one decay."""
+
+ARCHITECTURES = {each.name: each for each in (MAMBA, FALCON_MAMBA, MAMBA2)}
 
 EMBEDDINGS = MAMBA.embeddings.name
 FINAL_NORM = MAMBA.norm.name

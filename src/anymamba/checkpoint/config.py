@@ -7,12 +7,13 @@ the fields of its `ModelArgs`, all at the top.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from anymamba.checkpoint.architecture import architecture_of
+from anymamba.checkpoint.architecture import MAMBA, MAMBA2, architecture_of
 from anymamba.checkpoint.io import listed, read_json_object, shown
 from anymamba.checkpoint.shapes import model_shape
 from anymamba.errors import CheckpointError, ConfigError
@@ -40,8 +41,21 @@ LAYER_FIELDS = {
     "conv_bias": "use_conv_bias",
     "bias": "use_bias",
 }
+_SHARED = ("d_state", "d_conv", "expand", "dt_min", "dt_max", "dt_init_floor", "conv_bias", "bias")
+_MAMBA2_FIELDS = {name: LAYER_FIELDS[name] for name in _SHARED} | {
+    "headdim": "head_dim",
+    "ngroups": "n_groups",
+    "chunk_size": "chunk_size",
+    "dt_limit": "time_step_limit",
+}
+# What the original's layer takes where nothing is said, and Transformers' config does not.
+_MAMBA2_DEFAULTS = {"n_groups": 1, "head_dim": 64, "tie_word_embeddings": True}
+# What Transformers' config has no field for.
+_MAMBA2_FIXED = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
+# They pick between kernels of the same result, or the weights before training.
+_WITHOUT_EFFECT = ("use_fast_path", "use_mem_eff_path", "A_init_range", "conv_init")
 _REQUIRED = ("d_model", "n_layer", "vocab_size")
-_PURE_MAMBA = "of the original layout AnyMamba reads pure Mamba-1 models with RMSNorm"
+_PURE_MAMBA = "of the original layout AnyMamba reads Mamba and Mamba-2 models with RMSNorm alone"
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any]]:
@@ -94,7 +108,7 @@ def translate_config(fields: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]
         ('minimal', 32)
     """
     layout = _layout(fields)
-    config = dict(fields) if layout == "transformers" else _translate(fields, layout)
+    config = _with_infinity(fields) if layout == "transformers" else _translate(fields, layout)
     if config.get("hidden_act") == "swish":
         config["hidden_act"] = "silu"  # two names of one function, of which all below know one
     model_shape(config)  # refuses a shape that makes no sense
@@ -115,14 +129,39 @@ def _layout(fields: Mapping[str, Any]) -> Layout:
     return "original" if "ssm_cfg" in fields else "minimal"
 
 
+def _with_infinity(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of Transformers' config, which writes infinity, for which JSON has no word, so."""
+    infinity = {"__float__": "Infinity"}
+    limits = fields.get("time_step_limit")
+    if not isinstance(limits, list):
+        return dict(fields)
+    return {**fields, "time_step_limit": [math.inf if v == infinity else v for v in limits]}
+
+
 def _translate(fields: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    layer_fields = _ssm_cfg(fields) if layout == "original" else fields
+    layer = _ssm_cfg(fields) if layout == "original" else fields
+    is_mamba2 = layout == "original" and layer.get("layer") == "Mamba2"
     _refuse_other_architectures(fields)
-    config: dict[str, Any] = {"model_type": "mamba"}
+    config: dict[str, Any] = {"model_type": (MAMBA2 if is_mamba2 else MAMBA).name}
     config |= {new: fields[old] for old, new in MODEL_FIELDS.items() if old in fields}
-    config |= {new: layer_fields[old] for old, new in LAYER_FIELDS.items() if old in layer_fields}
+    names = _MAMBA2_FIELDS if is_mamba2 else LAYER_FIELDS
+    config |= {new: layer[old] for old, new in names.items() if old in layer}
+    if is_mamba2:
+        config = _MAMBA2_DEFAULTS | config
+        config["num_heads"] = _heads(config)
     config["vocab_size"] = _padded_vocabulary(fields)
     return config
+
+
+def _heads(config: Mapping[str, Any]) -> int:
+    """The number of heads, which the original layout leaves to the program."""
+    sizes = [config.get("hidden_size"), config.get("expand", 2), config["head_dim"]]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ConfigError(f"d_model, expand and headdim are {shown(sizes)}, expected whole numbers")
+    inner = sizes[0] * sizes[1]
+    if inner % sizes[2]:
+        raise ConfigError(f"headdim is {sizes[2]}, which does not divide the inner width {inner}")
+    return int(inner // sizes[2])
 
 
 def _ssm_cfg(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -130,10 +169,20 @@ def _ssm_cfg(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(ssm_cfg, dict):
         raise ConfigError(f"ssm_cfg must be an object, got {shown(ssm_cfg)}")
     layer = ssm_cfg.get("layer", "Mamba1")
-    if layer != "Mamba1":
-        raise ConfigError(f"ssm_cfg.layer is {shown(layer)}, expected 'Mamba1'; {_PURE_MAMBA}")
-    # use_fast_path picks between kernels of the same result.
-    unknown = [shown(name) for name in ssm_cfg.keys() - LAYER_FIELDS - {"layer", "use_fast_path"}]
+    if layer not in ("Mamba1", "Mamba2"):
+        raise ConfigError(
+            f"ssm_cfg.layer is {shown(layer)}, expected 'Mamba1' or 'Mamba2'; {_PURE_MAMBA}"
+        )
+    fixed = _MAMBA2_FIXED if layer == "Mamba2" else {}
+    for name, value in fixed.items():
+        if ssm_cfg.get(name, value) != value:
+            raise ConfigError(
+                f"ssm_cfg.{name} is {shown(ssm_cfg[name])}, expected {value}, as all published "
+                "Mamba-2 models have it; run the model under the drop-in (docs/drop-in.md)"
+            )
+    names = _MAMBA2_FIELDS if layer == "Mamba2" else LAYER_FIELDS
+    known = names.keys() | fixed.keys() | {"layer", *_WITHOUT_EFFECT}
+    unknown = [shown(name) for name in ssm_cfg.keys() - known]
     if unknown:
         raise ConfigError(f"ssm_cfg has unknown {listed(sorted(unknown))}; {_PURE_MAMBA}")
     return ssm_cfg

@@ -10,17 +10,6 @@ from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, architecture_of
 from anymamba.checkpoint.io import listed, shown
 from anymamba.errors import CheckpointError, ConfigError
 
-# Transformers' names and defaults, for fields that a config leaves out.
-_COUNTS = {
-    "vocab_size": 50280,
-    "hidden_size": 768,
-    "state_size": 16,
-    "num_hidden_layers": 32,
-    "expand": 2,
-    "conv_kernel": 4,
-}
-_SWITCHES = {"use_bias": False, "use_conv_bias": True, "tie_word_embeddings": True}
-
 # A config is a few bytes that ask for any amount of memory: refuse what no machine can hold.
 _MOST = 2**31 - 1
 _MOST_LAYERS = 10_000
@@ -41,6 +30,7 @@ class ModelShape:
         bias: whether the projections into and out of a mixer have a bias.
         conv_bias: whether the convolution has a bias.
         tied: whether the head is the embedding table.
+        heads, head_dim, groups: h, p and g of an architecture with heads, else 0.
     """
 
     vocab_size: int
@@ -53,6 +43,9 @@ class ModelShape:
     bias: bool
     conv_bias: bool
     tied: bool
+    heads: int = 0
+    head_dim: int = 0
+    groups: int = 0
 
     @property
     def untied(self) -> bool:
@@ -62,12 +55,13 @@ class ModelShape:
     @property
     def fields(self) -> dict[str, Any]:
         """The same in Transformers' names, but for `expand`."""
+        heads = {"num_heads": self.heads, "head_dim": self.head_dim, "n_groups": self.groups}
         return {
             "hidden_size": self.d_model,
             "num_hidden_layers": self.n_layer,
             "intermediate_size": self.d_inner,
             "state_size": self.d_state,
-            "time_step_rank": self.dt_rank,
+            **(heads if self.heads else {"time_step_rank": self.dt_rank}),
             "conv_kernel": self.d_conv,
             "vocab_size": self.vocab_size,
             "use_bias": self.bias,
@@ -78,8 +72,9 @@ class ModelShape:
     @property
     def sizes(self) -> dict[str, int]:
         """The numbers by the letters of `anymamba.checkpoint.architecture`."""
-        numbers = (self.vocab_size, self.d_model, self.d_inner, self.d_state)
-        return dict(zip("vdenrk", (*numbers, self.dt_rank, self.d_conv), strict=True))
+        numbers = (self.vocab_size, self.d_model, self.d_inner, self.d_state, self.dt_rank)
+        heads = (self.heads, self.head_dim, self.groups * self.d_state)
+        return dict(zip("vdenrkhpm", (*numbers, self.d_conv, *heads), strict=True))
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
@@ -99,25 +94,42 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         >>> shape.d_inner, shape.dt_rank
         (80, 3)
     """
-    counts = {name: _count(name, config.get(name, default)) for name, default in _COUNTS.items()}
-    switches = {name: config.get(name, default) for name, default in _SWITCHES.items()}
-    for name, value in switches.items():
-        if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, got {shown(value)}")
-    d_model = counts["hidden_size"]
+    defaults = architecture_of(config).defaults
+    given = {name: config.get(name, default) for name, default in defaults.items()}
+    for name, default in defaults.items():
+        if not isinstance(default, bool):
+            _count(name, given[name])
+        elif not isinstance(given[name], bool):
+            raise ConfigError(f"{name} must be true or false, got {shown(given[name])}")
+    d_model = given["hidden_size"]
     rank = config.get("time_step_rank", "auto")
-    return ModelShape(
-        vocab_size=counts["vocab_size"],
+    shape = ModelShape(
+        vocab_size=given["vocab_size"],
         d_model=d_model,
-        n_layer=counts["num_hidden_layers"],
-        d_inner=counts["expand"] * d_model,
-        d_state=counts["state_size"],
+        n_layer=given["num_hidden_layers"],
+        d_inner=given["expand"] * d_model,
+        d_state=given["state_size"],
         dt_rank=-(-d_model // 16) if rank == "auto" else _count("time_step_rank", rank),
-        d_conv=counts["conv_kernel"],
-        bias=switches["use_bias"],
-        conv_bias=switches["use_conv_bias"],
-        tied=switches["tie_word_embeddings"],
+        d_conv=given["conv_kernel"],
+        bias=given["use_bias"],
+        conv_bias=given["use_conv_bias"],
+        tied=given["tie_word_embeddings"],
+        heads=given.get("num_heads", 0),
+        head_dim=given.get("head_dim", 0),
+        groups=given.get("n_groups", 0),
     )
+    _check_heads(shape)
+    return shape
+
+
+def _check_heads(shape: ModelShape) -> None:
+    if shape.heads and shape.heads * shape.head_dim != shape.d_inner:
+        raise ConfigError(
+            f"num_heads {shape.heads} times head_dim {shape.head_dim} must be expand times "
+            f"hidden_size, {shape.d_inner}"
+        )
+    if shape.heads and shape.heads % shape.groups:
+        raise ConfigError(f"n_groups {shape.groups} must divide num_heads {shape.heads}")
 
 
 def _count(name: str, value: object) -> int:

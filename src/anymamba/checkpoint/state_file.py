@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint.architecture import architecture_of
+from anymamba.checkpoint.architecture import ARCHITECTURES, MAMBA, architecture_of
 from anymamba.checkpoint.io import shown, user_path
 from anymamba.checkpoint.safetensors import SafetensorsHeader, TensorRecord, read_header
 from anymamba.checkpoint.shapes import model_shape
@@ -32,6 +32,12 @@ _FORMAT = "anymamba.state"
 _FORMAT_VERSION = "1"
 _BLOCKS = ("conv_states", "ssm_states")
 _LOGITS = "logits"
+
+IDENTIFYING = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "state_size", "conv_kernel"),
+    *("num_heads", "head_dim", "n_groups"),
+)
+"""What a model must have in common with a state, where its architecture has such a field."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +87,27 @@ def state_identity(config: Mapping[str, Any]) -> dict[str, str | int]:
         >>> state_identity({"hidden_size": 8, "num_hidden_layers": 2})["intermediate_size"]
         16
     """
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "state_size", "conv_kernel")
     fields = model_shape(config).fields
-    return {"model_type": architecture_of(config).name, **{name: fields[name] for name in names}}
+    sizes = {name: fields[name] for name in IDENTIFYING if name in fields}
+    return {"model_type": architecture_of(config).name, **sizes}
+
+
+def state_shapes(identity: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of a layer's window and state.
+
+    Args:
+        identity: what `state_identity` says of the model.
+
+    Example:
+        >>> state_shapes(state_identity({"hidden_size": 8, "state_size": 4}))
+        ((16, 4), (16, 4))
+    """
+    letters = {"intermediate_size": "e", "state_size": "n", "conv_kernel": "k"}
+    letters |= {"num_heads": "h", "head_dim": "p"}
+    sizes = {letter: identity.get(name, 0) for name, letter in letters.items()}
+    sizes["m"] = identity.get("n_groups", 0) * sizes["n"]
+    # A user's own class may have a name of its own, and is a Mamba.
+    return ARCHITECTURES.get(identity["model_type"], MAMBA).states(sizes)
 
 
 def state_metadata(
@@ -208,11 +232,8 @@ def _check_blocks(
     tensors: Mapping[str, TensorRecord], batch: int, identity: Mapping[str, str | int], source: str
 ) -> None:
     """Check what the file holds against what its header and the model say."""
-    rows = (identity["num_hidden_layers"], batch, identity["intermediate_size"])
-    expected = {
-        "conv_states": (*rows, identity["conv_kernel"]),
-        "ssm_states": (*rows, identity["state_size"]),
-    }
+    rows, (window, state) = (identity["num_hidden_layers"], batch), state_shapes(identity)
+    expected = {"conv_states": (*rows, *window), "ssm_states": (*rows, *state)}
     for name, shape in expected.items():
         found = tensors[name].shape
         if found != shape:

@@ -1,7 +1,7 @@
 """Mamba with the API of Hugging Face Transformers."""
 
 from anymamba.modeling.cache import MambaCache
-from anymamba.modeling.config import FalconMambaConfig, MambaConfig
+from anymamba.modeling.config import FalconMambaConfig, Mamba2Config, MambaConfig
 from anymamba.modeling.falcon_mamba import (
     FalconMambaForCausalLM,
     FalconMambaModel,
@@ -15,6 +15,7 @@ from anymamba.modeling.mamba import (
     MambaOutput,
     MambaPreTrainedModel,
 )
+from anymamba.modeling.mamba2 import Mamba2ForCausalLM, Mamba2Model, Mamba2PreTrainedModel
 from anymamba.modeling.registration import register, unregister
 
 __all__ = [
@@ -22,6 +23,10 @@ __all__ = [
     "FalconMambaForCausalLM",
     "FalconMambaModel",
     "FalconMambaPreTrainedModel",
+    "Mamba2Config",
+    "Mamba2ForCausalLM",
+    "Mamba2Model",
+    "Mamba2PreTrainedModel",
     "MambaCache",
     "MambaCausalLMOutput",
     "MambaConfig",

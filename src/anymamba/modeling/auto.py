@@ -6,7 +6,7 @@ import os
 from typing import Any, NamedTuple
 
 from anymamba.checkpoint.config import read_config
-from anymamba.modeling.config import FalconMambaConfig, MambaConfig
+from anymamba.modeling.config import FalconMambaConfig, Mamba2Config, MambaConfig, StateSpaceConfig
 from anymamba.modeling.falcon_mamba import (
     FalconMambaForCausalLM,
     FalconMambaModel,
@@ -15,12 +15,13 @@ from anymamba.modeling.falcon_mamba import (
 from anymamba.modeling.gguf import gguf_config
 from anymamba.modeling.loading.find import find_model
 from anymamba.modeling.mamba import MambaForCausalLM, MambaModel, MambaPreTrainedModel
+from anymamba.modeling.mamba2 import Mamba2ForCausalLM, Mamba2Model, Mamba2PreTrainedModel
 
 
 class Classes(NamedTuple):
     """What builds the models of an architecture."""
 
-    config: type[MambaConfig]
+    config: type[StateSpaceConfig]
     pretrained: type[MambaPreTrainedModel]
     model: type[MambaModel]
     causal_lm: type[MambaForCausalLM]
@@ -31,6 +32,7 @@ CLASSES = {
     "falcon_mamba": Classes(
         FalconMambaConfig, FalconMambaPreTrainedModel, FalconMambaModel, FalconMambaForCausalLM
     ),
+    "mamba2": Classes(Mamba2Config, Mamba2PreTrainedModel, Mamba2Model, Mamba2ForCausalLM),
 }
 """The classes of each architecture, by the `model_type` of its config."""
 
@@ -57,7 +59,7 @@ def load_causal_lm(name: str | os.PathLike[str], **kwargs: Any) -> MambaForCausa
     return CLASSES[config.get("model_type", "mamba")].causal_lm.from_pretrained(name, **kwargs)
 
 
-def new_causal_lm(config: MambaConfig) -> MambaForCausalLM:
+def new_causal_lm(config: StateSpaceConfig) -> MambaForCausalLM:
     """A language model with initial weights.
 
     Args:
@@ -68,4 +70,4 @@ def new_causal_lm(config: MambaConfig) -> MambaForCausalLM:
         >>> type(new_causal_lm(config)).__name__
         'FalconMambaForCausalLM'
     """
-    return CLASSES[config.model_type].causal_lm(config)
+    return CLASSES[config.model_type].causal_lm(config)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from anymamba.checkpoint.architecture import MAMBA
+from anymamba.checkpoint.architecture import architecture_of
 from anymamba.checkpoint.config import translate_config
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError
@@ -32,85 +32,22 @@ _PLACE = {
 }
 
 
-class MambaConfig(PreTrainedConfig):
-    """The configuration of a Mamba model.
+class StateSpaceConfig(PreTrainedConfig):
+    """What the configs of all architectures share: checks, derived fields, reading and writing."""
 
-    It holds every size and option that building, initializing and running a model needs, and
-    reads and writes Transformers' `config.json`. docs/configuration.md explains each field and
-    names the initializer of each tensor.
+    vocab_size: int
+    hidden_size: int
+    state_size: int
+    num_hidden_layers: int
+    expand: int | float
+    conv_kernel: int
 
-    Args (all by keyword; letters as in the package's shape suffixes):
-        vocab_size: v, rows of the embedding.
-        hidden_size: d, the model width.
-        state_size: n, the state each inner channel carries.
-        num_hidden_layers: the number of residual blocks.
-        layer_norm_epsilon: added to the mean square in each RMSNorm.
-        pad_token_id, bos_token_id, eos_token_id: token ids or None; eos may be a list.
-        expand: the inner width e is expand * hidden_size, which must be a whole number.
-        conv_kernel: k, the width of the causal convolution.
-        use_bias, use_conv_bias: biases of in_proj and out_proj, and of the convolution.
-        hidden_act: activation after the convolution, by Transformers' names; the gate is silu.
-        initializer_range: standard deviation of the embedding's initial values.
-        residual_in_fp32: whether the residual stream is kept in float32.
-        time_step_rank: r, the rank of the step size; 'auto' is ceil(hidden_size / 16).
-        time_step_scale: scales the initial dt_proj.weight.
-        time_step_min, time_step_max: range of the initial step sizes.
-        time_step_init_scheme: 'random' or 'uniform' (one scheme), or 'constant'.
-        time_step_floor: no initial step size is smaller.
-        rescale_prenorm_residual: divide the initial out_proj.weight by sqrt(num_hidden_layers).
-        use_cache: whether forward returns the state by default.
-        use_mambapy: where no native kernel is there, scan with the `mambapy` package.
-        use_associative_scan: accepted for Transformers' sake.
-        tie_word_embeddings: whether the output head shares the embedding's weight.
-        **kwargs: Transformers' common settings (`dtype`, ...); unknown ones are kept as they are.
-
-    Raises:
-        ConfigError: for a value that makes no sense, at construction and at each assignment.
-
-    Example:
-        >>> config = MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2)
-        >>> config.intermediate_size, config.time_step_rank
-        (128, 4)
-        >>> config.hidden_size = -1
-        Traceback (most recent call last):
-        anymamba.errors.ConfigError: MambaConfig: hidden_size must be an integer >= 1, got -1
-
-    Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023;
-    the field names are Transformers'.
-    """
-
-    model_type = "mamba"
-
-    vocab_size: int = 50280
-    hidden_size: int = 768
-    state_size: int = 16
-    num_hidden_layers: int = 32
-    layer_norm_epsilon: float = 1e-5
-    pad_token_id: int | None = 0
-    bos_token_id: int | None = 0
-    eos_token_id: int | list[int] | None = 0
-    expand: int | float = 2
-    conv_kernel: int = 4
-    use_bias: bool = False
-    use_conv_bias: bool = True
-    hidden_act: str = "silu"
-    initializer_range: float = 0.1
-    residual_in_fp32: bool = True
-    time_step_rank: int | str = "auto"
-    time_step_scale: float = 1.0
-    time_step_min: float = 0.001
-    time_step_max: float = 0.1
-    time_step_init_scheme: str = "random"
-    time_step_floor: float = 1e-4
-    rescale_prenorm_residual: bool = False
-    use_cache: bool = True
-    use_mambapy: bool = False
-    use_associative_scan: bool = True
-    tie_word_embeddings: bool = True
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Transformers makes a dataclass of each config, which would compare declared fields only.
+        cls.__eq__ = StateSpaceConfig.__eq__  # type: ignore[method-assign]
+        super().__init_subclass__(**kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.time_step_rank == "auto":
-            self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
         # Warns of token ids outside the vocabulary. They are no error: files on the hub have
         # them, and so has every model whose embedding was cut down.
@@ -128,7 +65,7 @@ class MambaConfig(PreTrainedConfig):
     # Equality by what the configs say, kept unknown fields included. A dataclass would compare
     # its declared fields only, and among them the version of the library that wrote a file.
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, MambaConfig):
+        if not isinstance(other, StateSpaceConfig):
             return NotImplemented
         mine, theirs = self.to_dict(), other.to_dict()
         mine.pop("_name_or_path", None)
@@ -231,6 +168,88 @@ class MambaConfig(PreTrainedConfig):
         return super().from_dict(settings, **unused)
 
 
+class MambaConfig(StateSpaceConfig):
+    """The configuration of a Mamba model.
+
+    It holds every size and option that building, initializing and running a model needs, and
+    reads and writes Transformers' `config.json`. docs/configuration.md explains each field and
+    names the initializer of each tensor.
+
+    Args (all by keyword; letters as in the package's shape suffixes):
+        vocab_size: v, rows of the embedding.
+        hidden_size: d, the model width.
+        state_size: n, the state each inner channel carries.
+        num_hidden_layers: the number of residual blocks.
+        layer_norm_epsilon: added to the mean square in each RMSNorm.
+        pad_token_id, bos_token_id, eos_token_id: token ids or None; eos may be a list.
+        expand: the inner width e is expand * hidden_size, which must be a whole number.
+        conv_kernel: k, the width of the causal convolution.
+        use_bias, use_conv_bias: biases of in_proj and out_proj, and of the convolution.
+        hidden_act: activation after the convolution, by Transformers' names; the gate is silu.
+        initializer_range: standard deviation of the embedding's initial values.
+        residual_in_fp32: whether the residual stream is kept in float32.
+        time_step_rank: r, the rank of the step size; 'auto' is ceil(hidden_size / 16).
+        time_step_scale: scales the initial dt_proj.weight.
+        time_step_min, time_step_max: range of the initial step sizes.
+        time_step_init_scheme: 'random' or 'uniform' (one scheme), or 'constant'.
+        time_step_floor: no initial step size is smaller.
+        rescale_prenorm_residual: divide the initial out_proj.weight by sqrt(num_hidden_layers).
+        use_cache: whether forward returns the state by default.
+        use_mambapy: where no native kernel is there, scan with the `mambapy` package.
+        use_associative_scan: accepted for Transformers' sake.
+        tie_word_embeddings: whether the output head shares the embedding's weight.
+        **kwargs: Transformers' common settings (`dtype`, ...); unknown ones are kept as they are.
+
+    Raises:
+        ConfigError: for a value that makes no sense, at construction and at each assignment.
+
+    Example:
+        >>> config = MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2)
+        >>> config.intermediate_size, config.time_step_rank
+        (128, 4)
+        >>> config.hidden_size = -1
+        Traceback (most recent call last):
+        anymamba.errors.ConfigError: MambaConfig: hidden_size must be an integer >= 1, got -1
+
+    Source: Gu and Dao, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces", 2023;
+    the field names are Transformers'.
+    """
+
+    model_type = "mamba"
+
+    vocab_size: int = 50280
+    hidden_size: int = 768
+    state_size: int = 16
+    num_hidden_layers: int = 32
+    layer_norm_epsilon: float = 1e-5
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 0
+    expand: int | float = 2
+    conv_kernel: int = 4
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    initializer_range: float = 0.1
+    residual_in_fp32: bool = True
+    time_step_rank: int | str = "auto"
+    time_step_scale: float = 1.0
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_init_scheme: str = "random"
+    time_step_floor: float = 1e-4
+    rescale_prenorm_residual: bool = False
+    use_cache: bool = True
+    use_mambapy: bool = False
+    use_associative_scan: bool = True
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        super().__post_init__(**kwargs)
+
+
 class FalconMambaConfig(MambaConfig):
     """The configuration of a Falcon-Mamba model: a Mamba that norms dt, B and C in each mixer.
 
@@ -258,8 +277,91 @@ class FalconMambaConfig(MambaConfig):
         super().__post_init__(**kwargs)
 
 
-CONFIGS: Mapping[str, type[MambaConfig]] = {
-    cls.model_type: cls for cls in (MambaConfig, FalconMambaConfig)
+class Mamba2Config(StateSpaceConfig):
+    """The configuration of a Mamba-2 model.
+
+    Args (all by keyword): those of `MambaConfig` but for `use_mambapy`, `use_associative_scan`,
+        `time_step_scale` and `time_step_init_scheme`, with Transformers' defaults, and
+        num_heads: h; num_heads * head_dim must be expand * hidden_size.
+        head_dim: p, the channels of a head.
+        n_groups: g, how many groups of heads have B and C of their own; it divides num_heads.
+        chunk_size: how many positions one matrix product takes together. Results do not depend
+            on it.
+        time_step_limit: the least and the largest step size.
+        time_step_rank: accepted for Transformers' sake.
+
+    Raises:
+        ConfigError: for a value that makes no sense, at construction and at each assignment.
+
+    Example:
+        >>> config = Mamba2Config(hidden_size=64, num_heads=8, head_dim=16, n_groups=2)
+        >>> config.intermediate_size, config.conv_channels
+        (128, 640)
+
+    Source: Dao and Gu, "Transformers are SSMs: Generalized Models and Efficient Algorithms Through
+    Structured State Space Duality", 2024; the field names are Transformers'.
+    """
+
+    model_type = "mamba2"
+
+    num_heads: int = 128
+    head_dim: int = 64
+    vocab_size: int = 32768
+    hidden_size: int = 4096
+    state_size: int = 128
+    num_hidden_layers: int = 64
+    layer_norm_epsilon: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    expand: int | float = 2
+    conv_kernel: int = 4
+    n_groups: int = 8
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    initializer_range: float = 0.1
+    residual_in_fp32: bool = True
+    time_step_rank: int | str = "auto"
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: tuple[float, float] | list[float] = (0.0, math.inf)
+    rescale_prenorm_residual: bool = False
+    use_cache: bool = True
+    chunk_size: int = 256
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def validate_architecture(self) -> None:
+        """Refuse heads that do not fit the inner width, or groups that do not fit the heads.
+
+        Raises:
+            ConfigError: the message names the numbers.
+        """
+        if self.num_heads * self.head_dim != self.intermediate_size:
+            raise ConfigError(
+                f"Mamba2Config: num_heads={self.num_heads} times head_dim={self.head_dim} must be "
+                f"expand * hidden_size = {self.intermediate_size}"
+            )
+        if self.num_heads % self.n_groups:
+            raise ConfigError(
+                f"Mamba2Config: n_groups={self.n_groups} must divide num_heads={self.num_heads}"
+            )
+
+    @property
+    def conv_channels(self) -> int:
+        """What the convolution sees: x, B and C."""
+        return self.intermediate_size + 2 * self.n_groups * self.state_size
+
+
+CONFIGS: Mapping[str, type[StateSpaceConfig]] = {
+    cls.model_type: cls for cls in (MambaConfig, FalconMambaConfig, Mamba2Config)
 }
 """The config class of each architecture."""
 
@@ -293,5 +395,6 @@ def read_config_dict(
         return gguf_config(path), left
     fields, left = read(name, **kwargs)
     if "model_type" not in fields and {"d_model", "n_layer"} <= fields.keys():
-        return translate_config(fields)[1] | {"architectures": [MAMBA.causal_lm]}, left
+        config = translate_config(fields)[1]
+        return config | {"architectures": [architecture_of(config).causal_lm]}, left
     return fields, left

@@ -92,6 +92,14 @@ def _expand(name: str, value: Any) -> int | float:
     return int(factor) if factor == int(factor) else factor
 
 
+def _limits(name: str, value: Any) -> tuple[float, float]:
+    pair = tuple(value) if isinstance(value, list | tuple) else ()
+    numbers_alone = all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in pair)
+    if len(pair) != 2 or not numbers_alone or not 0 <= pair[0] <= pair[1]:
+        raise _refuse(name, "two numbers, the smaller one first", value)
+    return float(pair[0]), float(pair[1])
+
+
 def _activation(name: str, value: Any) -> str:
     if not isinstance(value, str) or value not in ACT2FN:
         raise _refuse(name, f"one of {', '.join(sorted(ACT2FN))}", value)
@@ -125,6 +133,11 @@ CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
     "eos_token_id": _token_ids,
     "expand": _expand,
     "conv_kernel": _integer,
+    "num_heads": _integer,
+    "head_dim": _integer,
+    "n_groups": _integer,
+    "chunk_size": _integer,
+    "time_step_limit": _limits,
     "use_bias": _boolean,
     "use_conv_bias": _boolean,
     "hidden_act": _activation,

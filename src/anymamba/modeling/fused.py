@@ -44,6 +44,7 @@ class FusableModel(Protocol):
     """A language model that says what it consists of."""
 
     config: Any
+    is_native: bool
 
     def fused_parts(self) -> Iterable[Part]:
         """The head, the embeddings, the final norm, the layers, and everything in them."""
@@ -100,6 +101,8 @@ def why_not_fused(model: FusableModel) -> str | None:
         >>> why_not_fused(model)
         'lm_head: it has hooks'
     """
+    if not model.is_native:
+        return "the native core does not compute its architecture"
     chosen = backend()
     if chosen not in ("auto", "cpu"):
         return f"the backend {chosen!r} is chosen"

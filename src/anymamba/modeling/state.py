@@ -27,6 +27,7 @@ from anymamba.checkpoint import (
     state_metadata,
     write_atomically,
 )
+from anymamba.checkpoint.state_file import IDENTIFYING, state_shapes
 from anymamba.errors import InputError, StateError
 
 _BLOCKS = ("conv_states", "ssm_states")
@@ -85,14 +86,12 @@ class MambaState:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InputError(f"{name}: dtype must be a floating torch.dtype, got {dtype!r}")
         self.config = config
-        self.intermediate_size: int = config.intermediate_size
-        self.ssm_state_size: int = config.state_size
-        self.conv_kernel_size: int = config.conv_kernel
-        rows = (config.num_hidden_layers, max_batch_size, self.intermediate_size)
-        self.conv_states = torch.zeros(*rows, self.conv_kernel_size, dtype=dtype, device=device)
-        self.ssm_states = torch.zeros(
-            *rows, self.ssm_state_size, dtype=torch.float32, device=device
-        )
+        rows = (config.num_hidden_layers, max_batch_size)
+        window, state = state_shapes(model_identity(config))
+        self.intermediate_size, self.conv_kernel_size = window
+        self.ssm_state_size = state[-1]
+        self.conv_states = torch.zeros(*rows, *window, dtype=dtype, device=device)
+        self.ssm_states = torch.zeros(*rows, *state, dtype=torch.float32, device=device)
         self.token_counts = torch.zeros(max_batch_size, dtype=torch.int64, device=device)
 
     @classmethod
@@ -374,8 +373,8 @@ def model_identity(config: PreTrainedConfig) -> dict[str, str | int]:
         >>> model_identity(MambaConfig(hidden_size=8, num_hidden_layers=2))["intermediate_size"]
         16
     """
-    sizes = ("num_hidden_layers", "hidden_size", "intermediate_size", "state_size", "conv_kernel")
-    return {"model_type": config.model_type} | {name: getattr(config, name) for name in sizes}
+    sizes = {name: getattr(config, name) for name in IDENTIFYING if hasattr(config, name)}
+    return {"model_type": config.model_type, **sizes}
 
 
 def _read_blocks(path: str | Path, state: StateFile) -> dict[str, Tensor]:

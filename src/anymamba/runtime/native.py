@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anymamba.arithmetic import load_core
-from anymamba.checkpoint.architecture import architecture_of
+from anymamba.checkpoint.architecture import MAMBA2, architecture_of
 from anymamba.errors import BackendError, ConfigError, InputError, MissingDependencyError
 from anymamba.processors import available_processors
 
@@ -54,6 +54,11 @@ def epsilon_of(
         >>> epsilon_of({"hidden_act": "silu"})
         1e-05
     """
+    if architecture_of(config) is MAMBA2:
+        raise ConfigError(
+            "the native core does not compute Mamba-2; run the model in PyTorch, with "
+            "Mamba2ForCausalLM (pip install 'anymamba[torch]')"
+        )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConfigError(

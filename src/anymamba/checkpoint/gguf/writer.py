@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_atomically
-from anymamba.checkpoint.architecture import architecture_of, is_matrix, role_of
+from anymamba.checkpoint.architecture import MAMBA2, architecture_of, is_matrix, role_of
 from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
@@ -105,6 +105,8 @@ def _checked(config: Mapping[str, Any], weights: str) -> ModelShape:
         raise ConfigError(
             f"weights of a GGUF file must be one of {', '.join(GGUF_WEIGHTS)}, got {weights!r}"
         )
+    if architecture_of(config) is MAMBA2:
+        raise ConfigError("AnyMamba does not write Mamba-2 as GGUF; keep the layout 'transformers'")
     shape = model_shape(config)
     plain = shape.d_inner == 2 * shape.d_model and not shape.bias and shape.conv_bias
     if not plain or config.get("hidden_act", "silu") != "silu":

@@ -6,26 +6,22 @@ Shapes: see the legend in `anymamba.modeling.mamba.model`.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN, SiLUActivation
 
-from anymamba.layers import MambaLayer, convolve, draw_step_bias, s4d_real
-from anymamba.modeling.cache import MambaCache
+from anymamba.layers import MambaLayer, draw_step_bias, s4d_real
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.packing import Layout, pack_batch
-from anymamba.modeling.renaming import takes_cache_params
-from anymamba.modeling.state import LayerState
+from anymamba.modeling.mamba.stateful import StatefulMixer
 from anymamba.ops.fusable import fusable
 
 fusable(SiLUActivation, function="silu")
 
 
 @fusable
-class MambaMixer(MambaLayer):
+class MambaMixer(StatefulMixer, MambaLayer):  # type: ignore[misc]
     """The selective state space between two projections: what mixes information along time.
 
     Args:
@@ -89,73 +85,6 @@ class MambaMixer(MambaLayer):
         bias_e = draw_step_bias(config.intermediate_size, *steps, dtype=torch.float32)
         init.copy_(self.dt_proj.bias, bias_e)
 
-    @takes_cache_params
-    def forward(
-        self,
-        hidden_states: Tensor,
-        cache: MambaCache | LayerState | None = None,
-        attention_mask: Tensor | None = None,
-        *,
-        packed: Layout | None = None,
-    ) -> Tensor:
-        """Mix along time.
-
-        Args:
-            hidden_states: (b, l, d), or (1, t, d) where packed.
-            cache: the state before the first position; overwritten with the state after
-                the last. Of a whole model's cache, layer `layer_idx`.
-            attention_mask: (b, l or more) of 0 and 1, as in `MambaModel.forward`.
-            packed: how the row holds the batch's sequences, in place of a mask.
-
-        Returns:
-            (b, l, d) in the type of out_proj's result.
-
-        Raises:
-            InputError: the mask does not fit, or the cache has no such layer.
-        """
-        state = cache.layer(self.layer_idx) if isinstance(cache, MambaCache) else cache
-        if attention_mask is not None:
-            batch, length, _ = hidden_states.shape
-            marked = pack_batch(batch, length, hidden_states.device, attention_mask)
-            if marked is not None:
-                return marked.unpack(self._mix(marked.pack(hidden_states), state, marked))
-        return self._mix(hidden_states, state, packed)
-
     @property
     def _fallback(self) -> str:
         return "mambapy" if self.config.use_mambapy else "reference"
-
-    def _convolve(  # type: ignore[override]
-        self, x_ble: Tensor, state: LayerState | None, packed: Layout | None
-    ) -> Tensor:
-        cu_seqlens = None if packed is None else packed.cu_seqlens
-        if state is None:
-            return convolve(self.conv1d, self.act, x_ble, cu_seqlens=cu_seqlens)[0]
-        old = _readable(state.window_bek.to(x_ble.device))
-        window = old if packed is None else packed.states_before(old)
-        x_conv_ble, new = convolve(self.conv1d, self.act, x_ble, window, cu_seqlens=cu_seqlens)
-        assert new is not None
-        new = new if packed is None else packed.windows_after(old, x_ble, new)
-        state.window_bek.copy_(new.detach())
-        return x_conv_ble
-
-    def _scan(  # type: ignore[override]
-        self, inputs: tuple[Any, ...], state: LayerState | None, packed: Layout | None
-    ) -> Tensor:
-        cu_seqlens = old = initial = None
-        if state is not None:
-            old = initial = _readable(state.state_ben.to(inputs[0].device))
-        if packed is not None:
-            x_ble, delta_ble, *rest = inputs
-            inputs, cu_seqlens = (x_ble, packed.steps(delta_ble), *rest), packed.cu_seqlens
-            initial = None if old is None else packed.states_before(old)
-        y_ble, new = self._scan_from(inputs, initial, state is not None, cu_seqlens)
-        if state is not None and old is not None and new is not None:
-            new = new if packed is None else packed.states_after(old, new)
-            state.state_ben.copy_(new.detach())
-        return y_ble
-
-
-def _readable(state: Tensor) -> Tensor:
-    """A state as an input: its own copy where autograd keeps it, for the cache is overwritten."""
-    return state.clone() if torch.is_grad_enabled() else state

@@ -16,15 +16,17 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from anymamba import ops
+from anymamba.checkpoint.state_file import state_shapes
 from anymamba.errors import InputError, MissingDependencyError
 from anymamba.modeling.cache import MambaCache
-from anymamba.modeling.config import MambaConfig
+from anymamba.modeling.config import MambaConfig, StateSpaceConfig
 from anymamba.modeling.loading import FromAnyLayout
 from anymamba.modeling.mamba.mixer import MambaMixer
 from anymamba.modeling.mamba.outputs import MambaOutput
+from anymamba.modeling.mamba.stateful import StatefulMixer
 from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
-from anymamba.modeling.state import LayerState, config_of
+from anymamba.modeling.state import LayerState, config_of, model_identity
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.fusable import fusable
 
@@ -62,7 +64,7 @@ class MambaBlock(GradientCheckpointingLayer):
         config, layer_idx, initialize_mixer_weights: as for `MambaMixer`.
     """
 
-    mixer_class: type[MambaMixer] = MambaMixer
+    mixer_class: type[StatefulMixer] = MambaMixer
 
     def __init__(
         self, config: MambaConfig, layer_idx: int, *, initialize_mixer_weights: bool = True
@@ -96,7 +98,7 @@ class MambaBlock(GradientCheckpointingLayer):
 class MambaPreTrainedModel(FromAnyLayout, PreTrainedModel):
     """What all Mamba models share: loading from any layout, and how weights start."""
 
-    config_class = MambaConfig
+    config_class: type[StateSpaceConfig] = MambaConfig
     config: MambaConfig
     base_model_prefix = "backbone"
     _no_split_modules = ["MambaBlock", "MambaMixer"]  # noqa: RUF012
@@ -110,7 +112,7 @@ class MambaPreTrainedModel(FromAnyLayout, PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, MambaRMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, MambaMixer):
+        elif isinstance(module, StatefulMixer):
             module.init_mamba_weights()
         elif isinstance(module, nn.Linear) and module is getattr(self, "lm_head", None):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -140,7 +142,11 @@ class MambaModel(MambaPreTrainedModel):
         super().__init__(config)
         # It is what runs where no kernel does, and so is not asked for where one is there.
         kernels = any(BACKENDS[name].missing() is None for name in ("cpu", "mamba_ssm"))
-        if config.use_mambapy and not kernels and (reason := BACKENDS["mambapy"].missing()):
+        if (
+            getattr(config, "use_mambapy", False)
+            and not kernels
+            and (reason := BACKENDS["mambapy"].missing())
+        ):
             raise MissingDependencyError(f"the config has use_mambapy=True, but {reason}")
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -322,17 +328,18 @@ def check_cache(cache: object, model: MambaPreTrainedModel, batch: int) -> None:
         )
     config, backbone = model.config, cast(MambaModel, model.base_model)
     layers = len(backbone.layers)
-    expected = (layers, batch, config.intermediate_size, config.state_size)
+    window, state = state_shapes(model_identity(config))
+    expected = (layers, batch, *state)
     if tuple(cache.ssm_states.shape) != expected:
         raise InputError(
             f"cache holds states of shape {tuple(cache.ssm_states.shape)}, this model and "
-            f"batch need {expected} (layers, batch, inner width, state size)"
+            f"batch need {expected} (layers, batch, and the shape of a layer's state)"
             + _stale_layers(config.num_hidden_layers, layers)
         )
-    if cache.conv_states.shape[-1] != config.conv_kernel:
+    if cache.conv_states.shape[-1] != window[-1]:
         raise InputError(
             f"cache holds convolution windows of width {cache.conv_states.shape[-1]}, this "
-            f"model's are {config.conv_kernel} wide"
+            f"model's are {window[-1]} wide"
         )
 
 

@@ -10,8 +10,8 @@ from transformers.activations import SiLUActivation
 
 from anymamba.layers.native import Part, mixer_parts
 from anymamba.modeling.config import FalconMambaConfig, MambaConfig
-from anymamba.modeling.mamba.mixer import MambaMixer
 from anymamba.modeling.mamba.model import MambaModel, MambaRMSNorm
+from anymamba.modeling.mamba.stateful import StatefulMixer
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 
 
@@ -50,7 +50,7 @@ def parts_of(
 
 
 def _parts_of_mixer(
-    config: MambaConfig, name: str, mixer: Any, mixer_class: type[MambaMixer]
+    config: MambaConfig, name: str, mixer: Any, mixer_class: type[StatefulMixer]
 ) -> Iterator[Part]:
     n, r = config.state_size, int(config.time_step_rank)
     settings: dict[str, object] = {"ssm_state_size": n, "time_step_rank": r}

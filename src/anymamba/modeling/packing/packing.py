@@ -54,8 +54,8 @@ class PackedBatch:
     def states_before(self, state_b: Float[Tensor, "b ..."]) -> Float[Tensor, "s ..."]:
         """Each sequence's initial state: its row's for the first of a row, else zeros."""
         state_s = state_b[self.row_s.to(state_b.device)]
-        is_first_s = self.is_first_s.to(state_b.device)
-        return torch.where(is_first_s[:, None, None], state_s, torch.zeros_like(state_s))
+        is_first_s = self.is_first_s.to(state_b.device).view(-1, *[1] * (state_b.ndim - 1))
+        return torch.where(is_first_s, state_s, torch.zeros_like(state_s))
 
     @property
     def counts_b(self) -> Int[Tensor, " b"]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from anymamba.checkpoint import Layout, ModelShape, model_shape
-from anymamba.checkpoint.architecture import architecture_of
+from anymamba.checkpoint.architecture import MAMBA, architecture_of
 from anymamba.checkpoint.config import LAYER_FIELDS, MODEL_FIELDS
 from anymamba.checkpoint.dtypes import DTYPES
 from anymamba.checkpoint.io import shown
@@ -38,10 +38,10 @@ def config_of_layout(config: Mapping[str, Any], layout: Layout, dtype: str) -> d
     shape = model_shape(config)
     if layout == "transformers":
         return _transformers(config, shape, dtype)
-    if architecture_of(config).norms_maps:
+    if architecture_of(config) is not MAMBA:
         raise ConfigError(
-            f"the layout {layout!r} has no Falcon-Mamba: its programs would leave out the norms of "
-            "dt, B and C; keep the layout 'transformers', or write a GGUF file"
+            f"AnyMamba writes the layout {layout!r} of Mamba alone, and this model is of type "
+            f"{architecture_of(config).name!r}: keep the layout 'transformers'"
         )
     for name, value in _FIXED.items():
         if config.get(name, value) != value:

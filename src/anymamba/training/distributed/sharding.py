@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from anymamba.errors import InputError
-from anymamba.modeling.mamba import MambaBlock, MambaForCausalLM
+from anymamba.modeling.mamba import MambaForCausalLM
 from anymamba.training.distributed.states import check_started
 
 
@@ -35,9 +34,12 @@ def shard(
         InputError: there is no process group, or the model is split already.
     """
     check_started("shard")
-    blocks = [block for block in model.backbone.layers if type(block) is MambaBlock]
+    block_class = model.backbone.block_class
+    blocks = [block for block in model.backbone.layers if type(block) is block_class]
     if len(blocks) < len(model.backbone.layers):
-        raise InputError("shard: a block is no plain MambaBlock; is the model split already?")
+        raise InputError(
+            f"shard: a block is no plain {block_class.__name__}; is the model split already?"
+        )
     # Matrices return float32, which what stands between them goes on with.
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
@@ -47,7 +49,8 @@ def shard(
     for block in blocks:
         if param_dtype is not None:
             mixer = block.mixer
-            matrices: list[nn.Module] = [mixer.in_proj, mixer.x_proj, mixer.out_proj]
+            names = ("in_proj", "x_proj", "out_proj")
+            matrices = [getattr(mixer, name) for name in names if hasattr(mixer, name)]
             fully_shard(matrices, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -1,0 +1,114 @@
+"""A mixer between a state and the next one, whatever lies between its two projections.
+
+Shapes: see the legend in `anymamba.modeling.mamba.model`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from anymamba.layers import convolve
+from anymamba.modeling.cache import MambaCache
+from anymamba.modeling.packing import Layout, pack_batch
+from anymamba.modeling.renaming import takes_cache_params
+from anymamba.modeling.state import LayerState
+
+
+class StatefulMixer(nn.Module):
+    """A mixer that continues from a cache and reads masked and packed batches.
+
+    A subclass has the modules, `init_mamba_weights`, `_mix`, which calls `_convolve` and `_scan`,
+    and `_scan_from`, which gets what `_scan` was given.
+
+    Attributes:
+        layer_idx: which layer of a `MambaCache` a call of the mixer itself reads and overwrites.
+        conv1d, act: the causal convolution, and its activation.
+    """
+
+    layer_idx: int
+    conv1d: nn.Conv1d
+    act: nn.Module
+
+    if TYPE_CHECKING:  # what a subclass has
+
+        def init_mamba_weights(self) -> None: ...
+
+        def _mix(
+            self, hidden_bld: Tensor, state: LayerState | None, packed: Layout | None
+        ) -> Tensor: ...
+
+        def _scan_from(
+            self,
+            inputs: tuple[Any, ...],
+            initial_state: Tensor | None,
+            return_last_state: bool,
+            cu_seqlens: Tensor | None = None,
+        ) -> tuple[Tensor, Tensor | None]: ...
+
+    @takes_cache_params
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: MambaCache | LayerState | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        packed: Layout | None = None,
+    ) -> Tensor:
+        """Mix along time.
+
+        Args:
+            hidden_states: (b, l, d), or (1, t, d) where packed.
+            cache: the state before the first position; overwritten with the state after
+                the last. Of a whole model's cache, layer `layer_idx`.
+            attention_mask: (b, l or more) of 0 and 1, as in `MambaModel.forward`.
+            packed: how the row holds the batch's sequences, in place of a mask.
+
+        Returns:
+            (b, l, d) in the type of out_proj's result.
+
+        Raises:
+            InputError: the mask does not fit, or the cache has no such layer.
+        """
+        state = cache.layer(self.layer_idx) if isinstance(cache, MambaCache) else cache
+        if attention_mask is not None:
+            batch, length, _ = hidden_states.shape
+            marked = pack_batch(batch, length, hidden_states.device, attention_mask)
+            if marked is not None:
+                return marked.unpack(self._mix(marked.pack(hidden_states), state, marked))
+        return self._mix(hidden_states, state, packed)
+
+    def _convolve(self, x_ble: Tensor, state: LayerState | None, packed: Layout | None) -> Tensor:
+        cu_seqlens = None if packed is None else packed.cu_seqlens
+        if state is None:
+            return convolve(self.conv1d, self.act, x_ble, cu_seqlens=cu_seqlens)[0]
+        old = _readable(state.window_bek.to(x_ble.device))
+        window = old if packed is None else packed.states_before(old)
+        x_conv_ble, new = convolve(self.conv1d, self.act, x_ble, window, cu_seqlens=cu_seqlens)
+        assert new is not None
+        new = new if packed is None else packed.windows_after(old, x_ble, new)
+        state.window_bek.copy_(new.detach())
+        return x_conv_ble
+
+    def _scan(
+        self, inputs: tuple[Any, ...], state: LayerState | None, packed: Layout | None
+    ) -> Tensor:
+        cu_seqlens = old = initial = None
+        if state is not None:
+            old = initial = _readable(state.state_ben.to(inputs[0].device))
+        if packed is not None:
+            x_ble, delta_ble, *rest = inputs
+            inputs, cu_seqlens = (x_ble, packed.steps(delta_ble), *rest), packed.cu_seqlens
+            initial = None if old is None else packed.states_before(old)
+        y_ble, new = self._scan_from(inputs, initial, state is not None, cu_seqlens)
+        if state is not None and old is not None and new is not None:
+            new = new if packed is None else packed.states_after(old, new)
+            state.state_ben.copy_(new.detach())
+        return y_ble
+
+
+def _readable(state: Tensor) -> Tensor:
+    """A state as an input: its own copy where autograd keeps it, for the cache is overwritten."""
+    return state.clone() if torch.is_grad_enabled() else state
