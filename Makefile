@@ -68,7 +68,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for name in prefill decode generate train train_5m scan ssd memory runtime context start dropin \
+	for name in prefill decode generate train train_5m scan ssd memory runtime context start dropin family \
 			distributed accuracy; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/report.py

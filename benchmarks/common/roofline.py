@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "LayerProducts",
@@ -90,8 +90,19 @@ def seconds_to_read(size: int) -> float:
     return size / read_bandwidth(size)[0]
 
 
+def scan_operations(mixer: Any) -> int:
+    """Of the chunked algorithm of Mamba-2, a token: scores, within a chunk, states, and output.
+
+    In chunks of 64, about where the sum is least; only the lower half of a chunk's blocks counts.
+    """
+    if not hasattr(mixer, "num_heads"):
+        return 0
+    inner, maps = mixer.intermediate_size, mixer.n_groups * mixer.ssm_state_size
+    return 64 * (maps + inner) + 4 * inner * int(mixer.ssm_state_size)
+
+
 class LayerProducts:
-    """The four matrix products of one layer, on its own weights.
+    """The matrix products of one layer: its projections, and those inside Mamba-2's scan.
 
     Args:
         mixer: the layer's.
@@ -101,8 +112,9 @@ class LayerProducts:
 
     def __init__(self, mixer: Any, rows: int, inputs: dict[int, Tensor] | None = None) -> None:
         inputs = {} if inputs is None else inputs
+        self._of_scan = rows * scan_operations(mixer)
         self._pairs = []
-        for projection in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
+        for projection in (m for m in mixer.children() if isinstance(m, nn.Linear)):
             weight = projection.weight.detach()
             width = weight.shape[1]
             if width not in inputs:
@@ -112,7 +124,7 @@ class LayerProducts:
     @property
     def operations(self) -> int:
         """Multiplications and additions."""
-        return sum(2 * x.numel() * weight.shape[0] for x, weight in self._pairs)
+        return self._of_scan + sum(2 * x.numel() * weight.shape[0] for x, weight in self._pairs)
 
     def __call__(self) -> None:
         """Multiply."""

@@ -34,6 +34,7 @@ SCRIPTS = (
     "distributed",
     "quantization",
     "accuracy",
+    "family",
 )
 TOOLS = ("chart", "report", "gguf_export")
 NUMBERS = ("ms", "bytes", "reading", "peak_megabytes")
