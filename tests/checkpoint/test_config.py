@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from anymamba.checkpoint import expected_shapes, read_config
 from anymamba.errors import CheckpointError
+from tests.support import files
 from tests.support.files import one_line
 from tests.support.layouts import (
     CONFIGS,
@@ -21,9 +22,7 @@ from tests.support.layouts import (
 
 
 def refusal(folder) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read_config(folder)
-    message = one_line(caught.value)
+    message = files.refusal(CheckpointError, read_config, folder)
     assert "config.json" in message
     return message
 

@@ -22,11 +22,6 @@ from tests.support.tolerance import assert_same
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return anymamba.load(write_small(tmp_path_factory.mktemp("model")))
-
-
-@pytest.fixture(scope="module")
 def bundled() -> Engine:
     return anymamba.load()
 

@@ -38,6 +38,11 @@ def words(b: int, l: int, seed: int = 1) -> Tensor:
     return torch.randint(1, 61, (b, l), generator=generator)
 
 
+def hidden(b: int = 2, l: int = 7, d: int = 12, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(b, l, d) inputs of a layer, always the same."""
+    return torch.randn(b, l, d, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
 def unhidden(module: nn.Module, seed: int = 0) -> Any:
     """Every weight that starts at zero or one, or the same for all, becomes random."""
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,13 @@ from anymamba.checkpoint.gguf.writer import write_gguf
 from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.weights.gguf import load_gguf_weights
-from tests.support import files, gguf_files
+from tests.support import files, gguf_files, processes
 from tests.support.files import CONFIG, TEXT
 from tests.support.gguf_files import by_the_package, lists_of, widened
 
 gguf = pytest.importorskip("gguf")
-
-
 IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
-LISTS = ("model", "pre", "tokens", "token_type", "merges")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -225,8 +221,7 @@ def test_torch_is_not_imported(file: Path) -> None:
         "convert(sys.argv[1], sys.argv[1] + '.folder')\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
     )
-    command = [sys.executable, "-c", program, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = processes.python("-c", program, file, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,7 @@ def test_any_part_stands_for_all(file: Path, tmp_path: Path) -> None:
 
 
 def test_parts_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
-    def refusal(path: Path) -> str:
-        with pytest.raises(CheckpointError) as caught:
-            read_gguf(path)
-        return one_line(caught.value)
-
+    refusal = partial(files.refusal, CheckpointError, read_gguf)
     parts = write_parts(tmp_path / "parts")
     second = parts[1].read_bytes()
     parts[1].unlink()
@@ -227,9 +224,7 @@ def test_a_folder_with_one_model(tmp_path: Path) -> None:
     (folder / "README.md").write_text("")
     assert find_gguf(folder) == file
     (folder / "tiny.Q4_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError) as caught:
-        find_gguf(folder)
-    message = one_line(caught.value)
+    message = files.refusal(CheckpointError, find_gguf, folder)
     assert "'tiny.Q4_0.gguf', 'tiny.Q8_0.gguf'" in message
 
 

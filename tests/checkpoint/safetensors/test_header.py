@@ -16,6 +16,7 @@ from safetensors.torch import save, save_file
 
 from anymamba.checkpoint import read_header
 from anymamba.errors import CheckpointError
+from tests.support import files
 from tests.support.files import one_line
 from tests.support.layouts import safetensors_bytes
 
@@ -36,9 +37,7 @@ names = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata
 
 
 def refusal(file: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read_header(file)
-    message = one_line(caught.value)
+    message = files.refusal(CheckpointError, read_header, file)
     assert file.name in message
     return message
 

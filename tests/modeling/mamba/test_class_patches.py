@@ -85,6 +85,7 @@ def test_the_reason_names_what_was_replaced(monkeypatch: pytest.MonkeyPatch) -> 
     assert why_not_fused(model) == "lm_head: torch.nn.functional.linear was replaced"
 
 
+@pytest.mark.slow
 def test_replaced_before_the_import() -> None:
     """A profiler that patches PyTorch first is no less heard."""
     program = """

@@ -280,6 +280,7 @@ def test_models_and_texts_that_cannot_be_calibrated() -> None:
             list(calibrate(tensors.get, SMALL | WIDE, np.array([[0, wrong]]), Recipe(4, 32)))
 
 
+@pytest.mark.slow
 def test_on_the_bundled_model_each_step_lowers_the_error() -> None:
     """On texts that it wrote itself: calibrated on eight of them, held against four others."""
     texts = anymamba.load().generate_batch([[10]] * 12, 256, temperature=1.0, seed=1)

@@ -15,9 +15,9 @@ from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantize
 from anymamba.errors import CheckpointError, ConfigError
 from anymamba.runtime.weights.weights import load_weights
-from tests.support.files import SMALL, small_weights, write_small
+from tests.support import files
+from tests.support.files import LARGE, SMALL, small_weights, write_small
 
-LARGE = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
 SENSITIVE = ("x_proj.weight", "dt_proj.weight")
 # Widths that groups of 128 divide: d 128, e 256.
 WIDE = {"hidden_size": 128, "num_hidden_layers": 1, "tie_word_embeddings": False}
@@ -120,27 +120,12 @@ def test_rows_that_no_group_divides_stay_bfloat16(tmp_path: Path) -> None:
 def write_quantized(
     folder: Path, bits: int, symmetric: bool, changes: dict[str, Any] | None = None
 ) -> Path:
-    """A folder as `anymamba quantize` writes it, written here from what is documented."""
-    folder.mkdir(exist_ok=True)
-    about = {"format": "anymamba", "format_version": 1, "bits": bits}
-    about |= {"group_size": 64, "symmetric": symmetric}
-    config = SMALL | WIDE | {"quantization_config": about | (changes or {})}
-    (folder / "config.json").write_text(json.dumps(config))
-    stored = {}
-    for name, tensor in small_weights(**WIDE).items():
-        if name.endswith(LARGE):
-            packed = quantize(tensor, bits, 64, symmetric)
-            groups = packed.scales.shape
-            stored[f"{name}_q"] = TensorBytes("U8", packed.q.shape, packed.q.tobytes())
-            stored[f"{name}_scales"] = TensorBytes("BF16", groups, packed.scales.tobytes())
-            if packed.minima is not None:
-                stored[f"{name}_minima"] = TensorBytes("BF16", groups, packed.minima.tobytes())
-        elif name.endswith(SENSITIVE):
-            stored[name] = TensorBytes("BF16", tensor.shape, to_bfloat16(tensor).tobytes())
-        else:
-            stored[name] = TensorBytes("F32", tensor.shape, tensor.tobytes())
-    write_safetensors(folder / "model.safetensors", stored)
-    return folder
+    tensors = {
+        name: to_bfloat16(tensor) if name.endswith(SENSITIVE) else tensor
+        for name, tensor in small_weights(**WIDE).items()
+    }
+    config = SMALL | WIDE
+    return files.write_quantized(folder, config, tensors, bits, 64, symmetric, changes=changes)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -233,11 +218,6 @@ def test_pickles_name_the_command_that_converts_them(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"anymamba convert .* DST.*anymamba\[torch\]"):
         loaded(tmp_path)
-
-
-def test_no_such_kind(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="auto, f32, bf16, int8, int4, got 'int3'"):
-        loaded(write_small(tmp_path), "int3")
 
 
 def test_no_such_type(tmp_path: Path) -> None:
