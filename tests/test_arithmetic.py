@@ -1,7 +1,5 @@
 """The choice of the instruction set and of the type of matrix products, in each of its places."""
 
-from __future__ import annotations
-
 import os
 
 import numpy as np

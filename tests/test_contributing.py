@@ -1,7 +1,5 @@
 """CONTRIBUTING's table and picture of the rooms are those of the code."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -5,8 +5,6 @@ and one namespace, as a reader would type them. `bash` snippets run in a shell. 
 not run, and there is no other kind, so that nothing escapes by accident.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

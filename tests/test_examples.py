@@ -1,7 +1,5 @@
 """The examples in all docstrings of the package run."""
 
-from __future__ import annotations
-
 import doctest
 import pkgutil
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Installing: from a source archive with a compiler, and without one."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Who may import whom, as CONTRIBUTING.md says, and what an import brings in."""
 
-from __future__ import annotations
-
 import ast
 from collections import Counter
 from collections.abc import Collection, Iterator

@@ -1,7 +1,5 @@
 """The specification against scalar loops in float64, Transformers' Mamba, and its own promises."""
 
-from __future__ import annotations
-
 import ast
 import doctest
 import sys

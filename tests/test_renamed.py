@@ -1,7 +1,5 @@
 """Every public name of release 0.1 still imports, and one that has another name now warns."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from importlib import import_module

@@ -1,7 +1,5 @@
 """The bundled model: complete, small, and what its card says of it."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The benchmarks are scripts, which import what lies beside them."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from types import ModuleType

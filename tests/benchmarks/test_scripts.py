@@ -1,7 +1,5 @@
 """Each script in a smoke run: it prints tables, writes JSON, and names whatever it leaves out."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

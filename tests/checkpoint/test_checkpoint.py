@@ -1,7 +1,5 @@
 """Opening folders of every layout, whole and broken."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

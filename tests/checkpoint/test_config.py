@@ -1,7 +1,5 @@
 """config.json in three layouts, and broken."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Finding the weight files: preferences, shards, hostile indices."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

@@ -1,7 +1,5 @@
 """One identity for one set of weights, however it is stored."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

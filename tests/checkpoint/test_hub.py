@@ -1,7 +1,5 @@
 """From names to folders: local paths, a stand-in for the hub, its cache, and no network."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What importing the package and opening a model does not import."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.support.layouts import write_model

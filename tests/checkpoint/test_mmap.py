@@ -1,7 +1,5 @@
 """Tensors are the file's own bytes, or a copy where they lie crooked."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

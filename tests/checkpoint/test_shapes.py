@@ -1,7 +1,5 @@
 """Which tensors a config asks for, and how differences are reported."""
 
-from __future__ import annotations
-
 import pytest
 
 from anymamba.checkpoint import check_tensors, expected_shapes, model_shape

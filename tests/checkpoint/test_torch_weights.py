@@ -1,7 +1,5 @@
 """Loading weights: every layout to the same tensors, everything broken to one line."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import random

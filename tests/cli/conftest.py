@@ -1,7 +1,5 @@
 """A model so small that the command line answers at once."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What shells are told about the commands."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 

@@ -1,7 +1,5 @@
 """Every command that writes, where the system takes no more: one line, and nothing half-written."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess

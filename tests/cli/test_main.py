@@ -1,7 +1,5 @@
 """The dispatcher: what it imports, how it complains, how it ends."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

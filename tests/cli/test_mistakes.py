@@ -1,7 +1,5 @@
 """Every mistake is one true line on standard error and status 2, with every command."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil

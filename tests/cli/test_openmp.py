@@ -1,7 +1,5 @@
 """Idle threads of PyTorch's sleep while the native core trains, unless the user says otherwise."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

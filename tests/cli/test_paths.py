@@ -1,7 +1,5 @@
 """Names of files that no system call takes, and names in one's home."""
 
-from __future__ import annotations
-
 import pytest
 
 LONG = "a" * 300

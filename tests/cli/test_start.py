@@ -1,7 +1,5 @@
 """How a command starts: what it imports, and what it does without."""
 
-from __future__ import annotations
-
 import pytest
 
 from anymamba.cli.main import COMMANDS, module_of

@@ -1,7 +1,5 @@
 """The drop-in's attention and feed-forward layers against plain loops."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

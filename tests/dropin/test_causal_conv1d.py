@@ -1,7 +1,5 @@
 """causal_conv1d under the original's names, against a loop over single numbers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

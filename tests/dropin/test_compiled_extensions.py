@@ -1,7 +1,5 @@
 """The compiled extensions under their own names: both passes against the recurrence in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

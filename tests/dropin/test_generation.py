@@ -1,7 +1,5 @@
 """The drop-in's generation against loops over the model, and its sampling against counting."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

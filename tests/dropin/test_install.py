@@ -1,7 +1,5 @@
 """The drop-in is switched on and off: imports, metadata, originals that are installed too."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import importlib.metadata

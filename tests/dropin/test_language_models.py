@@ -1,7 +1,5 @@
 """The drop-in's language models against ours and Transformers', on disk and cut anywhere."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The drop-in's Mamba-2 layers against a loop over time and Transformers' mixer."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import pairwise
 from typing import Any

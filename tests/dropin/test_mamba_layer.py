@@ -1,7 +1,5 @@
 """The drop-in's Mamba layer against a loop over time, and its steps against its forward."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Decode steps of Transformers' mixers in one native call are those of Transformers' own code."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable, Iterator

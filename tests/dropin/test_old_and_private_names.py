@@ -1,7 +1,5 @@
 """Names that programs import beside the documented ones: of version 1, private ones, forks'."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from functools import partial

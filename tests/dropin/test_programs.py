@@ -1,7 +1,5 @@
 """Programs as the originals' users write them run unchanged under `anymamba run`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

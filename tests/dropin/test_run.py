@@ -1,7 +1,5 @@
 """`anymamba run` is `python` with the drop-in: compared with `python` itself."""
 
-from __future__ import annotations
-
 import os
 import sys
 import zipfile

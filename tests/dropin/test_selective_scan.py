@@ -4,8 +4,6 @@ The loop is `brute_force` of the scan's own tests; what this file adds is how th
 its tensors: channels before time, constant B and C, complex numbers as pairs in a row.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The single step under the original's names, against a loop over single numbers."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

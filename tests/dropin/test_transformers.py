@@ -1,7 +1,5 @@
 """Transformers' models give the same with the drop-in installed before their import as without."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 python tests/dropin/transformers_models.py [--dropin] FILE
 """
 
-from __future__ import annotations
-
 import sys
 
 import anymamba.dropin

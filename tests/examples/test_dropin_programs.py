@@ -1,7 +1,5 @@
 """The examples that import `mamba_ssm`: short runs, what they ask, and the data they draw."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The bundled model's recipe: it trains, the check measures what it says, the card tells of it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

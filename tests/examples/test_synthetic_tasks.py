@@ -1,7 +1,5 @@
 """The paper's synthetic tasks: short runs, the data they draw, and the report beside its files."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Models with weights of 8 and 4 bits: operator, layers, folders, and the native calls."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Prints each call before it is made, so that the last line names the one that end
 A call must work or raise one of `ALLOWED`.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections import Counter

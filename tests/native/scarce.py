@@ -5,8 +5,6 @@ until a call succeeds. Until then it must raise MemoryError and change nothing t
 afterwards: at the end everything is as one call makes it. Prints how often MemoryError was raised.
 """
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import sys

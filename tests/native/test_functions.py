@@ -1,7 +1,5 @@
 """The vectorized exp, silu and softplus over float32's whole range, against float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np

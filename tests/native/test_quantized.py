@@ -1,7 +1,5 @@
 """Products with weights of 8 and 4 bits, against the same roundings in float64."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 import pytest

@@ -1,7 +1,5 @@
 """No input from Python ends the process, and no kernel leaves the memory it was given or lacks."""
 
-from __future__ import annotations
-
 import ast
 import signal
 import sys

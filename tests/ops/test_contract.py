@@ -5,8 +5,6 @@ and bits that do not depend on the number of threads. PyTorch's own rules for cu
 in test_custom_operators.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

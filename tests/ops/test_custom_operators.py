@@ -1,7 +1,5 @@
 """The native operators inside PyTorch's machinery: compile, export, checkpoints, autocast."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Derivatives beyond a gradient: forward mode, second order, and the transforms of torch.func."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

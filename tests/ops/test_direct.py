@@ -1,7 +1,5 @@
 """A step straight to the core is the step that the general functions take, or is not taken."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

@@ -4,8 +4,6 @@ Prints each case before it is tried, so that the last line names the one that en
 A case must work or raise one of `anymamba.errors`, in little more memory than the files take.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """The engine computes the model, however its tokens come, and remembers it in states."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Files are hostile, and others use them too: nothing of that ends or disturbs a process."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess

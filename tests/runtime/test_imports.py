@@ -1,7 +1,5 @@
 """What the runtime brings in, and when: never torch, and nothing that a path does not use."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """What Ctrl-C, a lack of memory and the end of the program leave behind."""
 
-from __future__ import annotations
-
 import copy
 import os
 import pickle

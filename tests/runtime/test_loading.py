@@ -1,7 +1,5 @@
 """`load` opens every layout that `from_pretrained` opens, and says what it cannot open."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Memory does not grow with what is read or written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

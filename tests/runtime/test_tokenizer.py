@@ -1,7 +1,5 @@
 """Tokens of text, and text of tokens."""
 
-from __future__ import annotations
-
 import json
 from contextlib import suppress
 from functools import partial

@@ -4,8 +4,6 @@ Three sizes: `tensors` and `write_folder` where widths must fit blocks of 32, `s
 `write_small` where no two sizes may be alike, `write_model` where the command line shall be fast.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tracemalloc

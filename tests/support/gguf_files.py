@@ -1,7 +1,5 @@
 """GGUF files written by the `gguf` package's writer, name by name, and what it reads in them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Small models in PyTorch with random weights, none of them zero."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

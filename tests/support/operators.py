@@ -1,7 +1,5 @@
 """Random inputs for the operators, the ways a tensor may lie in memory, and the native core."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Runs programs in processes of their own, where a crash is a failed test and not a lost run."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Passes and decode steps of small models, natively and through the modules."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

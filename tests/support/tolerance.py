@@ -1,7 +1,5 @@
 """The numerical contract: how far a result may be from its reference."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """GGUF files that are broken, hostile or of another model are refused in one line."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 from typing import Any

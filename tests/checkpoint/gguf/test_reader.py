@@ -1,7 +1,5 @@
 """Tensors and configs of GGUF files, against the `gguf` package's own reader and scalar loops."""
 
-from __future__ import annotations
-
 import struct
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tokenizers of GGUF files, against the original and llama.cpp's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

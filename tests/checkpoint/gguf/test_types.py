@@ -1,7 +1,5 @@
 """Every type of tensors in GGUF files, and models in several files, against the `gguf` package."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path

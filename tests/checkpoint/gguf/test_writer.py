@@ -1,7 +1,5 @@
 """GGUF files are written as the `gguf` package writes them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

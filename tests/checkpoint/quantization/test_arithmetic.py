@@ -1,7 +1,5 @@
 """Weights in few bits: the format byte by byte, the rounding, and the product, by scalar loops."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any

@@ -1,7 +1,5 @@
 """The header reader against the safetensors library, and against hostile files."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A safetensors file written tensor by tensor is the one that was planned, or an error."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Tokenizers of hostile files: what they make of a text, how long they take, and Ctrl-C."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """What is typed in a chat."""
 
-from __future__ import annotations
-
 import errno
 import sys
 

@@ -1,7 +1,5 @@
 """What all commands have in common: `--json`, `--offline`, and that PyTorch is not imported."""
 
-from __future__ import annotations
-
 import json
 import socket
 from collections.abc import Callable

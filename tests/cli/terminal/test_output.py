@@ -1,7 +1,5 @@
 """Output and remarks that nobody takes."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os

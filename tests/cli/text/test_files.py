@@ -1,7 +1,5 @@
 """Texts in blocks: files, standard input, and what is no text."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """Tokenizing a text that comes in blocks: the tokens are those of the whole."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """`generate`, held to a loop that has no cache and runs every row alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Our loop of `generate` against Transformers' own: the same tokens, scores and random numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

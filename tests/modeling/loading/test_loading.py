@@ -1,7 +1,5 @@
 """`from_pretrained` and `save_pretrained` across layouts; tests/checkpoint has the broken files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A class's forward, or what it calls, is replaced: with and without gradients that counts."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import Any

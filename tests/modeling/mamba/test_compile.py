@@ -1,8 +1,6 @@
 """The model under compilers, tracers and counters, on devices without numbers, and with other
 defaults than PyTorch's."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys

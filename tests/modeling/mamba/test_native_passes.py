@@ -1,7 +1,5 @@
 """Whole passes and prompts on the native core, in one call and in chunks."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from contextlib import nullcontext

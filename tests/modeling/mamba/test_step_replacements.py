@@ -1,7 +1,5 @@
 """Hooks, modules and weights in another's place: a native step must not pass them by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Weights that change, however they do, are the next native step's weights."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref

@@ -1,7 +1,5 @@
 """The native convolution, with each instruction set, against the reference in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

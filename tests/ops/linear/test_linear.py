@@ -1,7 +1,5 @@
 """The matrix product, on each backend, against float64."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

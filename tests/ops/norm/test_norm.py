@@ -1,7 +1,5 @@
 """RMSNorm against its formula in float64, and natively against the reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """The native scan, with each instruction set, against the reference in float64."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The selective scan against a loop over single numbers, and against itself cut up."""
 
-from __future__ import annotations
-
 import cmath
 import itertools
 import math

@@ -1,7 +1,5 @@
 """Mamba-2's operator against a scalar loop, its recurrence, and the selective scan."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from itertools import pairwise

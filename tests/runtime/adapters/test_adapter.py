@@ -1,7 +1,5 @@
 """Adapters merged without torch: equal to what PEFT itself makes of them."""
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

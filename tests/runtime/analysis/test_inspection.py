@@ -1,7 +1,5 @@
 """What `inspect` says of a text, against `minimal.py`'s own recurrence and Transformers' model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Loss by position, against windows that are scored one by one in plain Python."""
 
-from __future__ import annotations
-
 import statistics
 
 import numpy as np

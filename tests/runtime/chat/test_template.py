@@ -1,7 +1,5 @@
 """Chat templates, beside Transformers' rendering of the same."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time

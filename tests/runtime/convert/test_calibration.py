@@ -1,7 +1,5 @@
 """Better rounding: against brute force, against the method's textbook form, and on a real model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

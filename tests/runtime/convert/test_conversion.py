@@ -1,7 +1,5 @@
 """Conversions: nothing is lost, nothing is half written, nothing of others is deleted."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

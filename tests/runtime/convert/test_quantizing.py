@@ -1,7 +1,5 @@
 """Quantized folders: what they hold, that they are whole or not there, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

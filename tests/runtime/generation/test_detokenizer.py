@@ -1,7 +1,5 @@
 """Text that appears while its tokens are made."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st

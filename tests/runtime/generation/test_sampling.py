@@ -1,7 +1,5 @@
 """The settings, and choosing one token after another."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import FrozenInstanceError, replace
 

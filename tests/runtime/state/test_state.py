@@ -1,7 +1,5 @@
 """A state is a value: copied, saved, loaded, refused where it does not belong, never half."""
 
-from __future__ import annotations
-
 import json
 import signal
 import time

@@ -1,7 +1,5 @@
 """Whole models in 8 and 4 bits against a reference that rounds weights and activations alike."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ The sizes are those at which one answer for all matrices goes wrong: a group of 
 rows of some and not of others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

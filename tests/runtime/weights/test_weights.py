@@ -1,7 +1,5 @@
 """Which weights the core gets: mapped where it can be, converted where asked for, checked."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is trained on is what the data say, or is refused: never the signs of a file's form."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sharded checkpoints: from one number of processes to another, and to a normal folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

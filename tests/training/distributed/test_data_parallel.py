@@ -1,7 +1,5 @@
 """DDP and FSDP2 with two processes against one process on the same global batch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

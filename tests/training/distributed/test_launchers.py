@@ -1,7 +1,5 @@
 """`anymamba train` under torchrun and accelerate against one process with the same batches."""
 
-from __future__ import annotations
-
 import json
 import random
 import sys

@@ -1,7 +1,5 @@
 """Nothing is lost: killed, stopped, or out of space, a run goes on as if nothing had happened."""
 
-from __future__ import annotations
-
 import random
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """`anymamba bench`: the table and its figures, not how large they are."""
 
-from __future__ import annotations
-
 import pytest
 
 from anymamba.assets import bundled_model

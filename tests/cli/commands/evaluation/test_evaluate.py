@@ -1,7 +1,5 @@
 """`anymamba evaluate`: the harness's results, and that the runtime's commands agree with them."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

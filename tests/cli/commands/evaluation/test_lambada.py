@@ -1,7 +1,5 @@
 """`anymamba lambada`: last words."""
 
-from __future__ import annotations
-
 import json
 import math
 

@@ -1,7 +1,5 @@
 """`anymamba score`: how well a text is predicted."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

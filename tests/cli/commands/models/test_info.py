@@ -1,7 +1,5 @@
 """`anymamba info`: what it says about models and machines, and that it needs no torch."""
 
-from __future__ import annotations
-
 import json
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """Known checkpoints, their sizes, and downloading one from a stand-in for the hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

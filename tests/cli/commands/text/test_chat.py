@@ -1,7 +1,5 @@
 """`anymamba chat`: a conversation, its state, its forks."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

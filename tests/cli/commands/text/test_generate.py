@@ -1,7 +1,5 @@
 """`anymamba generate`: what it writes, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """`anymamba ingest`: texts of any length become a state."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """`anymamba finetune`, then `merge` and `generate --adapter`: from examples to answers."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
