@@ -30,6 +30,7 @@ from anymamba.checkpoint.safetensors import (
 from anymamba.checkpoint.shapes import ModelShape, check_tensors, expected_shapes, model_shape
 from anymamba.checkpoint.state_file import (
     StateFile,
+    check_finite_blocks,
     check_identity,
     read_state_file,
     state_identity,
@@ -48,6 +49,7 @@ __all__ = [
     "TensorRecord",
     "bytes_digest",
     "canonical_names",
+    "check_finite_blocks",
     "check_identity",
     "check_tensors",
     "checkpoint_digest",

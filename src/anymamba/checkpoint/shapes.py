@@ -186,7 +186,9 @@ unexpected 'a'
             if name in found and tuple(found[name]) != tuple(shape)
         ],
     }
-    _raise_for(defects, where)
+    told = "; ".join(f"{what} {listed(names)}" for what, names in defects.items() if names)
+    if told:
+        raise CheckpointError(f"the tensors in {where} do not fit its config: {told}")
 
 
 def check_repeated_head(tensors: Mapping[str, Any], where: object) -> None:
@@ -209,12 +211,6 @@ def check_repeated_head(tensors: Mapping[str, Any], where: object) -> None:
             f"the config in {where} ties {HEAD} to {EMBEDDINGS}, but the two "
             "differ there; set tie_word_embeddings to false to use both"
         )
-
-
-def _raise_for(defects: Mapping[str, Iterable[str]], where: object) -> None:
-    found = [f"{kind} {listed(names)}" for kind, names in defects.items() if names]
-    if found:
-        raise CheckpointError(f"the tensors in {where} do not fit its config: {'; '.join(found)}")
 
 
 def _dimensions(shape: Iterable[int]) -> str:

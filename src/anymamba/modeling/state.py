@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from anymamba.checkpoint import (
     StateFile,
+    check_finite_blocks,
     check_identity,
     read_state_file,
     state_dict_digest,
@@ -294,12 +295,7 @@ class MambaState:
             digest = state_dict_digest(model.state_dict())
         metadata = state_metadata(identity, self.token_counts.tolist(), digest)
         blocks = {name: getattr(self, name).contiguous() for name in _BLOCKS}
-        for name, block in blocks.items():
-            if not torch.isfinite(block).all():
-                raise StateError(
-                    f"the cache holds NaN or infinity in its {name}, and nothing could go on from "
-                    "it: it was not written; the model's weights are broken"
-                )
+        check_finite_blocks(blocks, torch.isfinite, "the cache")
         write_atomically(Path(path), lambda part: save_file(blocks, part, metadata=metadata))
 
     @classmethod

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.io import shown
+from anymamba.checkpoint.io import check_surrogates, shown
 from anymamba.checkpoint.tokenizer import HELP, raise_if_foreign, reason_of
 from anymamba.errors import CheckpointError, InputError
 from anymamba.renamed import old_names
@@ -74,11 +74,9 @@ class TextCodec:
             encode = partial(tokenizer.encode_batch_fast, [text], add_special_tokens=special)
             return list(_aside(encode, _most_seconds(len(text)))[0].ids)
         except (TypeError, UnicodeError) as error:
-            reason = str(error)
-            # The library does not say so. Python keeps bytes that are no text as such halves.
-            if isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
-                reason = "it holds half of a surrogate pair, or bytes that are not UTF-8"
-            raise InputError(f"the text cannot be encoded: {reason}") from error
+            if isinstance(text, str):
+                check_surrogates(text, "the text")  # the library does not say so
+            raise InputError(f"the text cannot be encoded: {error}") from error
         except BaseException as error:
             raise_if_foreign(error)
             raise InputError(f"the tokenizer fails at the text: {reason_of(error)}") from None

@@ -144,7 +144,7 @@ def test_only_matrices_are_kept_in_blocks(file: Path) -> None:
 )
 def test_weights_for_the_engine(stored: str, asked: str, kind: str, file: Path) -> None:
     weights, _ = load_gguf_weights(gguf_files.write(file, stored), asked)
-    assert weights.kind == kind
+    assert weights.weight_type == kind
     embeddings = weights.tensors["backbone.embeddings.weight"]
     if kind.startswith("int"):
         assert isinstance(embeddings, QuantizedArray)

@@ -104,7 +104,7 @@ def test_what_llama_quantize_writes_opens_without_the_package(
     table, projection = weights.tensors[EMBEDDINGS], weights.tensors[OUT_PROJ]
     assert isinstance(table, QuantizedArray)
     assert isinstance(projection, QuantizedArray)
-    assert (weights.kind, table.bits, projection.bits) == ("int4", 8, 4)
+    assert (weights.weight_type, table.bits, projection.bits) == ("int4", 8, 4)
     assert weights.remark is not None
     assert "(1 in Q6_K)" in weights.remark
 

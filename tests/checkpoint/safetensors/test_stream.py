@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from anymamba.checkpoint import read_header
-from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
+from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 
 TENSORS = {
     "odd": np.arange(3, dtype=np.float32),

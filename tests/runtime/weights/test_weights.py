@@ -46,7 +46,7 @@ def loaded(folder: Path, kind: str = "auto") -> Any:
 )
 def test_as_stored_nothing_is_copied(tmp_path: Path, stored: str, dtype: Any, kind: str) -> None:
     weights = loaded(write_types(tmp_path, {"": stored}))
-    assert weights.kind == kind
+    assert weights.weight_type == kind
     expected = small_weights()
     assert weights.tensors.keys() == expected.keys()
     for name, tensor in weights.tensors.items():
@@ -66,7 +66,7 @@ def test_as_stored_nothing_is_copied(tmp_path: Path, stored: str, dtype: Any, ki
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
 def test_float32(tmp_path: Path, stored: str) -> None:
     weights = loaded(write_types(tmp_path, {"proj.weight": stored}), "f32")
-    assert weights.kind == "f32"
+    assert weights.weight_type == "f32"
     assert {tensor.dtype for tensor in weights.tensors.values()} == {np.dtype(np.float32)}
     assert (weights.tensors["backbone.embeddings.weight"].flags.writeable) is False
     assert weights.tensors["backbone.layers.0.mixer.in_proj.weight"].flags.writeable == (
@@ -76,7 +76,7 @@ def test_float32(tmp_path: Path, stored: str) -> None:
 
 def test_bfloat16_is_for_matrices(tmp_path: Path) -> None:
     weights = loaded(write_types(tmp_path, {"A_log": "F16", "in_proj.weight": "BF16"}), "bf16")
-    assert weights.kind == "bf16"
+    assert weights.weight_type == "bf16"
     expected = small_weights()
     for name, tensor in weights.tensors.items():
         if name.endswith((*LARGE, *SENSITIVE)):
@@ -89,7 +89,7 @@ def test_bfloat16_is_for_matrices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["F32", "BF16"])
 def test_quantized_on_load(tmp_path: Path, bits: int, stored: str) -> None:
     weights = loaded(write_types(tmp_path, {"": stored}, **WIDE), f"int{bits}")
-    assert weights.kind == f"int{bits}"
+    assert weights.weight_type == f"int{bits}"
     for name, tensor in weights.tensors.items():
         original = small_weights(**WIDE)[name]
         if stored == "BF16":
@@ -132,7 +132,7 @@ def test_a_quantized_folder_is_mapped(tmp_path: Path, bits: int, symmetric: bool
     folder = write_quantized(tmp_path, bits, symmetric)
     for kind in ("auto", f"int{bits}"):
         weights = loaded(folder, kind)
-        assert weights.kind == f"int{bits}"
+        assert weights.weight_type == f"int{bits}"
         for name, original in small_weights(**WIDE).items():
             tensor = weights.tensors[name]
             if name.endswith(LARGE):
@@ -267,4 +267,4 @@ def test_a_file_that_is_replaced_while_it_is_opened(tmp_path: Path) -> None:
     write_small(tmp_path, dtype=np.float16)
     with pytest.raises(CheckpointError, match="was replaced while it was opened"):
         load_weights(opened)
-    assert loaded(tmp_path).kind == "f16"
+    assert loaded(tmp_path).weight_type == "f16"

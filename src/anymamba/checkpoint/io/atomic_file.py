@@ -6,7 +6,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from anymamba.checkpoint.io.paths import user_path
@@ -51,15 +52,29 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     # To rename a file over /dev/null would be the end of it.
     if target.exists() and not target.is_file():
         raise CheckpointError(f"cannot write {str(target)!r}: it is not a file; give another name")
+    with workplace_beside(target) as workplace:
+        unfinished = workplace / target.name
+        write(unfinished)
+        if target.exists():
+            shutil.copymode(target, unfinished)
+        flush_to_disk(unfinished)
+        unfinished.replace(target)
+
+
+@contextmanager
+def workplace_beside(target: Path) -> Iterator[Path]:
+    """A hidden folder on the same disk, to write in what is then renamed; in the end it is removed.
+
+    Args:
+        target: what is to be created or replaced.
+
+    Raises:
+        CheckpointError: there can be no such folder, or what is done in it raises an `OSError`.
+    """
     try:
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
         try:
-            unfinished = workplace / target.name
-            write(unfinished)
-            if target.exists():
-                shutil.copymode(target, unfinished)
-            flush_to_disk(unfinished)
-            unfinished.replace(target)
+            yield workplace
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
         flush_to_disk(target.parent)

@@ -33,16 +33,25 @@ def read_json_object(path: Path) -> dict[str, Any]:
         >>> read_json_object(path)
         {'d_model': 64}
     """
+    return parse_json_object(read_bounded(path), repr(str(path)))
+
+
+def read_bounded(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """Read a file of at most so many bytes.
+
+    Raises:
+        CheckpointError: it is missing, cannot be read, or is larger.
+    """
     if not path.is_file():
         raise CheckpointError(f"{str(path)!r} is missing or is not a file")
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_JSON_BYTES + 1)
+            data = file.read(most + 1)
     except OSError as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}") from error
-    if len(text) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{str(path)!r} is larger than the {MAX_JSON_BYTES} bytes allowed")
-    return parse_json_object(text, repr(str(path)))
+    if len(data) > most:
+        raise CheckpointError(f"{str(path)!r} is larger than the {most} bytes allowed")
+    return data
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:

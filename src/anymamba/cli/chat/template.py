@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.checkpoint.gguf import find_gguf
-from anymamba.checkpoint.io import MAX_JSON_BYTES, read_json_object
+from anymamba.checkpoint.io import read_bounded, read_json_object
 from anymamba.errors import CheckpointError
 
 Message = dict[str, str]
@@ -90,11 +90,7 @@ def read_own_file(file: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        with file.open("rb") as opened:
-            text = opened.read(MAX_JSON_BYTES + 1)
-        if len(text) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{str(file)!r} is larger than {MAX_JSON_BYTES} bytes")
-        return text.decode("utf-8")
+        return read_bounded(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{str(file)!r} is not UTF-8 text: {error}") from None
 

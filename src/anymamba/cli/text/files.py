@@ -72,18 +72,6 @@ def read_text(name: str) -> str:
     return "".join(read_blocks(name))
 
 
-def check_text(text: str, where: str) -> None:
-    """Refuse half surrogate pairs, which JSON can spell and no tokenizer reads.
-
-    Raises:
-        InputError: the text holds one.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
-
-
 def read_once(names: Sequence[str | None]) -> None:
     """Refuse standard input for several texts: the second would be empty.
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import expected_shapes, model_shape
-from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, MAMBA, in_layer, role_of
+from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, MAMBA, in_layer
 from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.checkpoint.quantization import (
     Bits,
@@ -40,6 +40,7 @@ from anymamba.checkpoint.quantization import (
     scales_of,
     values_of,
 )
+from anymamba.checkpoint.quantized_folder import is_quantized
 from anymamba.errors import InputError
 from anymamba.runtime.analysis import Layer, normed
 from anymamba.runtime.native import epsilon_of
@@ -236,7 +237,9 @@ def _round_group(
     """
     begin, end = g * recipe.group, (g + 1) * recipe.group
     own, factor = left_kn[begin:end], factor_kk[begin:end]
-    scale, minimum = _scales_for(np.ascontiguousarray(own.T), recipe)
+    parts = np.ascontiguousarray(own.T)
+    clip = _best_clip(parts, recipe) if recipe.searches else 1.0
+    scale, minimum = scales_of(*ranges(parts), recipe.bits, recipe.symmetric, clip)
     numbers, errors = np.empty(own.shape, np.uint8), np.empty_like(own)
     for j in range(recipe.group):
         column = own[j, :, None]
@@ -247,13 +250,6 @@ def _round_group(
         own[j + 1 :] -= np.outer(factor[j, begin + j + 1 : end], errors[j])
     left_kn[end:] -= factor[:, end:].T @ errors
     return numbers, scale, minimum
-
-
-def _scales_for(
-    parts: NDArray[np.float32], recipe: Recipe
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    clip = _best_clip(parts, recipe) if recipe.searches else 1.0
-    return scales_of(*ranges(parts), recipe.bits, recipe.symmetric, clip)
 
 
 def windows_of(ids: NDArray[np.int64], window: int = WINDOW, most: int = MOST_WINDOWS) -> Any:
@@ -366,7 +362,7 @@ def calibrate(
 def _check_weights(tensor: Tensor, config: Mapping[str, Any], recipe: Recipe) -> None:
     """Before anything is computed: what is broken in one place makes all that follows it NaN."""
     for name, shape in expected_shapes(config).items():
-        if role_of(name) == "large matrix" and shape[1] % recipe.group == 0:
+        if is_quantized(name, shape, recipe.group):
             check_weight(_there(tensor, name), recipe.bits, recipe.group, name)
 
 

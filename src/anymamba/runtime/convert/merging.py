@@ -85,14 +85,14 @@ def with_adapter(source: Source, adapter: Adapter) -> Source:
         CheckpointError: the two do not fit together.
     """
     check_fits(adapter, source.tensors)
-    config, kinds = dict(source.config), dict(source.kinds)
+    config, dtypes = dict(source.config), dict(source.dtypes)
     unties = EMBEDDINGS in adapter.changes and config.get("tie_word_embeddings", True)
     if unties:
         config["tie_word_embeddings"] = False
-        kinds[HEAD] = kinds[EMBEDDINGS]
+        dtypes[HEAD] = dtypes[EMBEDDINGS]
     companions = dict(source.companions) | companions_in(adapter.folder)
     tensors = _Merged(source.tensors, adapter, HEAD if unties else None)
-    return replace(source, config=config, kinds=kinds, companions=companions, tensors=tensors)
+    return replace(source, config=config, dtypes=dtypes, companions=companions, tensors=tensors)
 
 
 class _Merged(Mapping[str, NDArray[Any]]):

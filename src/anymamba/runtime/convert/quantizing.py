@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint import FORMAT, expected_shapes
+from anymamba.checkpoint import expected_shapes
 from anymamba.checkpoint.architecture import is_matrix, role_of
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import FLOATS, as_dtype, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, shown
 from anymamba.checkpoint.quantization import QuantizedArray, check_format
+from anymamba.checkpoint.quantized_folder import FORMAT, FORMAT_VERSION, is_quantized
 from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
 from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
@@ -42,7 +43,6 @@ from anymamba.runtime.tokenizer import TextCodec
 
 Progress = Callable[[int, int], object]
 
-FORMAT_VERSION = 1
 _BITS = {"int8": 8, "int4": 4}
 
 
@@ -104,7 +104,7 @@ def quantize_checkpoint(
     check_apart(source, destination)
     target = check_destination(destination, overwrite)
     model = open_source(source, offline)
-    rounded = sorted(set(model.kinds.values()).difference(FLOATS))
+    rounded = sorted(set(model.dtypes.values()).difference(FLOATS))
     if rounded:
         raise CheckpointError(
             f"weights in {os.fspath(source)!r} are stored as {listed(rounded)}, and would be "
@@ -179,7 +179,7 @@ def _plans(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, T
     """What the file will hold."""
     plans: dict[str, TensorPlan] = {}
     for name, shape in shapes.items():
-        if not _is_quantized(name, shape, recipe):
+        if not is_quantized(name, shape, recipe.group):
             plans[name] = TensorPlan("BF16" if is_matrix(name) else "F32", shape)
             continue
         n, k = shape
@@ -218,13 +218,9 @@ def _tensors(
             values = wide(name)
             assert values is not None  # open_source has checked that all are there
             check_finite(name, values)
-            if not _is_quantized(name, shape, recipe):
+            if not is_quantized(name, shape, recipe.group):
                 yield name, as_dtype(values, "BF16") if is_matrix(name) else values
             elif windows_bl is None:
                 yield name, recipe.rounded(values, name)
     except InputError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _is_quantized(name: str, shape: tuple[int, ...], recipe: Recipe) -> bool:
-    return role_of(name) == "large matrix" and shape[1] % recipe.group == 0
