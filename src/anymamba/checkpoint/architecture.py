@@ -56,10 +56,7 @@ class TensorRow:
         return self.name.split(".")[-2]
 
     def dimensions(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape in numbers.
-
-        Args:
-            sizes: the number that each letter stands for.
+        """The shape in numbers, where `sizes` has the number that each letter stands for.
 
         Example:
             >>> TensorRow("x", "r+2n e", "small matrix", "x", None).dimensions(dict(r=3, n=4, e=8))
@@ -96,9 +93,6 @@ class Architecture:
     def shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """The shapes of a model's tensors, by Transformers' names.
 
-        Args:
-            shape: the model's.
-
         Example:
             >>> from anymamba.checkpoint import model_shape
             >>> shapes = MAMBA.shapes(model_shape({"hidden_size": 8, "num_hidden_layers": 1}))
@@ -117,13 +111,10 @@ class Architecture:
         return shapes | {row.name: row.dimensions(shape.sizes) for row in rest}
 
     def core_layer(self, get: Callable[[str], Any]) -> dict[str, Any]:
-        """A layer's tensors by the names that the native core has for them.
+        """A layer's tensors by the native core's names; a convolution's (e, 1, k) as (e, k).
 
         Args:
             get: gives the tensor of a name in `layer`, or None for one that the model lacks.
-
-        Returns:
-            The tensors; a convolution's (e, 1, k) as (e, k).
 
         Example:
             >>> import numpy as np
@@ -183,11 +174,7 @@ _BEFORE = re.compile(r".*\blayers\.\d+\.")
 
 
 def in_layer(index: int | str, name: str) -> str:
-    """Transformers' full name of a layer's tensor.
-
-    Args:
-        index: the layer, from 0.
-        name: the tensor's name in the layer.
+    """Transformers' full name of a layer's tensor, by its name in the layer.
 
     Example:
         >>> in_layer(3, "mixer.D")
@@ -197,13 +184,7 @@ def in_layer(index: int | str, name: str) -> str:
 
 
 def role_of(name: str) -> Role | None:
-    """What a tensor is for.
-
-    Args:
-        name: Transformers' name, also that of a layer's tensor alone.
-
-    Returns:
-        Its role, or None where no architecture has such a tensor.
+    """What a tensor is for, by its full name or that in its layer; None if there is no such tensor.
 
     Example:
         >>> role_of("backbone.layers.3.mixer.A_log"), role_of("mixer.D"), role_of("score.weight")

@@ -16,11 +16,7 @@ _PATTERNS = ("model-*.safetensors", "pytorch_model*.bin", "pytorch_model*.bin.in
 
 
 def check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
-    """Refuse a destination that is what is read, or a folder around it.
-
-    Args:
-        source: what is read.
-        destination: what is to be written.
+    """Refuse a destination that is the source, which is read, or a folder around it.
 
     Raises:
         ConfigError: writing would replace the source.

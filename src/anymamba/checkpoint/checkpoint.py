@@ -96,12 +96,7 @@ def _locate(files: WeightFiles, key_mapping: Mapping[str, str] | None) -> dict[s
 
 
 def check_shard(files: WeightFiles, path: Path, names: Iterable[str]) -> None:
-    """Check that a shard holds the tensors that the index says, and no others.
-
-    Args:
-        files: the shards and their index; a single file has nothing to compare with.
-        path: one of the shards.
-        names: the tensors it holds.
+    """Check that a file holds the tensors that the index places there, if any, and no others.
 
     Raises:
         CheckpointError: the message names what is missing or not listed.

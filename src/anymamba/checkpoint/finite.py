@@ -75,11 +75,7 @@ model's weights are broken; fetch or make them again
 
 
 def broken_tensor(name: str, count: int) -> CheckpointError:
-    """The error for a tensor with NaN or infinity.
-
-    Args:
-        name: the tensor's.
-        count: how many of its numbers are so.
+    """The error for a tensor of which `count` numbers are NaN or infinite.
 
     Example:
         >>> print(broken_tensor("mixer.D", 2))
@@ -93,11 +89,7 @@ make them again
 
 
 def say_what_is_broken(said: float, tensors: Mapping[str, Tensor]) -> CheckpointError:
-    """The error for a model whose logits or state are no numbers. All weights are looked through.
-
-    Args:
-        said: what was found in place of a number.
-        tensors: the model's, by name.
+    """The error for a model that computes `said` for a number. All weights are looked through.
 
     Example:
         >>> print(say_what_is_broken(np.nan, {"mixer.D": np.float32([1])}))

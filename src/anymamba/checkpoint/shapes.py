@@ -194,9 +194,7 @@ unexpected 'a'
 def check_repeated_head(tensors: Mapping[str, Any], where: object) -> None:
     """Refuse a tied model's stored head that is not the embedding table: one would be lost.
 
-    Args:
-        tensors: the head and the table by Transformers' names, numpy's arrays or torch's tensors.
-        where: what was read, for the message.
+    `tensors` has both by Transformers' names, as NumPy's arrays or PyTorch's tensors.
 
     Raises:
         CheckpointError: the two differ.

@@ -168,10 +168,7 @@ def _unpickled(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
 
 
 def companions_in(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights that belong to a model, such as its tokenizer's, by name.
-
-    Args:
-        folder: the model's, or an adapter's.
+    """The other files in a model's or an adapter's folder, such as its tokenizer's, by name.
 
     Raises:
         CheckpointError: one cannot be read, or is too large.

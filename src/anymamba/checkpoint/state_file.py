@@ -192,10 +192,7 @@ def check_finite_blocks(
 ) -> None:
     """Refuse to write a state from which nothing could go on.
 
-    Args:
-        blocks: the state's, by name: NumPy's arrays or PyTorch's tensors.
-        isfinite: NumPy's or PyTorch's function of that name.
-        state: what the message calls it.
+    Its blocks are NumPy's arrays or PyTorch's tensors, and `isfinite` the function of that library.
 
     Raises:
         StateError: a block holds NaN or infinity.

@@ -139,10 +139,6 @@ def model_of(
 ) -> str | os.PathLike[str]:
     """The model that is meant: that which is named, else the adapter's, else the bundled one.
 
-    Args:
-        model: what was named.
-        adapter: the adapter's folder.
-
     Raises:
         CheckpointError: the adapter is none, or names no model.
 

@@ -96,15 +96,12 @@ _BY_NAME = {found.name: found for found in TYPES.values()}
 
 
 def widened(dtype: str, data: memoryview, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The values of a tensor in blocks. Memory holds them, and little beside them.
+    """The values of a tensor in blocks, in float32. Memory holds them, and little beside them.
 
     Args:
         dtype: GGUF's name of its type, which has blocks.
         data: the tensor's bytes.
         shape: of its values, outermost first.
-
-    Returns:
-        The values, in float32.
 
     Raises:
         MissingDependencyError: the `gguf` package computes them and is not installed, or is too old

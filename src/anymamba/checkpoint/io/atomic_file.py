@@ -65,9 +65,6 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
 def workplace_beside(target: Path) -> Iterator[Path]:
     """A hidden folder on the same disk, to write in what is then renamed; in the end it is removed.
 
-    Args:
-        target: what is to be created or replaced.
-
     Raises:
         CheckpointError: there can be no such folder, or what is done in it raises an `OSError`.
     """
@@ -83,11 +80,7 @@ def workplace_beside(target: Path) -> Iterator[Path]:
 
 
 def cannot_write(target: Path, error: OSError) -> CheckpointError:
-    """What to tell a user whose file or folder the system did not write.
-
-    Args:
-        target: what was to be written.
-        error: what the system said; one of ours already says what to do, and is returned.
+    """What to tell a user whose file or folder the system did not write; an error of ours stays.
 
     Example:
         >>> print(cannot_write(Path("a.state"), OSError(errno.ENOSPC, "No space left on device")))
@@ -101,9 +94,6 @@ def cannot_write(target: Path, error: OSError) -> CheckpointError:
 
 def flush_to_disk(path: Path) -> None:
     """Ask the system to bring a file, or a folder's list of names, to the disk itself.
-
-    Args:
-        path: what was written.
 
     Raises:
         OSError: the disk did not take it.

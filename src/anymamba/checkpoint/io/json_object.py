@@ -15,13 +15,7 @@ MAX_JSON_BYTES = 8 << 20
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Args:
-        path: a file of at most `MAX_JSON_BYTES`.
-
-    Returns:
-        The object.
+    """Read a file of at most `MAX_JSON_BYTES` that holds one JSON object.
 
     Raises:
         CheckpointError: the file is missing, too large, or is no JSON object.
@@ -55,14 +49,7 @@ def read_bounded(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def parse_json_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse UTF-8 text that is one JSON object.
-
-    Args:
-        text: what to parse; the caller has limited its size.
-        where: what the text is, for the message.
-
-    Returns:
-        The object.
+    """Parse UTF-8 text that is one JSON object; the caller has limited its size.
 
     Raises:
         CheckpointError: the text is not UTF-8, not JSON, not an object, nested too deeply, or

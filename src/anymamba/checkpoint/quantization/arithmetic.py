@@ -87,13 +87,7 @@ def quantize(
 
 
 def dequantize(weight: QuantizedArray) -> NDArray[np.float32]:
-    """Compute the weights that the whole numbers stand for.
-
-    Args:
-        weight: a quantized weight.
-
-    Returns:
-        (n, k), float32.
+    """Compute the weights (n, k) that the whole numbers stand for, in float32.
 
     Example:
         >>> dequantize(quantize(np.full((1, 32), 0.5, np.float32), bits=4, group=32))[0, :3]
@@ -145,17 +139,10 @@ def quantize_rows(
 
 
 def quantized_product(x_mk: NDArray[np.float32], weight: QuantizedArray) -> NDArray[np.float32]:
-    """x times the transposed weight: the result that every kernel is compared with.
+    """x (m, k) times the transposed weight (n, k): the result that every kernel is compared with.
 
-    Both sides are whole numbers within a group, whose sum of products stays below 2^24. It is
-    exact in float32 arithmetic, in whichever order. The groups are added in float64.
-
-    Args:
-        x_mk: (m, k), float32.
-        weight: (n, k).
-
-    Returns:
-        (m, n), float32.
+    Both sides are whole numbers within a group, whose sum of products stays below 2^24. It is exact
+    in float32 arithmetic, in whichever order. The groups are added in float64.
 
     Raises:
         InputError: x is no float32 matrix with rows of k.
@@ -234,16 +221,9 @@ def round_to(
     minimum: NDArray[np.float32] | None,
     bits: int,
 ) -> NDArray[np.uint8]:
-    """The whole numbers that come nearest to the weights.
+    """The whole numbers nearest to weights (..., group), by the scale and minimum of `scales_of`.
 
-    Args:
-        parts: weights, (..., group).
-        scale: what `scales_of` returned, (...).
-        minimum: the same.
-        bits: 8 or 4.
-
-    Returns:
-        (..., group). Symmetric 8-bit numbers begin at 1.
+    Symmetric 8-bit numbers begin at 1.
 
     Example:
         >>> round_to(np.float32([[-1, 4]]), np.float32([-0.5]), None, bits=4).tolist()

@@ -26,10 +26,7 @@ MOST_TOKEN_CHARACTERS = 4096
 def check_limits(tokenizer: Tokenizer, source: bytes, where: str) -> None:
     """Refuse a tokenizer that can make gigabytes of a short text or of a few tokens.
 
-    Args:
-        tokenizer: what was read.
-        source: the JSON that it was read from.
-        where: what it is, for the message.
+    `source` is the JSON that it was read from.
 
     Raises:
         CheckpointError: it can.

@@ -22,10 +22,7 @@ _MOST_BYTES = 1 << 28
 
 
 def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer in the format of the `tokenizers` library.
-
-    Args:
-        place: a tokenizer.json, or the folder that holds it.
+    """Read a tokenizer of the `tokenizers` library: a tokenizer.json, or the one in a folder.
 
     Raises:
         CheckpointError: there is none, or it cannot be read.
@@ -53,11 +50,7 @@ def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
 
 
 def tokenizer_from_json(text: str | bytes, where: str) -> Tokenizer:
-    """Make a tokenizer of the text of a tokenizer.json.
-
-    Args:
-        text: the JSON.
-        where: what it is, for the message.
+    """Make a tokenizer of the text of a tokenizer.json; `where` is what messages call it.
 
     Raises:
         CheckpointError: it cannot be read.

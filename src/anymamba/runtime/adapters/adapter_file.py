@@ -97,9 +97,6 @@ class Adapter:
 def base_model_of(folder: str | os.PathLike[str]) -> str | None:
     """The model that an adapter names as the one it was trained on, if it names one.
 
-    Args:
-        folder: the adapter's folder.
-
     Raises:
         CheckpointError: it is no adapter.
 

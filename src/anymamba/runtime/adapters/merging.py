@@ -91,15 +91,7 @@ def merge_adapter(weights: Weights, adapter: Adapter, weight_type: str = "auto")
 
 
 def merged(weight_nk: NDArray[np.float32], change: Change, name: str) -> NDArray[np.float32]:
-    """One matrix with its adapter merged.
-
-    Args:
-        weight_nk: (n, k), float32; stays as it is.
-        change: the adapter of this matrix.
-        name: what the matrix is called, for messages.
-
-    Returns:
-        (n, k), float32.
+    """One matrix (n, k) with its adapter merged, in float32; messages call it `name`.
 
     Raises:
         CheckpointError: the result holds NaN or infinity.

@@ -140,13 +140,7 @@ def _best_clip(parts: NDArray[np.float32], recipe: Recipe) -> NDArray[np.float32
 
 
 def second_moment(inputs: Iterable[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """X^T X of all that a matrix reads.
-
-    Args:
-        inputs: stretches of it, each (..., k).
-
-    Returns:
-        (k, k).
+    """X^T X (k, k) of all that a matrix reads, which comes in parts (..., k).
 
     Raises:
         InputError: there is nothing, or it holds NaN or infinity.
@@ -279,11 +273,7 @@ def windows_of(ids: NDArray[np.int64], window: int = WINDOW, most: int = MOST_WI
 
 
 def check_readable(ids_bl: NDArray[np.int64], config: Mapping[str, Any]) -> None:
-    """Refuse a text, or a model, that cannot be calibrated with.
-
-    Args:
-        ids_bl: windows of tokens.
-        config: fields in Transformers' names.
+    """Refuse windows of tokens, or a model, that cannot be calibrated with.
 
     Raises:
         ConfigError: the native core does not compute such a model.

@@ -177,10 +177,7 @@ class State:
         )
 
     def batch_of(self, identity: Identity) -> BatchState:
-        """What the state holds, for a model that goes on from it.
-
-        Args:
-            identity: the model's.
+        """What the state holds, for the model of this identity, which goes on from it.
 
         Raises:
             StateError: the state belongs to another model.
@@ -253,14 +250,7 @@ reads it, got None
 
 
 def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
-    """Read a state that `State.save` or `MambaCache.save` wrote.
-
-    Args:
-        path: the file.
-        identity: the model that is to continue from it.
-
-    Returns:
-        The state.
+    """Read a state that `State.save` or `MambaCache.save` wrote, for the model of this identity.
 
     Raises:
         StateError: there is no such file, it is broken, it belongs to another model or to other
