@@ -18,7 +18,8 @@ _PACKAGE = __file__.removesuffix("renamed.py")
 
 MODULES = {
     "checkpoint.digest": "checkpoint.fingerprint",
-    "checkpoint.json_object": "checkpoint.io.json_object",
+    "checkpoint.json_object": "checkpoint.io.text",
+    "checkpoint.names": "checkpoint.architecture",
     "checkpoint.paths": "checkpoint.io.paths",
     "checkpoint.quantized": "checkpoint.quantized_folder",
     "checkpoint.reading": "checkpoint.checkpoint",
@@ -147,7 +148,7 @@ MODULES = {
     "runtime.sources": "checkpoint.source",
     "runtime.streaming": "runtime.generation.detokenizer",
     "runtime.suggested_sampling": "runtime.generation.sampling_settings",
-    "runtime.tokenizer_limits": "checkpoint.tokenizer.limits",
+    "runtime.tokenizer_limits": "checkpoint.tokenizer",
     "torch_gguf": "modeling.gguf",
     "training.arguments": "training.pretrain.arguments",
     "training.dropout": "training.pretrain.dropout",
@@ -176,10 +177,6 @@ NAMES = {
         "step_bias": "layers.initialization:draw_step_bias",
     },
     "checkpoint.gguf.names": {"is_matrix": "checkpoint.architecture:is_matrix"},
-    "checkpoint.names": {
-        "EMBEDDINGS": "checkpoint.architecture:EMBEDDINGS",
-        "HEAD": "checkpoint.architecture:HEAD",
-    },
     "checkpoint.safetensors.writer": {"Planned": "checkpoint.safetensors.writer:TensorPlan"},
     "modeling.cache": {"config_of": "modeling.state:config_of"},
     "modeling.packing": {"PackedBatch": "modeling.packing.packing:PackedBatch"},

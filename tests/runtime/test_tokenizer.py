@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from anymamba.assets import bundled_model
-from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
+from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError, InputError
 from anymamba.runtime.tokenizer import TextCodec
 from tests.support.files import refusal

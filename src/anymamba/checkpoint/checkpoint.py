@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anymamba.checkpoint.architecture import to_transformers_name
 from anymamba.checkpoint.config import Layout, read_config
 from anymamba.checkpoint.files import WeightFiles, find_weight_files
 from anymamba.checkpoint.io import listed, shown, user_path
-from anymamba.checkpoint.names import to_transformers_name
 from anymamba.checkpoint.safetensors import TensorRecord, read_header
 from anymamba.errors import CheckpointError
 

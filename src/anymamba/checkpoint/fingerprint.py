@@ -15,10 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, to_transformers_name
 from anymamba.checkpoint.dtypes import DTYPES
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.names import to_transformers_name
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -27,9 +27,7 @@ _BLOCK = 1 << 20
 def count_nonfinite(name: str, tensor: Tensor) -> int:
     """How many numbers of a tensor are NaN or infinite; of one in 8 or 4 bits, of its scales.
 
-    Args:
-        name: the tensor's. An A_log of minus infinity is a number here: A is zero then.
-        tensor: float32, float16, float64, bfloat16 as its bits in uint16, or quantized.
+    An A_log of minus infinity is a number here: A is zero then.
 
     Example:
         >>> count_nonfinite("mixer.D", np.float32([1, np.nan, np.inf]))

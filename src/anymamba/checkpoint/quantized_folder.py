@@ -8,7 +8,7 @@ quantized shows in the tensors' names, and in how many bits and groups in their 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from anymamba.checkpoint.architecture import role_of
 from anymamba.checkpoint.io import shown
@@ -22,6 +22,8 @@ Not under `quant_method`: Transformers only warns of a method that it does not k
 weights that it misses with random numbers. Without that key it refuses the folder."""
 FORMAT_VERSION = 1
 """Of the folders that are written and read here."""
+BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+"""The types of quantized weights, and how many bits a number takes in them."""
 GROUPS = (32, 64, 128)
 """How many weights may share a scale."""
 PARTS = ("_q", "_scales", "_minima")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint.io import check_surrogates, shown
@@ -41,7 +41,6 @@ class TextCodec:
 
     def __init__(self, open_tokenizer: Callable[[], Tokenizer] | None) -> None:
         self._open = open_tokenizer
-        self._tokenizer: Tokenizer | None = None
         self._encodes_slowly = self._decodes_slowly = False
 
     @property
@@ -49,21 +48,19 @@ class TextCodec:
         """Whether the model has a tokenizer."""
         return self._open is not None
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer itself.
 
         Raises:
             CheckpointError: there is none, or it cannot be read.
         """
-        if self._tokenizer is None:
-            if self._open is None:
-                raise CheckpointError(f"the model comes without a tokenizer. {HELP}")
-            tokenizer = self._open()
-            self._encodes_slowly = _has_pattern(tokenizer.normalizer, tokenizer.pre_tokenizer)
-            self._decodes_slowly = _has_pattern(tokenizer.decoder)
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        if self._open is None:
+            raise CheckpointError(f"the model comes without a tokenizer. {HELP}")
+        tokenizer = self._open()
+        self._encodes_slowly = _has_pattern(tokenizer.normalizer, tokenizer.pre_tokenizer)
+        self._decodes_slowly = _has_pattern(tokenizer.decoder)
+        return tokenizer
 
     def encode(self, text: str, special: bool) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts at its borders if `special`."""
@@ -119,6 +116,20 @@ def as_token_ids(ids: Any) -> NDArray[np.integer]:
             f"expected a text, or the whole numbers of its tokens in a row, got {shown(ids)}"
         )
     return found
+
+
+def check_vocabulary(ids: NDArray[np.integer], vocabulary: int, where: str) -> None:
+    """Refuse tokens that a model does not have.
+
+    Raises:
+        InputError: the message names the first of them, and where it stands.
+    """
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if wrong.size:
+        raise InputError(
+            f"{where} has token {wrong[0]}, expected 0 to {vocabulary - 1}, the model's "
+            "vocabulary: the tokenizer does not belong to the model, or the token was mistyped"
+        )
 
 
 def _aside(call: Callable[[], Any], seconds: float) -> Any:

@@ -274,7 +274,7 @@ def test_models_and_texts_that_cannot_be_calibrated() -> None:
     with pytest.raises(ConfigError, match="layer_norm_epsilon 2"):
         calibrated(tensors, Recipe(4, 32), layer_norm_epsilon=2)
     for wrong in (-1, 61):
-        with pytest.raises(InputError, match=f"token {wrong}, .* vocabulary has 61"):
+        with pytest.raises(InputError, match=f"token {wrong}, expected 0 to 60"):
             list(calibrate(tensors.get, SMALL | WIDE, np.array([[0, wrong]]), Recipe(4, 32)))
 
 

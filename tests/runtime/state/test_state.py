@@ -253,6 +253,14 @@ def test_a_state_of_no_numbers_is_called_broken(
         engine.load_state(file)
 
 
+@pytest.mark.parametrize("name", ["conv_states", "ssm_states", "logits"])
+def test_a_state_of_no_numbers_is_not_written(name: str, state: State, tmp_path: Path) -> None:
+    getattr(state, name).flat[3] = np.nan
+    with pytest.raises(StateError, match=f"the state holds NaN or infinity in its {name}"):
+        state.save(tmp_path / "a.state")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("count", [-5, 1.5, None])
 def test_no_such_number_of_tokens(count: Any, state: State) -> None:
     with pytest.raises(InputError, match="token_count"):

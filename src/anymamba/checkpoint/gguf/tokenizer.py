@@ -27,11 +27,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 
 
 def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
-    """Make a tokenizer.json of what a GGUF header says.
-
-    Args:
-        metadata: the header's values.
-        where: the file, for messages.
+    """Make a tokenizer.json of what the header of the file `where` says.
 
     Returns:
         The text, or None where the file says that it has no tokenizer. Its tokens and merges are

@@ -90,11 +90,7 @@ def write_gguf(
 
 
 def _write_in_vain(file: Path) -> None:
-    """Let the system say itself why it takes no more.
-
-    Raises:
-        OSError: most likely.
-    """
+    """Let the system say itself, by an `OSError`, why it takes no more."""
     with file.open("ab") as unfinished:
         unfinished.write(bytes(_PROBE_BYTES))
 

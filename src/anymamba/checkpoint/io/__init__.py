@@ -6,15 +6,17 @@ from anymamba.checkpoint.io.atomic_file import (
     workplace_beside,
     write_atomically,
 )
-from anymamba.checkpoint.io.json_object import (
+from anymamba.checkpoint.io.messages import escaped, listed, not_text, shown
+from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io.text import (
     MAX_JSON_BYTES,
+    check_surrogates,
+    parse_json_lines,
     parse_json_object,
     read_bounded,
     read_json_object,
+    read_text,
 )
-from anymamba.checkpoint.io.messages import escaped, listed, not_text, shown
-from anymamba.checkpoint.io.paths import user_path
-from anymamba.checkpoint.io.text import check_surrogates, parse_json_lines, read_text
 
 __all__ = [
     "MAX_JSON_BYTES",

@@ -105,11 +105,7 @@ def dequantize(weight: QuantizedArray) -> NDArray[np.float32]:
 def quantize_rows(
     x_mk: NDArray[np.float32], group: int
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round activations as the kernels do: to signed bytes, with a scale a row and group.
-
-    Args:
-        x_mk: (m, k), float32.
-        group: the weight's.
+    """Round activations (m, k) as the kernels do: to signed bytes, with a scale a row and group.
 
     Returns:
         q (m, k) from -127 to 127, and scales (m, k / group): x is about scale * q. Of a group
@@ -188,14 +184,9 @@ def scales_of(
     symmetric: bool,
     clip: NDArray[np.float32] | float = 1.0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Choose a scale for each group, and with an offset a minimum.
+    """Choose a scale for each group by its least and largest weight, and with an offset a minimum.
 
-    Args:
-        low: the least weight of each group.
-        high: the largest.
-        bits: 8 or 4.
-        symmetric: whether zero lies in the middle.
-        clip: which share of the range is kept.
+    `clip` is the share of the range that is kept.
 
     Returns:
         The scales and the minima, float32 with values that bfloat16 has. A scale of zero says

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
-from anymamba.checkpoint.names import to_transformers_name
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, to_transformers_name
 
 
 def ties_head(cls: Any) -> bool:

@@ -142,20 +142,16 @@ def _stored(name: str, wide: NDArray[np.float32], before: Tensor, weight_type: s
     if weight_type in ("f32", "bf16") or (weight_type != "auto" and isinstance(before, np.ndarray)):
         return to_weight_type({name: wide}, weight_type)[name]
     if isinstance(before, np.ndarray):
-        return _typed(name, wide, before)
+        narrow = as_dtype(wide, dtype_of(before))
+        if narrow.dtype == np.float16 and not np.isfinite(narrow).all():
+            raise CheckpointError(
+                f"with the adapter, {name} holds numbers beyond float16's 65504; load the model "
+                "with weights='f32' or 'bf16'"
+            )
+        return narrow
     if weight_type != "auto":
         # Refuses other bits, as it does without an adapter.
         to_weight_type({name: before}, weight_type)
     from anymamba.checkpoint.quantization import quantize
 
     return quantize(wide, before.bits, before.group, symmetric=before.symmetric, name=name)
-
-
-def _typed(name: str, wide: NDArray[np.float32], before: NDArray[Any]) -> NDArray[Any]:
-    narrow = as_dtype(wide, dtype_of(before))
-    if narrow.dtype == np.float16 and not np.isfinite(narrow).all():
-        raise CheckpointError(
-            f"with the adapter, {name} holds numbers beyond float16's 65504; load the model with "
-            "weights='f32' or 'bf16'"
-        )
-    return narrow

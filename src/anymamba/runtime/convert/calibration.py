@@ -44,6 +44,7 @@ from anymamba.checkpoint.quantized_folder import is_quantized
 from anymamba.errors import InputError
 from anymamba.runtime.analysis import Layer, normed
 from anymamba.runtime.native import epsilon_of
+from anymamba.runtime.tokenizer import check_vocabulary
 
 Tensor = Callable[[str], NDArray[np.float32] | None]
 """Gives the float32 tensor of a name, None if there is none."""
@@ -94,12 +95,7 @@ class Recipe:
 def search_clip(
     weight_nk: NDArray[np.float32], recipe: Recipe, name: str = "the weight"
 ) -> NDArray[np.float32]:
-    """Find for each group the range with the least squared error.
-
-    Args:
-        weight_nk: (n, k), float32.
-        recipe: the format.
-        name: what is quantized, for messages.
+    """Find for each group of a weight (n, k) the range with the least squared error.
 
     Returns:
         (n, k / group): which share of its range each group keeps, from 0.6 to 1. `quantize` takes
@@ -171,14 +167,8 @@ def round_with_feedback(
     """Round a weight column by column, later columns making up for the errors of earlier ones.
 
     Args:
-        weight_nk: (n, k), float32.
-        moment_kk: `second_moment` of what the weight reads. A tenth of its mean diagonal is added
-            to the diagonal, so that few or alike inputs do no harm.
-        recipe: the format.
-        name: what is quantized, for messages.
-
-    Returns:
-        The quantized weight.
+        moment_kk: `second_moment` of what the weight (n, k) reads. A tenth of its mean diagonal is
+            added to the diagonal, so that few or alike inputs do no harm.
 
     Raises:
         ConfigError: there are no such bits or groups.
@@ -280,20 +270,10 @@ def check_readable(ids_bl: NDArray[np.int64], config: Mapping[str, Any]) -> None
         InputError: a token is not in the vocabulary.
 
     Example:
-        >>> check_readable(np.array([[0, 9]]), {"vocab_size": 8})
-        Traceback (most recent call last):
-            ...
-        anymamba.errors.InputError: the calibration text has token 9, and the model's vocabulary \
-has 8; does the tokenizer belong to the model?
+        >>> check_readable(np.array([[0, 7]]), {"vocab_size": 8})
     """
     epsilon_of(config, "quantize without a calibration text")
-    vocabulary = model_shape(config).vocab_size
-    wrong = ids_bl[(ids_bl < 0) | (ids_bl >= vocabulary)]
-    if wrong.size:
-        raise InputError(
-            f"the calibration text has token {wrong[0]}, and the model's vocabulary has "
-            f"{vocabulary}; does the tokenizer belong to the model?"
-        )
+    check_vocabulary(ids_bl, model_shape(config).vocab_size, "the calibration text")
 
 
 def calibrate(

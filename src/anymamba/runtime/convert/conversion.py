@@ -1,9 +1,9 @@
 """Writing a model in another layout, another type of weights, or as a GGUF file.
 
-Values change only where another type is asked for, or where GGUF has another form (see
-`gguf_reading`). The embedding table, the head and the projections take the type; norms, the
-convolution, A, D and biases keep theirs, unless it is to be float32 all over. One tensor at a time
-is in memory, but of a pickled model.
+Values change only where another type is asked for, or where GGUF has another form, see
+`anymamba.checkpoint.gguf.reader`. The embedding table, the head and the projections take the type;
+norms, the convolution, A, D and biases keep theirs, unless it is to be float32 all over. One tensor
+at a time is in memory, but of a pickled model.
 """
 
 from __future__ import annotations

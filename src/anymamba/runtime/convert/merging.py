@@ -39,8 +39,7 @@ def merge(
             one that the adapter names.
         weights: the matrices' type, one of `FOLDER_WEIGHTS`; by default as they are stored. The
             sums are made in float32 and rounded once.
-        overwrite: replace a model that is there. A folder that holds other files is refused.
-        offline: use what was downloaded of a hub id before, and no network.
+        overwrite, offline: as for `convert`.
 
     Returns:
         The destination, links followed.

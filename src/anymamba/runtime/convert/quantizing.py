@@ -31,7 +31,7 @@ from anymamba.checkpoint.dtypes import FLOATS, as_dtype, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, shown
 from anymamba.checkpoint.quantization import QuantizedArray, check_format
-from anymamba.checkpoint.quantized_folder import FORMAT, FORMAT_VERSION, is_quantized
+from anymamba.checkpoint.quantized_folder import BITS, FORMAT, FORMAT_VERSION, is_quantized
 from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
 from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
@@ -42,8 +42,6 @@ from anymamba.runtime.native import core, wanted_threads
 from anymamba.runtime.tokenizer import TextCodec
 
 Progress = Callable[[int, int], object]
-
-_BITS = {"int8": 8, "int4": 4}
 
 
 def quantize_checkpoint(
@@ -78,8 +76,7 @@ def quantize_checkpoint(
         search: whether 4-bit groups try narrower ranges, with or without a text.
         tokenizer: a folder or tokenizer.json for the text, if the model comes without one.
         threads: how many compute; None leaves the choice to the environment.
-        overwrite: replace a model that is there. A folder that holds other files is refused.
-        offline: use what was downloaded of a hub id before, and no network.
+        overwrite, offline: as for `convert`.
         progress: told how many tensors are written, and how many there are.
 
     Returns:
@@ -120,10 +117,10 @@ def quantize_checkpoint(
 
 
 def _recipe(weights: str, group: int, symmetric: bool, search: bool) -> Recipe:
-    if weights not in _BITS:
-        raise ConfigError(f"weights must be {' or '.join(_BITS)}, got {shown(weights)}")
-    check_format(_BITS[weights], group, group)
-    return Recipe(8 if weights == "int8" else 4, group, symmetric, search)
+    if weights not in BITS:
+        raise ConfigError(f"weights must be {' or '.join(BITS)}, got {shown(weights)}")
+    check_format(BITS[weights], group, group)
+    return Recipe(BITS[weights], group, symmetric, search)
 
 
 def _tokens(

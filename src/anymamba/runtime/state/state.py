@@ -233,13 +233,6 @@ def check_state(state: object) -> State:
 
     Raises:
         InputError: it is something else.
-
-    Example:
-        >>> check_state(None)
-        Traceback (most recent call last):
-            ...
-        anymamba.errors.InputError: expected a state, as Engine.state makes it and load_state \
-reads it, got None
     """
     if not isinstance(state, State):
         raise InputError(

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anymamba.checkpoint.architecture import is_matrix
 from anymamba.checkpoint.dtypes import as_dtype, as_float32
-from anymamba.checkpoint.quantized_folder import is_quantized
+from anymamba.checkpoint.quantized_folder import BITS, is_quantized
 from anymamba.errors import ConfigError
 from anymamba.renamed import old_names
 
@@ -34,8 +34,6 @@ __getattr__ = old_names(__name__)
 
 WEIGHT_TYPES = ("auto", "f32", "bf16", "int8", "int4")
 """What may be asked for."""
-
-_BITS = {"int8": 8, "int4": 4}
 
 
 def check_weight_type(weight_type: str) -> None:
@@ -91,15 +89,15 @@ def bytes_of(name: str, shape: tuple[int, ...], weight_type: str, group: int = 1
         return 4 * count
     if weight_type == "bf16" or not is_quantized(name, shape, group):
         return 2 * count
-    return count * _BITS[weight_type] // 8 + count // group * 2
+    return count * BITS[weight_type] // 8 + count // group * 2
 
 
 def _converted(name: str, tensor: Tensor, weight_type: str, group: int) -> Tensor:
     if isinstance(tensor, np.ndarray):
         values = tensor
-    elif weight_type not in _BITS:
+    elif weight_type not in BITS:
         values = as_float32(tensor)
-    elif tensor.bits == _BITS[weight_type]:
+    elif tensor.bits == BITS[weight_type]:
         return tensor
     else:
         raise ConfigError(
@@ -114,5 +112,5 @@ def _converted(name: str, tensor: Tensor, weight_type: str, group: int) -> Tenso
     if is_quantized(name, values.shape, group):
         from anymamba.checkpoint.quantization import quantize
 
-        return quantize(as_float32(values), cast(Any, _BITS[weight_type]), group, name=name)
+        return quantize(as_float32(values), BITS[weight_type], group, name=name)
     return as_dtype(values, "BF16") if is_matrix(name) else as_float32(values)
