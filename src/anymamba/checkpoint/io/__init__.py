@@ -2,6 +2,7 @@
 
 from anymamba.checkpoint.io.atomic_file import (
     cannot_write,
+    check_writable,
     flush_to_disk,
     workplace_beside,
     write_atomically,
@@ -22,6 +23,7 @@ __all__ = [
     "MAX_JSON_BYTES",
     "cannot_write",
     "check_surrogates",
+    "check_writable",
     "escaped",
     "flush_to_disk",
     "listed",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from anymamba.checkpoint.io.paths import user_path
-from anymamba.errors import CheckpointError
+from anymamba.errors import AnyMambaError, CheckpointError
 
 _ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -23,7 +23,7 @@ _ADVICE = {
 }
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Create or replace a file in one step.
 
     `write` fills a file of the same name in a temporary folder beside the target; it is then
@@ -44,7 +44,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         >>> import tempfile
         >>> from pathlib import Path
         >>> target = Path(tempfile.mkdtemp()) / "state.txt"
-        >>> write_atomically(target, lambda path: path.write_text("ready") and None)
+        >>> write_atomically(target, lambda path: path.write_text("ready"))
         >>> target.read_text()
         'ready'
     """
@@ -77,6 +77,36 @@ def workplace_beside(target: Path) -> Iterator[Path]:
         flush_to_disk(target.parent)
     except OSError as error:
         raise cannot_write(target, error) from error
+
+
+def check_writable(
+    path: str | os.PathLike[str], error: type[AnyMambaError] = CheckpointError
+) -> None:
+    """Refuse a file that `write_atomically` could not write, before the work that goes into it.
+
+    Args:
+        path: the file to create or replace.
+        error: what to raise.
+
+    Raises:
+        AnyMambaError: it is a folder or a device; or its folder does not exist or cannot be
+            written to.
+
+    Example:
+        >>> check_writable(Path(tempfile.mkdtemp()) / "new.state")
+    """
+    target = Path(os.path.realpath(user_path(path, error)))
+    folder, refused = target.parent, f"cannot write {str(path)!r}"
+    if not folder.is_dir():
+        raise error(f"{refused}: the folder {str(folder)!r} does not exist")
+    if target.is_dir():
+        raise error(f"{refused}: it is a folder; give a file in it")
+    if target.exists() and not target.is_file():
+        raise error(f"{refused}: it is not a file; give another name")
+    if not os.access(folder, os.W_OK):
+        raise error(
+            f"{refused}: you may not write to the folder {str(folder)!r}; choose another place"
+        )
 
 
 def cannot_write(target: Path, error: OSError) -> CheckpointError:

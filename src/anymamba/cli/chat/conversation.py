@@ -139,12 +139,10 @@ class Conversation:
         messages = (*self._now.messages, {"role": "user", "content": message})
         before, prompt = self._written(messages)
         state = before.state.copy()
-        listener = Listener(show)
         ids = self._ids(prompt, before)
         # Closed at once, so that the state has read all that was shown.
         with closing(self._engine.stream(ids, state=state, **settings)) as pieces:
-            listener.listen(pieces)
-        reply = listener.reply()
+            reply = listen(pieces, show)
         if not reply.ids:
             return reply
         read = before.text + prompt + self._engine.detokenize(reply.ids, skip_special=False)
@@ -205,32 +203,18 @@ class Conversation:
         self._now = self._now.beginning
 
 
-class Listener:
-    """Collects the pieces of a reply, and shows them.
-
-    Args:
-        show: receives the text of each.
-    """
-
-    def __init__(self, show: Callable[[str], object]) -> None:
-        self._ids: list[int] = []
-        self._text = ""
-        self._ended_by = "interrupt"
-        self._show = show
-
-    def listen(self, pieces: Iterable[TokenOutput]) -> None:
-        """Take all pieces there are, or those until Ctrl-C."""
-        try:
-            for piece in pieces:
-                self._ids += piece.ids
-                self._text += piece.text
-                if piece.finish_reason is not None:
-                    self._ended_by = ended_by(piece.finish_reason)
-                if piece.text:
-                    self._show(piece.text)
-        except KeyboardInterrupt:
-            self._ended_by = "interrupt"
-
-    def reply(self) -> Reply:
-        """What came so far."""
-        return Reply(self._text, self._ids, self._ended_by)
+def listen(pieces: Iterable[TokenOutput], show: Callable[[str], object]) -> Reply:
+    """All pieces of a reply, or those until Ctrl-C, each shown as it comes."""
+    ids: list[int] = []
+    text, ended = "", "interrupt"
+    try:
+        for piece in pieces:
+            ids += piece.ids
+            text += piece.text
+            if piece.finish_reason is not None:
+                ended = ended_by(piece.finish_reason)
+            if piece.text:
+                show(piece.text)
+    except KeyboardInterrupt:
+        ended = "interrupt"
+    return Reply(text, ids, ended)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.cli.load_engine import model_name
-from anymamba.cli.options.argument_types import finite, integer
-from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.argument_types import finite
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import AdapterOptions
 from anymamba.cli.terminal.output import say
 from anymamba.errors import InputError
@@ -40,22 +40,16 @@ class Options(AdapterOptions):
     include: str | None = option(
         "--include", metavar="FOLDER", help="where more tasks are described"
     )
-    few_shots: int | None = option(
+    few_shots: int | None = integer_option(
         "--few-shots",
-        type=integer(0),
-        metavar="N",
+        low=0,
         help="solved examples before each question (default: as the task says)",
     )
-    limit: int | None = option(
-        "--limit", type=integer(1), metavar="N", help="take the first N questions of a task only"
-    )
-    batch_size: int = option(
-        "--batch-size", type=integer(1), default=8, metavar="N", help="questions at once; default 8"
-    )
-    max_length: int | None = option(
+    limit: int | None = integer_option("--limit", help="take the first N questions of a task only")
+    batch_size: int = integer_option("--batch-size", default=8, help="questions at once; default 8")
+    max_length: int | None = integer_option(
         "--max-length",
-        type=integer(2),
-        metavar="N",
+        low=2,
         help="tokens that the model reads at once; longer texts are cut (default 2048)",
     )
     device: str | None = option(

@@ -10,8 +10,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
-from anymamba.cli.options.argument_types import finite, integer
-from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.argument_types import finite
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import silence
@@ -42,9 +42,7 @@ class Options(EngineOptions):
     """What `anymamba lambada` is asked for."""
 
     file: str = option(metavar="FILE", help="JSON lines; - is standard input")
-    limit: int | None = option(
-        "--limit", type=integer(1), metavar="N", help="take the first N passages only"
-    )
+    limit: int | None = integer_option("--limit", help="take the first N passages only")
     json: bool = flag("--json", "print one JSON object")
     quiet: bool = flag("--quiet", "show no progress")
 

@@ -8,19 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from anymamba.cli.load_engine import (
-    beginning_state,
-    check_writable,
-    model_name,
-    open_engine,
-    tokenizer_place,
-)
+from anymamba.checkpoint.io import check_writable
+from anymamba.cli.load_engine import beginning_state, model_name, open_engine, tokenizer_place
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import AdapterOptions, EngineOptions
 from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
 from anymamba.cli.terminal.output import tell, tell_error, write
 from anymamba.cli.terminal.silence import silence
-from anymamba.errors import AnyMambaError, InputError
+from anymamba.errors import AnyMambaError, InputError, StateError
 
 if TYPE_CHECKING:
     from anymamba.cli.chat.conversation import Conversation, Reply
@@ -183,7 +178,7 @@ class Chat:
 
     def _save(self, file: str) -> None:
         file = need_file(file, "/save")
-        check_writable(file)
+        check_writable(file, StateError)
         self._conversation.save(file)
         tell(f"saved {self._conversation.token_count} tokens in {file}")
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.load_engine import model_name, open_engine
-from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import silence
@@ -44,10 +43,8 @@ class Options(EngineOptions):
     text: str | None = option(
         nargs="?", metavar="TEXT", help="the text (default: from standard input)"
     )
-    after: int | None = option(
+    after: int | None = integer_option(
         "--after",
-        type=integer(1),
-        metavar="N",
         help="look at what is left N tokens later "
         f"(default {DEFAULT_AFTER}, of a short text a quarter of its length)",
     )
@@ -62,6 +59,7 @@ class Options(EngineOptions):
 
 def run(options: Options) -> None:
     """Look, draw, and print."""
+    from anymamba.checkpoint.io import write_atomically
     from anymamba.cli.text.prompt import prompt_from
 
     picture = picture_file(options)
@@ -69,7 +67,8 @@ def run(options: Options) -> None:
     with silence():
         inspected = look(options, text)
         if picture is not None:
-            write_picture(inspected, picture)
+            drawing = drawing_of(inspected, picture)
+            write_atomically(picture, lambda place: place.write_bytes(drawing))
     if options.json:
         facts = {"model": model_name(options), "picture": picture and str(picture)}
         print(json.dumps(facts | inspected.as_json()))
@@ -105,7 +104,7 @@ def picture_file(options: Options) -> Path | None:
     """Where the picture goes; a mistake shows before anything is computed.
 
     Raises:
-        InputError: the file cannot be written, or is none of the kinds.
+        InputError: the file cannot be written, or is of no type that can be drawn.
     """
     from anymamba.cli.terminal.plot_file import check_picture
 
@@ -116,18 +115,15 @@ def picture_file(options: Options) -> Path | None:
     return check_picture(name, drawn=[".png"], written=[".html"])
 
 
-def write_picture(inspected: Inspected, file: Path) -> None:
-    """Draw what was found, in the way that the file's name says."""
-    from anymamba.cli.terminal.plot_file import write_file
-
+def drawing_of(inspected: Inspected, file: Path) -> bytes:
+    """The picture, in the format that the file's name says."""
     if file.suffix == ".html":
         from anymamba.cli.inspection.page import page_of
 
-        write_file(file, page_of(inspected).encode())
-    else:
-        from anymamba.cli.inspection.figure import figure_of
+        return page_of(inspected).encode()
+    from anymamba.cli.inspection.figure import figure_of
 
-        write_file(file, figure_of(inspected))
+    return figure_of(inspected)
 
 
 def as_text(inspected: Inspected) -> str:

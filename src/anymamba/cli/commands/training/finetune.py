@@ -9,8 +9,7 @@ from typing import Any
 
 from anymamba.cli.commands.evaluation.evaluate import network_allowed
 from anymamba.cli.openmp import let_waiting_threads_sleep
-from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.fields import flag, offline_flag, option, settings
+from anymamba.cli.options.fields import flag, integer_option, offline_flag, option, settings
 from anymamba.cli.terminal.output import say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import MissingDependencyError
@@ -64,10 +63,9 @@ class Options:
         metavar="FILE",
         help="examples to measure the loss on, before and after",
     )
-    save_every: int | None = option(
+    save_every: int | None = integer_option(
         "--save-every",
-        type=integer(1, MOST),
-        metavar="N",
+        high=MOST,
         help="keep checkpoints every N steps in DST.checkpoints, until all is done",
     )
     resume: bool = flag("--resume", "go on from the last checkpoint")

@@ -368,11 +368,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         write_atomically(
             folder / "pytorch_model.bin", lambda path: torch.save(self.state_dict(), path)
         )
-        write_atomically(folder / "config.json", partial(_write, config))
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_text(text)
+        write_atomically(folder / "config.json", lambda path: path.write_text(config))
 
 
 def _config_of(stored: dict[str, Any], where: str) -> MambaConfig:
