@@ -17,36 +17,23 @@ from anymamba.checkpoint.io import shown, user_path
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
 
+_OF_THE_PAPER = {
+    "batch": 8,
+    "accumulation": 32,
+    "window": 2048,
+    "order": "shuffled",
+    "tokenizer": "bpe",
+    "vocab_size": 32768,
+    "final_learning_rate": 1e-5,
+    "gradient_checkpointing": True,
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {"hidden_size": 64, "layers": 2, "batch": 8, "learning_rate": 5e-3},
     "small": {"hidden_size": 256, "layers": 8, "state_size": 16, "batch": 8, "dropout": 0.1},
     "medium": {"hidden_size": 512, "layers": 12, "batch": 16, "window": 512},
-    "130m": {
-        "hidden_size": 768,
-        "layers": 24,
-        "batch": 8,
-        "accumulation": 32,
-        "window": 2048,
-        "order": "shuffled",
-        "tokenizer": "bpe",
-        "vocab_size": 32768,
-        "learning_rate": 3e-3,
-        "final_learning_rate": 1e-5,
-        "gradient_checkpointing": True,
-    },
-    "370m": {
-        "hidden_size": 1024,
-        "layers": 48,
-        "batch": 8,
-        "accumulation": 32,
-        "window": 2048,
-        "order": "shuffled",
-        "tokenizer": "bpe",
-        "vocab_size": 32768,
-        "learning_rate": 1.5e-3,
-        "final_learning_rate": 1e-5,
-        "gradient_checkpointing": True,
-    },
+    "130m": {"hidden_size": 768, "layers": 24, "learning_rate": 3e-3, **_OF_THE_PAPER},
+    "370m": {"hidden_size": 1024, "layers": 48, "learning_rate": 1.5e-3, **_OF_THE_PAPER},
 }
 """Sizes with settings that suit them. The last two have the sizes and rates of the paper."""
 

@@ -50,14 +50,8 @@ def texts_of(settings: Settings) -> tuple[list[str], list[str]]:
         InputError: nothing is there to read.
     """
     if settings.dataset is not None:
-        documents = list(
-            read_dataset(
-                settings.dataset,
-                settings.dataset_config,
-                settings.dataset_split,
-                settings.text_field,
-            )
-        )
+        place = (settings.dataset, settings.dataset_config, settings.dataset_split)
+        documents = list(read_dataset(*place, settings.text_field))
     elif settings.data:
         documents = list(read_texts(settings.data, settings.text_field))
     else:
@@ -171,8 +165,7 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
 
     Args:
         name: a name on the hub, or a folder: of data files, or as `save_to_disk` wrote it.
-        config: which of its configurations.
-        split: which of its splits.
+        config, split: which of its configurations and splits.
 
     Raises:
         InputError: there is no such dataset, or it cannot be read.
@@ -234,7 +227,5 @@ def tokenize(
     while some := list(itertools.islice(remaining, DOCUMENTS_AT_ONCE)):
         encoded = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
         pieces += [np.array([*ids, *end], dtype=np.uint32) for ids in encoded if ids]
-    lengths = [0, *(len(piece) for piece in pieces)]
-    starts = np.cumsum(lengths, dtype=np.int64)[:-1]
-    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
-    return TokenRow(tokens, starts if pieces else np.zeros(0, dtype=np.int64))
+    starts = np.cumsum([0, *map(len, pieces)], dtype=np.int64)[:-1]
+    return TokenRow(np.concatenate([np.zeros(0, dtype=np.uint32), *pieces]), starts)

@@ -124,16 +124,8 @@ def train(
 
 
 def check_folder(folder: Path, named: str, may_exist: bool) -> None:
-    """Refuse an output folder before the work that would go into it, and change nothing.
-
-    Args:
-        folder: where everything goes.
-        named: what the user calls it.
-        may_exist: whether a run may be in it.
-
-    Raises:
-        InputError: a run is in it, or it cannot be written into.
-    """
+    """Refuse an output folder that cannot be written into, or has a run in it that may not be
+    there, before the work that would go into it."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise InputError(f"cannot write into {named!r}: {str(existing)!r} is not a folder")
@@ -150,11 +142,7 @@ def check_folder(folder: Path, named: str, may_exist: bool) -> None:
 
 @contextmanager
 def writing_into(named: str) -> Iterator[None]:
-    """Say which folder could not be written into.
-
-    Raises:
-        InputError: a file or folder could not be made.
-    """
+    """Say which folder could not be written into, where a file could not be made."""
     try:
         yield
     except OSError as error:
@@ -214,10 +202,7 @@ def add_callbacks(
     if trainer.is_world_process_zero():
         after = 0 if begun is None else int(begun.name.split("-")[1])
         trainer.add_callback(MetricsFile(folder / METRICS_FILE, after, trainer.checkpoints))
-        board = (
-            tensorboard_callback(folder / "tensorboard") if trainer.settings.tensorboard else None
-        )
-        if board is not None:
+        if trainer.settings.tensorboard and (board := tensorboard_callback(folder / "tensorboard")):
             trainer.add_callback(board)
         if visible:
             trainer.add_callback(stack.enter_context(ConsoleReport(trainer)))
@@ -392,18 +377,12 @@ def measure(folder: Path, validation: TokenRow, settings: Settings) -> dict[str,
 
 def curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The evaluations, each with the training loss before it."""
-    points, recent, seconds = [], None, None
+    points: list[dict[str, Any]] = []
+    last: dict[str, Any] = {"seconds": None, "loss": None}
     for line in lines:
-        recent, seconds = line.get("loss", recent), line.get("seconds", seconds)
+        last |= {name: line[name] for name in last if name in line}
         if "eval_loss" in line:
-            points.append(
-                {
-                    "step": line["step"],
-                    "seconds": seconds,
-                    "loss": recent,
-                    "validation_loss": line["eval_loss"],
-                }
-            )
+            points.append({"step": line["step"], **last, "validation_loss": line["eval_loss"]})
     return points
 
 
