@@ -78,7 +78,7 @@ MODULES = {
     "dropin.gradients": "dropin.common.gradients",
     "dropin.layer_sizes": "dropin.common.layer_sizes",
     "dropin.layer_states": "dropin.common.layer_states",
-    "dropin.rotary": "dropin.common.rotary",
+    "dropin.rotary": "dropin.mamba_ssm.modules.mha",
     "dropin.rows": "dropin.common.rows",
     "dropin.sampling": "dropin.common.sampling",
     "modeling.causal_lm": "modeling.mamba.causal_lm",

@@ -178,8 +178,9 @@ def test_an_installed_fork_is_left_alone_where_asked(tmp_path: Path) -> None:
 
 
 CUDA_FROM_THE_START = """
-import os, sys
+import importlib.util, os, sys
 assert "torch" not in sys.modules
+assert importlib.util.find_spec("torch")  # as libraries find out whether it is installed
 os.environ["SET_BEFORE_TORCH"] = "1"
 import torch
 x = torch.zeros(2, device="cuda")

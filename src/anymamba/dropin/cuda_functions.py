@@ -107,11 +107,8 @@ class Event:
         """Whether it has come: always."""
         return True
 
-    def synchronize(self) -> None:
-        """Wait for nothing."""
-
-    def wait(self, stream: Any = None) -> None:
-        """Wait for nothing."""
+    # There is nothing to wait for.
+    synchronize = wait = _nothing()
 
 
 class Stream:
@@ -136,14 +133,8 @@ class Stream:
         event.record()
         return event
 
-    def synchronize(self) -> None:
-        """Wait for nothing."""
-
-    def wait_event(self, event: Any) -> None:
-        """Wait for nothing."""
-
-    def wait_stream(self, stream: Any) -> None:
-        """Wait for nothing."""
+    # There is nothing to wait for.
+    synchronize = wait_event = wait_stream = _nothing()
 
 
 def _name() -> str:

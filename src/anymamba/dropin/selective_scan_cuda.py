@@ -14,7 +14,10 @@ from torch import Tensor
 
 from anymamba.dropin.common.gradients import filled, gradients
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import scan_from, selective_scan_fn
+from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
+    scan_with_state,
+    selective_scan_fn,
+)
 
 __all__ = ["bwd", "fwd"]
 
@@ -61,7 +64,7 @@ def fwd(
         chunk = slice(start, start + CHUNK_STEPS)
         maps = (_columns(B, A, chunk), _columns(C, A, chunk))
         inputs = (u[..., chunk], delta[..., chunk], A, *maps, D, None, delta_bias)
-        out, state = scan_from(state, *inputs, delta_softplus)
+        out, state = scan_with_state(*inputs, delta_softplus, backend=None, initial_state=state)
         outs.append(out)
         states.append(state)
     if not outs:

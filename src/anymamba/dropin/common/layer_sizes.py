@@ -9,13 +9,7 @@ from anymamba.errors import ConfigError
 
 
 def check_sizes(**sizes: object) -> None:
-    """Check that a layer's sizes are whole numbers from 1 up.
-
-    Args:
-        sizes: by the names of the constructor's arguments.
-
-    Raises:
-        ConfigError: one is not; the message names it.
+    """Refuse sizes, by the names of a layer's arguments, that are not whole numbers from 1 up.
 
     Example:
         >>> check_sizes(d_state=0)
@@ -29,14 +23,7 @@ def check_sizes(**sizes: object) -> None:
 
 
 def inner_width(d_model: int, expand: object) -> int:
-    """The inner width of a layer, e = int(expand * d_model).
-
-    Args:
-        d_model: the model's width.
-        expand: the inner width as a multiple of it.
-
-    Raises:
-        ConfigError: one of them makes no sense, or the result is 0.
+    """The inner width of a layer, e = int(expand * d_model), which must not be 0.
 
     Example:
         >>> inner_width(10, 1.5)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from anymamba.errors import InputError
@@ -25,11 +25,7 @@ def all_plain(*modules: nn.Module) -> bool:
 
 
 def one_token(hidden_states: Tensor) -> Tensor:
-    """(b, 1, d) as (b, d); a step takes one token.
-
-    Raises:
-        InputError: there are more tokens, or none.
-    """
+    """(b, 1, d) as (b, d); a step takes one token."""
     if hidden_states.ndim != 3 or hidden_states.shape[1] != 1:
         raise InputError(
             f"a step takes hidden_states of shape (b, 1, d), got {tuple(hidden_states.shape)}; "
@@ -43,11 +39,41 @@ class CachedStates:
 
     Attributes:
         layer_idx: the layer's key in the cache.
-        allocate_inference_cache: makes new states for a batch, all zero.
     """
 
     layer_idx: int | None
-    allocate_inference_cache: Callable[..., States]
+    conv1d: nn.Conv1d
+    d_conv: int
+    d_inner: int
+    d_state: int
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> States:
+        """States for `step`, all zero.
+
+        Args:
+            batch_size: the number of rows.
+            max_seqlen: does not matter: the states have one size for any length.
+            dtype: of both states; by default the weights' for the convolution's, and float32 for
+                the recurrence's, which sums over the whole past.
+            kwargs: not used.
+
+        Returns:
+            The states that `step` takes.
+        """
+        weight = self.conv1d.weight
+        window = self._empty_window(weight, batch_size, dtype)
+        state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+        return window, weight.new_zeros(batch_size, *self._state_sizes, dtype=state_dtype)
+
+    @property
+    def _state_sizes(self) -> tuple[int, ...]:
+        """A row's state; layers with heads have another."""
+        return self.d_inner, self.d_state
+
+    def _empty_window(self, weight: Tensor, b: int, dtype: torch.dtype | None) -> Tensor:
+        return weight.new_zeros(b, weight.shape[0], self.d_conv, dtype=dtype)
 
     def _get_states_from_cache(
         self, inference_params: InferenceParams, batch_size: int, initialize_states: bool = False
@@ -61,9 +87,6 @@ class CachedStates:
 
         Returns:
             The states of the convolution and of the recurrence, to be changed in place.
-
-        Raises:
-            InputError: the layer has no index, or the cache is for another number of rows.
         """
         layer, cached = self.layer_idx, inference_params.key_value_memory_dict
         if layer is None:

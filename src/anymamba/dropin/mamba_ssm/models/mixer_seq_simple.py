@@ -167,20 +167,10 @@ class MixerModel(nn.Module):
         self.residual_in_fp32 = residual_in_fp32
         self.fused_add_norm = fused_add_norm
         self.embedding = nn.Embedding(vocab_size, d_model, **factory)
+        mixers = (ssm_cfg, attn_layer_idx, attn_cfg)
+        shared = (*mixers, norm_epsilon, rms_norm, residual_in_fp32, fused_add_norm)
         self.layers = nn.ModuleList(
-            create_block(
-                d_model,
-                d_intermediate,
-                ssm_cfg,
-                attn_layer_idx,
-                attn_cfg,
-                norm_epsilon,
-                rms_norm,
-                residual_in_fp32,
-                fused_add_norm,
-                layer_idx,
-                **factory,
-            )
+            create_block(d_model, d_intermediate, *shared, layer_idx, **factory)
             for layer_idx in range(n_layer)
         )
         self.norm_f = _norm_class(rms_norm)(d_model, eps=norm_epsilon, **factory)

@@ -28,7 +28,6 @@ from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
 from anymamba.errors import ConfigError, InputError, NotIncludedError
 from anymamba.layers import (
     HeadSizes,
-    States,
     at_least_float32,
     convolve,
     convolve_step,
@@ -328,18 +327,9 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the layer over one more token. Has no gradient.
+        """Run the layer over one more token, as `Mamba.step` does.
 
-        Args:
-            hidden_states: (b, 1, d).
-            conv_state: the convolution's last inputs, (b, c, k); changed in place.
-            ssm_state: (b, h, p, n); changed in place.
-
-        Returns:
-            The output, (b, 1, d), and the two states.
-
-        Raises:
-            InputError: there is not exactly one token a row.
+        Its states, which change in place, are (b, c, k) and (b, h, p, n).
         """
         h, p, n = self.nheads, self.headdim, self.d_state
 
@@ -362,34 +352,17 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
         out = self._by_modules(zxbcdt, convolution, scan)
         return out.unsqueeze(1), conv_state, ssm_state
 
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> States:
-        """States for `step`, all zero.
+    @property
+    def _state_sizes(self) -> tuple[int, ...]:
+        return self.nheads, self.headdim, self.d_state
 
-        Args:
-            batch_size: the number of rows.
-            max_seqlen: does not matter: the states have one size for any length.
-            dtype: of both states; by default the weights' for the convolution's, and float32 for
-                the recurrence's, which sums over the whole past.
-            kwargs: not used.
-
-        Returns:
-            conv_state (b, c, k), of which c is contiguous, and ssm_state (b, h, p, n).
-        """
-        weight = self.conv1d.weight
-        conv_state = weight.new_zeros(batch_size, self.d_conv, weight.shape[0], dtype=dtype)
-        state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-        sizes = (batch_size, self.nheads, self.headdim, self.d_state)
-        return conv_state.transpose(1, 2), weight.new_zeros(sizes, dtype=state_dtype)
+    def _empty_window(self, weight: Tensor, b: int, dtype: torch.dtype | None) -> Tensor:
+        # In this layer channels are contiguous, as in the original.
+        return weight.new_zeros(b, self.d_conv, weight.shape[0], dtype=dtype).transpose(1, 2)
 
 
 def check_heads(width: int, headdim: int, ngroups: int) -> None:
-    """Check that heads fill the width, and groups the heads.
-
-    Raises:
-        ConfigError: they do not.
-    """
+    """Check that heads fill the width, and groups the heads."""
     if width % headdim or (width // headdim) % ngroups:
         raise ConfigError(
             f"{width} inner channels cannot be split into heads of headdim={headdim} in "
@@ -409,11 +382,7 @@ def depthwise(
 
 
 def log_rates(nheads: int, init_range: tuple[float, float], device: Any) -> Tensor:
-    """Draw the logarithms of the heads' rates of decay, in float32.
-
-    Raises:
-        ConfigError: the range is empty, or goes below zero.
-    """
+    """Draw the logarithms of the heads' rates of decay, in float32."""
     low, high = init_range
     if not 0 < low <= high:
         raise ConfigError(f"A_init_range is {init_range}, expected 0 < low <= high")

@@ -29,7 +29,7 @@ from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
 from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn  # noqa: F401
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update  # noqa: F401
 from anymamba.errors import ConfigError
-from anymamba.layers import MambaLayer, States, at_least_float32, draw_step_bias, s4d_real
+from anymamba.layers import MambaLayer, at_least_float32, draw_step_bias, s4d_real
 from anymamba.ops.fusable import project
 
 if TYPE_CHECKING:
@@ -173,28 +173,6 @@ class Mamba(CachedStates, MambaLayer):
         """
         y_bd = self._step(one_token(hidden_states), (conv_state, ssm_state))
         return y_bd.unsqueeze(1), conv_state, ssm_state
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> States:
-        """States for `step`, all zero.
-
-        Args:
-            batch_size: the number of rows.
-            max_seqlen: does not matter: the states have one size for any length.
-            dtype: of both states; by default the weights' for the convolution's, and float32 for
-                the recurrence's, which sums over the whole past.
-            kwargs: not used.
-
-        Returns:
-            conv_state (b, e, k) and ssm_state (b, e, n).
-        """
-        weight = self.conv1d.weight
-        conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
-        state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-        return conv_state, weight.new_zeros(
-            batch_size, self.d_inner, self.d_state, dtype=state_dtype
-        )
 
 
 class Block(BlockWithMLP):
