@@ -36,7 +36,7 @@ MODULES = {
     "cli.chat_input": "cli.chat.input",
     "cli.chat_template": "cli.chat.template",
     "cli.completion": "cli.commands.completion",
-    "cli.continuation": "cli.text.continuation",
+    "cli.continuation": "cli.summary",
     "cli.conversation": "cli.chat.conversation",
     "cli.convert": "cli.commands.models.convert",
     "cli.download": "cli.commands.models.download",

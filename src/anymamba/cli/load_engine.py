@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_engine(options: EngineOptions) -> Engine:
-    """The runtime's engine that the options ask for."""
+    """Load the model, and tell a remark on its weights."""
     from anymamba.cli.terminal.output import tell
     from anymamba.runtime.loading import load
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from anymamba.cli.options.sampling import sampling_settings
-from anymamba.cli.text.continuation import Continuation
+from anymamba.cli.summary import Continuation
 from anymamba.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -35,12 +35,7 @@ WITHOUT_COUNTERPART = {
 
 
 def continue_with_torch(options: Options, prompt: str, output: Output) -> Continuation:
-    """Load the model with PyTorch, and continue the prompt.
-
-    Raises:
-        BackendError: the device is not there, or an option needs the runtime.
-        MissingDependencyError: PyTorch or Transformers is not installed.
-    """
+    """Load the model with PyTorch, and continue the prompt."""
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.tokenizer import read_tokenizer

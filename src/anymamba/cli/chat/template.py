@@ -30,27 +30,14 @@ class ChatTemplate:
     special_tokens: dict[str, str]
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, up to where the model's answer begins.
-
-        Raises:
-            InputError: the template refuses the messages.
-            CheckpointError: the template is broken.
-            MissingDependencyError: Jinja is not installed.
-        """
+        """The conversation as text, up to where the model's answer begins."""
         from anymamba.runtime.chat import render
 
         return render(self.source, messages, True, self.special_tokens)
 
 
 def find_template(place: Path) -> ChatTemplate | None:
-    """The template beside a tokenizer, or None where it comes without one.
-
-    Args:
-        place: the tokenizer's folder, or its file.
-
-    Raises:
-        CheckpointError: it is broken.
-    """
+    """The template beside a tokenizer, which is a folder or a file, or None without one."""
     if (file := find_gguf(place)) is not None:
         return template_of_gguf(file)
     folder = place if place.is_dir() else place.parent

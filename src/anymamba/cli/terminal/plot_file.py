@@ -17,13 +17,6 @@ def check_picture(name: str, drawn: Sequence[str], written: Sequence[str] = ()) 
         name: the file.
         drawn: the endings of files that matplotlib draws.
         written: the endings of files that need nothing.
-
-    Returns:
-        The file.
-
-    Raises:
-        InputError: the file's type is none of these, or it cannot be written.
-        MissingDependencyError: matplotlib is not installed.
     """
     file = user_path(name, InputError)
     if file.suffix not in (*drawn, *written):

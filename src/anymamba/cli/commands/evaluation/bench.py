@@ -89,11 +89,7 @@ def run(options: Options) -> None:
 
 
 def kinds(options: Options) -> list[str]:
-    """The kinds to measure, once it is sure that all of them can be had.
-
-    Raises:
-        ConfigError: the model is stored in other bits than a kind that was asked for.
-    """
+    """The weight types to measure, once it is sure that the model can be had in all of them."""
     from anymamba.runtime.loading import load
 
     asked = list(dict.fromkeys(options.weights or KINDS))

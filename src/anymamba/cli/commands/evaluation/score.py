@@ -70,11 +70,7 @@ def run(options: Options) -> None:
 
 
 def score_text(engine: Engine, text: str) -> dict[str, Any]:
-    """A model's figures for a text.
-
-    Raises:
-        InputError: the text is too short for any token to be predicted.
-    """
+    """A model's figures for a text."""
     score = engine.score(text)
     predicted = len(score.logprobs)
     if not predicted:

@@ -57,7 +57,5 @@ def run(options: Options) -> None:
             offline=options.offline,
         )
     count = bytes_in(written)
-    if options.json:
-        print(json.dumps({"destination": str(written), "layout": layout, "bytes": count}))
-    else:
-        say(f"{written}: {layout}, {size(count)}")
+    facts = {"destination": str(written), "layout": layout, "bytes": count}
+    say(json.dumps(facts) if options.json else f"{written}: {layout}, {size(count)}")

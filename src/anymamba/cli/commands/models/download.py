@@ -57,14 +57,10 @@ def run(options: Options) -> None:
         return
     say(f"{folder}: {size(count)}")
     if checkpoint.pickled:
+        local_name = options.model.rstrip("/").rpartition("/")[2]
         tell(
             "its weights are pickled; make a folder that loads at once: "
-            f"anymamba convert {options.model} ./{folder_name(options.model)}"
+            f"anymamba convert {options.model} ./{local_name}"
         )
     else:
         tell(f'try it: anymamba generate "Mamba is" -m {options.model}')
-
-
-def folder_name(model: str) -> str:
-    """A local name for a model on the hub."""
-    return model.rstrip("/").rpartition("/")[2]

@@ -59,7 +59,5 @@ def run(options: Options) -> None:
             offline=options.offline,
         )
     count = bytes_in(written)
-    if options.json:
-        print(json.dumps({"destination": str(written), "bytes": count}))
-    else:
-        say(f"{written}: merged, {size(count)}")
+    facts = {"destination": str(written), "bytes": count}
+    say(json.dumps(facts) if options.json else f"{written}: merged, {size(count)}")

@@ -177,7 +177,7 @@ class Chat:
             raise KeyboardInterrupt
 
     def _save(self, file: str) -> None:
-        file = need_file(file, "/save")
+        need_file(file, "/save")
         check_writable(file, StateError)
         self._conversation.save(file)
         tell(f"saved {self._conversation.token_count} tokens in {file}")

@@ -14,10 +14,9 @@ from anymamba.cli.load_engine import beginning_state, model_name, open_engine
 from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import WEIGHTS, AdapterOptions, EngineOptions
 from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
-from anymamba.cli.summary import figures_line, figures_of
+from anymamba.cli.summary import Continuation, ended_by, figures_line, figures_of
 from anymamba.cli.terminal.output import Output, tell
 from anymamba.cli.terminal.silence import silence
-from anymamba.cli.text.continuation import Continuation, ended_by
 from anymamba.cli.text.prompt import prompt_from
 from anymamba.errors import InputError, MissingDependencyError, StateError
 
@@ -99,11 +98,7 @@ def run(options: Options) -> None:
 
 
 def through_torch(options: Options) -> bool:
-    """Whether PyTorch computes: where it was asked to, or where there is no native core.
-
-    Raises:
-        MissingDependencyError: there is neither the core nor PyTorch.
-    """
+    """Whether PyTorch computes: where it was asked to, or where there is no native core."""
     if options.device != "cpu":
         return True
     if find_spec("anymamba._core") is not None:

@@ -78,11 +78,7 @@ def run(options: Options) -> None:
 
 
 def look(options: Options, text: str) -> Inspected:
-    """Let the model read the text.
-
-    Raises:
-        InputError: the text is too short or too long.
-    """
+    """Let the model read the text."""
     from anymamba.cli.inspection.result import Inspected, names_of
     from anymamba.cli.terminal.progress import Steps
     from anymamba.runtime.analysis import inspect
@@ -101,11 +97,7 @@ def look(options: Options, text: str) -> Inspected:
 
 
 def picture_file(options: Options) -> Path | None:
-    """Where the picture goes; a mistake shows before anything is computed.
-
-    Raises:
-        InputError: the file cannot be written, or is of no type that can be drawn.
-    """
+    """Where the picture goes; a mistake shows before anything is computed."""
     from anymamba.cli.terminal.plot_file import check_picture
 
     if options.json and options.picture is None:

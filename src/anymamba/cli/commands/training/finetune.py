@@ -103,11 +103,7 @@ def run(options: Options) -> None:
 
 
 def import_finetune() -> Callable[..., dict[str, Any]]:
-    """The function that trains; the libraries below are kept from drawing on standard error.
-
-    Raises:
-        MissingDependencyError: one of them is not installed.
-    """
+    """The function that trains; the libraries below are kept from drawing on standard error."""
     try:
         import datasets
         import peft  # noqa: F401
