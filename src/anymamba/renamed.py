@@ -76,8 +76,8 @@ MODULES = {
     "cli.waiting_threads": "cli.openmp",
     "dropin.borrowed": "dropin.common.borrowed",
     "dropin.gradients": "dropin.common.gradients",
-    "dropin.layer_sizes": "dropin.common.layer_sizes",
-    "dropin.layer_states": "dropin.common.layer_states",
+    "dropin.layer_sizes": "dropin.common.layers",
+    "dropin.layer_states": "dropin.common.layers",
     "dropin.rotary": "dropin.mamba_ssm.modules.mha",
     "dropin.rows": "dropin.common.rows",
     "dropin.sampling": "dropin.common.sampling",
@@ -169,7 +169,7 @@ MODULES = {
 """Old modules and what they are called now, both without `anymamba.` in front."""
 
 NAMES = {
-    "dropin.common.layer_states": {
+    "dropin.common.layers": {
         "at_least_float32": "layers.initialization:at_least_float32",
         "convolve": "layers.convolution:convolve",
         "convolve_step": "layers.convolution:convolve_step",

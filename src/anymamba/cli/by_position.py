@@ -91,18 +91,17 @@ def as_text(stretches: Sequence[Stretch], helpful: int) -> str:
     from anymamba.cli.terminal.table import columns
 
     rows = [["tokens before", "nats per token", "", "gain", "", "predictions"]]
-    for part in stretches:
-        gain = "" if part.gain is None else f"{part.gain:.4f}"
-        rows.append(
-            [
-                f"{part.first} to {part.last}" if part.last > part.first else str(part.first),
-                f"{part.nats_per_token:.4f}",
-                margin(part.error),
-                gain,
-                margin(part.gain_error),
-                f"{part.tokens:,}",
-            ]
-        )
+    rows += [
+        [
+            f"{part.first} to {part.last}" if part.last > part.first else str(part.first),
+            f"{part.nats_per_token:.4f}",
+            margin(part.error),
+            "" if part.gain is None else f"{part.gain:.4f}",
+            margin(part.gain_error),
+            f"{part.tokens:,}",
+        ]
+        for part in stretches
+    ]
     return f"{columns(rows)}\n\n{in_words(stretches, helpful)}"
 
 

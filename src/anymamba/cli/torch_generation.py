@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -78,25 +77,14 @@ def load_model(folder: Path, device_name: str, dtype: str) -> MambaForCausalLM:
     if dtype == "auto" and device.type == "cpu":
         # Few CPUs have fast arithmetic in the narrow types that models are stored in.
         dtype = "float32"
-    with without_progress_bars():
-        model = MambaForCausalLM.from_pretrained(folder, dtype=dtype)
+    # Behind the imports above, whose errors say what to install.
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # standard error belongs to errors and figures
+    model = MambaForCausalLM.from_pretrained(folder, dtype=dtype)
     # Transformers hides the type of this method from type checkers.
     cast(Any, model).to(device)
     return model
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep Transformers from drawing on standard error, which belongs to errors and figures."""
-    from transformers.utils import logging
-
-    were_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_on:
-            logging.enable_progress_bar()
 
 
 def first_token(model: MambaForCausalLM) -> int:

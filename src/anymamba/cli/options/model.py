@@ -11,8 +11,10 @@ from anymamba.cli.options.fields import integer_option, offline_flag, option
 from anymamba.runtime.native import MOST_THREADS
 
 WEIGHTS = ("auto", "f32", "bf16", "int8", "int4")
-of_model = partial(option, group=("the model",))
-of_computing = partial(option, group=("computing",))
+MODEL = ("the model",)
+COMPUTING = ("computing",)
+of_model = partial(option, group=MODEL)
+of_computing = partial(option, group=COMPUTING)
 
 
 def threads_option(**facts: Any) -> Any:
@@ -39,7 +41,7 @@ class ModelOptions:
         metavar="FOLDER",
         help="a folder with a tokenizer.json, or that file, if the model comes without one",
     )
-    offline: bool = offline_flag(group=("the model",))
+    offline: bool = offline_flag(group=MODEL)
 
 
 @dataclass(frozen=True)
@@ -70,4 +72,4 @@ class EngineOptions(ModelOptions):
         help="the type of activations that are multiplied with bfloat16 weights; bfloat16 is "
         "coarser, and faster on some processors (default: ANYMAMBA_MATMUL_DTYPE, else float32)",
     )
-    threads: int | None = threads_option(group=("computing",))
+    threads: int | None = threads_option(group=COMPUTING)

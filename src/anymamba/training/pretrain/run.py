@@ -95,18 +95,15 @@ def train(
     begun = last_checkpoint(checkpoints) if resume else None
     if begun is not None and (kept := folder / CONFIG_FILE).is_file():
         check_same_settings(settings_from(kept), settings)
-    train_texts, validation_texts = texts_of(settings)
-    tokenizer = open_tokenizer(settings.tokenizer, train_texts, settings.vocab_size)
-    rows = [
-        tokenize(texts, tokenizer, settings.end_of_text)
-        for texts in (train_texts, validation_texts)
-    ]
-    validation = rows[1] if len(rows[1]) > 1 else None
+    texts = texts_of(settings)
+    tokenizer = open_tokenizer(settings.tokenizer, texts[0], settings.vocab_size)
+    row, held_out = (tokenize(part, tokenizer, settings.end_of_text) for part in texts)
+    validation = held_out if len(held_out) > 1 else None
     set_seed(settings.seed)
     model = new_model(settings, tokenizer)
     # All that could be refused was read by now: only then is anything written or removed.
     with writing_into(settings.output):
-        trainer = MambaTrainer(model, settings, rows[0], validation, tokenizer, folder)
+        trainer = MambaTrainer(model, settings, row, validation, tokenizer, folder)
         if begun is not None:
             trainer.check_checkpoint(begun)
         if trainer.is_world_process_zero():

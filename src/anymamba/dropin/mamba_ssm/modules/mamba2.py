@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
-from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.common.layer_states import CachedStates, all_plain, one_token
+from anymamba.dropin.common.layers import (
+    CachedStates,
+    all_plain,
+    check_sizes,
+    depthwise,
+    inner_width,
+    not_decayed,
+    one_token,
+)
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -371,16 +378,6 @@ def check_heads(width: int, headdim: int, ngroups: int) -> None:
         )
 
 
-def depthwise(
-    width: int, d_conv: int, bias: bool, init: float | None, factory: dict[str, Any]
-) -> nn.Conv1d:
-    """A causal convolution of each channel with its own kernel."""
-    conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1, bias=bias, **factory)
-    if init is not None:
-        nn.init.uniform_(conv1d.weight, -init, init)
-    return conv1d
-
-
 def log_rates(nheads: int, init_range: tuple[float, float], device: Any) -> Tensor:
     """Draw the logarithms of the heads' rates of decay, in float32."""
     low, high = init_range
@@ -388,13 +385,6 @@ def log_rates(nheads: int, init_range: tuple[float, float], device: Any) -> Tens
         raise ConfigError(f"A_init_range is {init_range}, expected 0 < low <= high")
     rates = torch.empty(nheads, dtype=torch.float32, device=device).uniform_(low, high)
     return torch.log(rates)
-
-
-def not_decayed(tensor: Tensor) -> nn.Parameter:
-    """A parameter that asks optimizers for no weight decay."""
-    parameter = nn.Parameter(tensor)
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
 
 
 def _numbered(cu_seqlens: Tensor, l: int) -> Tensor:

@@ -18,8 +18,15 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (  # noqa: F40
     causal_conv1d_update,
 )
 from anymamba.dropin.common.borrowed import rearrange, repeat  # noqa: F401
-from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.common.layer_states import CachedStates, all_plain, one_token
+from anymamba.dropin.common.layers import (
+    CachedStates,
+    all_plain,
+    check_sizes,
+    depthwise,
+    inner_width,
+    not_decayed,
+    one_token,
+)
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.modules.block import Block as BlockWithMLP
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
@@ -95,9 +102,7 @@ class Mamba(CachedStates, MambaLayer):
         self.layer_idx = layer_idx
         # The order of what is drawn is the original's: one seed gives the same weights in both.
         self.in_proj = nn.Linear(d_model, 2 * e, bias=bias, **factory)
-        self.conv1d = nn.Conv1d(
-            e, e, d_conv, groups=e, padding=d_conv - 1, bias=conv_bias, **factory
-        )
+        self.conv1d = depthwise(e, d_conv, conv_bias, None, factory)
         self.activation = "silu"
         self.act = nn.SiLU()
         self.x_proj = nn.Linear(e, r + 2 * d_state, bias=False, **factory)
@@ -106,10 +111,8 @@ class Mamba(CachedStates, MambaLayer):
         with torch.no_grad():
             self.dt_proj.bias.copy_(draw_step_bias(e, dt_min, dt_max, dt_init_floor, **factory))
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
-        self.A_log = nn.Parameter(s4d_real(e, d_state, device))
-        self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
-        self.D = nn.Parameter(torch.ones(e, device=device))
-        self.D._no_weight_decay = True  # type: ignore[attr-defined]
+        self.A_log = not_decayed(s4d_real(e, d_state, device))
+        self.D = not_decayed(torch.ones(e, device=device))
         self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
 
     def forward(

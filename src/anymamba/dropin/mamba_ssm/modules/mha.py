@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anymamba.dropin.common.layer_states import one_token
+from anymamba.dropin.common.layers import depthwise, one_token
 from anymamba.dropin.forks import explained
 from anymamba.errors import ConfigError, InputError
 from anymamba.layers import convolve, convolve_step, last_inputs
@@ -96,9 +96,7 @@ class MHA(nn.Module):
         # The order of what is drawn is the original's: one seed gives the same weights in both.
         self.in_proj = nn.Linear(embed_dim, qkv_dim + self.mlp_dim, bias=qkv_proj_bias, **factory)
         if d_conv > 0:
-            self.conv1d = nn.Conv1d(
-                qkv_dim, qkv_dim, d_conv, groups=qkv_dim, padding=d_conv - 1, **factory
-            )
+            self.conv1d = depthwise(qkv_dim, d_conv, True, None, factory)
         width = p * num_heads + self.mlp_dim // 2
         self.out_proj = nn.Linear(width, embed_dim, bias=out_proj_bias, **factory)
 

@@ -1,13 +1,15 @@
-"""What the recurrent layers share: the states that they keep in an inference cache."""
+"""What the layers share: checks of their sizes, and the states that they keep in a cache."""
 
 from __future__ import annotations
 
+import math
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from anymamba.errors import InputError
+from anymamba.errors import ConfigError, InputError
 from anymamba.layers import States
 from anymamba.ops.fusable import why_not_fusable
 from anymamba.renamed import old_names
@@ -16,6 +18,53 @@ if TYPE_CHECKING:
     from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 
 __getattr__ = old_names(__name__)
+
+
+def check_sizes(**sizes: object) -> None:
+    """Refuse sizes, by the names of a layer's arguments, that are not whole numbers from 1 up.
+
+    Example:
+        >>> check_sizes(d_state=0)
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.ConfigError: d_state must be a whole number of at least 1, got 0
+    """
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 1:
+            raise ConfigError(f"{name} must be a whole number of at least 1, got {size!r}")
+
+
+def inner_width(d_model: int, expand: object) -> int:
+    """The inner width of a layer, e = int(expand * d_model), which must not be 0.
+
+    Example:
+        >>> inner_width(10, 1.5)
+        15
+    """
+    check_sizes(d_model=d_model)
+    if isinstance(expand, bool) or not isinstance(expand, Real) or not math.isfinite(expand):
+        raise ConfigError(f"expand must be a number, got {expand!r}")
+    width = int(float(expand) * d_model)
+    if width < 1:
+        raise ConfigError(f"expand must be at least 1 / d_model, got {expand!r}")
+    return width
+
+
+def depthwise(
+    width: int, d_conv: int, bias: bool, init: float | None, factory: dict[str, Any]
+) -> nn.Conv1d:
+    """A causal convolution of each channel with its own kernel."""
+    conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1, bias=bias, **factory)
+    if init is not None:
+        nn.init.uniform_(conv1d.weight, -init, init)
+    return conv1d
+
+
+def not_decayed(tensor: Tensor) -> nn.Parameter:
+    """A parameter that asks optimizers for no weight decay."""
+    parameter = nn.Parameter(tensor)
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
 
 
 def all_plain(*modules: nn.Module) -> bool:
