@@ -18,6 +18,7 @@ from anymamba.errors import InputError
 from anymamba.layers import HeadSizes, gated_norm
 
 NO_LIMIT = (0.0, math.inf)
+ANY_SIZE = (-math.inf, math.inf)
 
 
 def with_padding(cu_seqlens: Tensor, seqlen: int) -> Tensor:
@@ -38,7 +39,7 @@ def restart_at(seq_idx: Tensor | None, cu_seqlens: Tensor) -> bool:
 
 
 def step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float] = ANY_SIZE
 ) -> Tensor:
     """The step sizes as the recurrence uses them, at least in float32."""
     steps = dt.to(torch.promote_types(dt.dtype, torch.float32))

@@ -37,9 +37,7 @@ class Options(AdapterOptions):
     """What `anymamba evaluate` is asked for."""
 
     tasks: Sequence[str] = option(nargs="+", metavar="TASK", help="a task's name, or a YAML file")
-    include: str | None = option(
-        "--include", metavar="FOLDER", help="where more tasks are described"
-    )
+    include: str | None = option("--include", metavar="FOLDER", help="a folder with more tasks")
     few_shots: int | None = integer_option(
         "--few-shots",
         low=0,
@@ -52,9 +50,7 @@ class Options(AdapterOptions):
         low=2,
         help="tokens that the model reads at once; longer texts are cut (default 2048)",
     )
-    device: str | None = option(
-        "--device", help="where to compute (default: a GPU if there is one)"
-    )
+    device: str | None = option("--device", help="where to compute (default: a GPU if any)")
     dtype: str | None = option(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -67,9 +67,7 @@ class Options(AdapterOptions, EngineOptions, SamplingOptions):
     device: str = option(
         "--device", default="cpu", help="cpu, or where PyTorch is to compute, such as cuda"
     )
-    dtype: str | None = option(
-        "--dtype", choices=DTYPES, help="the type of the weights, in PyTorch's names"
-    )
+    dtype: str | None = option("--dtype", choices=DTYPES, help="weight type, as PyTorch names it")
 
 
 def run(options: Options) -> None:

@@ -48,9 +48,7 @@ class Options:
     dataset_split: str = option(
         "--dataset-split", default="train", metavar="NAME", help="which split; default train"
     )
-    output: str = option(
-        *("--output", "-o"), required=True, metavar="DST", help="the folder to write"
-    )
+    output: str = option("--output", "-o", required=True, metavar="DST", help="the folder to write")
     model: str | None = option(
         *("--model", "-m"),
         metavar="FOLDER",

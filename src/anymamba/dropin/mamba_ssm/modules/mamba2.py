@@ -180,11 +180,10 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
     """The state space layer whose heads each decay at one rate, computed by matrix products.
 
     Args:
-        d_model: the width of input and output.
+        d_model, d_conv, expand, dt_min, dt_max, dt_init_floor, bias, conv_bias, layer_idx, device,
+            dtype: as in `Mamba`.
         d_state: the size of the state, of each of a head's channels.
-        d_conv: the width of the convolution.
         conv_init: the convolution's weights start between -conv_init and conv_init.
-        expand: the inner width, in multiples of d_model.
         headdim: the channels of a head.
         d_ssm: how many inner channels go through the state space; the rest is a gated MLP. By
             default all.
@@ -193,16 +192,12 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
         D_has_hdim: whether D has a value for each channel rather than for each head.
         rmsnorm: whether gate and RMSNorm stand before the output; else the gate alone.
         norm_before_gate: which of the two comes first.
-        dt_min, dt_max, dt_init_floor: the range of step sizes at initialization.
         dt_limit: the least and the largest step size ever used.
-        bias, conv_bias: whether the projections, and the convolution, have a bias.
         chunk_size: how the scan is cut; changes speed, not results.
         use_mem_eff_path: whether `forward` may run as one operator. It does so only while every
             projection is untouched, so adapters and hooks count in either case.
-        layer_idx: this layer's key in an inference cache.
         process_group: must be None: one process runs the whole layer.
         sequence_parallel: without a process_group it does nothing.
-        device, dtype: of the weights.
 
     Raises:
         ConfigError: the sizes do not divide, or the range of A makes no sense.

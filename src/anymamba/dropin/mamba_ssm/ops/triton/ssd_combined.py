@@ -7,7 +7,6 @@ Space Duality" (arXiv 2405.21060).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -23,6 +22,7 @@ from anymamba.dropin.chunk_scan_passes import (
     _mamba_chunk_scan_combined_fwd as _mamba_chunk_scan_combined_fwd,
 )
 from anymamba.dropin.common.ssd_parts import (
+    ANY_SIZE,
     NO_LIMIT,
     convolution_of,
     norm_of,
@@ -153,7 +153,7 @@ def mamba_chunk_scan(
         >>> mamba_chunk_scan(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-    y = ops.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=(-math.inf, math.inf))
+    y = ops.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=ANY_SIZE)
     assert isinstance(y, Tensor)
     return y
 
@@ -178,7 +178,7 @@ def ssd_chunk_scan_combined_ref(
         >>> ssd_chunk_scan_combined_ref(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-    steps = step_sizes(dt, dt_bias, dt_softplus, (-math.inf, math.inf))
+    steps = step_sizes(dt, dt_bias, dt_softplus)
     D = D[:, None] if D is not None and D.ndim == 1 else D
     y, _ = ssd_sequential(x, steps, A, B, C, D, None, None)
     return y if z is None else (y * F.silu(z)).to(x.dtype)
