@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
 from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import AdapterOptions, EngineOptions
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
@@ -81,7 +80,7 @@ def run_by_position(options: PositionOptions, text: str) -> None:
     if options.json:
         facts = {"model": model_name(options), "weights": engine.weights_kind, "window": window}
         facts |= {"stride": options.stride or window, "helpful_context": helpful}
-        print(json.dumps(facts | {"stretches": [asdict(part) for part in stretches]}))
+        print(json_line(facts | {"stretches": [asdict(part) for part in stretches]}))
         return
     say(as_text(stretches, helpful))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from anymamba.cli.options.fields import flag, integer_option, offline_flag, option
 from anymamba.cli.options.model import WEIGHTS
-from anymamba.cli.terminal.output import say, tell
+from anymamba.cli.terminal.output import json_line, say, tell
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
@@ -81,7 +80,7 @@ def run(options: Options) -> None:
                 speeds.append(speed)
     if options.json:
         model = "bundled" if options.model is None else options.model
-        print(json.dumps({"model": model, "speeds": [speed.as_json() for speed in speeds]}))
+        print(json_line({"model": model, "speeds": [speed.as_json() for speed in speeds]}))
         return
     head = ("weights", "threads", "size", "prefill", "decode", "limit", "of the limit")
     say(columns([head, *map(row, speeds)]))

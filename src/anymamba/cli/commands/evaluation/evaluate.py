@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.cli.load_engine import model_name
-from anymamba.cli.options.argument_types import finite
 from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import AdapterOptions
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.errors import InputError
 
 DESCRIPTION = """\
@@ -90,11 +88,7 @@ def report(options: Options, results: dict[str, dict[str, Any]]) -> None:
     from anymamba.cli.terminal.table import table
 
     if options.json:
-        tasks = {
-            task: {metric: finite(value) for metric, value in figures.items()}
-            for task, figures in results.items()
-        }
-        print(json.dumps({"model": model_name(options), "tasks": tasks}))
+        print(json_line({"model": model_name(options), "tasks": results}))
         return
     for task, figures in results.items():
         say(task)

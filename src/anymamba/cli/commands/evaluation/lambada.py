@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,10 +9,9 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
-from anymamba.cli.options.argument_types import finite
 from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import EngineOptions
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
@@ -63,7 +61,7 @@ def run(options: Options) -> None:
             result = test(engine, passages, lambda tokens: progress.show(sum(sizes), tokens))
     facts = {"model": model_name(options), "weights": engine.weights_kind} | result.as_json()
     if options.json:
-        print(json.dumps(facts))
+        print(json_line(facts))
         return
     right = f"{facts['accuracy']:.4f} ({result.right:,} of {result.passages:,})"
     rows = [("accuracy", right), ("perplexity", f"{result.perplexity:.2f}")]
@@ -91,7 +89,7 @@ class Result:
             "passages": self.passages,
             "right": self.right,
             "accuracy": self.right / self.passages,
-            "perplexity": finite(self.perplexity),
+            "perplexity": self.perplexity,
         }
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from anymamba.cli.options.fields import option
 from anymamba.cli.options.places import Places, places_of
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 
 DESCRIPTION = """\
@@ -58,4 +57,4 @@ def run(options: Options) -> None:
         )
     count = bytes_in(written)
     facts = {"destination": str(written), "layout": layout, "bytes": count}
-    say(json.dumps(facts) if options.json else f"{written}: {layout}, {size(count)}")
+    say(json_line(facts) if options.json else f"{written}: {layout}, {size(count)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 
@@ -37,7 +36,7 @@ class Options:
 def run(options: Options) -> None:
     """Download, and say where it is."""
     from anymamba.checkpoint import open_checkpoint, resolve
-    from anymamba.cli.terminal.output import say, tell
+    from anymamba.cli.terminal.output import json_line, say, tell
     from anymamba.cli.terminal.sizes import bytes_in, size
 
     if not options.json:
@@ -53,7 +52,7 @@ def run(options: Options) -> None:
         "pickled": checkpoint.pickled,
     }
     if options.json:
-        print(json.dumps(facts))
+        print(json_line(facts))
         return
     say(f"{folder}: {size(count)}")
     if checkpoint.pickled:

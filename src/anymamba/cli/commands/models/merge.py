@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anymamba.cli.options.fields import option
 from anymamba.cli.options.places import Places, places_of
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 
 DESCRIPTION = """\
@@ -60,4 +59,4 @@ def run(options: Options) -> None:
         )
     count = bytes_in(written)
     facts = {"destination": str(written), "bytes": count}
-    say(json.dumps(facts) if options.json else f"{written}: merged, {size(count)}")
+    say(json_line(facts) if options.json else f"{written}: merged, {size(count)}")

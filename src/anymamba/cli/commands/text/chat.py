@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from anymamba.cli.load_engine import beginning_state, model_name, open_engine, t
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import AdapterOptions, EngineOptions
 from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
-from anymamba.cli.terminal.output import tell, tell_error, write
+from anymamba.cli.terminal.output import json_line, tell, tell_error, write
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import AnyMambaError, InputError, StateError
 
@@ -168,7 +167,7 @@ class Chat:
         """End an answer's line, and mark one that was cut off."""
         if self._json_lines:
             facts = {"text": reply.text, "new_tokens": reply.ids, "ended_by": reply.ended_by}
-            print(json.dumps(facts), flush=True)
+            print(json_line(facts), flush=True)
         elif not reply.text.endswith("\n"):
             write("\n")
         if reply.ended_by == "length" and not self._json_lines:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import WEIGHTS, AdapterOptions, EngineOptions
 from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
 from anymamba.cli.summary import Continuation, ended_by, figures_line, figures_of
-from anymamba.cli.terminal.output import Output, tell
+from anymamba.cli.terminal.output import Output, json_line, tell
 from anymamba.cli.terminal.silence import silence
 from anymamba.cli.text.prompt import prompt_from
 from anymamba.errors import InputError, MissingDependencyError, StateError
@@ -173,4 +172,4 @@ def report(options: Options, prompt: str, continuation: Continuation) -> None:
         "seed": continuation.seed,
         "figures": figures,
     }
-    print(json.dumps(result))
+    print(json_line(result))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from anymamba.cli.load_engine import beginning_state, beginning_tokens, model_na
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.summary import peak_memory, rate
-from anymamba.cli.terminal.output import tell
+from anymamba.cli.terminal.output import json_line, tell
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import StateError
 
@@ -125,7 +124,7 @@ def report(options: Options, figures: dict[str, float | int | None]) -> None:
     """Tell what was read and where it is."""
     if options.json:
         result = {"model": model_name(options), "state": options.save_state}
-        print(json.dumps(result | {"figures": figures}))
+        print(json_line(result | {"figures": figures}))
         return
     speed, memory = figures["tokens_per_second"], figures["peak_memory_bytes"]
     parts = [f"read: {figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else "")]

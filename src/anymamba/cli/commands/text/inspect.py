@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from anymamba.cli.load_engine import model_name, open_engine
 from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import EngineOptions
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
@@ -71,7 +70,7 @@ def run(options: Options) -> None:
             write_atomically(picture, lambda place: place.write_bytes(drawing))
     if options.json:
         facts = {"model": model_name(options), "picture": picture and str(picture)}
-        print(json.dumps(facts | inspected.as_json()))
+        print(json_line(facts | inspected.as_json()))
         return
     say(as_text(inspected))
     say(f"\npicture: {picture}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from anymamba.cli.commands.evaluation.evaluate import network_allowed
 from anymamba.cli.openmp import let_waiting_threads_sleep
 from anymamba.cli.options.fields import flag, integer_option, offline_flag, option, settings
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import MissingDependencyError
 from anymamba.training.finetune.settings import FinetuneSettings
@@ -134,7 +133,7 @@ def report(options: Options, figures: dict[str, Any]) -> None:
     from anymamba.cli.terminal.table import table
 
     if options.json:
-        print(json.dumps(figures))
+        print(json_line(figures))
         return
     share = figures["trained_parameters"] / figures["parameters"]
     steps = f"{figures['steps']} in {figures['seconds']} s, {figures['examples']} examples"
