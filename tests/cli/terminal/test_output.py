@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from anymamba.cli.terminal import progress
+from anymamba.cli.terminal.output import json_line
 from anymamba.cli.terminal.progress import Progress
 from tests.support import processes
 
@@ -74,3 +75,8 @@ def test_a_reader_of_remarks_that_is_gone():
     os.close(writing_end)
     assert done.returncode == 0
     assert done.stdout
+
+
+def test_json_has_null_for_what_is_no_number():
+    facts = {"loss": float("nan"), "curve": [1.5, float("inf")], "parts": {"a": -float("inf")}}
+    assert json_line(facts) == '{"loss": null, "curve": [1.5, null], "parts": {"a": null}}'
