@@ -8,9 +8,10 @@ meaning for a Mamba are refused by name. docs/transformers.md is the table of al
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from anymamba.errors import InputError
 from anymamba.modeling.config import MambaConfig
@@ -62,10 +63,7 @@ _LOADERS = {*PLACE, *FILES, *PASSED_ON, *REFUSED}
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse what has no meaning for a Mamba.
-
-    Args:
-        arguments: of a call of `from_pretrained`. None and False ask for nothing.
+    """Refuse arguments without a meaning for a Mamba; None and False ask for nothing.
 
     Raises:
         InputError: the message names the argument.
@@ -79,13 +77,7 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def take_place(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take out the arguments that say where a model is found.
-
-    Args:
-        arguments: of a call of `from_pretrained`; they are taken out of it.
-
-    Returns:
-        Those that are set, as `anymamba.checkpoint.resolve` names them.
+    """Take out the arguments that say where a model is found, named as `resolve` has them.
 
     Example:
         >>> take_place({"revision": "main", "token": None})
@@ -119,11 +111,18 @@ def make_config(cls: Any, stored: Mapping[str, Any], arguments: dict[str, Any]) 
     return config
 
 
-def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config as our models take it: Transformers' own Mamba config becomes ours.
+def set_generation_config(model: Any, folder: Path, given: GenerationConfig | None = None) -> None:
+    """Give a model that generates the settings that were passed, else those in its folder."""
+    if not model.can_generate():
+        return
+    if given is not None:
+        model.generation_config = given
+    elif (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
-    Args:
-        config: any config; of another class than Transformers' `MambaConfig` it stays.
+
+def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A config as our models take it: Transformers' `MambaConfig` becomes ours, others stay.
 
     Example:
         >>> import transformers
@@ -131,8 +130,6 @@ def own_config(config: PreTrainedConfig) -> PreTrainedConfig:
         >>> type(own_config(theirs)) is MambaConfig
         True
     """
-    if config.model_type != "mamba" or isinstance(config, MambaConfig):
-        return config
-    if not type(config).__module__.startswith("transformers."):
-        return config
-    return MambaConfig.from_dict(config.to_dict())  # type: ignore[no-any-return]
+    if config.model_type == "mamba" and type(config).__module__.startswith("transformers."):
+        return MambaConfig.from_dict(config.to_dict())  # type: ignore[no-any-return]
+    return config

@@ -16,13 +16,7 @@ from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 
 
 def parts_of(config: MambaConfig, backbone: MambaModel, lm_head: nn.Module) -> Iterator[Part]:
-    """Every module of the model, with the class and the sizes that the core expects of it.
-
-    Args:
-        config: the language model's.
-        backbone: the model without its head.
-        lm_head: the head.
-    """
+    """Every module of the model, with the class and the sizes that the core expects of it."""
     d, v = config.hidden_size, config.vocab_size
     embeddings = backbone.embeddings
     eps = {"variance_epsilon": getattr(backbone.norm_f, "variance_epsilon", None)}
