@@ -1,11 +1,10 @@
 """Settings that all tests share."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports them: no test may reach for a network, and two workers share the cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +18,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.hub import Hub, serve
 from tests.support.warm import Warm
 
 settings.register_profile(
@@ -33,6 +33,23 @@ def usual_verbosity() -> Iterator[None]:
     yield
     if "transformers" in sys.modules:
         sys.modules["transformers"].logging.set_verbosity_warning()
+
+
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nobody had said offline; the library reads that once, when it is imported."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(online: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A stand-in for the hub, with an empty cache."""
+    with serve() as served:
+        monkeypatch.setenv("HF_ENDPOINT", served.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        yield served
 
 
 @pytest.fixture(scope="session")

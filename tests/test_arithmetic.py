@@ -1,10 +1,6 @@
 """The choice of the instruction set and of the type of matrix products, in each of its places."""
 
-from __future__ import annotations
-
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +11,7 @@ from anymamba import MambaForCausalLM, _core, arithmetic, ops
 from anymamba.assets import bundled_model
 from anymamba.cli.main import main
 from anymamba.errors import BackendError, ConfigError
+from tests.support import processes
 
 # What a processor lacks is tested below, by hiding it.
 HAS_BFLOAT16 = "avx512_bf16" in _core.isas()
@@ -23,13 +20,7 @@ TEXT = "ROMEO:\nWhat light through yonder window breaks?"
 
 
 def cli(*arguments: str, **environment: str) -> tuple[int, str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "anymamba", *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.python("-m", "anymamba", *arguments, env=os.environ | environment)
     assert done.stderr.count("\n") <= 1
     return done.returncode, done.stdout + done.stderr
 

@@ -1,40 +1,28 @@
 """CONTRIBUTING's table and picture of the rooms are those of the code."""
 
-from __future__ import annotations
-
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
+from tests.support.processes import module_from
 from tests.test_layers import STRANGERS
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def drawing() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_picture_is_current() -> None:
-    rooms = drawing()
+    rooms = module_from(ROOT / "docs" / "rooms.py", "rooms")
     assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.picture(), "run docs/rooms.py"
 
 
 def test_every_room_is_drawn() -> None:
     package = ROOT / "src" / "anymamba"
     folders = {file.parent.name for file in package.glob("*/__init__.py")}
-    assert folders - {"assets"} == {*drawing().ANSWERS}
+    assert folders - {"assets"} == {*module_from(ROOT / "docs" / "rooms.py", "rooms").ANSWERS}
 
 
 def test_the_table_says_what_the_layer_test_holds() -> None:
-    answers = drawing().ANSWERS
+    answers = module_from(ROOT / "docs" / "rooms.py", "rooms").ANSWERS
     table = [
         f"| `{room}/` | {answers[room]} | {', '.join(f'`{name}`' for name in strangers)} |"
         for room, strangers in STRANGERS.items()

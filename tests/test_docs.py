@@ -5,11 +5,8 @@ and one namespace, as a reader would type them. `bash` snippets run in a shell. 
 not run, and there is no other kind, so that nothing escapes by accident.
 """
 
-from __future__ import annotations
-
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.support import processes
 from tests.support.warm import Warm
 
 ROOT = Path(__file__).parent.parent
@@ -25,8 +23,6 @@ README, IN_CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 PAGES = [README, IN_CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 KINDS = {"python", "bash", "text"}
-# A snippet trains for a few steps at most; ten times what the slowest takes on two cores.
-TIMEOUT_SECONDS = 600
 
 
 @dataclass
@@ -75,14 +71,7 @@ def run(command: list[str], folder: Path, warm: Warm) -> None:
         [str(warm.commands), str(Path(sys.executable).parent), os.environ["PATH"]]
     )
     environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder)}
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
+    done = processes.run(*command, cwd=folder, env=environment)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 

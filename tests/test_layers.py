@@ -1,10 +1,6 @@
 """Who may import whom, as CONTRIBUTING.md says, and what an import brings in."""
 
-from __future__ import annotations
-
 import ast
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from graphlib import TopologicalSorter
@@ -13,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import anymamba
+from tests.support import processes
 
 PACKAGE = Path(anymamba.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -140,20 +137,10 @@ def test_light_rooms_import_no_torch(room: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    [
-        "anymamba",
-        "anymamba.cli.main",
-        "anymamba.cli.commands.run",
-        "anymamba.checkpoint",
-        "anymamba.dropin",
-    ],
+    ["anymamba.cli.main", "anymamba.cli.commands.run", "anymamba.checkpoint", "anymamba.dropin"],
 )
 def test_an_import_brings_in_nothing_heavy(module: str) -> None:
-    script = f"import sys, {module}; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert not {"torch", "transformers", "numpy"} & set(loaded)
+    assert not {"torch", "transformers", "numpy"} & processes.imported_by(f"import {module}")
 
 
 def test_public_names_load_on_first_use() -> None:
@@ -170,10 +157,5 @@ def test_without_torch_a_name_says_what_to_install() -> None:
         "try: anymamba.MambaModel\n"
         "except anymamba.errors.MissingDependencyError as error: print(error)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", f"import anymamba.errors; {script}"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    result = processes.python("-c", f"import anymamba.errors; {script}", check=True)
     assert "pip install 'anymamba[torch]'" in result.stdout

@@ -1,10 +1,7 @@
 """The specification against scalar loops in float64, Transformers' Mamba, and its own promises."""
 
-from __future__ import annotations
-
 import ast
 import doctest
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from torch import nn
 
 from anymamba import minimal
 from anymamba.minimal import Mamba, ModelArgs
-from tests.support import layouts
+from tests.support import layouts, processes
 from tests.support.reference import reference_logits
 from tests.support.tolerance import WHOLE_MODEL, assert_same
 
@@ -213,27 +210,21 @@ def test_rank_and_vocabulary_are_derived() -> None:
     assert ModelArgs(d_model=17, n_layer=1, vocab_size=50280).vocab_size == 50280
 
 
+WRONG = {
+    "d_model": (0, "128"),
+    "n_layer": (-1, True),
+    "vocab_size": (1.5,),
+    "d_state": (0,),
+    "expand": (None, True, 0.1, float("nan"), float("inf")),
+    "dt_rank": ("automatic", 0),
+    **dict.fromkeys(("d_conv", "pad_vocab_size_multiple"), (0,)),
+    "conv_bias": (1,),
+    "bias": ("no",),
+}
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("d_model", 0),
-        ("d_model", "128"),
-        ("n_layer", -1),
-        ("n_layer", True),
-        ("vocab_size", 1.5),
-        ("d_state", 0),
-        ("expand", None),
-        ("expand", True),
-        ("expand", 0.1),
-        ("expand", float("nan")),
-        ("expand", float("inf")),
-        ("dt_rank", "automatic"),
-        ("dt_rank", 0),
-        ("d_conv", 0),
-        ("pad_vocab_size_multiple", 0),
-        ("conv_bias", 1),
-        ("bias", "no"),
-    ],
+    ("field", "value"), [(field, value) for field, values in WRONG.items() for value in values]
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:
     good: dict[str, object] = {"d_model": 8, "n_layer": 1, "vocab_size": 8}
@@ -329,9 +320,7 @@ def test_it_runs_where_it_was_copied_to(tmp_path: Path) -> None:
         "model = m.Mamba(m.ModelArgs(d_model=16, n_layer=2, vocab_size=40))\n"
         "print(model(torch.zeros(2, 9, dtype=torch.int64)).shape)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    run = processes.python("-c", program, cwd=tmp_path, check=True)
     assert run.stdout == "torch.Size([2, 9, 40])\n"
 
 

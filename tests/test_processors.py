@@ -1,7 +1,5 @@
 """How many processors a process may use, as control groups of both versions say it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,8 +1,5 @@
 """Every public name of release 0.1 still imports, and one that has another name now warns."""
 
-from __future__ import annotations
-
-import subprocess
 import sys
 import warnings
 from importlib import import_module
@@ -16,6 +13,7 @@ import anymamba
 from anymamba.renamed import MODULES, NAMES
 from anymamba.runtime.generation import GenerationOutput, TokenOutput
 from anymamba.upstream import PACKAGES
+from tests.support import processes
 
 # One module a line, and what its __all__ held.
 LINES = Path(__file__).with_name("names_of_0_1.txt").read_text(encoding="utf-8").splitlines()
@@ -75,7 +73,7 @@ def test_old_names_of_methods_and_attributes_warn() -> None:
 def test_the_warning_points_at_the_program_that_asks(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text("import anymamba\n\nfrom anymamba.runtime.mapping import FileMap\n")
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    done = processes.python(program, check=True)
     assert f"{program}:3: DeprecationWarning: anymamba.runtime.mapping is now" in done.stderr
 
 

@@ -1,7 +1,5 @@
 """How much disk the package takes with all that `pip install anymamba` brings along."""
 
-from __future__ import annotations
-
 import importlib.metadata as metadata
 import re
 from collections.abc import Iterator

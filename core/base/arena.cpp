@@ -2,7 +2,6 @@
 
 #include <pthread.h>
 
-#include <atomic>
 #include <memory>
 #include <new>
 
@@ -51,8 +50,6 @@ void begin_to_keep() {
   kept = fresh.release();
 }
 
-std::atomic<std::int64_t> heap_takes{0};
-
 }  // namespace
 
 std::int64_t in_arena(std::int64_t bytes) {
@@ -87,7 +84,6 @@ ScratchMemory::ScratchMemory(std::int64_t bytes) : arena_(current) {
   if (arena_ != nullptr) data_ = arena_->take(bytes);
   if (data_ != nullptr) return;
   arena_ = nullptr;
-  heap_takes.fetch_add(1, std::memory_order_relaxed);
   data_ = from_heap(bytes);
 }
 
@@ -109,8 +105,6 @@ void reserve_scratch(std::int64_t bytes) {
   kept->arena = Arena(kept->memory, whole);
   current = &kept->arena;
 }
-
-std::int64_t scratch_from_heap() { return heap_takes.load(); }
 
 WorkerArenas::WorkerArenas(int workers, std::int64_t bytes)
     : stride_(in_arena(bytes)), memory_((reserve_scratch(workers * stride_), workers * stride_)) {}

@@ -64,9 +64,6 @@ std::int64_t in_arena(std::int64_t bytes);
 // better returned. Throws std::bad_alloc.
 void reserve_scratch(std::int64_t bytes);
 
-// How often scratch memory came from the heap, in all threads: for tests.
-std::int64_t scratch_from_heap();
-
 // Arenas of `bytes` each for a number of workers.
 class WorkerArenas {
  public:

@@ -21,6 +21,8 @@ namespace anymamba::bindings {
 
 using In = nb::ndarray<nb::ro, nb::device::cpu>;
 using Out = nb::ndarray<nb::device::cpu>;
+using MaybeIn = std::optional<In>;
+using MaybeOut = std::optional<Out>;
 using Shape = std::initializer_list<std::int64_t>;
 
 constexpr std::int64_t kAny = -1;  // an extent that is not checked
@@ -55,18 +57,14 @@ void check_shape(const char* name, const Array& array, Shape shape) {
 
 template <class Array>
 DType type_of(const char* name, const Array& array) {
-  const auto type = array.dtype();
-  if (type.lanes == 1) {
-    if (type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float)) {
-      if (type.bits == 32) return DType::f32;
-      if (type.bits == 16) return DType::f16;
-    }
-    // NumPy knows no bfloat16: it gives the bits.
-    const bool bits = type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt);
-    if ((bits || type.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat)) &&
-        type.bits == 16)
-      return DType::bf16;
-  }
+  const auto is = [&](nb::dlpack::dtype_code code, std::uint8_t bits) {
+    return array.dtype() == nb::dlpack::dtype{static_cast<std::uint8_t>(code), bits, 1};
+  };
+  using Code = nb::dlpack::dtype_code;
+  if (is(Code::Float, 32)) return DType::f32;
+  if (is(Code::Float, 16)) return DType::f16;
+  // NumPy knows no bfloat16: it gives the bits.
+  if (is(Code::Bfloat, 16) || is(Code::UInt, 16)) return DType::bf16;
   refuse(std::string(name) + " must be float32, bfloat16 (or its bits as uint16) or float16");
 }
 
@@ -101,13 +99,18 @@ Tensor3 one_step(const char* name, const Array& array, Shape shape) {
   return {pointer(array), type_of(name, array), array.stride(0), 0, array.stride(1)};
 }
 
-// float32 without gaps.
+// Numbers of one type without gaps.
+template <class Number, class Array>
+Number* contiguous(const char* name, const char* type, const Array& array, Shape shape) {
+  check_shape(name, array, shape);
+  if (array.dtype() != nb::dtype<Number>()) refuse(std::string(name) + " must be " + type);
+  if (!is_contiguous(array)) refuse(std::string(name) + " must be contiguous " + type);
+  return static_cast<Number*>(pointer(array));
+}
+
 template <class Array>
 float* floats(const char* name, const Array& array, Shape shape) {
-  check_shape(name, array, shape);
-  if (type_of(name, array) != DType::f32 || !is_contiguous(array))
-    refuse(std::string(name) + " must be contiguous float32");
-  return static_cast<float*>(pointer(array));
+  return contiguous<float>(name, "float32", array, shape);
 }
 
 template <class Array>
@@ -151,9 +154,8 @@ Rows rows(const char* name, const Array& array, Shape shape) {
 
 // A weight (n, k) whose rows are contiguous.
 inline Weight dense_weight(const char* name, const In& array, std::int64_t n, std::int64_t k) {
-  check_shape(name, array, {n, k});
-  if (k > 1 && array.stride(1) != 1) refuse(std::string(name) + " must have contiguous rows");
-  return {pointer(array), type_of(name, array), array.stride(0), {}};
+  const Rows found = rows(name, array, {n, k});
+  return {found.data, found.type, found.row_stride, {}};
 }
 
 // Small tensors of any type, without gaps.
@@ -163,7 +165,7 @@ inline Array small(const char* name, const In& array, Shape shape) {
   return {pointer(array), type_of(name, array)};
 }
 
-inline Array small(const char* name, const std::optional<In>& array, Shape shape) {
+inline Array small(const char* name, const MaybeIn& array, Shape shape) {
   return array ? small(name, *array, shape) : Array{};
 }
 
@@ -173,42 +175,27 @@ std::int64_t extent(const Array& array, std::size_t axis) {
   return static_cast<std::int64_t>(array.shape(axis));
 }
 
-// int64 without gaps.
-inline void check_whole_numbers(const char* name, const In& array) {
-  const auto type = array.dtype();
-  if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::Int) || type.bits != 64 ||
-      type.lanes != 1 || !is_contiguous(array))
-    refuse(std::string(name) + " must be contiguous int64");
-}
-
-// A copy of (n,) int64.
-inline std::vector<std::int64_t> whole_numbers(const char* name, const In& array) {
-  check_shape(name, array, {kAny});
-  check_whole_numbers(name, array);
-  const auto* data = static_cast<const std::int64_t*>(pointer(array));
+// A copy of (count,) int64.
+inline std::vector<std::int64_t> whole_numbers(const char* name, const In& array,
+                                               std::int64_t count = kAny) {
+  const auto* data = contiguous<std::int64_t>(name, "int64", array, {count});
   return std::vector<std::int64_t>(data, data + array.shape(0));
 }
 
-// bfloat16 numbers without gaps.
 inline const std::uint16_t* bfloat16s(const std::string& name, const In& array, Shape shape) {
-  if (type_of(name.c_str(), array) != DType::bf16) refuse(name + " must be bfloat16");
-  check_shape(name.c_str(), array, shape);
-  if (!is_contiguous(array)) refuse(name + " must be contiguous");
-  return static_cast<const std::uint16_t*>(pointer(array));
+  const Array found = small(name.c_str(), array, shape);
+  if (found.type != DType::bf16) refuse(name + " must be bfloat16");
+  return static_cast<const std::uint16_t*>(found.data);
 }
 
 // A weight (n, k) of which q, scales and offsets (or nothing) are given. The bits follow from q's
 // width and the group from that of the scales.
 inline QuantizedWeight quantized_weight(const char* name, const In& q, const In& scales,
-                                        const std::optional<In>& offsets, std::int64_t n,
+                                        const MaybeIn& offsets, std::int64_t n,
                                         std::int64_t k) {
   const std::string called = name;
-  check_shape(name, q, {n, kAny});
-  const auto type = q.dtype();
-  if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt) || type.bits != 8 ||
-      type.lanes != 1 || !is_contiguous(q))
-    refuse(called + ": q must be contiguous uint8");
   QuantizedWeight weight;
+  weight.q = contiguous<std::uint8_t>((called + ": q").c_str(), "uint8", q, {n, kAny});
   const std::int64_t width = static_cast<std::int64_t>(q.shape(1));
   weight.bits = width == k ? 8 : 2 * width == k ? 4 : 0;
   const std::int64_t groups = extent(scales, 1);
@@ -217,7 +204,6 @@ inline QuantizedWeight quantized_weight(const char* name, const In& q, const In&
     refuse(called + ": q of shape " + shape_of(q) + " and scales of shape " + shape_of(scales) +
            " are no " + std::to_string(k) + " columns of 8 or 4 bits in groups of 32, 64 or 128");
   weight.group = static_cast<int>(group);
-  weight.q = static_cast<const std::uint8_t*>(pointer(q));
   weight.scales = bfloat16s(called + ": scales", scales, {n, groups});
   if (offsets) weight.offsets = bfloat16s(called + ": minima", *offsets, {n, groups});
   return weight;

@@ -24,12 +24,9 @@ class WeightTable {
 
   Weight weight(const char* name, const nb::object& given, std::int64_t n, std::int64_t k) {
     nb::dict parts;
-    if (nb::try_cast<nb::dict>(given, parts)) {
-      Weight weight;
-      weight.quantized =
-          quantized_weight(name, array(parts, "q"), array(parts, "scales"), maybe(parts, "minima"), n, k);
-      return weight;
-    }
+    if (nb::try_cast<nb::dict>(given, parts))
+      return {.quantized = quantized_weight(name, array(parts, "q"), array(parts, "scales"),
+                                            maybe(parts, "minima"), n, k)};
     In found;
     if (!nb::try_cast<In>(given, found)) refuse(std::string(name) + " is not an array");
     kept_.push_back(found);
@@ -42,12 +39,12 @@ class WeightTable {
   }
 
   In array(const nb::dict& layer, const char* name) {
-    std::optional<In> found = maybe(layer, name);
+    MaybeIn found = maybe(layer, name);
     if (!found) refuse(std::string(name) + " is missing");
     return *found;
   }
 
-  std::optional<In> maybe(const nb::dict& layer, const char* name) {
+  MaybeIn maybe(const nb::dict& layer, const char* name) {
     if (!layer.contains(name) || layer[name].is_none()) return std::nullopt;
     In found;
     if (!nb::try_cast<In>(layer[name], found)) refuse(std::string(name) + " is not an array");
@@ -86,6 +83,12 @@ class WeightTable {
     model_.layers.push_back(layer);
   }
 
+  States states_of(const Out& conv, const Out& ssm, Shape conv_shape, Shape ssm_shape) const {
+    check_shape("conv", conv, conv_shape);
+    if (!is_contiguous(conv)) refuse("conv must be contiguous");
+    return {pointer(conv), type_of("conv", conv), floats("ssm", ssm, ssm_shape)};
+  }
+
   Model model_;
   std::vector<In> kept_;
 };
@@ -111,11 +114,11 @@ class PyModel : WeightTable {
   }
 
   // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
-  void step(const std::optional<In>& tokens, const std::optional<In>& hidden, const Out& conv,
+  void step(const MaybeIn& tokens, const MaybeIn& hidden, const Out& conv,
             const Out& ssm, const Out& logits, bool bf16_products) const {
     const std::int64_t b = extent(logits, 0);
     float* const out = floats("logits", logits, {b, model_.v});
-    const States states = states_of(conv, ssm, b);
+    const States states = all_states(conv, ssm, b);
     if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
     const float* given = floats("hidden", hidden, {b, model_.d});
     const std::vector<std::int64_t> ids = token_ids(tokens, b);
@@ -125,7 +128,7 @@ class PyModel : WeightTable {
 
   // tokens (l,) int64 or hidden (l, d), the sequences one behind the other; offsets (b + 1,) and
   // positions (w,) int64; conv and ssm as above; logits (w, v).
-  void read(const std::optional<In>& tokens, const std::optional<In>& hidden, const In& offsets,
+  void read(const MaybeIn& tokens, const MaybeIn& hidden, const In& offsets,
             const In& positions, const Out& conv, const Out& ssm, const Out& logits,
             bool bf16_products) const {
     if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
@@ -136,7 +139,7 @@ class PyModel : WeightTable {
     prompt.sequences = extent(offsets, 0) - 1;
     prompt.wanted = extent(positions, 0);
     float* const out = floats("logits", logits, {prompt.wanted, model_.v});
-    const States states = states_of(conv, ssm, prompt.sequences);
+    const States states = all_states(conv, ssm, prompt.sequences);
     prompt.hidden = floats("hidden", hidden, {l, model_.d});
     const std::vector<std::int64_t> ids = token_ids(tokens, l);
     prompt.tokens = tokens ? ids.data() : nullptr;
@@ -158,15 +161,9 @@ class PyModel : WeightTable {
   }
 
  private:
-  States states_of(const Out& conv, const Out& ssm, std::int64_t b) const {
-    const std::int64_t n_layer = static_cast<std::int64_t>(model_.layers.size());
-    check_shape("conv", conv, {n_layer, b, model_.e, model_.k});
-    if (!is_contiguous(conv)) refuse("conv must be contiguous");
-    States states;
-    states.conv = pointer(conv);
-    states.conv_type = type_of("conv", conv);
-    states.ssm = floats("ssm", ssm, {n_layer, b, model_.e, model_.n});
-    return states;
+  States all_states(const Out& conv, const Out& ssm, std::int64_t b) const {
+    const auto n_layer = static_cast<std::int64_t>(model_.layers.size());
+    return states_of(conv, ssm, {n_layer, b, model_.e, model_.k}, {n_layer, b, model_.e, model_.n});
   }
 
   static void check_offsets(const std::vector<std::int64_t>& offsets, std::int64_t l) {
@@ -176,10 +173,9 @@ class PyModel : WeightTable {
   }
 
   // A copy of (count,) token ids, so that what was checked is what is used.
-  std::vector<std::int64_t> token_ids(const std::optional<In>& tokens, std::int64_t count) const {
+  std::vector<std::int64_t> token_ids(const MaybeIn& tokens, std::int64_t count) const {
     if (!tokens) return {};
-    check_shape("tokens", *tokens, {count});
-    std::vector<std::int64_t> ids = whole_numbers("tokens", *tokens);
+    std::vector<std::int64_t> ids = whole_numbers("tokens", *tokens, count);
     for (const std::int64_t id : ids)
       if (id < 0 || id >= model_.v)
         refuse("token " + std::to_string(id) + " is not in the vocabulary of " +
@@ -215,10 +211,8 @@ class PyMixer : WeightTable {
   void step(const In& x, const Out& conv, const Out& ssm, const Out& y, bool bf16_products) const {
     const std::int64_t b = extent(x, 0);
     const Rows given = rows("x", x, {b, model_.d}), wanted = rows("y", y, {b, model_.d});
-    check_shape("conv", conv, {b, model_.e, model_.k});
-    if (!is_contiguous(conv)) refuse("conv must be contiguous");
-    const States states = {pointer(conv), type_of("conv", conv),
-                           floats("ssm", ssm, {b, model_.e, model_.n})};
+    const States states =
+        states_of(conv, ssm, {b, model_.e, model_.k}, {b, model_.e, model_.n});
     const WithoutGil unlocked;
     mixer_step(model_, states, given, wanted, b, bf16_products);
   }
@@ -227,26 +221,24 @@ class PyMixer : WeightTable {
 }  // namespace
 
 void add_model(nb::module_& m) {
+  using namespace nb::literals;
   nb::class_<PyModel>(m, "Model", "A model's weights as one table of checked pointers.")
       .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&, bool,
                     float>(),
-           nb::arg("embeddings"), nb::arg("head"), nb::arg("norm"), nb::arg("eps"),
-           nb::arg("layers"), nb::arg("constant") = false, nb::arg("mixer_eps") = 0.0f,
+           "embeddings"_a, "head"_a, "norm"_a, "eps"_a, "layers"_a, "constant"_a = false,
+           "mixer_eps"_a = 0.0f,
            "With `constant` the weights never change, and what follows from them is kept. "
            "`mixer_eps` is that of dt_norm, B_norm and C_norm, which layers may have.")
-      .def("step", &PyModel::step, nb::arg("tokens").none(), nb::arg("hidden").none(),
-           nb::arg("conv"), nb::arg("ssm"), nb::arg("logits"), nb::arg("bf16_products") = false,
+      .def("step", &PyModel::step, "tokens"_a.none(), "hidden"_a.none(), "conv"_a, "ssm"_a,
+           "logits"_a, "bf16_products"_a = false,
            "One token for each row; the states advance in place.")
-      .def("read", &PyModel::read, nb::arg("tokens").none(), nb::arg("hidden").none(),
-           nb::arg("offsets"), nb::arg("positions"), nb::arg("conv"), nb::arg("ssm"),
-           nb::arg("logits"), nb::arg("bf16_products") = false,
+      .def("read", &PyModel::read, "tokens"_a.none(), "hidden"_a.none(), "offsets"_a,
+           "positions"_a, "conv"_a, "ssm"_a, "logits"_a, "bf16_products"_a = false,
            "The tokens of several sequences; the states advance in place.");
   nb::class_<PyMixer>(m, "Mixer", "The weights of one layer's mixer as one table of checked pointers.")
-      .def(nb::init<const nb::dict&, std::int64_t, float>(), nb::arg("layer"), nb::arg("d"),
-           nb::arg("eps") = 0.0f,
+      .def(nb::init<const nb::dict&, std::int64_t, float>(), "layer"_a, "d"_a, "eps"_a = 0.0f,
            "`eps` is that of dt_norm, B_norm and C_norm, which a layer may have.")
-      .def("step", &PyMixer::step, nb::arg("x"), nb::arg("conv"), nb::arg("ssm"), nb::arg("y"),
-           nb::arg("bf16_products") = false,
+      .def("step", &PyMixer::step, "x"_a, "conv"_a, "ssm"_a, "y"_a, "bf16_products"_a = false,
            "One token for each row; the states advance in place.");
 }
 

@@ -16,11 +16,13 @@ struct SegmentList {
   Segments view;
 
   // `given` is (5, s) int64, or absent: every row is one segment with its own state.
-  SegmentList(const std::optional<In>& given, std::int64_t b, std::int64_t l, std::int64_t states,
+  SegmentList(const MaybeIn& given, std::int64_t b, std::int64_t l, std::int64_t states,
               bool reverse)
-      : n_states(states) {
+      : n_states(given ? states : b) {
     // An array of stride 0 may claim any number of rows.
     if (!given && b > kMostRows) refuse(std::to_string(b) + " rows are too many");
+    if (n_states < 0 || n_states > kMostRows)
+      refuse("n_states is " + std::to_string(n_states) + ", expected 0 or more, but not that many");
     if (given)
       read(*given);
     else
@@ -37,9 +39,7 @@ struct SegmentList {
   void read(const In& given) {
     check_shape("segments", given, {5, kAny});
     if (static_cast<std::int64_t>(given.shape(1)) > kMostRows) refuse("segments are too many");
-    const auto type = given.dtype();
-    if (type.code != static_cast<std::uint8_t>(nb::dlpack::dtype_code::Int) || type.bits != 64)
-      refuse("segments must be int64");
+    if (given.dtype() != nb::dtype<std::int64_t>()) refuse("segments must be int64");
     const auto* data = static_cast<const std::int64_t*>(pointer(given));
     for (int i = 0; i < 5; ++i)
       for (std::size_t s = 0; s < given.shape(1); ++s)
@@ -63,9 +63,8 @@ struct SegmentList {
 };
 
 // What a scan and a step of it read besides activations, checked.
-ScanInputs scan_parameters(const In& A, const std::optional<In>& D,
-                           const std::optional<In>& delta_bias, bool softplus, std::int64_t e,
-                           std::int64_t groups) {
+ScanInputs scan_parameters(const In& A, const MaybeIn& D, const MaybeIn& delta_bias, bool softplus,
+                           std::int64_t e, std::int64_t groups) {
   const std::int64_t n = extent(A, 1);
   if (groups < 1 || e % groups != 0) refuse("the groups of B must divide the channels");
   return {e, n, groups, {}, {}, {}, {}, {}, floats("A", A, {e, n}), floats("D", D, {e}),
@@ -74,9 +73,8 @@ ScanInputs scan_parameters(const In& A, const std::optional<In>& D,
 
 // What `scan` and `scan_backward` share: the inputs, checked.
 Scan read_scan(const In& x, const In& delta, const In& A, const In& B, const In& C,
-               const std::optional<In>& D, const std::optional<In>& z,
-               const std::optional<In>& delta_bias, bool softplus,
-               const std::optional<In>& initial, const SegmentList& segments) {
+               const MaybeIn& D, const MaybeIn& z, const MaybeIn& delta_bias, bool softplus,
+               const MaybeIn& initial, const SegmentList& segments) {
   const std::int64_t b = extent(x, 0), l = extent(x, 1);
   Scan scan = {scan_parameters(A, D, delta_bias, softplus, extent(x, 2), extent(B, 2)),
                segments.view, nullptr};
@@ -90,21 +88,14 @@ Scan read_scan(const In& x, const In& delta, const In& A, const In& B, const In&
   return scan;
 }
 
-std::int64_t states_of(const std::optional<In>& segments, std::int64_t n_states, std::int64_t b) {
-  if (!segments) return b;
-  if (n_states < 0 || n_states > kMostRows)
-    refuse("n_states is " + std::to_string(n_states) + ", expected 0 or more, but not that many");
-  return n_states;
-}
-
 std::int64_t py_scan_checkpoint_floats(std::int64_t b, std::int64_t l, std::int64_t e,
-                                       std::int64_t n, const std::optional<In>& segments,
+                                       std::int64_t n, const MaybeIn& segments,
                                        std::int64_t n_states) {
   if (b < 0 || l < 0 || e < 0 || n < 1) refuse("sizes must not be negative");
   double product = 8;
   for (const std::int64_t size : {b, l, e, n}) product *= static_cast<double>(size);
   if (product > 9e18) refuse("sizes are too large");
-  const SegmentList list(segments, b, l, states_of(segments, n_states, b), false);
+  const SegmentList list(segments, b, l, n_states, false);
   Scan scan;
   scan.e = e;
   scan.n = n;
@@ -112,13 +103,12 @@ std::int64_t py_scan_checkpoint_floats(std::int64_t b, std::int64_t l, std::int6
   return scan_checkpoint_floats(scan);
 }
 
-void py_scan(const In& x, const In& delta, const In& A, const In& B, const In& C,
-             const std::optional<In>& D, const std::optional<In>& z,
-             const std::optional<In>& delta_bias, bool softplus, const std::optional<In>& initial,
-             const std::optional<In>& segments, std::int64_t n_states, bool reverse, const Out& y,
-             const std::optional<Out>& last, const std::optional<Out>& checkpoints) {
+void py_scan(const In& x, const In& delta, const In& A, const In& B, const In& C, const MaybeIn& D,
+             const MaybeIn& z, const MaybeIn& delta_bias, bool softplus, const MaybeIn& initial,
+             const MaybeIn& segments, std::int64_t n_states, bool reverse, const Out& y,
+             const MaybeOut& last, const MaybeOut& checkpoints) {
   const std::int64_t b = extent(x, 0), l = extent(x, 1);
-  const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
+  const SegmentList list(segments, b, l, n_states, reverse);
   const Scan scan = read_scan(x, delta, A, B, C, D, z, delta_bias, softplus, initial, list);
   ScanResult result;
   result.y = tensor3("y", y, {b, l, scan.e});
@@ -129,16 +119,14 @@ void py_scan(const In& x, const In& delta, const In& A, const In& B, const In& C
 }
 
 void py_scan_backward(const In& x, const In& delta, const In& A, const In& B, const In& C,
-                      const std::optional<In>& D, const std::optional<In>& z,
-                      const std::optional<In>& delta_bias, bool softplus,
-                      const std::optional<In>& initial, const std::optional<In>& segments,
-                      std::int64_t n_states, bool reverse, const In& checkpoints, const In& dy,
-                      const std::optional<In>& dlast, const Out& dx, const Out& ddelta,
-                      const Out& dA, const Out& dB, const Out& dC, const std::optional<Out>& dD,
-                      const std::optional<Out>& dz, const std::optional<Out>& ddelta_bias,
-                      const std::optional<Out>& dinitial) {
+                      const MaybeIn& D, const MaybeIn& z, const MaybeIn& delta_bias, bool softplus,
+                      const MaybeIn& initial, const MaybeIn& segments, std::int64_t n_states,
+                      bool reverse, const In& checkpoints, const In& dy, const MaybeIn& dlast,
+                      const Out& dx, const Out& ddelta, const Out& dA, const Out& dB, const Out& dC,
+                      const MaybeOut& dD, const MaybeOut& dz, const MaybeOut& ddelta_bias,
+                      const MaybeOut& dinitial) {
   const std::int64_t b = extent(x, 0), l = extent(x, 1);
-  const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
+  const SegmentList list(segments, b, l, n_states, reverse);
   const Scan scan = read_scan(x, delta, A, B, C, D, z, delta_bias, softplus, initial, list);
   if (scan.D != nullptr && !dD) refuse("dD is missing");
   if (scan.z && !dz) refuse("dz is missing");
@@ -164,8 +152,8 @@ void py_scan_backward(const In& x, const In& delta, const In& A, const In& B, co
 }
 
 void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, const In& B,
-                  const In& C, const std::optional<In>& D, const std::optional<In>& z,
-                  const std::optional<In>& delta_bias, bool softplus, const Out& y) {
+                  const In& C, const MaybeIn& D, const MaybeIn& z, const MaybeIn& delta_bias,
+                  bool softplus, const Out& y) {
   ScanStep step = {scan_parameters(A, D, delta_bias, softplus, extent(x, 1), extent(B, 1)),
                    extent(x, 0), {}, nullptr, 0};
   step.x = one_step("x", x, {step.b, step.e});
@@ -193,8 +181,8 @@ void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, c
   });
 }
 
-Conv read_conv(const In& x, const In& weight, const std::optional<In>& bias, bool silu,
-               const std::optional<In>& initial, const SegmentList& segments) {
+Conv read_conv(const In& x, const In& weight, const MaybeIn& bias, bool silu,
+               const MaybeIn& initial, const SegmentList& segments) {
   Conv conv;
   conv.e = extent(x, 2);
   conv.k = extent(weight, 1);
@@ -208,11 +196,11 @@ Conv read_conv(const In& x, const In& weight, const std::optional<In>& bias, boo
   return conv;
 }
 
-void py_conv(const In& x, const In& weight, const std::optional<In>& bias, bool silu,
-             const std::optional<In>& initial, const std::optional<In>& segments,
-             std::int64_t n_states, bool reverse, const Out& y, const std::optional<Out>& final) {
+void py_conv(const In& x, const In& weight, const MaybeIn& bias, bool silu, const MaybeIn& initial,
+             const MaybeIn& segments, std::int64_t n_states, bool reverse, const Out& y,
+             const MaybeOut& final) {
   const std::int64_t b = extent(x, 0), l = extent(x, 1);
-  const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
+  const SegmentList list(segments, b, l, n_states, reverse);
   const Conv conv = read_conv(x, weight, bias, silu, initial, list);
   ConvResult result;
   result.y = tensor3("y", y, {b, l, conv.e});
@@ -223,13 +211,12 @@ void py_conv(const In& x, const In& weight, const std::optional<In>& bias, bool 
   kernels().conv(conv, result);
 }
 
-void py_conv_backward(const In& x, const In& weight, const std::optional<In>& bias, bool silu,
-                      const std::optional<In>& initial, const std::optional<In>& segments,
-                      std::int64_t n_states, bool reverse, const In& dy,
-                      const std::optional<In>& dfinal, const Out& dx, const Out& dweight,
-                      const std::optional<Out>& dbias, const std::optional<Out>& dinitial) {
+void py_conv_backward(const In& x, const In& weight, const MaybeIn& bias, bool silu,
+                      const MaybeIn& initial, const MaybeIn& segments, std::int64_t n_states,
+                      bool reverse, const In& dy, const MaybeIn& dfinal, const Out& dx,
+                      const Out& dweight, const MaybeOut& dbias, const MaybeOut& dinitial) {
   const std::int64_t b = extent(x, 0), l = extent(x, 1);
-  const SegmentList list(segments, b, l, states_of(segments, n_states, b), reverse);
+  const SegmentList list(segments, b, l, n_states, reverse);
   const Conv conv = read_conv(x, weight, bias, silu, initial, list);
   ConvGradients gradients;
   gradients.y = tensor3("dy", dy, {b, l, conv.e});
@@ -253,8 +240,8 @@ void py_conv_backward(const In& x, const In& weight, const std::optional<In>& bi
   kernels().conv_backward(conv, gradients);
 }
 
-void py_conv_step(const In& x, const Out& state, const In& weight, const std::optional<In>& bias,
-                  bool silu, const Out& y) {
+void py_conv_step(const In& x, const Out& state, const In& weight, const MaybeIn& bias, bool silu,
+                  const Out& y) {
   const std::int64_t b = extent(x, 0), e = extent(x, 1), k = extent(weight, 1);
   const ConvStep step = {{e, k, one_step("x", x, {b, e}), floats("weight", weight, {e, k}),
                           floats("bias", bias, {e}), silu},
@@ -264,8 +251,8 @@ void py_conv_step(const In& x, const Out& state, const In& weight, const std::op
   kernels().conv_step(step, 0, step.e);
 }
 
-void py_norm(const In& x, const std::optional<In>& residual, const In& weight, float eps,
-             const Out& normed, const std::optional<Out>& total, const std::optional<Out>& scale) {
+void py_norm(const In& x, const MaybeIn& residual, const In& weight, float eps, const Out& normed,
+             const MaybeOut& total, const MaybeOut& scale) {
   const std::int64_t n = extent(x, 0), d = extent(x, 1);
   Norm norm = {n, d, rows("x", x, {n, d}), {}, floats("weight", weight, {d}), eps};
   if (residual) norm.residual = rows("residual", *residual, {n, d});
@@ -276,8 +263,7 @@ void py_norm(const In& x, const std::optional<In>& residual, const In& weight, f
 }
 
 void py_norm_backward(const In& sum, const In& weight, float eps, const In& scale,
-                      const In& dnormed, const std::optional<In>& dtotal, const Out& dx,
-                      const Out& dweight) {
+                      const In& dnormed, const MaybeIn& dtotal, const Out& dx, const Out& dweight) {
   const std::int64_t n = extent(sum, 0), d = extent(sum, 1);
   const Norm norm = {n, d, {}, {}, floats("weight", weight, {d}), eps};
   NormGradients gradients;
@@ -291,8 +277,7 @@ void py_norm_backward(const In& sum, const In& weight, float eps, const In& scal
   kernels().norm_backward(norm, gradients);
 }
 
-void py_gemm(const In& a, const In& b, const std::optional<In>& bias, const Out& c,
-                bool accumulate) {
+void py_gemm(const In& a, const In& b, const MaybeIn& bias, const Out& c, bool accumulate) {
   const std::int64_t m = extent(a, 0), k = extent(a, 1), n = extent(b, 1);
   const Gemm gemm = {m, n, k, matrix("a", a, {m, k}), matrix("b", b, {k, n}),
                      matrix("c", c, {m, n}), floats("bias", bias, {n}), accumulate};
@@ -300,7 +285,7 @@ void py_gemm(const In& a, const In& b, const std::optional<In>& bias, const Out&
   kernels().gemm(gemm);
 }
 
-void py_gemv(const In& x, const In& weight, const std::optional<In>& bias, const Out& y) {
+void py_gemv(const In& x, const In& weight, const MaybeIn& bias, const Out& y) {
   const std::int64_t m = extent(x, 0), n = extent(weight, 0), k = extent(weight, 1);
   const Weight w = dense_weight("weight", weight, n, k);
   if (m > 16) refuse("x has more than 16 rows");
@@ -315,8 +300,8 @@ void py_gemv(const In& x, const In& weight, const std::optional<In>& bias, const
 }
 
 // y (m, n) = x (m, k) times a quantized weight (n, k), by the kernel for few rows or for many.
-void py_quantized_gemm(const In& x, const In& q, const In& scales, const std::optional<In>& minima,
-                          const std::optional<In>& bias, const Out& y, bool few) {
+void py_quantized_gemm(const In& x, const In& q, const In& scales, const MaybeIn& minima,
+                       const MaybeIn& bias, const Out& y, bool few) {
   const std::int64_t m = extent(x, 0), k = extent(x, 1), n = extent(q, 0);
   const QuantizedGemm gemm = {m, n, k, floats("x", x, {m, k}), k,
                               quantized_weight("weight", q, scales, minima, n, k),
@@ -357,13 +342,13 @@ void add_operators(nb::module_& m) {
   m.def("scan_checkpoint_floats", py_scan_checkpoint_floats, "b"_a, "l"_a, "e"_a, "n"_a,
         "segments"_a.none() = none, "n_states"_a = 0);
   m.def("scan", py_scan, "x"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(),
-        "delta_bias"_a.none(), "softplus"_a, "initial"_a.none(), "segments"_a.none(),
-        "n_states"_a, "reverse"_a, "y"_a, "last"_a.none(), "checkpoints"_a.none());
+        "delta_bias"_a.none(), "softplus"_a, "initial"_a.none(), "segments"_a.none(), "n_states"_a,
+        "reverse"_a, "y"_a, "last"_a.none(), "checkpoints"_a.none());
   m.def("scan_backward", py_scan_backward, "x"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(),
-        "z"_a.none(), "delta_bias"_a.none(), "softplus"_a, "initial"_a.none(),
-        "segments"_a.none(), "n_states"_a, "reverse"_a, "checkpoints"_a, "dy"_a, "dlast"_a.none(),
-        "dx"_a, "ddelta"_a, "dA"_a, "dB"_a, "dC"_a, "dD"_a.none(), "dz"_a.none(),
-        "ddelta_bias"_a.none(), "dinitial"_a.none());
+        "z"_a.none(), "delta_bias"_a.none(), "softplus"_a, "initial"_a.none(), "segments"_a.none(),
+        "n_states"_a, "reverse"_a, "checkpoints"_a, "dy"_a, "dlast"_a.none(), "dx"_a, "ddelta"_a,
+        "dA"_a, "dB"_a, "dC"_a, "dD"_a.none(), "dz"_a.none(), "ddelta_bias"_a.none(),
+        "dinitial"_a.none());
   m.def("scan_step", py_scan_step, "state"_a, "x"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(),
         "z"_a.none(), "delta_bias"_a.none(), "softplus"_a, "y"_a);
   m.def("conv", py_conv, "x"_a, "weight"_a, "bias"_a.none(), "silu"_a, "initial"_a.none(),
@@ -371,8 +356,7 @@ void add_operators(nb::module_& m) {
   m.def("conv_backward", py_conv_backward, "x"_a, "weight"_a, "bias"_a.none(), "silu"_a,
         "initial"_a.none(), "segments"_a.none(), "n_states"_a, "reverse"_a, "dy"_a,
         "dfinal"_a.none(), "dx"_a, "dweight"_a, "dbias"_a.none(), "dinitial"_a.none());
-  m.def("conv_step", py_conv_step, "x"_a, "window"_a, "weight"_a, "bias"_a.none(), "silu"_a,
-        "y"_a);
+  m.def("conv_step", py_conv_step, "x"_a, "window"_a, "weight"_a, "bias"_a.none(), "silu"_a, "y"_a);
   m.def("norm", py_norm, "x"_a, "residual"_a.none(), "weight"_a, "eps"_a, "normed"_a,
         "total"_a.none(), "scale"_a.none());
   m.def("norm_backward", py_norm_backward, "sum"_a, "weight"_a, "eps"_a, "scale"_a, "dnormed"_a,

@@ -39,12 +39,12 @@ struct Available {
     // Products of bfloat16 pairs outrun those of float32 on AMD's processors, not on Intel's. Only
     // speed follows from it: pairs are multiplied where both operands are bfloat16.
     const bool gains_from_pairs = __builtin_cpu_is("amd");
-    add(avx512_bf16::table, has_pairs && gains_from_pairs);
-    add(avx512::table, has_avx512);
-    add(avx512_bf16::table, has_pairs && !gains_from_pairs);
-    add(avx2::table, has_avx2);
+    if constexpr (ANYMAMBA_BUILDS_avx512_bf16) add(avx512_bf16::table, has_pairs && gains_from_pairs);
+    if constexpr (ANYMAMBA_BUILDS_avx512) add(avx512::table, has_avx512);
+    if constexpr (ANYMAMBA_BUILDS_avx512_bf16) add(avx512_bf16::table, has_pairs && !gains_from_pairs);
+    if constexpr (ANYMAMBA_BUILDS_avx2) add(avx2::table, has_avx2);
 #endif
-    add(portable::table, true);
+    if constexpr (ANYMAMBA_BUILDS_portable) add(portable::table, true);
   }
 
   // By name; null where this machine or this build does not have it.

@@ -11,7 +11,6 @@ namespace anymamba::ANYMAMBA_ISA {
 extern const Kernels table;
 const Kernels table = {
     .isa = ANYMAMBA_TEXT(ANYMAMBA_ISA),
-    .multiplies_bf16 = kMultipliesPairs,
 #define ANYMAMBA_KERNEL(name, ...) .name = name,
 #include "kernels/kernels.def"
 };

@@ -11,7 +11,6 @@ namespace anymamba {
 
 struct Kernels {
   const char* isa;
-  bool multiplies_bf16;  // at twice float32's speed: activations are then best kept in bfloat16
 #define ANYMAMBA_KERNEL(name, ...) void (*name)(__VA_ARGS__);
 #include "kernels/kernels.def"
 };

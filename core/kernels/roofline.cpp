@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <memory>
 #include <vector>
 
 #include "base/threads.h"
@@ -36,43 +35,42 @@ std::uint64_t read_all(const std::uint64_t* data, std::int64_t count) {
   return total;
 }
 
+// What work(worker, workers) counts on all threads together, a second; the best of the repeats.
+template <class Work>
+double best_rate(int repeats, const Work& work) {
+  double best = 0;
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    std::atomic<std::int64_t> done = 0;
+    const auto start = std::chrono::steady_clock::now();
+    parallel_region([&](int worker, int workers, Barrier&) { done += work(worker, workers); });
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    best = std::max(best, static_cast<double>(done) / took.count());
+  }
+  return best;
+}
+
 // Some milliseconds, so that starting the threads costs nothing beside it.
 constexpr std::int64_t kTurns = 1 << 20;
 
 double peak(void (*loop)(std::int64_t, std::int64_t*), int repeats) {
-  double best = 0;
-  for (int repeat = 0; repeat < repeats; ++repeat) {
-    std::atomic<std::int64_t> operations = 0;
-    const auto start = std::chrono::steady_clock::now();
-    parallel_region([&](int, int, Barrier&) {
-      std::int64_t own = 0;
-      loop(kTurns, &own);
-      operations += own;
-    });
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    best = std::max(best, static_cast<double>(operations) / took.count());
-  }
-  return best;
+  return best_rate(repeats, [&](int, int) {
+    std::int64_t operations = 0;
+    loop(kTurns, &operations);
+    return operations;
+  });
 }
 
 }  // namespace
 
 double read_bandwidth(std::int64_t bytes, int repeats) {
   const std::int64_t count = bytes / 8;
-  std::vector<std::uint64_t> buffer(count, 1);
-  double best = 0;
+  const std::vector<std::uint64_t> buffer(count, 1);
   volatile std::uint64_t sink = 0;
-  for (int repeat = 0; repeat < repeats; ++repeat) {
-    const auto start = std::chrono::steady_clock::now();
-    parallel_region([&](int worker, int workers, Barrier&) {
-      const std::int64_t first = count * worker / workers, last = count * (worker + 1) / workers;
-      sink = sink ^ read_all(buffer.data() + first, last - first);
-    });
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    const double speed = static_cast<double>(count * 8) / took.count();
-    if (speed > best) best = speed;
-  }
-  return best;
+  return best_rate(repeats, [&](int worker, int workers) {
+    const std::int64_t first = count * worker / workers, last = count * (worker + 1) / workers;
+    sink = sink ^ read_all(buffer.data() + first, last - first);
+    return (last - first) * 8;
+  });
 }
 
 double peak_float_operations(int repeats) { return peak(kernels().fma_loop, repeats); }

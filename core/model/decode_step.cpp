@@ -1,7 +1,6 @@
 #include "model/decode_step.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "model/layer_inputs.h"
 
@@ -163,10 +162,8 @@ Tensor3 rows_of(float* data, std::int64_t row_stride) {
 
 class DecodeStep {
  public:
-  DecodeStep(const Model& model, const States& state, std::int64_t b, Buffers& buffers,
-       float* logits, bool bf16_products)
-      : kernels_(kernels()), m_(model), state_(state), b_(b), buf_(buffers), logits_(logits),
-        bf16_products_(bf16_products) {}
+  DecodeStep(const Model& model, const States& state, std::int64_t b, Buffers& buffers, float* logits)
+      : kernels_(kernels()), m_(model), state_(state), b_(b), buf_(buffers), logits_(logits) {}
 
   // What one worker does; the barriers separate what all must have finished.
   void run(int worker, int workers, Barrier& barrier, WorkerScratch& own) {
@@ -278,7 +275,6 @@ class DecodeStep {
   const std::int64_t b_;
   Buffers& buf_;
   float* const logits_;
-  const bool bf16_products_;
 };
 
 }  // namespace
@@ -288,11 +284,8 @@ void decode_step(const Model& model, const States& state, std::int64_t b,
                  bool bf16_products) {
   if (b == 0) return;
   Buffers buffers(model, b);
-  if (tokens != nullptr)
-    embed(model, tokens, b, buffers.hidden.data());
-  else
-    std::memcpy(buffers.hidden.data(), hidden, sizeof(float) * b * model.d);
-  DecodeStep step(model, state, b, buffers, logits, bf16_products);
+  embed(model, tokens, hidden, b, buffers.hidden.data());
+  DecodeStep step(model, state, b, buffers, logits);
   parallel_region(
       WorkerScratch::bytes(model, b, bf16_products),
       [&](int worker, int workers, Barrier& barrier, Arena& memory) {
@@ -306,7 +299,7 @@ void mixer_step(const Model& model, const States& state, const Rows& x, const Ro
                 std::int64_t b, bool bf16_products) {
   if (b == 0) return;
   Buffers buffers(model, b);
-  DecodeStep step(model, state, b, buffers, nullptr, bf16_products);
+  DecodeStep step(model, state, b, buffers, nullptr);
   parallel_region(
       WorkerScratch::bytes(model, b, bf16_products),
       [&](int worker, int workers, Barrier& barrier, Arena& memory) {

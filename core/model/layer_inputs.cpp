@@ -1,5 +1,7 @@
 #include "model/layer_inputs.h"
 
+#include <cstring>
+
 namespace anymamba {
 namespace {
 
@@ -16,6 +18,21 @@ Projection projection(const Tensor3& rBC, std::int64_t first) {
 }
 
 }  // namespace
+
+void embed(const Model& m, const std::int64_t* tokens, const float* given, std::int64_t count,
+           float* hidden) {
+  if (tokens == nullptr) {
+    std::memcpy(hidden, given, sizeof(float) * count * m.d);
+    return;
+  }
+  const Weight& table = m.embeddings;
+  for (std::int64_t i = 0; i < count; ++i, hidden += m.d)
+    if (table.quantized.bits != 0)
+      kernels().dequantize(table.quantized, tokens[i], m.d, hidden);
+    else
+      kernels().to_float32(at({table.data, table.type}, tokens[i] * table.row_stride), table.type,
+                           hidden, m.d);
+}
 
 SmallTensors::SmallTensors(const Model& m, Arena& memory)
     : norm(memory.floats(m.d)), dt_norm(memory.floats(m.r)), B_norm(memory.floats(m.n)),

@@ -1,5 +1,5 @@
-// What a layer's kernels read, for a step and for a prompt: its small tensors as float32, and the
-// arguments of its norms, its convolution and its scan.
+// What the layers' kernels read, for a step and for a prompt: the first layer's input, a layer's
+// small tensors as float32, and the arguments of its norms, its convolution and its scan.
 #pragma once
 
 #include "base/arena.h"
@@ -7,6 +7,10 @@
 #include "model/model.h"
 
 namespace anymamba {
+
+// hidden (count, d): the embeddings of tokens; where tokens is null, a copy of `given`.
+void embed(const Model& model, const std::int64_t* tokens, const float* given, std::int64_t count,
+           float* hidden);
 
 // Buffers for the float32 forms of a layer's small tensors, indexed as these.
 struct SmallTensors {

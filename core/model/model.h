@@ -75,7 +75,4 @@ inline DType operand_type(const Weight& weight, bool bf16_products) {
   return rounds ? DType::bf16 : DType::f32;
 }
 
-// hidden (count, d): the embeddings of tokens.
-void embed(const Model& model, const std::int64_t* tokens, std::int64_t count, float* hidden);
-
 }  // namespace anymamba

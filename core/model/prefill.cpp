@@ -86,10 +86,7 @@ class Prefill {
   }
 
   void run(float* logits) {
-    if (prompt_.tokens != nullptr)
-      embed(m_, prompt_.tokens, l_, buf_.hidden.floats());
-    else
-      std::memcpy(buf_.hidden.data(), prompt_.hidden, sizeof(float) * l_ * m_.d);
+    embed(m_, prompt_.tokens, prompt_.hidden, l_, buf_.hidden.floats());
     for (std::size_t index = 0; index < m_.layers.size(); ++index) {
       const Layer& layer = m_.layers[index];
       if (copies_) keep_or_stop(static_cast<std::int64_t>(index));

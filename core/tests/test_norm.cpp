@@ -7,23 +7,23 @@ using namespace anymamba::test;
 namespace {
 
 struct Matrix {
+  int64_t rows, d, stride;
   Memory memory;
-  Rows view;
 
-  Matrix(DType type, std::int64_t rows, std::int64_t d, std::int64_t gap)
-      : memory(type, rows * (d + gap) + 1), view{nullptr, type, d + gap} {
-    view.data = memory.data();
-  }
-  std::int64_t index(std::int64_t row, std::int64_t i) const { return row * view.row_stride + i; }
-  double get(std::int64_t row, std::int64_t i) const { return memory.get(index(row, i)); }
-  void fill(std::int64_t rows, std::int64_t d, double size, Random& random) {
-    for (std::int64_t row = 0; row < rows; ++row)
-      for (std::int64_t i = 0; i < d; ++i) memory.set(index(row, i), size * random.number());
+  Matrix(DType type, int64_t rows, int64_t d, int64_t gap)
+      : rows(rows), d(d), stride(d + gap), memory(type, rows * stride + 1) {}
+  bool operator==(const Matrix&) const = default;
+  Rows view() const { return {memory.data(), memory.type(), stride}; }
+  int64_t index(int64_t row, int64_t i) const { return row * stride + i; }
+  double get(int64_t row, int64_t i) const { return memory.get(index(row, i)); }
+  void fill(double size, Random& random) {
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < d; ++i) memory.set(index(row, i), size * random.number());
   }
 };
 
 struct Case {
-  std::int64_t rows, d, gap;
+  int64_t rows, d, gap;
   DType x_type, residual_type, normed_type, total_type;
   bool residual, total;
   double size;  // of the numbers
@@ -42,21 +42,20 @@ struct Problem {
         residual(c.residual_type, c.rows, c.d, c.gap + 1),
         dnormed(c.normed_type, c.rows, c.d, c.gap),
         dtotal(c.total_type, c.rows, c.d, 0) {
-    std::snprintf(name, sizeof name, "rows %d d %d types %d%d%d%d%s%s size %g", (int)c.rows,
-                  (int)c.d, (int)c.x_type, (int)c.residual_type, (int)c.normed_type,
-                  (int)c.total_type,
-                  c.residual ? " residual" : "", c.total ? " total" : "", c.size);
-    x.fill(c.rows, c.d, c.size, random);
-    residual.fill(c.rows, c.d, c.size, random);
-    dnormed.fill(c.rows, c.d, 1, random);
-    dtotal.fill(c.rows, c.d, 1, random);
-    for (std::int64_t i = 0; i < c.d; ++i) weight.push_back(static_cast<float>(random.number()));
+    std::snprintf(name, sizeof name, "rows %d d %d types %d%d%d%d%s%s size %g", int(c.rows),
+                  int(c.d), int(c.x_type), int(c.residual_type), int(c.normed_type),
+                  int(c.total_type), c.residual ? " residual" : "", c.total ? " total" : "", c.size);
+    x.fill(c.size, random);
+    residual.fill(c.size, random);
+    dnormed.fill(1, random);
+    dtotal.fill(1, random);
+    for (int64_t i = 0; i < c.d; ++i) weight.push_back(static_cast<float>(random.number()));
   }
   Norm norm() const {
     Norm norm;
     norm.rows = c.rows, norm.d = c.d;
-    norm.x = x.view;
-    if (c.residual) norm.residual = residual.view;
+    norm.x = x.view();
+    if (c.residual) norm.residual = residual.view();
     norm.weight = weight.data();
     norm.eps = c.eps;
     return norm;
@@ -66,31 +65,33 @@ struct Problem {
 struct Result {
   Matrix normed, total;
   std::vector<float> scale;
+  bool operator==(const Result&) const = default;
 };
 
 Result run_forward(const Problem& problem) {
   const Case& c = problem.c;
   Result r{Matrix(c.normed_type, c.rows, c.d, c.gap), Matrix(c.total_type, c.rows, c.d, 2),
-           std::vector<float>(static_cast<std::size_t>(c.rows) + 1, -77.0f)};
-  kernels().norm(problem.norm(), {r.normed.view, c.total ? r.total.view : Rows{}, r.scale.data()});
+           std::vector<float>(c.rows + 1, -77.0f)};
+  kernels().norm(problem.norm(), {r.normed.view(), c.total ? r.total.view() : Rows{}, r.scale.data()});
   return r;
 }
 
 struct Gradients {
   Matrix x;
   std::vector<float> weight;
+  bool operator==(const Gradients&) const = default;
 };
 
 Gradients run_backward(const Problem& problem, const Result& forward) {
   const Case& c = problem.c;
   Gradients d{Matrix(c.x_type, c.rows, c.d, c.gap),
-              std::vector<float>(static_cast<std::size_t>(c.d) + 1, -77.0f)};
+              std::vector<float>(c.d + 1, -77.0f)};
   NormGradients g;
-  g.normed = problem.dnormed.view;
-  if (c.total) g.total = problem.dtotal.view;
-  g.sum = forward.total.view;
+  g.normed = problem.dnormed.view();
+  if (c.total) g.total = problem.dtotal.view();
+  g.sum = forward.total.view();
   g.scale = forward.scale.data();
-  g.x = d.x.view;
+  g.x = d.x.view();
   g.weight = d.weight.data();
   kernels().norm_backward(problem.norm(), g);
   return d;
@@ -99,19 +100,19 @@ Gradients run_backward(const Problem& problem, const Result& forward) {
 void check_forward(const Problem& problem, const Result& r) {
   const Case& c = problem.c;
   Matrix written(c.normed_type, c.rows, c.d, c.gap);  // and nothing beside it
-  for (std::int64_t row = 0; row < c.rows; ++row) {
+  for (int64_t row = 0; row < c.rows; ++row) {
     std::vector<double> sum;
     double squares = 0;
-    for (std::int64_t i = 0; i < c.d; ++i) {
+    for (int64_t i = 0; i < c.d; ++i) {
       sum.push_back(problem.x.get(row, i) + (c.residual ? problem.residual.get(row, i) : 0));
       squares += sum.back() * sum.back();
     }
     const double scale = 1 / std::sqrt(squares / static_cast<double>(c.d) + c.eps);
-    const double found = r.scale[static_cast<std::size_t>(row)];
+    const double found = r.scale[row];
     CHECK(std::fabs(found / scale - 1) < 2e-6, "%s: scale %g, not %g", problem.name, found, scale);
-    for (std::int64_t i = 0; i < c.d; ++i) {
-      const double s = sum[static_cast<std::size_t>(i)];
-      const double right = s * scale * problem.weight[static_cast<std::size_t>(i)];
+    for (int64_t i = 0; i < c.d; ++i) {
+      const double s = sum[i];
+      const double right = s * scale * problem.weight[i];
       const double y = r.normed.get(row, i);
       CHECK(std::fabs(y - right) <= 1e-5 + rounding(c.normed_type) * std::fabs(right),
             "%s: normed %g, not %g", problem.name, y, right);
@@ -128,19 +129,19 @@ void check_forward(const Problem& problem, const Result& r) {
 
 void check_backward(const Problem& problem, const Result& forward, const Gradients& d) {
   const Case& c = problem.c;
-  std::vector<double> dweight(static_cast<std::size_t>(c.d), 0.0);
-  for (std::int64_t row = 0; row < c.rows; ++row) {
+  std::vector<double> dweight(c.d, 0.0);
+  for (int64_t row = 0; row < c.rows; ++row) {
     // normed_i = s_i r w_i with r = (mean s^2 + eps)^-1/2, from the sum as it is stored.
     double through_scale = 0;
-    const double scale = forward.scale[static_cast<std::size_t>(row)];
-    for (std::int64_t i = 0; i < c.d; ++i) {
+    const double scale = forward.scale[row];
+    for (int64_t i = 0; i < c.d; ++i) {
       const double dy = problem.dnormed.get(row, i), s = forward.total.get(row, i);
-      dweight[static_cast<std::size_t>(i)] += dy * s * scale;
-      through_scale += dy * problem.weight[static_cast<std::size_t>(i)] * s;
+      dweight[i] += dy * s * scale;
+      through_scale += dy * problem.weight[i] * s;
     }
-    for (std::int64_t i = 0; i < c.d; ++i) {
+    for (int64_t i = 0; i < c.d; ++i) {
       const double s = forward.total.get(row, i);
-      const double g = problem.dnormed.get(row, i) * problem.weight[static_cast<std::size_t>(i)];
+      const double g = problem.dnormed.get(row, i) * problem.weight[i];
       const double right = scale * g -
                            scale * scale * scale * s / static_cast<double>(c.d) * through_scale +
                            (c.total ? problem.dtotal.get(row, i) : 0);
@@ -149,9 +150,9 @@ void check_backward(const Problem& problem, const Result& forward, const Gradien
             "%s: dx %g, not %g", problem.name, found, right);
     }
   }
-  for (std::int64_t i = 0; i < c.d; ++i) {
-    const double found = d.weight[static_cast<std::size_t>(i)];
-    const double right = dweight[static_cast<std::size_t>(i)];
+  for (int64_t i = 0; i < c.d; ++i) {
+    const double found = d.weight[i];
+    const double right = dweight[i];
     CHECK(std::fabs(found - right) <= 1e-5 * (1 + static_cast<double>(c.rows) / 10),
           "%s: dweight %g, not %g", problem.name, found, right);
   }
@@ -160,8 +161,8 @@ void check_backward(const Problem& problem, const Result& forward, const Gradien
 
 void check_cases() {
   Random random(1);
-  const std::int64_t sizes[] = {1, 2, 3, 7, 15, 16, 17, 33, 64, 65, 200, 768, 1000};
-  const std::int64_t rows[] = {0, 1, 2, 5, 16, 17, 33, 100, 300};
+  const int64_t sizes[] = {1, 2, 3, 7, 15, 16, 17, 33, 64, 65, 200, 768, 1000};
+  const int64_t rows[] = {0, 1, 2, 5, 16, 17, 33, 100, 300};
   for (int i = 0; i < 300; ++i) {
     Case c;
     c.d = sizes[random.below(13)];
@@ -177,22 +178,11 @@ void check_cases() {
     c.size = scales[random.below(4)];
     c.eps = random.below(2) == 0 ? 1e-5f : 1e-2f;
     const Problem problem(c, random);
-    Threads::set_count(1);
-    Result r = run_forward(problem);
+    Result r = on_any_threads(problem.name, [&] { return run_forward(problem); });
     check_forward(problem, r);
-    if (!c.total) r.total.fill(c.rows, c.d, c.size, random);  // then the sum is anything
-    const Gradients d = run_backward(problem, r);
-    check_backward(problem, r, d);
-    for (const int threads : {2, 4}) {
-      Threads::set_count(threads);
-      const Result again = run_forward(problem);
-      CHECK(again.normed.memory == r.normed.memory && again.scale == r.scale &&
-                (!c.total || again.total.memory == r.total.memory),
-            "%s: %d threads give something else", problem.name, threads);
-      const Gradients d_again = run_backward(problem, r);
-      CHECK(d_again.x.memory == d.x.memory && d_again.weight == d.weight,
-            "%s: %d threads give other gradients", problem.name, threads);
-    }
+    if (!c.total) r.total.fill(c.size, random);  // then the sum is anything
+    check_backward(problem, r,
+                   on_any_threads(problem.name, [&] { return run_backward(problem, r); }));
   }
 }
 
@@ -203,9 +193,9 @@ void check_in_place() {
     Problem problem({20, 77, 1, type, type, type, type, true, true, 1, 1e-5f}, random);
     const Result apart = run_forward(problem);
     std::vector<float> scale(20);
-    kernels().norm(problem.norm(), {problem.x.view, problem.residual.view, scale.data()});
-    for (std::int64_t row = 0; row < 20; ++row)
-      for (std::int64_t i = 0; i < 77; ++i)
+    kernels().norm(problem.norm(), {problem.x.view(), problem.residual.view(), scale.data()});
+    for (int64_t row = 0; row < 20; ++row)
+      for (int64_t i = 0; i < 77; ++i)
         CHECK(problem.x.get(row, i) == apart.normed.get(row, i) &&
                   problem.residual.get(row, i) == apart.total.get(row, i),
               "in place, type %d", (int)type);
@@ -217,12 +207,12 @@ void check_special() {
   Random random(3);
   constexpr DType f32 = DType::f32;
   Problem problem({3, 40, 0, f32, f32, f32, f32, false, false, 1, 1e-4f}, random);
-  for (std::int64_t i = 0; i < 40; ++i) problem.x.memory.set(problem.x.index(0, i), 0);
+  for (int64_t i = 0; i < 40; ++i) problem.x.memory.set(problem.x.index(0, i), 0);
   problem.x.memory.set_bits(problem.x.index(1, 5), 0x7fc00000u);
   const Result r = run_forward(problem);
   CHECK(std::fabs(r.scale[0] - 100) < 1e-3 && r.normed.get(0, 7) == 0, "zeros: scale %g",
         r.scale[0]);
-  for (std::int64_t i = 0; i < 40; ++i) {
+  for (int64_t i = 0; i < 40; ++i) {
     CHECK(std::isnan(r.normed.get(1, i)), "NaN was lost");
     CHECK(!std::isnan(r.normed.get(2, i)), "NaN has spread");
   }

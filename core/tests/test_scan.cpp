@@ -5,7 +5,6 @@
 
 using namespace anymamba;
 using namespace anymamba::test;
-using std::int64_t;
 using Doubles = std::vector<double>;
 using Floats = std::vector<float>;
 
@@ -18,54 +17,15 @@ static int64_t below(int64_t limit) { return static_cast<int64_t>(randomness() %
 
 // ---- Storage and the case ----------------------------------------------------------------------
 
-enum class Layout { channel_last, time_contiguous, odd };
-
-// (rows, steps, channels) in memory of its own, exactly as large as the layout needs.
-struct Stored {
-  int64_t rows, steps, channels;
-  Tensor3 view;
-  Memory memory;
-  Doubles numbers;  // of all that `fill` stored, in the memory's order
-
-  Stored(int64_t b, int64_t l, int64_t e, DType type, Layout layout)
-      : rows(b), steps(l), channels(e) {
-    view.type = type;
-    if (layout == Layout::channel_last) {
-      view.channel_stride = 1, view.step_stride = e, view.row_stride = l * e;
-    } else if (layout == Layout::time_contiguous) {
-      view.step_stride = 1, view.channel_stride = l, view.row_stride = l * e;
-    } else {
-      view.channel_stride = 3, view.step_stride = 3 * e + 1, view.row_stride = l * (3 * e + 1) + 2;
-    }
-    int64_t size = 0;
-    if (b * l * e > 0)
-      size = 1 + (b - 1) * view.row_stride + (l - 1) * view.step_stride +
-             (e - 1) * view.channel_stride;
-    memory = Memory(type, size);
-    view.data = memory.data();
-  }
-
-  int64_t index(int64_t b, int64_t t, int64_t c) const {
-    return b * view.row_stride + t * view.step_stride + c * view.channel_stride;
-  }
-  double at(int64_t b, int64_t t, int64_t c) const { return memory.get(index(b, t, c)); }
-  // What `fill` stored there. The reference converts nothing in its loops, which sanitizers slow.
-  double given(int64_t b, int64_t t, int64_t c) const { return numbers[index(b, t, c)]; }
-  void fill(double scale, double shift) {
-    numbers.resize(memory.size());
-    for (int64_t b = 0; b < rows; ++b)
-      for (int64_t t = 0; t < steps; ++t)
-        for (int64_t c = 0; c < channels; ++c) {
-          memory.set(index(b, t, c), shift + scale * normal());
-          numbers[index(b, t, c)] = at(b, t, c);
-        }
-  }
-};
-
 // B and C: channels are (group, state).
-static Projection projection(const Stored& s, int64_t n) {
-  return {s.view.data,        s.view.type, s.view.row_stride, s.view.step_stride,
-          n * s.view.channel_stride, s.view.channel_stride};
+static Projection projection(const Tensor& tensor, int64_t n) {
+  const Tensor3 view = tensor.view();
+  return {view.data,        view.type, view.row_stride, view.step_stride,
+          n * view.channel_stride, view.channel_stride};
+}
+
+static void fill(Tensor& tensor, double scale, double shift) {
+  tensor.fill([=] { return shift + scale * normal(); });
 }
 
 static Floats random_floats(int64_t count, double scale, double shift) {
@@ -78,29 +38,27 @@ struct Options {
   int64_t b = 1, l = 1, e = 1, n = 1, groups = 1;
   int cuts = 0;  // segments a row, empty ones and gaps among them; 0: the whole row
   DType type = DType::f32;
-  Layout layout = Layout::channel_last;
+  Layout layout = Layout::channels_last;
   bool reverse = false, gate = true, D = true, bias = true, softplus = true, states = true;
 };
 
 struct Problem {
   Options o;
-  Stored x, delta, z, B, C, dy;
+  Tensor x, delta, z, B, C, dy;
   Floats A, D, bias, initial, dlast;
-  std::vector<int64_t> rows, starts, stops, state_in, state_out;
+  SegmentList segments;
   int64_t n_states = 0;
   Scan scan;
 
   explicit Problem(const Options& options)
       : o(options),
-        x(o.b, o.l, o.e, o.type, o.layout),
-        delta(o.b, o.l, o.e, o.type, o.layout),
-        z(o.b, o.l, o.e, o.type, o.layout),
-        B(o.b, o.l, o.groups * o.n, o.type, o.layout),
-        C(o.b, o.l, o.groups * o.n, o.type, o.layout),
-        dy(o.b, o.l, o.e, o.type, o.layout) {
-    x.fill(1, 0), z.fill(2, 0), B.fill(1, 0), C.fill(1, 0), dy.fill(1, 0);
+        x(o.type, o.layout, o.b, o.l, o.e),
+        delta(x), z(x),
+        B(o.type, o.layout, o.b, o.l, o.groups * o.n),
+        C(B), dy(x) {
+    fill(x, 1, 0), fill(z, 2, 0), fill(B, 1, 0), fill(C, 1, 0), fill(dy, 1, 0);
     // Without softplus delta stays positive, or states would outgrow float32.
-    delta.fill(o.softplus ? 1 : 0.05, o.softplus ? -1 : 0.4);
+    fill(delta, o.softplus ? 1 : 0.05, o.softplus ? -1 : 0.4);
     A = random_floats(o.e * o.n, 1, 0);
     for (float& a : A) a = -std::exp(a);
     D = random_floats(o.e, 1, 0);
@@ -109,10 +67,9 @@ struct Problem {
     initial = random_floats(n_states * o.e * o.n, 1, 0);
     dlast = random_floats(n_states * o.e * o.n, 1, 0);
     scan.e = o.e, scan.n = o.n, scan.groups = o.groups;
-    scan.segments = {static_cast<int64_t>(rows.size()), rows.data(), starts.data(), stops.data(),
-                     state_in.data(), state_out.data(), o.reverse};
-    scan.x = x.view, scan.delta = delta.view;
-    if (o.gate) scan.z = z.view;
+    scan.segments = segments.view();
+    scan.x = x.view(), scan.delta = delta.view();
+    if (o.gate) scan.z = z.view();
     scan.B = projection(B, o.n), scan.C = projection(C, o.n);
     scan.A = A.data();
     if (o.D) scan.D = D.data();
@@ -127,14 +84,15 @@ struct Problem {
       int64_t start = 0;
       for (int cut = 0; cut < (o.cuts ? o.cuts : 1); ++cut) {
         const int64_t stop = o.cuts == 0 ? o.l : start + below(o.l - start + 1);
-        rows.push_back(b), starts.push_back(start), stops.push_back(stop);
+        segments.add(b, start, stop);
         start = o.cuts > 2 && stop < o.l && below(3) == 0 ? stop + 1 : stop;
       }
     }
-    n_states = static_cast<int64_t>(rows.size()) + 1;
+    segments.reverse = o.reverse;
+    n_states = segments.count() + 1;
     for (int64_t s = 0; s + 1 < n_states; ++s) {
-      state_in.push_back(s % 3 == 2 ? -1 : n_states - 1 - s);
-      state_out.push_back(s % 4 == 3 ? -1 : n_states - 1 - s);
+      segments.in.push_back(s % 3 == 2 ? -1 : n_states - 1 - s);
+      segments.out.push_back(s % 4 == 3 ? -1 : n_states - 1 - s);
     }
   }
 };
@@ -149,12 +107,13 @@ struct Answer {
 // One channel of one segment, forward and then backward.
 static void reference_channel(const Problem& p, int64_t s, int64_t c, Answer& r) {
   const Options& o = p.o;
-  const int64_t n = o.n, row = p.rows[s], steps = p.stops[s] - p.starts[s];
+  const int64_t n = o.n, row = p.segments.rows[s], steps = p.segments.length(s);
+  const int64_t in = p.segments.in[s], out = p.segments.out[s];
   const int64_t group = c / (o.e / o.groups);
-  auto step = [&](int64_t t) { return o.reverse ? p.stops[s] - 1 - t : p.starts[s] + t; };
+  auto step = [&](int64_t t) { return p.segments.step(s, t); };
   Doubles h((steps + 1) * n), inner(steps), raw(steps), delta(steps);
-  if (o.states && p.state_in[s] >= 0)
-    for (int64_t i = 0; i < n; ++i) h[i] = p.initial[(p.state_in[s] * o.e + c) * n + i];
+  if (o.states && in >= 0)
+    for (int64_t i = 0; i < n; ++i) h[i] = p.initial[(in * o.e + c) * n + i];
   for (int64_t t = 0; t < steps; ++t) {
     const int64_t at = (row * o.l + step(t)) * o.e + c;
     const double x = p.x.given(row, step(t), c);
@@ -170,9 +129,9 @@ static void reference_channel(const Problem& p, int64_t s, int64_t c, Answer& r)
     r.y[at] = o.gate ? inner[t] * z * sigmoid(z) : inner[t];
   }
   Doubles carry(n);
-  if (p.state_out[s] >= 0)
+  if (out >= 0)
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t at = (p.state_out[s] * o.e + c) * n + i;
+      const int64_t at = (out * o.e + c) * n + i;
       r.last[at] = h[steps * n + i];
       carry[i] = o.states ? p.dlast[at] : 0;
     }
@@ -199,8 +158,8 @@ static void reference_channel(const Problem& p, int64_t s, int64_t c, Answer& r)
     r.ddelta[at] = o.softplus ? ddelta * sigmoid(raw[t]) : ddelta;
     r.dbias[c] += r.ddelta[at];
   }
-  if (p.state_in[s] >= 0)
-    for (int64_t i = 0; i < n; ++i) r.dinitial[(p.state_in[s] * o.e + c) * n + i] = carry[i];
+  if (in >= 0)
+    for (int64_t i = 0; i < n; ++i) r.dinitial[(in * o.e + c) * n + i] = carry[i];
 }
 
 static Answer reference(const Problem& p) {
@@ -211,20 +170,19 @@ static Answer reference(const Problem& p) {
   r.last.assign(p.n_states * o.e * o.n, NAN);
   r.dinitial.assign(p.n_states * o.e * o.n, 0);
   r.dA.assign(o.e * o.n, 0), r.dD.assign(o.e, 0), r.dbias.assign(o.e, 0);
-  for (std::size_t s = 0; s < p.rows.size(); ++s)
-    for (int64_t c = 0; c < o.e; ++c) reference_channel(p, static_cast<int64_t>(s), c, r);
+  for (int64_t s = 0; s < p.segments.count(); ++s)
+    for (int64_t c = 0; c < o.e; ++c) reference_channel(p, s, c, r);
   return r;
 }
 
 // ---- What the kernels say ----------------------------------------------------------------------
 
 struct Result {
-  Stored y, dx, ddelta, dz;
+  Tensor y, dx, ddelta, dz;
   Floats last, checkpoints, dB, dC, dA, dD, dbias, dinitial;
 
   explicit Result(const Problem& p)
-      : y(p.o.b, p.o.l, p.o.e, p.o.type, p.o.layout), dx(y), ddelta(y), dz(y) {
-    for (Stored* s : {&y, &dx, &ddelta, &dz}) s->view.data = s->memory.data();
+      : y(p.o.type, p.o.layout, p.o.b, p.o.l, p.o.e), dx(y), ddelta(y), dz(y) {
     const int64_t states = p.n_states * p.o.e * p.o.n, shared = p.o.b * p.o.l * p.o.groups * p.o.n;
     for (Floats* v : {&last, &dinitial}) v->assign(states, 77.0f);
     for (Floats* v : {&dB, &dC}) v->assign(shared, 77.0f);
@@ -237,13 +195,13 @@ static Result run(const Problem& p, int threads) {
   Threads::set_count(threads);
   Result r(p);
   ScanResult out;
-  out.y = r.y.view, out.last = r.last.data(), out.checkpoints = r.checkpoints.data();
+  out.y = r.y.view(), out.last = r.last.data(), out.checkpoints = r.checkpoints.data();
   kernels().scan(p.scan, out);
   ScanGradients g;
-  g.y = p.dy.view, g.checkpoints = r.checkpoints.data();
+  g.y = p.dy.view(), g.checkpoints = r.checkpoints.data();
   if (p.o.states) g.last = p.dlast.data();
-  g.x = r.dx.view, g.delta = r.ddelta.view;
-  if (p.o.gate) g.z = r.dz.view;
+  g.x = r.dx.view(), g.delta = r.ddelta.view();
+  if (p.o.gate) g.z = r.dz.view();
   g.B = r.dB.data(), g.C = r.dC.data(), g.rows = p.o.b, g.steps = p.o.l;
   g.A = r.dA.data(), g.D = r.dD.data(), g.delta_bias = r.dbias.data();
   g.initial = r.dinitial.data(), g.n_states = p.n_states;
@@ -269,14 +227,14 @@ struct Worst {
   }
 };
 
-static void compare(const char* name, const Stored& found, const Doubles& expected,
+static void compare(const char* name, const Tensor& found, const Doubles& expected,
                     double tolerance) {
-  const Memory fresh(found.view.type, 1);
+  const Memory fresh(found.memory.type(), 1);
   Worst worst;
   for (int64_t b = 0, i = 0; b < found.rows; ++b)
     for (int64_t t = 0; t < found.steps; ++t)
       for (int64_t c = 0; c < found.channels; ++c)
-        worst.add(found.at(b, t, c), expected[i++], fresh.get(0));
+        worst.add(found.get(b, t, c), expected[i++], fresh.get(0));
   worst.check(name, tolerance);
 }
 
@@ -322,21 +280,21 @@ static void test_step(const Options& o) {
   const Problem p(o);
   const Answer expected = reference(p);
   const int64_t stride = o.e * o.n + 3;
-  Stored y(o.b, 1, o.e, o.type, o.layout);
+  Tensor y(o.type, o.layout, o.b, 1, o.e);
   Floats state(o.b * stride + 1, 77.0f);
   for (int64_t b = 0; b < o.b; ++b)
     for (int64_t i = 0; i < o.e * o.n; ++i)
       state[b * stride + i] =
-          o.states && p.state_in[b] >= 0 ? p.initial[p.state_in[b] * o.e * o.n + i] : 0;
-  const ScanStep step = {p.scan, o.b, y.view, state.data(), stride};
+          o.states && p.segments.in[b] >= 0 ? p.initial[p.segments.in[b] * o.e * o.n + i] : 0;
+  const ScanStep step = {p.scan, o.b, y.view(), state.data(), stride};
   const int64_t middle = below(o.e + 1);
   kernels().scan_step(step, 0, middle);
   kernels().scan_step(step, middle, o.e);
   compare("y of a step", y, expected.y, o.type == DType::f32 ? 1e-5 : 2e-2);
   Worst worst;
   for (int64_t b = 0; b < o.b; ++b) {
-    for (int64_t i = 0; i < o.e * o.n && p.state_out[b] >= 0; ++i)
-      worst.add(state[b * stride + i], expected.last[p.state_out[b] * o.e * o.n + i], 77);
+    for (int64_t i = 0; i < o.e * o.n && p.segments.out[b] >= 0; ++i)
+      worst.add(state[b * stride + i], expected.last[p.segments.out[b] * o.e * o.n + i], 77);
     for (int64_t i = o.e * o.n; i < stride; ++i) worst.add(state[b * stride + i], NAN, 77);
   }
   worst.check("state of a step", 1e-5);
@@ -363,7 +321,7 @@ static Options random_options(int64_t e, int64_t n, int64_t l) {
   while (e % o.groups != 0);
   o.cuts = below(2) ? 0 : static_cast<int>(1 + below(6));
   o.type = below(2) ? DType::f32 : static_cast<DType>(below(3));
-  o.layout = static_cast<Layout>(below(3));
+  o.layout = static_cast<Layout>(below(kLayouts));
   o.reverse = below(2), o.gate = below(3), o.D = below(3), o.bias = below(3);
   o.softplus = below(3), o.states = below(3);
   return o;
@@ -378,7 +336,7 @@ int main() {
       for (int l = 0; l < 8; ++l)
         if ((e + n + l) % 3 == 0) check(random_options(widths[e], states[n], lengths[l]));
   // Several blocks of channels, more of them than partial sums, and more segments.
-  for (const Layout layout : {Layout::channel_last, Layout::time_contiguous, Layout::odd}) {
+  for (const Layout layout : {Layout::channels_last, Layout::channels_first, Layout::gaps}) {
     for (const DType type : kTypes) {
       Options o;
       o.layout = layout, o.type = type;

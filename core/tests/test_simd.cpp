@@ -85,9 +85,9 @@ void check_function(const char* name, void (*apply)(const float*, float*, std::i
   for (std::int64_t count = 0; count < 40; ++count) {
     std::vector<float> part(41, -7.0f);
     apply(x.data() + 500000, part.data(), count);
-    CHECK(std::memcmp(part.data(), y.data() + 500000, static_cast<std::size_t>(count) * 4) == 0,
+    CHECK(std::memcmp(part.data(), y.data() + 500000, count * 4) == 0,
           "%s of %lld numbers", name, static_cast<long long>(count));
-    CHECK(part[static_cast<std::size_t>(count)] == -7.0f, "%s wrote behind the end", name);
+    CHECK(part[count] == -7.0f, "%s wrote behind the end", name);
   }
 }
 

@@ -40,16 +40,16 @@ void test_regions() {
       std::atomic<int> most{0};
       whole_region(
           [&](int worker, int workers, Barrier&) {
-            calls[static_cast<std::size_t>(worker)].fetch_add(1);
+            calls[worker].fetch_add(1);
             most.store(workers);
           },
           at_most);
       const int expected = threads < at_most ? threads : at_most;
       CHECK(most.load() == expected, "%d workers, not %d", most.load(), expected);
       for (int worker = 0; worker < 8; ++worker)
-        CHECK(calls[static_cast<std::size_t>(worker)].load() == (worker < expected ? 1 : 0),
+        CHECK(calls[worker].load() == (worker < expected ? 1 : 0),
               "worker %d of %d ran %d times", worker, expected,
-              calls[static_cast<std::size_t>(worker)].load());
+              calls[worker].load());
     }
     for (const std::int64_t items : {0, 1, 2, 3, 1000})
       CHECK(sums_up(items), "%d threads", threads);
@@ -64,7 +64,7 @@ void test_memory() {
   Threads::set_count(4);
   std::vector<std::int64_t> plain(64, 0);
   for (int round = 0; round < 300; ++round) {
-    parallel_for(64, [&](std::int64_t i) { plain[static_cast<std::size_t>(i)] += i; });
+    parallel_for(64, [&](std::int64_t i) { plain[i] += i; });
     if (round % 100 == 0) pause_ms(2);  // let them fall asleep
   }
   for (std::size_t i = 0; i < 64; ++i)
@@ -74,11 +74,11 @@ void test_memory() {
 void test_barriers() {
   for (const int threads : {2, 3, 4}) {
     Threads::set_count(threads);
-    std::vector<int> step(static_cast<std::size_t>(threads), 0);
+    std::vector<int> step(threads, 0);
     std::atomic<int> late{0};
     whole_region([&](int worker, int workers, Barrier& barrier) {
       for (int i = 1; i <= 500; ++i) {
-        step[static_cast<std::size_t>(worker)] = i;
+        step[worker] = i;
         if (i % 100 == 0 && worker == i / 100 % workers) pause_ms(3);  // the others fall asleep
         barrier.wait();
         for (const int other : step) late += other != i;
@@ -131,9 +131,9 @@ void test_many_small() {
 void test_late_helpers() {
   Threads::set_count(4);
   for (int i = 0; i < 3000; ++i) {
-    std::vector<int> done(static_cast<std::size_t>(1 + i % 7), 0);
+    std::vector<int> done(1 + i % 7, 0);
     parallel_for(static_cast<std::int64_t>(done.size()),
-                 [&](std::int64_t item) { ++done[static_cast<std::size_t>(item)]; });
+                 [&](std::int64_t item) { ++done[item]; });
     for (const int times : done) CHECK(times == 1, "an item was done %d times", times);
     if (i % 3 != 0) continue;
     std::atomic<int> met{0};
@@ -241,32 +241,6 @@ void test_fork() {
 
 #endif
 
-void print_times() {
-  using Clock = std::chrono::steady_clock;
-  Threads::set_count(2);
-  double region = 1e9, loop = 1e9, barrier_time = 1e9, asleep = 1e9;
-  for (int round = 0; round < 20; ++round) {
-    auto start = Clock::now();
-    for (int i = 0; i < 500; ++i) whole_region([](int, int, Barrier&) {});
-    region = std::min(region, std::chrono::duration<double>(Clock::now() - start).count() / 500);
-    start = Clock::now();
-    for (int i = 0; i < 500; ++i) parallel_for(2, [](std::int64_t) {});
-    loop = std::min(loop, std::chrono::duration<double>(Clock::now() - start).count() / 500);
-    start = Clock::now();
-    whole_region([](int, int, Barrier& barrier) {
-      for (int i = 0; i < 500; ++i) barrier.wait();
-    });
-    barrier_time =
-        std::min(barrier_time, std::chrono::duration<double>(Clock::now() - start).count() / 500);
-    pause_ms(3);
-    start = Clock::now();
-    whole_region([](int, int, Barrier&) {});
-    asleep = std::min(asleep, std::chrono::duration<double>(Clock::now() - start).count());
-  }
-  std::printf("best of 20: a region %.2f us, a loop %.2f us, a barrier %.2f us, a region from "
-              "sleep %.1f us\n", region * 1e6, loop * 1e6, barrier_time * 1e6, asleep * 1e6);
-}
-
 }  // namespace
 
 int main() {
@@ -281,6 +255,5 @@ int main() {
 #if !defined(__SANITIZE_THREAD__)
   test_fork();
 #endif
-  print_times();
   return finish("threads");
 }

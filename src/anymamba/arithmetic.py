@@ -42,14 +42,11 @@ def load_core() -> Any:
 
 @cache
 def check_matmul_dtype(name: str, where: str) -> str:
-    """Refuse a type of matrix products that does not exist, or that this machine lacks.
+    """The name of a type of matrix products, if it exists and this machine has it.
 
     Args:
         name: one of `MATMUL_DTYPES`.
         where: what the message calls the place that the name comes from.
-
-    Returns:
-        The name.
 
     Raises:
         BackendError: it is neither, or the processor does not multiply bfloat16.

@@ -1,10 +1,6 @@
 """The bundled model: complete, small, and what its card says of it."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from anymamba import assets
 from anymamba.assets import bundled_model
 from anymamba.errors import CheckpointError
 from anymamba.training.settings import settings_from
+from tests.support.processes import imported_by
 from tests.support.tolerance import assert_same
 
 # Written for this test in the manner of the training text, of which it is no part.
@@ -55,14 +52,9 @@ def test_it_is_complete_and_small():
 
 
 def test_finding_it_imports_nothing_slow():
-    program = (
-        "import sys\n"
-        "from anymamba.assets import bundled_model\n"
-        "print(bundled_model().name, *{name.partition('.')[0] for name in sys.modules})\n"
-    )
-    done = subprocess.check_output([sys.executable, "-c", program], text=True).split()
-    assert done[0] == "shakespeare"
-    assert not {"torch", "transformers", "tokenizers", "numpy"} & set(done)
+    assert bundled_model().name == "shakespeare"
+    loaded = imported_by("from anymamba.assets import bundled_model; bundled_model()")
+    assert not {"torch", "transformers", "tokenizers", "numpy"} & loaded
 
 
 def test_without_its_weights_it_is_an_error(monkeypatch, tmp_path):

@@ -1,7 +1,5 @@
 """What the benchmarks share: turns, ratios, tables, limits, peers."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

@@ -1,7 +1,5 @@
 """All contenders have the same weights: they must say the same, or the times mean nothing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

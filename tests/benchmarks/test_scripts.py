@@ -1,10 +1,7 @@
 """Each script in a smoke run: it prints tables, writes JSON, and names whatever it leaves out."""
 
-from __future__ import annotations
-
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -15,28 +12,12 @@ import pytest
 import torch
 
 from tests.benchmarks.conftest import FOLDER, load
+from tests.support import processes
 
 pytestmark = pytest.mark.slow
 
-SCRIPTS = (
-    "prefill",
-    "decode",
-    "generate",
-    "train",
-    "train_5m",
-    "scan",
-    "ssd",
-    "memory",
-    "runtime",
-    "context",
-    "start",
-    "dropin",
-    "distributed",
-    "quantization",
-    "accuracy",
-    "family",
-)
 TOOLS = ("chart", "report", "gguf_export")
+SCRIPTS = sorted({script.stem for script in FOLDER.glob("*.py")} - {*TOOLS})
 NUMBERS = ("ms", "bytes", "reading", "peak_megabytes")
 
 Run = Callable[..., tuple[int, str, str]]
@@ -103,7 +84,7 @@ def test_help_shows_an_example(script: str, run: Run) -> None:
 def test_a_script_runs_alone_and_memory_is_measured_in_processes(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "memory.py"), "--quick", "--threads", "1"]
     only = ["--only", "generate, max_new_tokens=1", "512"]
-    done = subprocess.run([*command, *only], capture_output=True, text=True)
+    done = processes.run(*command, *only)
     assert done.returncode == 0, done.stderr
     assert 0 <= int(done.stdout) < 1 << 30
 

@@ -1,7 +1,5 @@
 """The table of tensors: what follows from it, and that no other list stands beside it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

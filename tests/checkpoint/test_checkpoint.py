@@ -1,6 +1,6 @@
 """Opening folders of every layout, whole and broken."""
 
-from __future__ import annotations
+from functools import partial
 
 import pytest
 import torch
@@ -8,14 +8,10 @@ from safetensors.torch import save_file
 
 from anymamba.checkpoint import open_checkpoint
 from anymamba.errors import CheckpointError
-from tests.support.files import one_line
+from tests.support import files
 from tests.support.layouts import weights, write_index, write_model, write_shards
 
-
-def refusal(folder) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(folder)
-    return one_line(caught.value)
+refusal = partial(files.refusal, CheckpointError, open_checkpoint)
 
 
 @pytest.mark.parametrize("layout", ["transformers", "original", "minimal"])

@@ -1,7 +1,5 @@
 """config.json in three layouts, and broken."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -10,6 +8,7 @@ from hypothesis import strategies as st
 
 from anymamba.checkpoint import expected_shapes, read_config
 from anymamba.errors import CheckpointError
+from tests.support import files
 from tests.support.files import one_line
 from tests.support.layouts import (
     CONFIGS,
@@ -23,9 +22,7 @@ MAMBA2 = {"layer": "Mamba2", "headdim": 4}
 
 
 def refusal(folder) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read_config(folder)
-    message = one_line(caught.value)
+    message = files.refusal(CheckpointError, read_config, folder)
     assert "config.json" in message
     return message
 

@@ -1,7 +1,5 @@
 """bfloat16 rounds as the format says: brute force over its numbers and their neighbours."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

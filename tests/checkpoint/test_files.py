@@ -1,8 +1,7 @@
 """Finding the weight files: preferences, shards, hostile indices."""
 
-from __future__ import annotations
-
 import json
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from anymamba.checkpoint.files import find_weight_files
 from anymamba.errors import CheckpointError
+from tests.support import files
 from tests.support.files import one_line
 
 PREFERENCE = [
@@ -20,10 +20,7 @@ PREFERENCE = [
 ]
 
 
-def refusal(folder) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        find_weight_files(folder)
-    return one_line(caught.value)
+refusal = partial(files.refusal, CheckpointError, find_weight_files)
 
 
 @pytest.mark.parametrize("first", range(4))

@@ -1,7 +1,5 @@
 """One identity for one set of weights, however it is stored."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct
@@ -12,7 +10,7 @@ from safetensors.torch import save_file
 
 from anymamba.checkpoint import bytes_digest, checkpoint_digest, open_checkpoint, state_dict_digest
 from anymamba.errors import CheckpointError
-from tests.support.files import one_line
+from tests.support.files import refusal
 from tests.support.layouts import renamed, weights, write_model, write_shards
 
 
@@ -116,18 +114,14 @@ def test_another_for_other_weights(change):
     "tensor", [torch.ones(2, device="meta"), torch.eye(2).to_sparse(), torch.ones(2) * 1j]
 )
 def test_no_plain_bytes(tensor):
-    with pytest.raises(CheckpointError, match="'x'") as caught:
-        state_dict_digest({"x": tensor})
-    one_line(caught.value)
+    assert "'x'" in refusal(CheckpointError, state_dict_digest, {"x": tensor})
 
 
 def test_a_file_cut_after_it_was_opened(tmp_path):
     checkpoint = open_checkpoint(write_model(tmp_path))
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="became shorter") as caught:
-        checkpoint_digest(checkpoint)
-    one_line(caught.value)
+    assert "became shorter" in refusal(CheckpointError, checkpoint_digest, checkpoint)
 
 
 def test_more_than_one_chunk(tmp_path):

@@ -1,7 +1,5 @@
 """From names to folders: local paths, a stand-in for the hub, its cache, and no network."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 
@@ -10,25 +8,11 @@ import torch
 
 from anymamba.checkpoint import load_torch_state_dict, open_checkpoint, resolve
 from anymamba.errors import CheckpointError, HubError
-from tests.support.files import one_line
-from tests.support.hub import COMMIT, serve
+from tests.support import files
+from tests.support.hub import COMMIT
 from tests.support.layouts import weights, write_model, write_shards
 
-
-@pytest.fixture(autouse=True)
-def online(monkeypatch):
-    """As if nobody had said offline; the library reads that once, when it is imported."""
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with serve() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        yield hub
+pytestmark = pytest.mark.usefixtures("online")
 
 
 @pytest.fixture
@@ -44,9 +28,7 @@ def model(hub, tmp_path):
 
 
 def refusal(model, kind=HubError, **options) -> str:
-    with pytest.raises(kind) as caught:
-        resolve(model, **options)
-    message = one_line(caught.value)
+    message = files.refusal(kind, resolve, model, **options)
     assert repr(str(model)) in message
     return message
 

@@ -1,11 +1,7 @@
 """Tensors are the file's own bytes, or a copy where they lie crooked."""
 
-from __future__ import annotations
-
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +11,7 @@ from anymamba.checkpoint import read_header
 from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError
 from anymamba.runtime.convert.conversion import convert
+from tests.support import processes
 from tests.support.files import write_small
 
 VALUES = np.array([[1.5, -2.0, 3.0]], np.float32)
@@ -110,8 +107,7 @@ def test_a_file_that_is_shortened_in_place_is_an_error_and_not_the_end(
     if name == "model.gguf":
         pytest.importorskip("gguf")
         file = convert(tmp_path, tmp_path / name, "gguf", "q8_0" if kind == "int8" else "f32")
-    command = [sys.executable, "-c", SHORTENED, str(file), kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = processes.python("-c", SHORTENED, file, kind)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 

@@ -1,7 +1,5 @@
 """Names of all layouts become Transformers'."""
 
-from __future__ import annotations
-
 import pytest
 
 from anymamba.checkpoint import to_transformers_name

@@ -1,7 +1,5 @@
 """What shells are told about the commands."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 
@@ -10,6 +8,7 @@ import pytest
 from anymamba.cli.completion_scripts import SCRIPTS
 from anymamba.cli.main import COMMANDS, build_parser
 from anymamba.cli.options.model import WEIGHTS
+from tests.support import processes
 
 BASH = shutil.which("bash")
 
@@ -26,11 +25,8 @@ def completed(*words):
         'source /dev/stdin <<<"$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _anymamba; '
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    done = subprocess.run(
-        [BASH, "-euc", program, "bash", SCRIPTS["bash"](), "anymamba", *words],
-        capture_output=True,
-        text=True,
-        check=True,
+    done = processes.run(
+        BASH, "-euc", program, "bash", SCRIPTS["bash"](), "anymamba", *words, check=True
     )
     assert done.stderr == ""
     return set(done.stdout.split("\n")) - {""}

@@ -1,7 +1,5 @@
 """Every command that writes, where the system takes no more: one line, and nothing half-written."""
 
-from __future__ import annotations
-
 import errno
 import os
 import subprocess
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 from anymamba.assets import bundled_model
+from tests.support import processes
 
 resource = pytest.importorskip("resource")
 
@@ -89,7 +88,7 @@ def test_a_chat_that_cannot_save_says_so(tiny: Path, tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, "chat", "--model", str(tiny), "--max-new-tokens", "2"]
     typed = f"a\n/save {tmp_path}/a.state\n"
-    done = subprocess.run(command, input=typed, capture_output=True, text=True, check=False)
+    done = processes.run(*command, input=typed)
     assert done.returncode == 2
     assert f"anymamba: cannot write '{tmp_path}/a.state': " in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -143,7 +142,7 @@ def test_folders_say_what_to_do(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [("info",), ("score", "TEXT"), ("completion", "bash")])
+@pytest.mark.parametrize("command", [("models",), ("score", "TEXT"), ("completion", "bash")])
 def test_output_that_finds_no_space_is_one_line(command: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("To be, or not to be")
     command = tuple(str(tmp_path / "text.txt") if part == "TEXT" else part for part in command)

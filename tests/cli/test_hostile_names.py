@@ -1,7 +1,5 @@
 """Nothing that a terminal obeys comes out of a file and reaches it."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

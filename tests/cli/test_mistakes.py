@@ -1,11 +1,9 @@
 """Every mistake is one true line on standard error and status 2, with every command."""
 
-from __future__ import annotations
-
 import argparse
-import io
 import json
-import sys
+import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from anymamba.cli import main as command_line
 from anymamba.cli.main import COMMANDS, build_parser, main
 from tests.cli.options.test_common_options import WITH_PYTORCH, arguments
+from tests.support.files import rewritten
 
 # Those that open a model and need neither the network nor PyTorch.
 WITH_MODEL = sorted({*COMMANDS} - WITH_PYTORCH - {"completion", "models", "download"})
@@ -82,12 +81,10 @@ def test_settings_of_training_that_make_no_sense(
 
 def broken(tiny: Path, folder: Path, name: str, value: float) -> Path:
     """The model with one number of a tensor replaced."""
-    folder.mkdir()
-    for file in tiny.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name].reshape(-1)[5] = value
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    shutil.copytree(tiny, folder)
+    tensor = load_file(folder / "model.safetensors")[name]
+    tensor.reshape(-1)[5] = value
+    rewritten(folder / "model.safetensors", **{name: tensor})
     return folder
 
 
@@ -106,9 +103,9 @@ def test_numbers_that_are_none_among_the_weights(
     tiny: Path,
     tmp_path: Path,
     anymamba: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    typed: Callable[[bytes], None],
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n")))
+    typed(b"a\n")
     model = broken(tiny, tmp_path / "model", name, value)
     words = arguments(command, model, tmp_path)
     before = sorted(tmp_path.iterdir())
@@ -141,13 +138,17 @@ def test_numbers_that_are_none_in_an_adapter(tiny: Path, tmp_path: Path, anymamb
 
 @pytest.mark.parametrize("command", WITH_MODEL)
 def test_in_a_folder_that_is_gone(
-    command: str, tiny: Path, tmp_path: Path, anymamba: Any, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    tmp_path: Path,
+    anymamba: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: Callable[[bytes], None],
 ) -> None:
     """Relative names mean nothing there."""
     words = arguments(command, tmp_path / "model", tmp_path)
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n")))
+    typed(b"a\n")
     (tmp_path / "gone").rmdir()
     done = anymamba(*(word.replace(f"{tmp_path}/", "") for word in words))
     assert done.status == 2, done.err

@@ -1,13 +1,11 @@
 """Idle threads of PyTorch's sleep while the native core trains, unless the user says otherwise."""
 
-from __future__ import annotations
-
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import processes
 
 PROGRAM = """\
 import os, sys
@@ -16,8 +14,7 @@ from importlib.abc import MetaPathFinder
 class Watch(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"))
-            sys.meta_path.remove(self)
+            sys.exit(os.environ.get("OMP_WAIT_POLICY"))
 
 sys.meta_path.insert(0, Watch())
 from anymamba.cli.main import main
@@ -33,13 +30,6 @@ def test_openmp_is_told_before_pytorch_is_imported(
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     if before is not None:
         environment["OMP_WAIT_POLICY"] = before
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *command.split(), "no-such-file"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "no-such-file" in done.stderr
-    assert done.stdout.split() == [before or "PASSIVE"]
+    words = (*command.split(), "no-such-file")
+    done = processes.python("-c", PROGRAM, *words, env=environment, cwd=tmp_path)
+    assert done.stderr.split() == [before or "PASSIVE"]

@@ -1,10 +1,5 @@
 """Names of files that no system call takes, and names in one's home."""
 
-from __future__ import annotations
-
-import io
-import sys
-
 import pytest
 
 LONG = "a" * 300
@@ -31,9 +26,9 @@ LONG = "a" * 300
         ("convert", "MODEL", f"{LONG}.gguf"),
     ],
 )
-def test_a_name_that_is_too_long(words, tiny, tmp_path, monkeypatch, anymamba):
+def test_a_name_that_is_too_long(words, tiny, tmp_path, monkeypatch, typed, anymamba):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\n")))
+    typed(b"a\n")
     done = anymamba(*(str(tiny) if word == "MODEL" else word for word in words))
     assert (done.status, done.out) == (2, "")
     assert "too long" in done.err.splitlines()[-1]
@@ -43,20 +38,20 @@ def test_a_name_that_is_too_long(words, tiny, tmp_path, monkeypatch, anymamba):
 
 @pytest.mark.parametrize("name", [LONG, "a\0b"])
 @pytest.mark.parametrize("command", ["/save", "/load"])
-def test_in_a_chat(command, name, tiny, monkeypatch, anymamba):
+def test_in_a_chat(command, name, tiny, typed, anymamba):
     data = f"{command} {name}\n".encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    typed(data)
     assert "path" in anymamba("chat", "--model", tiny).complaint
 
 
-def test_home_is_written_out(tiny, tmp_path, monkeypatch, anymamba):
+def test_home_is_written_out(tiny, tmp_path, monkeypatch, typed, anymamba):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("To be, or not to be")
     model = ("--model", tiny)
     assert anymamba("ingest", "~/a.txt", "--save-state", "~/a.state", *model).status == 0
     assert (tmp_path / "a.state").is_file()
     lines = b"/load ~/a.state\n/save ~/b.state\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+    typed(lines)
     assert "saved 19 tokens" in anymamba("chat", *model).err
     assert (tmp_path / "b.state").read_bytes() == (tmp_path / "a.state").read_bytes()
     assert anymamba("score", "~/a.txt", *model).status == 0

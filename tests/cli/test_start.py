@@ -1,13 +1,10 @@
 """How a command starts: what it imports, and what it does without."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
-
 import pytest
 
 from anymamba.cli.main import COMMANDS, module_of
+from tests.cli.options.test_common_options import arguments
+from tests.support import processes
 
 # What takes long to import, or is not there in a plain installation.
 SLOW = {
@@ -19,53 +16,12 @@ SLOW = {
 
 def imported_by(*arguments, before=""):
     """The modules that are there when a command has ended, which it must do well."""
-    program = (
-        f"import sys\n{before}\n"
-        "from anymamba.cli.main import main\n"
-        "status = main(sys.argv[1:])\n"
-        "print(*sys.modules, file=sys.stderr)\n"
-        "sys.exit(status)\n"
-    )
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, input="")
-    assert done.returncode == 0, done.stderr
-    return set(done.stderr.splitlines()[-1].split())
+    program = f"{before}\nfrom anymamba.cli.main import main\nassert main(sys.argv[1:]) == 0"
+    return processes.imported_by(program, *arguments)
 
 
 def other_commands(modules, command):
     return {module_of(name) for name in COMMANDS if name != command} & modules
-
-
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text("ROMEO:\nHow now, my lord?\n")
-    return file
-
-
-@pytest.fixture
-def passages(tmp_path):
-    file = tmp_path / "passages.jsonl"
-    file.write_text('{"text": "to be or not to be"}\n')
-    return file
-
-
-def commands(text, passages, folder):
-    return {
-        "generate": ("ROMEO:", "--max-new-tokens", 3),
-        "chat": ("--max-new-tokens", 3),
-        "ingest": (text, "--save-state", folder / "a.state"),
-        "info": (text.parent / "model",),
-        "models": (),
-        "score": (text,),
-        "inspect": ("ROMEO:", "--picture", folder / "a.html"),
-        "lambada": (passages,),
-        "bench": (
-            *("--weights", "f32", "--threads", 1, "--repeats", 1),
-            *("--prompt-tokens", 4, "--new-tokens", 2),
-        ),
-        "completion": ("bash",),
-    }
 
 
 # These write models, train, run other programs, or need a network.
@@ -73,10 +29,8 @@ LONG = {"quantize", "convert", "merge", "run", "train", "finetune", "evaluate", 
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - LONG))
-def test_a_command_imports_nothing_slow(command, text, passages, tiny, tmp_path):
-    (tmp_path / "model").symlink_to(tiny)
-    arguments = commands(text, passages, tmp_path)[command]
-    modules = imported_by(command, *arguments)
+def test_a_command_imports_nothing_slow(command, tiny, tmp_path):
+    modules = imported_by(*arguments(command, tiny, tmp_path))
     assert SLOW & modules == set()
     if command != "completion":  # which has to look at all
         assert other_commands(modules, command) == set()
@@ -101,8 +55,7 @@ def refused(names, *arguments):
         "from anymamba.cli.main import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = processes.python("-c", program, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     return done.stderr
@@ -116,9 +69,9 @@ def test_without_the_core_and_pytorch_it_is_said_what_to_install():
 
 
 @pytest.mark.parametrize("command", ["chat", "score"])
-def test_other_commands_need_the_core(command, text):
-    arguments = [str(text)] if command == "score" else []
-    assert "native core" in refused(["anymamba._core"], command, *arguments)
+def test_other_commands_need_the_core(command, tiny, tmp_path):
+    words = arguments(command, tiny, tmp_path)
+    assert "native core" in refused(["anymamba._core"], *words)
 
 
 def test_a_gpu_needs_pytorch():

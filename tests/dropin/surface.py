@@ -3,8 +3,6 @@
 `python -m tests.dropin.surface` prints the page's tables anew, with the remarks that stand there.
 """
 
-from __future__ import annotations
-
 import inspect
 import pkgutil
 import re

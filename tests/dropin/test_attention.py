@@ -1,7 +1,6 @@
 """The drop-in's attention and feed-forward layers against plain loops."""
 
-from __future__ import annotations
-
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,18 +13,17 @@ from anymamba.dropin.mamba_ssm.modules.mlp import GatedMLP
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError
 from tests.support import loops
-from tests.support.models import unhidden
+from tests.support.models import hidden, unhidden
+from tests.support.stepping import prompt_and_steps
 from tests.support.tolerance import assert_layer, assert_layer_gradients
+
+inputs = partial(hidden, l=6)
 
 
 def layer(**arguments: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"embed_dim": 12, "num_heads": 3, "causal": True, "layer_idx": 0}
     return unhidden(MHA(**sizes | arguments))
-
-
-def inputs(b: int = 2, l: int = 6, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(b, l, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 CAUSAL: list[dict[str, Any]] = [
@@ -65,17 +63,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
 def test_a_prompt_and_steps_give_what_forward_gives(
     l: int, cut: int, b: int, variant: dict[str, Any], by_lengths: bool
 ) -> None:
-    mha, x, cut = layer(**variant), inputs(b, l), min(cut, l)
+    mha, x = layer(**variant), inputs(b, l=l)
     lengths = torch.zeros(b, dtype=torch.int32) if by_lengths else None
-    params = InferenceParams(max_seqlen=l, max_batch_size=b, lengths_per_sample=lengths)
-    with torch.no_grad():
-        parts = [mha(x[:, :cut], inference_params=params)]
-        for t in range(cut, l):
-            params.seqlen_offset = t
-            if lengths is not None:
-                lengths[:] = t
-            parts.append(mha(x[:, t : t + 1], inference_params=params))
-        assert_layer(torch.cat(parts, dim=1), loops.attention(mha, x))
+    assert_layer(prompt_and_steps(mha, x, cut, lengths), loops.attention(mha, x))
 
 
 def test_several_tokens_may_follow_a_prompt() -> None:

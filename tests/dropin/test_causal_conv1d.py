@@ -1,7 +1,5 @@
 """causal_conv1d under the original's names, against a loop over single numbers."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -27,7 +25,7 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import (
     causal_conv1d_varlen_states_ref,
 )
 from anymamba.errors import InputError
-from tests.support.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_each, assert_gradient
 
 LAYOUTS = {
     "time together": lambda x: x.contiguous(),
@@ -143,17 +141,13 @@ def test_gradients_are_the_numerical_derivatives(activation: str | None) -> None
             torch.autograd.grad([out.sin().sum() for out in function(*leaves)], leaves)
             for leaves in (tensors, single)
         )
-        for one, other in zip(actual, expected, strict=True):
-            assert_gradient(one, other)
+        assert_each(assert_gradient, actual, expected)
 
 
 def test_the_autograd_functions_name_is_the_function() -> None:
     x, weight, bias, before = inputs(2, 5, 7, 4)
     arguments = (x, weight, bias, None, before, True, None, "silu")
-    for one, other in zip(
-        CausalConv1dFn.apply(*arguments), causal_conv1d_fn(*arguments), strict=True
-    ):
-        assert torch.equal(one, other)
+    assert_each(torch.equal, CausalConv1dFn.apply(*arguments), causal_conv1d_fn(*arguments))
 
 
 UPDATES = [causal_conv1d_update, causal_conv1d_update_ref]

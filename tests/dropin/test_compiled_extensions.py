@@ -1,7 +1,5 @@
 """The compiled extensions under their own names: both passes against the recurrence in float64."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -16,7 +14,8 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (
 from anymamba.dropin.causal_conv1d.cpp_functions import causal_conv1d_bwd_function
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import selective_scan_ref
 from anymamba.errors import ArgumentError
-from tests.support.tolerance import assert_contract, assert_gradient
+from tests.dropin.test_selective_scan import inputs, leaves
+from tests.support.tolerance import assert_contract, assert_each, assert_gradient
 
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
@@ -24,32 +23,13 @@ NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 def scan_inputs(
     l: int = 9, form: str = "2 groups", is_complex: bool = False, n: int = 3
 ) -> dict[str, Tensor]:
-    b, e, g = 2, 4, torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    columns = 2 * l if is_complex else l
-    A = -torch.rand(e, n, generator=g)
-    if form == "constant":
-        maps = [torch.complex(draw(e, n), draw(e, n)) if is_complex else draw(e, n) for _ in "BC"]
-    else:
-        maps = [draw(b, 2, n, columns) for _ in "BC"]
-    tensors = (draw(b, e, l), draw(b, e, l) - 2, torch.complex(A, draw(e, n)) if is_complex else A)
-    return dict(zip(NAMES, (*tensors, *maps, draw(e), draw(b, e, l), draw(e)), strict=True))
+    call = inputs((2, 4, l, n), form, form, is_complex)
+    return {name: call[name] for name in NAMES}
 
 
 def real(tensor: Tensor) -> Tensor:
     """Complex numbers as pairs, which the tolerances are for."""
     return torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
-
-
-def in_double(call: dict[str, Tensor | None]) -> dict[str, Any]:
-    wide = {False: torch.float64, True: torch.complex128}
-    return {
-        name: None if t is None else t.to(wide[t.is_complex()]).requires_grad_()
-        for name, t in call.items()
-    }
 
 
 CASES: list[tuple[dict[str, Any], tuple[str, ...], bool]] = [
@@ -68,7 +48,7 @@ def test_both_passes_of_the_scan(
     call: dict[str, Tensor | None] = {**scan_inputs(**sizes), **dict.fromkeys(missing)}
     if not softplus:
         call["delta"] = call["delta"].abs()
-    wide = in_double(call)
+    wide = leaves(call, wide=True)
     expected = selective_scan_ref(**wide, delta_softplus=softplus)
     before_gate, last = selective_scan_ref(
         **{**wide, "z": None}, delta_softplus=softplus, return_last_state=True
@@ -128,7 +108,7 @@ def test_the_scan_in_half_precision(dtype: torch.dtype) -> None:
     half = {n: t.to(dtype) if n in ("u", "delta", "B", "C", "z") else t for n, t in call.items()}
     out, _, out_z = selective_scan_cuda.fwd(*half.values(), True)
     assert out.dtype == out_z.dtype == dtype
-    assert_contract(out_z, selective_scan_ref(**in_double(half), delta_softplus=True))
+    assert_contract(out_z, selective_scan_ref(**leaves(half, wide=True), delta_softplus=True))
     du, *_ = selective_scan_cuda.bwd(
         *half.values(), torch.ones_like(out), None, out, None, True, False
     )
@@ -187,8 +167,7 @@ def test_the_convolutions_gradients_in_every_published_order(layout: str) -> Non
         return list(torch.autograd.grad(outputs, wanted, [t.double() for t in given]))
 
     def check(found: Any, with_state: bool) -> None:
-        for one, other in zip(found, expected(with_state), strict=True):
-            assert_gradient(one, other)
+        assert_each(assert_gradient, found, expected(with_state))
 
     place = torch.empty_like(x)
     check(bwd(x, weight, bias, dout, place, True), False)

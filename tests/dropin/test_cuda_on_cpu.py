@@ -1,7 +1,5 @@
 """Programs that name "cuda" get the CPU where there is none, and are told so."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

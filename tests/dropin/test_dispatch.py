@@ -1,7 +1,5 @@
 """Calls go where their tensors are: with stand-ins for tensors on CUDA, which tests cannot have."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Iterator

@@ -1,14 +1,11 @@
 """The drop-in's generation against loops over the model, and its sampling against counting."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation import TextStreamer
 
 from anymamba.dropin.mamba_ssm.utils.generation import (
     InferenceParams,
@@ -22,6 +19,7 @@ from anymamba.dropin.mamba_ssm.utils.generation import (
 )
 from anymamba.errors import InputError
 from tests.dropin.test_language_models import MODELS, small_model, words
+from tests.support.stepping import Listener
 from tests.support.tolerance import assert_layer
 
 
@@ -83,20 +81,11 @@ def test_when_it_ends() -> None:
 
 
 def test_streaming_and_timing(capsys: pytest.CaptureFixture[str]) -> None:
-    class Pieces(TextStreamer):
-        def __init__(self) -> None:
-            self.put_in: list[Tensor] = []
-
-        def put(self, value: Tensor) -> None:
-            self.put_in.append(value)
-
-        def end(self) -> None:
-            self.put_in.append(torch.tensor(-1))
-
-    streamer = Pieces()
+    streamer = Listener()
     text = small_model().generate(words(1, 4), 7, streamer=streamer, enable_timing=True)
-    assert torch.equal(torch.cat(streamer.put_in[:-1], dim=1), text)
-    assert streamer.put_in[-1] == -1
+    *pieces, end = streamer.heard
+    assert torch.equal(torch.cat([torch.tensor(piece) for piece in pieces], dim=1), text)
+    assert end == "end"
     assert capsys.readouterr().out.startswith("Prompt processing + decoding time: ")
 
 

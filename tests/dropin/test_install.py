@@ -1,12 +1,9 @@
 """The drop-in is switched on and off: imports, metadata, originals that are installed too."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import importlib.metadata
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +15,7 @@ from anymamba import dropin
 from anymamba.dropin import dispatch
 from anymamba.errors import AnyMambaError, InputError, MissingModuleError
 from anymamba.upstream import NAMES, PACKAGES, import_original, is_original_installed
+from tests.support import processes
 
 # Other tests may have imported such models; one test looks for this warning, in a fresh process.
 pytestmark = pytest.mark.filterwarnings("ignore:Transformers imported its:RuntimeWarning")
@@ -35,12 +33,6 @@ def switched_off_after() -> Iterator[None]:
     dropin.uninstall()
     for name in public_modules():
         del sys.modules[name]
-
-
-def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A fresh process, for what depends on what was imported before."""
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_without_it_nothing_answers() -> None:
@@ -88,7 +80,7 @@ def test_looking_for_the_packages_imports_no_torch() -> None:
         "importlib.metadata.version('mamba-ssm')\n"
         "assert 'torch' not in sys.modules and 'mamba_ssm' not in sys.modules\n"
     )
-    done = run(program)
+    done = processes.python("-c", program)
     assert done.returncode == 0, done.stderr
 
 
@@ -252,15 +244,16 @@ def test_transformers_models_imported_before_are_told_of() -> None:
         "assert '\\n' not in message\n"
         "print(caught[0].filename, message)\n"
     )
-    done = run(program)
+    done = processes.python("-c", program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("<string> Transformers imported its jamba before ")
     assert "call install() before that import" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_such_a_model_nothing_is_told() -> None:
     program = "import transformers, anymamba.dropin; anymamba.dropin.install()"
-    done = run(program)
+    done = processes.python("-c", program)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -1,7 +1,5 @@
 """The drop-in's language models against ours and Transformers', on disk and cut anywhere."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path
@@ -17,10 +15,10 @@ import anymamba
 from anymamba.dropin.mamba_ssm import MambaLMHeadModel
 from anymamba.dropin.mamba_ssm.models.config_mamba import MambaConfig
 from anymamba.dropin.mamba_ssm.models.mixer_seq_simple import MixerModel, create_block
-from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.dropin.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 from anymamba.errors import CheckpointError, ConfigError
 from tests.support.models import unhidden
+from tests.support.stepping import prompt_and_steps
 from tests.support.tolerance import assert_layer
 
 MAMBA2 = {"layer": "Mamba2", "d_state": 6, "headdim": 8, "chunk_size": 8}
@@ -93,17 +91,6 @@ def test_transformers_mamba2_of_the_same_weights() -> None:
         assert_layer(model(words()).logits, theirs(words()).logits)
 
 
-def continued(model: Any, ids: Tensor, cut: int) -> Tensor:
-    """The logits of a prompt and of single tokens behind it."""
-    params = InferenceParams(max_seqlen=ids.shape[1], max_batch_size=ids.shape[0])
-    with torch.no_grad():
-        parts = [model(ids[:, :cut], inference_params=params).logits]
-        for t in range(cut, ids.shape[1]):
-            params.seqlen_offset = t
-            parts.append(model(ids[:, t : t + 1], inference_params=params).logits)
-    return torch.cat(parts, dim=1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_wherever_a_sequence_is_cut_its_logits_are_the_same(name: str, dtype: torch.dtype) -> None:
@@ -113,7 +100,8 @@ def test_wherever_a_sequence_is_cut_its_logits_are_the_same(name: str, dtype: to
         assert whole.dtype == dtype
         assert_layer(model(words(), num_last_tokens=2).logits, whole[:, -2:])
     for cut in (1, 2, 5, 8):
-        assert_layer(continued(model, words(), cut), whole)
+        logits = prompt_and_steps(lambda ids, **rest: model(ids, **rest).logits, words(), cut)
+        assert_layer(logits, whole)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -165,21 +153,11 @@ def test_names_of_weights() -> None:
         names += [f"backbone.layers.{layer}.mixer.{name}" for name in mamba]
     assert sorted(small_model().state_dict()) == sorted(names)
     hybrid = small_model(**MODELS["hybrid"]).state_dict()
-    assert {name for name in hybrid if name.startswith("backbone.layers.1.")} == {
-        f"backbone.layers.1.{name}"
-        for name in (
-            "norm.weight",
-            "norm2.weight",
-            "mlp.fc1.weight",
-            "mlp.fc2.weight",
-            "mixer.in_proj.weight",
-            "mixer.in_proj.bias",
-            "mixer.conv1d.weight",
-            "mixer.conv1d.bias",
-            "mixer.out_proj.weight",
-            "mixer.out_proj.bias",
-        )
-    }
+    projections = {f"mixer.{name}" for name in ("in_proj", "conv1d", "out_proj")}
+    expected = {f"{name}.weight" for name in ("norm", "norm2", "mlp.fc1", "mlp.fc2", *projections)}
+    expected |= {f"{name}.bias" for name in projections}
+    layer = "backbone.layers.1."
+    assert {name for name in hybrid if name.startswith(layer)} == {layer + n for n in expected}
     assert "backbone.norm_f.bias" in small_model(rms_norm=False).state_dict()
 
 

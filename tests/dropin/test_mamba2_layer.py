@@ -1,7 +1,5 @@
 """The drop-in's Mamba-2 layers against a loop over time and Transformers' mixer."""
 
-from __future__ import annotations
-
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -18,21 +16,17 @@ from anymamba.dropin.mamba_ssm.modules.mamba2_simple import Mamba2Simple
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError, NotIncludedError
 from tests.support import loops
-from tests.support.models import unhidden
+from tests.support.models import hidden, unhidden
+from tests.support.stepping import prompt_and_steps
 from tests.support.tolerance import assert_layer, assert_layer_gradients
 
 SMALL = {"d_model": 12, "d_state": 6, "headdim": 4, "chunk_size": 8, "layer_idx": 0}
+inputs = partial(hidden, l=21)
 
 
 def layer(kind: type = Mamba2, **arguments: Any) -> Any:
     torch.manual_seed(0)
     return unhidden(kind(**SMALL | arguments))
-
-
-def inputs(
-    b: int = 2, l: int = 21, d: int = 12, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    return torch.randn(b, l, d, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -68,7 +62,7 @@ def test_transformers_mixer_of_the_same_weights(groups: int) -> None:
 
 @pytest.mark.parametrize(("b", "l"), [(1, 1), (3, 2), (0, 4), (2, 8)])
 def test_short_and_empty_inputs(b: int, l: int) -> None:
-    mamba, u = layer(), inputs(b, l)
+    mamba, u = layer(), inputs(b, l=l)
     assert_layer(mamba(u), loops.mamba2(mamba, u))
 
 
@@ -108,15 +102,9 @@ def test_packed_sequences_do_not_see_each_other(said_by: str, fast: bool) -> Non
 def test_a_prompt_and_steps_give_what_forward_gives(
     l: int, cut: int, b: int, variant: dict[str, Any]
 ) -> None:
-    mamba, u, cut = layer(**variant), inputs(b, l), min(cut, l)
-    params = InferenceParams(max_seqlen=l, max_batch_size=b)
-    with torch.no_grad():
-        parts = [mamba(u[:, :cut], inference_params=params)]
-        for t in range(cut, l):
-            params.seqlen_offset = t
-            parts.append(mamba(u[:, t : t + 1], inference_params=params))
-        expected = loops.mamba2(mamba, u, d_ssm=mamba.d_ssm)
-    assert_layer(torch.cat(parts, dim=1), expected)
+    mamba, u = layer(**variant), inputs(b, l=l)
+    expected = loops.mamba2(mamba, u, d_ssm=mamba.d_ssm)
+    assert_layer(prompt_and_steps(mamba, u, cut), expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -133,7 +121,7 @@ def test_steps_of_every_variant(variant: dict[str, Any]) -> None:
 def test_padding_behind_the_last_packed_sequence(mark: int, empty: bool) -> None:
     """As upstream tests it: offsets end before the row does, perhaps with an empty sequence."""
     mamba, lengths, padding = layer(ngroups=2), [7, 4, 5], 6
-    u = inputs(1, sum(lengths) + padding)
+    u = inputs(1, l=sum(lengths) + padding)
     numbers = [i for i, l in enumerate(lengths) for _ in range(l)] + [mark] * padding
     ends = torch.tensor([0, 7, 11, 16, *([16] if empty else [])], dtype=torch.int32)
     params = InferenceParams(max_seqlen=64, max_batch_size=len(ends) - 1)
@@ -142,10 +130,10 @@ def test_padding_behind_the_last_packed_sequence(mark: int, empty: bool) -> None
         y = mamba(u, seq_idx=seq_idx, cu_seqlens=ends, inference_params=params)
         alone = mamba(u, cu_seqlens=ends)
         params.seqlen_offset = 1
-        step = inputs(1, 1).expand(len(ends) - 1, -1, -1)
+        step = inputs(1, l=1).expand(len(ends) - 1, -1, -1)
         after = mamba(step, inference_params=params)
         for i, (start, stop) in enumerate(pairwise(ends)):
-            row = torch.cat([u[:, start:stop], inputs(1, 1)], dim=1)
+            row = torch.cat([u[:, start:stop], inputs(1, l=1)], dim=1)
             expected = loops.mamba2(mamba, row)
             assert_layer(y[:, start:stop], expected[:, :-1])
             assert_layer(alone[:, start:stop], expected[:, :-1])
@@ -154,7 +142,7 @@ def test_padding_behind_the_last_packed_sequence(mark: int, empty: bool) -> None
 
 def test_packed_prompts_and_steps_of_each() -> None:
     mamba = layer(ngroups=2)
-    rows = [inputs(1, 7), 2 * inputs(1, 3), -inputs(1, 9)]
+    rows = [inputs(1, l=7), 2 * inputs(1, l=3), -inputs(1, l=9)]
     prompts = [5, 2, 6]
     packed = torch.cat([row[:, :l] for row, l in zip(rows, prompts, strict=True)], dim=1)
     params = InferenceParams(max_seqlen=9, max_batch_size=3)

@@ -1,7 +1,5 @@
 """The inside of a Mamba block in one call, against Transformers' own classes and small formulas."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

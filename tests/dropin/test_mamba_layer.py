@@ -1,7 +1,5 @@
 """The drop-in's Mamba layer against a loop over time, and its steps against its forward."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -15,7 +13,9 @@ from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError
 from tests.support import loops
+from tests.support.models import hidden as inputs
 from tests.support.models import unhidden
+from tests.support.stepping import prompt_and_steps
 from tests.support.tolerance import assert_layer, assert_layer_gradients
 
 
@@ -23,10 +23,6 @@ def layer(**arguments: Any) -> Mamba:
     torch.manual_seed(0)
     made: Mamba = unhidden(Mamba(**{"d_model": 12, "d_state": 5, "layer_idx": 0} | arguments))
     return made
-
-
-def inputs(b: int = 2, l: int = 7, d: int = 12, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(b, l, d, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 VARIANTS: list[dict[str, Any]] = [
@@ -66,14 +62,7 @@ def test_other_types(dtype: torch.dtype, fast: bool) -> None:
 @given(l=st.integers(1, 9), cut=st.integers(1, 9), b=st.integers(1, 3), k=st.integers(1, 4))
 def test_a_prompt_and_steps_give_what_forward_gives(l: int, cut: int, b: int, k: int) -> None:
     mamba, u = layer(d_conv=max(2, k)), inputs(b, l)
-    cut = min(cut, l)
-    params = InferenceParams(max_seqlen=l, max_batch_size=b)
-    with torch.no_grad():
-        parts = [mamba(u[:, :cut], inference_params=params)]
-        for t in range(cut, l):
-            params.seqlen_offset = t
-            parts.append(mamba(u[:, t : t + 1], inference_params=params))
-        assert_layer(torch.cat(parts, dim=1), loops.mamba(mamba, u))
+    assert_layer(prompt_and_steps(mamba, u, cut), loops.mamba(mamba, u))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,19 +137,10 @@ def test_marks_for_optimizers_and_initializers() -> None:
 
 
 def test_names_of_weights() -> None:
-    assert list(layer(bias=True).state_dict()) == [
-        "A_log",
-        "D",
-        "in_proj.weight",
-        "in_proj.bias",
-        "conv1d.weight",
-        "conv1d.bias",
-        "x_proj.weight",
-        "dt_proj.weight",
-        "dt_proj.bias",
-        "out_proj.weight",
-        "out_proj.bias",
-    ]
+    layers = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+    names = [f"{name}.{part}" for name in layers for part in ("weight", "bias")]
+    names.remove("x_proj.bias")
+    assert list(layer(bias=True).state_dict()) == ["A_log", "D", *names]
 
 
 def test_wrong_uses_say_what_is_wrong() -> None:

@@ -1,7 +1,5 @@
 """Decode steps of Transformers' mixers in one native call are those of Transformers' own code."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -12,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import anymamba.dropin
-from anymamba import _core, ops
+from anymamba import ops
 from anymamba.dropin import mixer_steps
 from anymamba.dropin.transformers_finder import MIXERS, MixersFinder
 from tests.dropin.transformers_models import model_of
-from tests.support.operators import ISAS
-from tests.support.tolerance import assert_same
+from tests.support.operators import ISAS, kernels_of
+from tests.support.tolerance import assert_each, assert_same
 
 MODELS = ("Mamba", "FalconMamba", "Jamba")
 # The design's, of one operator's worst error: a mixer is a whole layer, but a short sum.
@@ -100,8 +98,7 @@ def own_steps(mixer: Any, batch: int, dtype: torch.dtype, **arguments: Any) -> l
 
 
 def assert_close(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype) -> None:
-    for found, expected in zip(ours, theirs, strict=True):
-        assert_same(found, expected, TOLERANCES[dtype])
+    assert_each(assert_same, ours, theirs, share=TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])
@@ -123,12 +120,8 @@ def test_steps_agree(name: str, dtype: torch.dtype, batch: int, steps: list[int]
 @torch.no_grad()
 def test_steps_agree_on_every_instruction_set(name: str, isa: str) -> None:
     mixer = mixer_of(name)
-    before = _core.isa()
-    _core.use_isa(isa)
-    try:
+    with kernels_of(isa):
         ours = some_steps(mixer, 2, torch.float32)
-    finally:
-        _core.use_isa(before)
     assert_close(ours, own_steps(mixer, 2, torch.float32), torch.float32)
 
 
@@ -254,8 +247,7 @@ def test_unusual_calls_are_transformers_own(how: str, steps: list[int]) -> None:
         ours = some_steps(mixer, batch, torch.float32, **mask)
         theirs = own_steps(mixer, batch, torch.float32, **mask)
     assert steps == []
-    for found, expected in zip(ours, theirs, strict=True):
-        assert torch.equal(found, expected)
+    assert_each(torch.equal, ours, theirs)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -280,6 +272,7 @@ def test_beam_search_gives_the_same_text(steps: list[int]) -> None:
     assert torch.equal(ours, model.generate(ids, num_beams=3, **arguments))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_steps_are_transformers_own(steps: list[int]) -> None:
     mixer = mixer_of("Mamba")

@@ -1,7 +1,5 @@
 """The norms and the gated activation under the original's names, against formulas in numpy."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Names that programs import beside the documented ones: of version 1, private ones, forks'."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +23,7 @@ from anymamba.dropin.mamba_ssm.ops.triton import (
 )
 from anymamba.errors import ArgumentError, MissingModuleError, NotIncludedError
 from anymamba.upstream import NAMES
-from tests.support.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_each, assert_gradient
 
 
 @pytest.fixture
@@ -75,8 +73,7 @@ def test_the_block_of_version_1_is_one_without_an_mlp(fused: bool) -> None:
     block = Block(16, partial(Mamba, layer_idx=0), layer_norm.RMSNorm, fused, True)
     of_2 = BlockOfVersion2(16, Mamba, nn.Identity, layer_norm.RMSNorm, fused, True)
     of_2.load_state_dict(block.state_dict())
-    for one, other in zip(block(draw(1, 5, 16)), of_2(draw(1, 5, 16)), strict=True):
-        assert torch.equal(one, other)
+    assert_each(torch.equal, block(draw(1, 5, 16)), of_2(draw(1, 5, 16)))
     assert not any("norm2" in name for name in block.state_dict())
 
 
@@ -113,8 +110,7 @@ def test_the_gated_norms_passes(options: dict[str, Any], gated: bool) -> None:
     )
     assert_contract(found[4], expected)
     assert (found[3] is None) == (z is None)
-    for one, other in zip([f for f in found[:4] if f is not None], gradients, strict=True):
-        assert_gradient(one, other)
+    assert_each(assert_gradient, [f for f in found[:4] if f is not None], gradients)
 
 
 def test_the_activations_passes() -> None:
@@ -175,8 +171,7 @@ def test_the_chunk_scans_passes(packed: bool) -> None:
     )  # fmt: skip
     assert found[0] is dx
     assert_contract(found[9], expected)
-    for one, other in zip(found[:9], gradients, strict=True):
-        assert_gradient(one, other)
+    assert_each(assert_gradient, found[:9], gradients)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,15 @@
 """`anymamba run` is `python` with the drop-in: compared with `python` itself."""
 
-from __future__ import annotations
-
 import os
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support import processes
+from tests.support.warm import Warm
 
 pytestmark = pytest.mark.slow
 
@@ -44,15 +44,7 @@ match sys.argv[1:]:
 
 def outcome(command: list[str], folder: Path) -> tuple[int, str, str]:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    done = processes.run(*command, cwd=folder, env=environment)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -126,7 +118,7 @@ def test_decode_steps_have_a_switch(option: list[str], folder: Path) -> None:
     assert outcome([*RUN, *option, "program.py"], folder) == (0, f"{not option}\n", "")
 
 
-def test_the_drop_in_is_active(folder: Path) -> None:
+def test_the_drop_in_is_active(folder: Path, warm: Warm) -> None:
     (folder / "program.py").write_text(
         "import importlib.metadata, anymamba.dropin, causal_conv1d, sys\n"
         "from anymamba.cli.main import main\n"
@@ -134,7 +126,7 @@ def test_the_drop_in_is_active(folder: Path) -> None:
         "print(importlib.metadata.version('causal-conv1d'), causal_conv1d.__name__)\n"
         "main(['info'])\n"
     )
-    status, said, complaint = outcome([*RUN, "program.py"], folder)
+    status, said, complaint = outcome([warm.python, *RUN[1:], "program.py"], folder)
     assert (status, complaint) == (0, "")
     first, *rest = said.splitlines()
     assert first == "1.7.0 anymamba.dropin.causal_conv1d"
@@ -155,7 +147,7 @@ FORK = "import selective_scan_cuda\nNAME = 'of the fork'\n"
     ],
 )
 def test_a_package_beside_the_program_goes_first(
-    words: str, said: str, told: str, tmp_path: Path
+    words: str, said: str, told: str, tmp_path: Path, warm: Warm
 ) -> None:
     (tmp_path / "mamba_ssm").mkdir()
     (tmp_path / "mamba_ssm" / "__init__.py").write_text(FORK)
@@ -165,7 +157,7 @@ def test_a_package_beside_the_program_goes_first(
         "print(getattr(mamba_ssm, 'NAME', None), selective_scan_cuda.__name__)\n"
         "print(causal_conv1d.__name__)\n"
     )
-    status, printed, shown = outcome(RUN + words.split(), tmp_path)
+    status, printed, shown = outcome([warm.python, *RUN[1:], *words.split()], tmp_path)
     assert (status, printed.splitlines()) == (
         0,
         [f"{said} anymamba.dropin.selective_scan_cuda", "anymamba.dropin.causal_conv1d"],
@@ -186,8 +178,9 @@ def test_an_installed_fork_is_left_alone_where_asked(tmp_path: Path) -> None:
 
 
 CUDA_FROM_THE_START = """
-import os, sys
+import importlib.util, os, sys
 assert "torch" not in sys.modules
+assert importlib.util.find_spec("torch")  # as libraries find out whether it is installed
 os.environ["SET_BEFORE_TORCH"] = "1"
 import torch
 x = torch.zeros(2, device="cuda")

@@ -4,8 +4,6 @@ The loop is `brute_force` of the scan's own tests; what this file adds is how th
 its tensors: channels before time, constant B and C, complex numbers as pairs in a row.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
 )
 from anymamba.errors import InputError
 from tests.ops.scan.test_scan import brute_force
-from tests.support.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_each, assert_gradient
 
 SEQUENCES = ("u", "delta", "z", "B", "C")
 FORMS = ["constant", "variable", "2 groups", "6 groups"]
@@ -188,10 +186,7 @@ def test_the_cores_gradients_are_those_of_double_precision(of_B: str, of_C: str)
 
 def test_the_autograd_functions_name_is_the_function() -> None:
     arguments = (*inputs().values(), True)
-    for one, other in zip(
-        SelectiveScanFn.apply(*arguments), selective_scan_fn(*arguments), strict=True
-    ):
-        assert torch.equal(one, other)
+    assert_each(torch.equal, SelectiveScanFn.apply(*arguments), selective_scan_fn(*arguments))
 
 
 BAD_CALLS: dict[str, dict[str, Any]] = {

@@ -1,8 +1,6 @@
 """The single step under the original's names, against a loop over single numbers."""
 
-from __future__ import annotations
-
-import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import (
     selective_state_update_ref,
 )
 from anymamba.errors import InputError
+from tests.ops.scan.test_scan import brute_force
 from tests.support.tolerance import assert_contract
 
 UPDATES = [selective_state_update, selective_state_update_ref]
@@ -32,24 +31,15 @@ def by_hand(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output and next state with heads, one number at a time in double precision."""
-    (b, h, p), n, groups = x.shape, A.shape[2], B.shape[1]
-    out, after = torch.zeros(b, h, p, dtype=torch.float64), state.double()
-    for i in range(b):
-        for j in range(h):
-            group = j * groups // h
-            for c in range(p):
-                step = float(dt[i, j, c]) + (0.0 if dt_bias is None else float(dt_bias[j, c]))
-                step = math.log1p(math.exp(step)) if dt_softplus else step
-                y = 0.0 if D is None else float(D[j, c]) * float(x[i, j, c])
-                for k in range(n):
-                    s = math.exp(step * float(A[j, c, k])) * float(after[i, j, c, k])
-                    s += step * float(B[i, group, k]) * float(x[i, j, c])
-                    after[i, j, c, k] = s
-                    y += float(C[i, group, k]) * s
-                gate = 0.0 if z is None else float(z[i, j, c])
-                out[i, j, c] = y if z is None else y * gate / (1 + math.exp(-gate))
-    return out, after
+    """Output and next state with heads: one step of the scan's loop, whose channels they are."""
+    x_ble, delta_ble, z_ble = (None if t is None else t.flatten(1)[:, None] for t in (x, dt, z))
+    D_e, bias_e = (None if t is None else t.flatten() for t in (D, dt_bias))
+    maps, channels = (B[:, None], C[:, None]), (D_e, z_ble, bias_e)
+    start_ben = state.flatten(1, 2)
+    y, last = brute_force(
+        x_ble, delta_ble, A.flatten(0, 1), *maps, *channels, dt_softplus, start_ben
+    )
+    return y.view(x.shape), last.view(state.shape)
 
 
 def inputs(
@@ -57,10 +47,7 @@ def inputs(
 ) -> dict[str, Any]:
     """With heads; `tied` expands one decay over a head, as Mamba-2 does."""
     (b, h, p, n, groups), g = sizes, torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
+    normal = partial(torch.randn, generator=g)
     channels = 1 if tied else p
     call: dict[str, Any] = {
         "state": normal(b, h, p, n),

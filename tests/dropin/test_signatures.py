@@ -1,7 +1,5 @@
 """Every public name of the drop-in has the arguments and defaults that docs/drop-in.md lists."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.dropin.surface import listed, modules, signatures

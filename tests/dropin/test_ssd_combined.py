@@ -1,7 +1,5 @@
 """Mamba-2's functions against plain loops, against each other, and against Transformers' layer."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,8 +1,5 @@
 """Transformers' models give the same with the drop-in installed before their import as without."""
 
-from __future__ import annotations
-
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support import processes
 from tests.support.tolerance import assert_same, naming
+from tests.support.warm import Warm
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
+PROGRAM = str(Path(__file__).with_name("transformers_models.py"))
 MODELS = ("Mamba", "Mamba2", "FalconMamba", "Jamba")
 # What each model asks the two packages for, on its way through the test.
 FUNCTIONS = {
@@ -32,14 +31,15 @@ Found = dict[str, dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Found, str]]:
+def runs(tmp_path_factory: pytest.TempPathFactory, warm: Warm) -> dict[str, tuple[Found, str]]:
     """What all models give without the drop-in and with it, and what was logged meanwhile."""
     folder = tmp_path_factory.mktemp("transformers")
     done = {}
-    for how, options in {"without": [], "with": ["--dropin"]}.items():
+    # The drop-in comes before all imports.
+    commands = {"without": [warm.python, PROGRAM], "with": [sys.executable, PROGRAM, "--dropin"]}
+    for how, command in commands.items():
         file = folder / f"{how}.pt"
-        command = [sys.executable, "-m", "tests.dropin.transformers_models", str(file), *options]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        process = processes.run(*command, file)
         assert process.returncode == 0, process.stderr
         done[how] = (torch.load(file), process.stderr)
     return done

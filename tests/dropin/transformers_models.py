@@ -1,9 +1,7 @@
 """What Transformers' small random models compute, written to a file: with the drop-in or without.
 
-python -m tests.dropin.transformers_models FILE [--dropin]
+python tests/dropin/transformers_models.py [--dropin] FILE
 """
-
-from __future__ import annotations
 
 import sys
 
@@ -61,7 +59,7 @@ NEW_TOKENS = 12
 
 def main() -> None:
     """Run all models, and write what they give."""
-    torch.save({name: observed(name) for name in CONFIGS}, sys.argv[1])
+    torch.save({name: observed(name) for name in CONFIGS}, sys.argv[-1])
 
 
 def model_of(name: str) -> PreTrainedModel:

@@ -1,10 +1,5 @@
 """The examples that import `mamba_ssm`: short runs, what they ask, and the data they draw."""
 
-from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +9,7 @@ import pytest
 import torch
 
 import anymamba.dropin
+from tests.support import processes
 from tests.support.warm import Warm
 
 pytestmark = pytest.mark.slow
@@ -28,14 +24,7 @@ def load() -> Iterator[Load]:
     """An example as a module, whose imports the drop-in answers."""
 
     def load_it(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(
-            f"example_{name}", EXAMPLES / name / "train.py"
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
+        return processes.module_from(EXAMPLES / name / "train.py", f"example_{name}")
 
     before = set(sys.modules)
     anymamba.dropin.install()
@@ -43,20 +32,14 @@ def load() -> Iterator[Load]:
     yield load_it
     anymamba.dropin.uninstall()
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("mamba_ssm", "causal_conv1d"):
+        if name.startswith(("mamba_ssm", "causal_conv1d", "example_")):
             del sys.modules[name]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_short_run_ends_well(name: str, warm: Warm) -> None:
     script = str(EXAMPLES / name / "train.py")
-    done = subprocess.run(
-        [warm.python, "-m", "anymamba", "run", script, "--quick"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run(warm.python, "-m", "anymamba", "run", script, "--quick")
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[3]) for line in done.stdout.splitlines() if "loss" in line]
     assert len(losses) == 2

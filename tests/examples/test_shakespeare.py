@@ -1,10 +1,6 @@
 """The bundled model's recipe: it trains, the check measures what it says, the card tells of it."""
 
-from __future__ import annotations
-
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +9,13 @@ import pytest
 import torch
 import transformers
 
+from tests.support import processes
 from tests.support.warm import Warm
 
 pytestmark = pytest.mark.slow
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "shakespeare"
+CHECK = EXAMPLE / "check.py"
 LINE = b"The quick brown fox jumps over the lazy dog. "
 # What makes the recipe a matter of seconds.
 SMALL = {
@@ -33,17 +31,6 @@ SMALL = {
 }
 
 
-def run(warm: Warm, *command: str) -> subprocess.CompletedProcess[str]:
-    """A program of Python's, with one thread."""
-    return subprocess.run(
-        [warm.python, *command],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.fixture(scope="module", params=["recipe", "short"])
 def trained(
     request: pytest.FixtureRequest, warm: Warm, tmp_path_factory: pytest.TempPathFactory
@@ -52,9 +39,9 @@ def trained(
     folder = tmp_path_factory.mktemp("fox")
     (folder / "fox.txt").write_bytes(LINE * 120)
     options = [f"--{name}={value}" for name, value in SMALL.items()]
-    config, output = str(EXAMPLE / f"{request.param}.yaml"), str(folder / "model")
-    data = ["--data", str(folder / "fox.txt"), "--output", output]
-    done = run(warm, "-m", "anymamba", "train", "--config", config, *options, *data)
+    train = ["-m", "anymamba", "train", "--config", EXAMPLE / f"{request.param}.yaml"]
+    places = ["--data", folder / "fox.txt", "--output", folder / "model"]
+    done = processes.run(warm.python, *train, *options, *places)
     assert done.returncode == 0, done.stderr
     return folder / "model"
 
@@ -75,13 +62,13 @@ def scripts() -> Iterator[None]:
 
 
 def test_the_check_agrees_with_the_trainer(trained: Path, text: str, warm: Warm) -> None:
-    done = run(warm, str(EXAMPLE / "check.py"), str(trained), "--data", text)
+    done = processes.run(warm.python, CHECK, trained, "--data", text)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("agrees")
 
 
 def test_the_check_measures_the_last_tenth(trained: Path, text: str, warm: Warm) -> None:
-    printed = run(warm, str(EXAMPLE / "check.py"), str(trained), "--data", text).stdout.splitlines()
+    printed = processes.run(warm.python, CHECK, trained, "--data", text).stdout.splitlines()
     model = transformers.MambaForCausalLM.from_pretrained(trained, dtype=torch.float32)
     data = torch.tensor(list(LINE * 120))
     held_out = data[int(0.9 * len(data)) :]
@@ -102,7 +89,7 @@ def test_the_check_finds_other_losses_than_the_noted(trained: Path, text: str, w
     noted["result"]["validation_loss_windows"] += 0.001
     try:
         file.write_text(json.dumps(noted))
-        done = run(warm, str(EXAMPLE / "check.py"), str(trained), "--data", text)
+        done = processes.run(warm.python, CHECK, trained, "--data", text)
     finally:
         file.write_text(content)
     assert done.returncode == 1
@@ -110,9 +97,8 @@ def test_the_check_finds_other_losses_than_the_noted(trained: Path, text: str, w
 
 
 def test_the_card_has_the_losses_and_samples(trained: Path, text: str, warm: Warm) -> None:
-    done = run(
-        warm, str(EXAMPLE / "model_card.py"), str(trained), "--data", text, "--machine", "a toy"
-    )
+    about = ["--data", text, "--machine", "a toy"]
+    done = processes.run(warm.python, EXAMPLE / "model_card.py", trained, *about)
     assert done.returncode == 0, done.stderr
     card = (trained / "README.md").read_text()
     result = json.loads((trained / "training.json").read_text())["result"]

@@ -1,13 +1,8 @@
 """The paper's synthetic tasks: short runs, the data they draw, and the report beside its files."""
 
-from __future__ import annotations
-
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import processes
 from tests.support.warm import Warm
 
 pytestmark = pytest.mark.slow
@@ -23,14 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def load(name: str) -> ModuleType:
-    """A script as a module."""
-    spec = spec_from_file_location(f"example_{name.replace('/', '_')}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return processes.module_from(EXAMPLES / f"{name}.py", f"example_{name.replace('/', '_')}")
 
 
 @pytest.fixture(autouse=True)
@@ -48,13 +37,7 @@ def as_before() -> Iterator[None]:
 def quick(warm: Warm, name: str, output: Path) -> dict[str, Any]:
     """What a short run writes."""
     script = str(EXAMPLES / name / "train.py")
-    done = subprocess.run(
-        [warm.python, script, "--quick", "--output", str(output)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run(warm.python, script, "--quick", "--output", output)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(output.read_text())
     assert result["quick"]

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MambaConfig as TransformersConfig
 from transformers.cache_utils import Cache
@@ -20,6 +20,8 @@ from anymamba.modeling.cache import MambaCache, model_identity
 from anymamba.modeling.config import MambaConfig
 from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
 from anymamba.modeling.mamba.model import MambaModel
+from tests.support.files import refusal
+from tests.support.tolerance import assert_each
 
 N_LAYER, E, N, K = 3, 16, 5, 4
 CONFIG = MambaConfig(
@@ -175,8 +177,7 @@ def test_a_copy_is_equal_and_shares_nothing(batch: int, copied: object) -> None:
     other = copied(cache)
     assert_equal(other, cache)
     other.reset()
-    for block, before in zip(blocks(cache), original, strict=True):
-        assert torch.equal(block, before)
+    assert_each(torch.equal, blocks(cache), original)
 
 
 def test_to_changes_the_window_s_type_alone() -> None:
@@ -327,9 +328,8 @@ def test_another_model_s_state_is_refused(tmp_path: Path, name: str, value: int)
     filled(1).save(tmp_path / "state")
     other = MambaConfig.from_dict(CONFIG.to_dict(), **{name: value})
     field = "intermediate_size" if name == "expand" else name
-    with pytest.raises(StateError, match=f"{field}=.*this model has {field}=") as raised:
-        MambaCache.load(tmp_path / "state", config=other)
-    assert "\n" not in str(raised.value)
+    message = refusal(StateError, MambaCache.load, tmp_path / "state", config=other)
+    assert re.search(f"{field}=.*this model has {field}=", message)
 
 
 @pytest.fixture(scope="module")
@@ -350,9 +350,7 @@ def test_the_weights_digest_is_checked_where_both_sides_know_it(
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.backbone.layers[0].mixer.D[0] += 1e-3
-    with pytest.raises(StateError, match="digest") as raised:
-        MambaCache.load(tmp_path / "state", model=other)
-    assert "\n" not in str(raised.value)
+    assert "digest" in refusal(StateError, MambaCache.load, tmp_path / "state", model=other)
     cache.save(tmp_path / "state")
     assert_equal(MambaCache.load(tmp_path / "state", model=other), cache)
 
@@ -399,83 +397,3 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         filled(1, seed=1).save(tmp_path / "state")
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
     assert_equal(MambaCache.load(tmp_path / "state", config=CONFIG), cache)
-
-
-def _written(path: Path, tensors: dict | None = None, **metadata: str | None) -> Path:
-    """A state file with some of its parts replaced, or taken out where the value is None."""
-    filled(2).save(path)
-    with safe_open(path, "pt") as file:
-        kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = {**file.metadata(), **metadata}
-    present = {name: value for name, value in header.items() if value is not None}
-    save_file({**kept, **(tensors or {})}, path, metadata=present)
-    return path
-
-
-BROKEN = {
-    "no format": {"format": None},
-    "another format": {"format": "something.else"},
-    "a newer version": {"format_version": "2"},
-    "no version": {"format_version": None},
-    "no model": {"model": None},
-    "model is no JSON": {"model": "{"},
-    "model is no mapping": {"model": "[1]"},
-    "model is nested without end": {"model": "[" * 100_000},
-    "no counts": {"token_counts": None},
-    "counts are no JSON": {"token_counts": "1,"},
-    "counts are no list": {"token_counts": "3"},
-    "too few counts": {"token_counts": "[1]"},
-    "negative counts": {"token_counts": "[-1, 0]"},
-    "fractional counts": {"token_counts": "[0.5, 0]"},
-    "boolean counts": {"token_counts": "[true, 0]"},
-    "huge counts": {"token_counts": f"[{2**63}, 0]"},
-    "endless digits": {"token_counts": "[" + "9" * 10_000 + ", 0]"},
-    "a third block": {"tensors": {"more": torch.zeros(1)}},
-    "a misshapen window": {"tensors": {"conv_states": torch.zeros(N_LAYER, 2, E, K + 1)}},
-    "a misshapen state": {"tensors": {"ssm_states": torch.zeros(N_LAYER, 2, N, E)}},
-    "a narrow state": {"tensors": {"ssm_states": torch.zeros(N_LAYER, 2, E, N).half()}},
-    "an integer window": {"tensors": {"conv_states": torch.zeros(N_LAYER, 2, E, K).int()}},
-}
-
-
-@pytest.mark.parametrize("parts", BROKEN.values(), ids=BROKEN.keys())
-def test_a_file_that_was_tampered_with_is_refused_in_one_line(tmp_path: Path, parts: dict) -> None:
-    path = _written(tmp_path / "state", **parts)
-    with pytest.raises(StateError) as raised:
-        MambaCache.load(path, config=CONFIG)
-    message = str(raised.value)
-    assert str(path) in message
-    assert "\n" not in message
-    assert len(message) < 400
-
-
-@settings(deadline=None, max_examples=30)
-@given(share=st.floats(0, 1, exclude_max=True))
-def test_a_file_cut_anywhere_is_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, share: float
-) -> None:
-    path = tmp_path_factory.mktemp("cut") / "state"
-    filled(1).save(path)
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    with pytest.raises(StateError) as raised:
-        MambaCache.load(path, config=CONFIG)
-    assert "\n" not in str(raised.value)
-
-
-@settings(deadline=None, max_examples=50)
-@given(noise=st.binary(max_size=200))
-def test_noise_is_refused_in_one_line(
-    tmp_path_factory: pytest.TempPathFactory, noise: bytes
-) -> None:
-    path = tmp_path_factory.mktemp("noise") / "state"
-    path.write_bytes(noise)
-    with pytest.raises(StateError) as raised:
-        MambaCache.load(path, config=CONFIG)
-    assert "\n" not in str(raised.value)
-
-
-def test_no_file_and_a_folder_are_refused(tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(StateError, match="does not exist"):
-            MambaCache.load(path, config=CONFIG)

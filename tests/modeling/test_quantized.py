@@ -1,8 +1,5 @@
 """Models with weights of 8 and 4 bits: operator, layers, folders, and the native calls."""
 
-from __future__ import annotations
-
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor
 
 from anymamba import MambaCache, MambaForCausalLM, _core, ops
@@ -21,15 +17,15 @@ from anymamba.errors import BackendError, InputError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.quantized import QuantizedLinear
 from anymamba.ops.quantized_linear import reference
+from tests.support.files import LARGE, write_quantized
 from tests.support.models import small_model, words
+from tests.support.operators import kernels_of
 from tests.support.tolerance import assert_contract, assert_same
 
 # Kernels are held to the contract one by one, below. Through a whole model a last bit may carry an
 # activation over a border of its rounding: it then moves by 1/127 of its group's largest, and what
 # follows with it. A wrong kernel or a wrong weight is off by as much as the logits are large.
 ONE_ROUNDING = 0.02
-
-QUANTIZED = ("in_proj", "out_proj", "embeddings", "lm_head")
 
 
 def parts_of(weight: Tensor, bits: int, group: int, symmetric: bool) -> dict[str, Tensor]:
@@ -48,35 +44,20 @@ def write_folder(
     bits: int = 8,
     group: int = 32,
     symmetric: bool = True,
-    quantized: tuple[str, ...] = QUANTIZED,
+    quantized: tuple[str, ...] = LARGE,
     **fields: Any,
 ) -> tuple[MambaForCausalLM, MambaForCausalLM]:
     """A quantized folder; the model it was made of, and one with the same weights dequantized."""
-    model = small_model(0, **({"hidden_size": 64} | fields))
-    widened_model = small_model(0, **({"hidden_size": 64} | fields))
-    weights: dict[str, Tensor] = {}
-    tied = model.config.tie_word_embeddings
-    state = widened_model.state_dict()
-    for name, weight in model.state_dict().items():
-        if tied and name.startswith("lm_head"):
-            continue
-        if any(part in name for part in quantized) and name.endswith(".weight"):
-            parts = parts_of(weight, bits, group, symmetric)
-            weights |= {name.removesuffix("weight") + key: part for key, part in parts.items()}
-            made = quantize(weight.numpy(), bits, group, symmetric)
-            state[name].copy_(torch.from_numpy(dequantize(made)))
-        else:
-            weights[name] = weight.clone()
-    save_file(weights, folder / "model.safetensors")
+    model, widened_model = (small_model(0, **({"hidden_size": 64} | fields)) for _ in range(2))
+    weights = {name: weight.numpy() for name, weight in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
     config = model.config.to_dict()
-    config["quantization_config"] = {
-        "format": "anymamba",
-        "format_version": 1,
-        "bits": bits,
-        "group_size": group,
-        "symmetric": symmetric,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
+    write_quantized(folder, config, weights, bits, group, symmetric, quantized)
+    for name, weight in widened_model.state_dict().items():
+        if name in weights and name.endswith(quantized):
+            made = quantize(weights[name], bits, group, symmetric)
+            weight.copy_(torch.from_numpy(dequantize(made)))
     return model, widened_model
 
 
@@ -258,14 +239,10 @@ def test_the_step_sees_a_replaced_weight(tmp_path: Path) -> None:
 def test_every_isa_gives_the_same_rounding(tmp_path: Path) -> None:
     write_folder(tmp_path, bits=4)
     model = MambaForCausalLM.from_pretrained(tmp_path)
-    chosen, results = _core.isa(), []
-    try:
-        for isa in _core.isas():
-            _core.use_isa(isa)
-            with torch.no_grad():
-                results.append(model(words(1, 30)).logits)
-    finally:
-        _core.use_isa(chosen)
+    results = []
+    for isa in _core.isas():
+        with kernels_of(isa), torch.no_grad():
+            results.append(model(words(1, 30)).logits)
     for other in results[1:]:
         assert_same(other, results[0], ONE_ROUNDING)
 
@@ -291,7 +268,7 @@ def test_tiny_activations(size: float) -> None:
 
 def test_a_table_that_is_not_quantized_is_the_head_too(tmp_path: Path) -> None:
     """As where a model's width is no multiple of the group."""
-    projections = ("in_proj", "out_proj")
+    projections = ("in_proj.weight", "out_proj.weight")
     _, expected = write_folder(tmp_path, quantized=projections, tie_word_embeddings=True)
     model = MambaForCausalLM.from_pretrained(tmp_path)
     assert model.lm_head.weight is model.backbone.embeddings.weight

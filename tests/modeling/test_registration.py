@@ -3,7 +3,6 @@
 import copy
 import importlib
 import json
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from anymamba.modeling.adapters import untie_head
 from anymamba.modeling.registration import CONFIG_MAPPING
 from anymamba.runtime.convert.conversion import convert
 from tests.modeling.loading.test_loading import write_minimal, write_original
+from tests.support import processes
 from tests.support.models import small_model
 
 SIZES = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
@@ -182,9 +182,7 @@ print("done")
 @pytest.mark.slow
 def test_unregister_leaves_nothing_behind() -> None:
     """In a process of its own, where nothing else was imported before the first look."""
-    result = subprocess.run(
-        [sys.executable, "-c", SUBPROCESS], capture_output=True, text=True, check=False
-    )
+    result = processes.python("-c", SUBPROCESS)
     assert result.stdout == "done\n", result.stderr
 
 

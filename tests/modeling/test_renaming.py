@@ -1,7 +1,5 @@
 """`cache_params`, the name that `cache` had before Transformers 5.24."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -3,8 +3,6 @@
 And the table of it all, docs/transformers.md: each row names a test that is there.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

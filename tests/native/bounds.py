@@ -3,8 +3,6 @@
 Prints what was called; dies where a kernel reads or writes outside of what it was given.
 """
 
-from __future__ import annotations
-
 import sys
 from random import Random
 from typing import Any

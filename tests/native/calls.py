@@ -1,7 +1,5 @@
 """Valid calls of every function of the core, with random sizes, types and strides."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A read or a write beyond such an array ends the process, as a bounds checker wou
 build of its own.
 """
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 from typing import Literal

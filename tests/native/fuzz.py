@@ -4,8 +4,6 @@ Prints each call before it is made, so that the last line names the one that end
 A call must work or raise one of `ALLOWED`.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections import Counter
@@ -162,7 +160,7 @@ def mutate(call: dict[str, Any], rng: Random) -> None:
     value = call[name]
     if name == "segments":
         call[name] = rng.choice([wild_segments, no_array])(value, rng)
-    elif isinstance(value, Tensor) and value.numel() > 1 << 20:
+    elif isinstance(value, Tensor) and max(value.shape, default=0) > 1 << 20:
         call[name] = no_array(value, rng)
     elif isinstance(value, Tensor):
         others = [v for v in call.values() if isinstance(v, Tensor) and v.shape == value.shape]

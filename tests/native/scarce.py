@@ -5,8 +5,6 @@ until a call succeeds. Until then it must raise MemoryError and change nothing t
 afterwards: at the end everything is as one call makes it. Prints how often MemoryError was raised.
 """
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import sys
@@ -15,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ class Memory:
     def __init__(self) -> None:
         self._blocks: list[bytearray] = []
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> Self:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         used = pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))

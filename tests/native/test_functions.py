@@ -1,7 +1,5 @@
 """The vectorized exp, silu and softplus over float32's whole range, against float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anymamba import _core
-from tests.support.operators import ISAS
+from tests.support.operators import ISAS, kernels_of
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -34,10 +32,8 @@ FUNCTIONS: dict[str, Callable[[Doubles], Doubles]] = {
 
 @pytest.fixture(params=ISAS, autouse=True)
 def _each_isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield
-    _core.use_isa(before)
+    with kernels_of(request.param):
+        yield
 
 
 def apply(name: str, x: Floats) -> Floats:

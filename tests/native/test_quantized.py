@@ -1,7 +1,5 @@
 """Products with weights of 8 and 4 bits, against the same roundings in float64."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -9,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anymamba import _core
-from tests.support.operators import ISAS
+from tests.support.operators import ISAS, kernels_of
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -65,15 +63,7 @@ def check(m: int, n: int, k: int, bits: int, group: int, offset: bool, few: bool
     assert np.abs(y_mn - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
 
 
-@pytest.fixture
-def _restored() -> object:
-    isa = _core.isa()
-    yield
-    _core.use_isa(isa)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("few", [True, False])
@@ -88,21 +78,20 @@ def _restored() -> object:
 def test_products(
     isa: str, bits: int, few: bool, m: int, n: int, groups: int, group: int, offset: bool
 ) -> None:
-    _core.use_isa(isa)
-    check(m, n, groups * group, bits, group, offset, few)
+    with kernels_of(isa):
+        check(m, n, groups * group, bits, group, offset, few)
 
 
-@pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("few", [True, False])
 def test_rows_of_zeros_and_of_no_numbers(isa: str, few: bool) -> None:
     """Zeros stay zeros; what is infinite or no number spoils its row and no other."""
-    _core.use_isa(isa)
     weight = Weight(5, 256, 8, 128, offset=False, seed=0)
     x_mk = np.zeros((4, 256), np.float32)
     x_mk[1, 200], x_mk[2, 3], x_mk[3, 130] = np.nan, np.inf, -np.inf
     y_mn = np.ones((4, 5), np.float32)
-    _core.quantized_product(x_mk, weight.q, weight.scales, None, None, y_mn, few)
+    with kernels_of(isa):
+        _core.quantized_product(x_mk, weight.q, weight.scales, None, None, y_mn, few)
     assert not y_mn[0].any()
     assert np.isnan(y_mn[1:]).all()
 

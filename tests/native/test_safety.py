@@ -1,9 +1,8 @@
-"""No input from Python ends the process, and no kernel leaves the memory it was given."""
-
-from __future__ import annotations
+"""No input from Python ends the process, and no kernel leaves the memory it was given or lacks."""
 
 import ast
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -110,3 +109,21 @@ def test_two_segments_that_leave_one_state_are_refused() -> None:
     table = torch.tensor([[0, 0, 3, -1, 1], [1, 0, 3, -1, 1]]).T
     with pytest.raises(ValueError, match="two segments leave the same state"):
         _core.conv(x, torch.zeros(4, 2), None, False, None, table, 2, False, x.clone(), None)
+
+
+# Their kernels take memory of their own; the others' work needs none.
+TAKE_MEMORY = {"conv", "conv_backward", "norm_backward", "product", "quantized_product"}
+TAKE_MEMORY |= {"scan", "scan_backward"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the address space so")
+@pytest.mark.parametrize("who", ["operators", "engine"])
+def test_a_lack_of_memory_is_told_and_changes_nothing(who: str) -> None:
+    # One heap for all threads, which can be filled.
+    printed = assert_ends_well(
+        run_python("-m", "tests.native.scarce", who, MALLOC_ARENA_MAX="1", timeout=300)
+    )
+    told = {name: int(count) for name, count in (line.split(": ") for line in printed.splitlines())}
+    must = TAKE_MEMORY if who == "operators" else told.keys()
+    assert len(told) >= 11
+    assert {name for name in must if told[name] == 0} == set()

@@ -1,7 +1,5 @@
 """The thread pool: after fork, in data loaders, under many Python threads, at the end."""
 
-from __future__ import annotations
-
 import threading
 from concurrent.futures import ThreadPoolExecutor
 

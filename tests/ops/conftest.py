@@ -1,7 +1,5 @@
 """Runs tests on every implementation of the operators that this machine has."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

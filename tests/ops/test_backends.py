@@ -1,7 +1,5 @@
 """The choice of a backend, and the CUDA adapters against stand-ins of the packages they call."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib
 import sys

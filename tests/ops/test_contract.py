@@ -5,14 +5,14 @@ and bits that do not depend on the number of threads. PyTorch's own rules for cu
 in test_custom_operators.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from anymamba import _core
@@ -31,6 +31,7 @@ from tests.support.operators import (
     product_inputs,
     scan_inputs,
 )
+from tests.support.tolerance import assert_each
 
 pytestmark = pytest.mark.usefixtures("each_isa")
 Inputs = dict[str, Any]
@@ -164,6 +165,57 @@ def test_gradients_of_some_inputs_alone(case: Case) -> None:
         case.operator.assert_gradients(inputs, of=[name, names[i - 1]])
 
 
+def packed_scan(b: int, l: int, e: int, n: int, states: int, dtype: torch.dtype) -> Inputs:
+    return scan_inputs(b, l, e, n, dtype=dtype) | {"initial_state": torch.randn(states, e, n)}
+
+
+def packed_conv(b: int, l: int, e: int, k: int, states: int, dtype: torch.dtype) -> Inputs:
+    """Some windows are wider than needed."""
+    return conv_inputs(b, l, e, k, windows=states, columns=k + e % 4, dtype=dtype)
+
+
+PACKED = {
+    "scan": (SCAN, packed_scan, "initial_state"),
+    "convolution": (CONVOLUTION, packed_conv, "initial_window"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+@settings(max_examples=40)
+@given(
+    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6),
+    sizes=st.tuples(st.integers(1, 35), st.integers(1, 20)),
+    reverse=st.booleans(),
+    dtype=st.sampled_from(TYPES),
+)
+def test_packed_sequences(
+    name: str, lengths: list[int], sizes: tuple[int, int], reverse: bool, dtype: torch.dtype
+) -> None:
+    operator, packed, _ = PACKED[name]
+    inputs = packed(1, sum(lengths), *sizes, len(lengths), dtype)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    operator.check(inputs, cu_seqlens=cu_seqlens, reverse=reverse)
+
+
+@pytest.mark.parametrize("name", PACKED)
+@settings(max_examples=30)
+@given(
+    marks=st.lists(st.integers(0, 1), min_size=90, max_size=90),
+    width=st.integers(1, 6),
+    reverse=st.booleans(),
+    starts=st.booleans(),
+)
+def test_seq_idx(name: str, marks: list[int], width: int, reverse: bool, starts: bool) -> None:
+    operator, packed, start = PACKED[name]
+    inputs = packed(2, 45, 7, width, 2, torch.float32)
+    if not starts:
+        inputs[start] = None
+    # Many short sequences in the first row, few long ones in the second.
+    seq_idx = torch.tensor(marks).view(2, 45)
+    seq_idx[1] = seq_idx[1].cumsum(0) // 16
+    operator.check(inputs, seq_idx=seq_idx, reverse=reverse)
+
+
 def test_the_number_of_threads_changes_no_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def bits_with(threads: int, inputs: Inputs) -> list[Tensor]:
         monkeypatch.setenv("ANYMAMBA_NUM_THREADS", str(threads))
@@ -177,5 +229,4 @@ def test_the_number_of_threads_changes_no_bit(case: Case, monkeypatch: pytest.Mo
     for inputs in case.large:
         alone = bits_with(1, inputs)
         for threads in (2, 4):
-            for actual, expected in zip(bits_with(threads, inputs), alone, strict=True):
-                assert torch.equal(actual, expected)
+            assert_each(torch.equal, bits_with(threads, inputs), alone)

@@ -1,8 +1,7 @@
 """The native operators inside PyTorch's machinery: compile, export, checkpoints, autocast."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from anymamba.ops.conv import native as conv_native
 from anymamba.ops.linear import native as linear_native
 from anymamba.ops.norm import native as norm_native
 from anymamba.ops.scan import native as scan_native
-from tests.support.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_each, assert_gradient
 
 pytestmark = pytest.mark.slow
 
@@ -32,83 +31,61 @@ def table(*segments: tuple[int, ...]) -> Tensor:
     return torch.tensor(segments, dtype=torch.int64).T.contiguous()
 
 
-def scan_call(
-    *, grad: bool = False, all_given: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[Any, ...]:
-    def maybe(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        return random(*shape, dtype=dtype, grad=grad) if all_given else None
+@dataclass(frozen=True)
+class Given:
+    """What the tensors of a call have in common, and whether those it can do without are there."""
 
-    segments = table((0, 0, 20, 0, -1), (0, 20, l, -1, 0), (1, 0, l, 1, 1)) if all_given else None
-    return (
-        random(b, l, e, dtype=dtype, grad=grad),
-        random(b, l, e, dtype=dtype, grad=grad),
-        (-torch.rand(e, n)).requires_grad_(grad),
-        random(b, l, g, n, dtype=dtype, grad=grad),
-        random(b, l, g, n, dtype=dtype, grad=grad),
-        maybe(e),
-        maybe(b, l, e, dtype=dtype),
-        maybe(e),
-        maybe(b, e, n),
-        segments,
-        b,
-        True,
-        False,
-        grad,
-    )
+    grad: bool = False
+    all_given: bool = True
+    dtype: torch.dtype = torch.float32
+
+    def wide(self, *shape: int) -> Tensor:
+        return random(*shape, grad=self.grad)
+
+    def narrow(self, *shape: int) -> Tensor:
+        """In the storage type."""
+        return random(*shape, dtype=self.dtype, grad=self.grad)
+
+    def maybe(self, value: Any) -> Any:
+        return value if self.all_given else None
 
 
-def conv_call(
-    *, grad: bool = False, all_given: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[Any, ...]:
-    segments = table((0, 0, 20, 0, -1), (0, 20, l, -1, 0), (1, 0, l, 1, 1)) if all_given else None
-    return (
-        random(b, l, e, dtype=dtype, grad=grad),
-        random(e, k, grad=grad),
-        random(e, grad=grad) if all_given else None,
-        random(b, e, k, dtype=dtype, grad=grad) if all_given else None,
-        segments,
-        b,
-        True,
-        not all_given,
-    )
+SEGMENTS = table((0, 0, 20, 0, -1), (0, 20, l, -1, 0), (1, 0, l, 1, 1))
 
 
-def norm_call(
-    *, grad: bool = False, all_given: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[Any, ...]:
-    x, weight = random(5, 7, dtype=dtype, grad=grad), random(7, grad=grad)
-    if not all_given:
-        return x, weight, None, 1e-5, dtype, None
-    return x, weight, random(5, 7, dtype=dtype, grad=grad), 1e-5, dtype, torch.float32
+def scan_call(given: Given) -> tuple[Any, ...]:
+    wide, narrow, maybe = given.wide, given.narrow, given.maybe
+    A = (-torch.rand(e, n)).requires_grad_(given.grad)
+    sequences = (narrow(b, l, e), narrow(b, l, e), A, narrow(b, l, g, n), narrow(b, l, g, n))
+    extras = (wide(e), narrow(b, l, e), wide(e), wide(b, e, n), SEGMENTS)
+    return (*sequences, *map(maybe, extras), b, True, False, given.grad)
 
 
-def linear_call(
-    *, grad: bool = False, all_given: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[Any, ...]:
-    bias = random(5, grad=grad) if all_given else None
-    return random(9, 7, dtype=dtype, grad=grad), random(5, 7, dtype=dtype, grad=grad), bias
+def conv_call(given: Given) -> tuple[Any, ...]:
+    extras = (given.wide(e), given.narrow(b, e, k), SEGMENTS)
+    tensors = (given.narrow(b, l, e), given.wide(e, k), *map(given.maybe, extras))
+    return (*tensors, b, True, not given.all_given)
 
 
-def ssd_call(
-    *, grad: bool = False, all_given: bool = True, dtype: torch.dtype = torch.float32
-) -> tuple[Any, ...]:
+def norm_call(given: Given) -> tuple[Any, ...]:
+    x, weight, residual = given.narrow(5, 7), given.wide(7), given.maybe(given.narrow(5, 7))
+    return x, weight, residual, 1e-5, given.dtype, given.maybe(torch.float32)
+
+
+def linear_call(given: Given) -> tuple[Any, ...]:
+    return given.narrow(9, 7), given.narrow(5, 7), given.maybe(given.wide(5))
+
+
+def ssd_call(given: Given) -> tuple[Any, ...]:
     h, p = 2, 3
-    segments = table((0, 0, 20, 0, -1), (0, 20, l, -1, 0), (1, 0, l, 1, 1)) if all_given else None
-    return (
-        random(b, l, h, p, dtype=dtype, grad=grad),
-        torch.rand(b, l, h).requires_grad_(grad),
-        (-torch.rand(h)).requires_grad_(grad),
-        random(b, l, 1, n, dtype=dtype, grad=grad),
-        random(b, l, 1, n, dtype=dtype, grad=grad),
-        random(h, p, grad=grad) if all_given else None,
-        random(b, h, p, n, grad=grad) if all_given else None,
-        segments,
-        b,
-        16,
-    )
+    A = (-torch.rand(h)).requires_grad_(given.grad)
+    sequences = (given.narrow(b, l, h, p), torch.rand(b, l, h).requires_grad_(given.grad), A)
+    maps = (given.narrow(b, l, 1, n), given.narrow(b, l, 1, n))
+    extras = (given.wide(h, p), given.wide(b, h, p, n), SEGMENTS)
+    return (*sequences, *maps, *map(given.maybe, extras), b, 16)
 
 
-CALLS: dict[str, Callable[..., tuple[Any, ...]]] = {
+CALLS: dict[str, Callable[[Given], tuple[Any, ...]]] = {
     "selective_scan": scan_call,
     "causal_conv1d": conv_call,
     "rms_norm": norm_call,
@@ -131,7 +108,7 @@ def test_operators_keep_the_rules_of_custom_operators(
 ) -> None:
     """Schema, fake implementation, autograd registration, and tracing of both passes."""
     operator = getattr(OPERATORS, name).default
-    torch.library.opcheck(operator, CALLS[name](grad=grad, all_given=all_given))
+    torch.library.opcheck(operator, CALLS[name](Given(grad, all_given)))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -140,7 +117,7 @@ def test_operators_keep_the_rules_in_half_precision(name: str, dtype: torch.dtyp
     # A traced backward pass sums in another order, and rounds to 8 bits what it gets.
     tolerance = {"atol": 5e-2, "rtol": 5e-2}
     torch.library.opcheck(
-        getattr(OPERATORS, name).default, CALLS[name](grad=True, dtype=dtype), **tolerance
+        getattr(OPERATORS, name).default, CALLS[name](Given(grad=True, dtype=dtype)), **tolerance
     )
 
 
@@ -166,11 +143,11 @@ def test_updates_keep_the_rules(groups: int) -> None:
 
 
 def test_backward_operators_keep_the_rules() -> None:
-    tensors = scan_call(grad=False)
+    tensors = scan_call(Given())
     _, _, kept = OPERATORS.selective_scan(*tensors[:-1], True)
     call = (*tensors[:10], kept, random(b, l, e), random(b, e, n), *tensors[10:13])
     torch.library.opcheck(OPERATORS.selective_scan_backward.default, call)
-    x, weight, bias, window, *options = conv_call(grad=False)
+    x, weight, bias, window, *options = conv_call(Given())
     call = (x, weight, bias, window, options[0], random(b, l, e), random(b, e, k), *options[1:])
     torch.library.opcheck(OPERATORS.causal_conv1d_backward.default, call)
     torch.library.opcheck(
@@ -242,8 +219,7 @@ def assert_same_step(function: Callable[[Tensor, dict[str, Tensor]], Tensor]) ->
     y, gradients = loss_and_gradients(function, x)
     expected_y, expected = loss_and_gradients(block, x)
     assert_contract(y, expected_y)
-    for actual, reference in zip(gradients, expected, strict=True):
-        assert_gradient(actual, reference)
+    assert_each(assert_gradient, gradients, expected)
 
 
 def test_gradients_against_the_reference() -> None:
@@ -252,8 +228,7 @@ def test_gradients_against_the_reference() -> None:
     with ops.backend("reference"):
         expected_y, expected = loss_and_gradients(block, x)
     assert_contract(y, expected_y, factor=10)
-    for actual, reference in zip(gradients, expected, strict=True):
-        assert_gradient(actual, reference)
+    assert_each(assert_gradient, gradients, expected)
 
 
 # aot_eager traces both passes as inductor does, without a compiler for the result.

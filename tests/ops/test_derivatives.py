@@ -1,7 +1,5 @@
 """Derivatives beyond a gradient: forward mode, second order, and the transforms of torch.func."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +11,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from anymamba import ops
 from anymamba.errors import BackendError
 from tests.support.operators import scan_inputs
-from tests.support.tolerance import assert_gradient
+from tests.support.tolerance import assert_each, assert_gradient
 
 pytestmark = pytest.mark.slow
 
@@ -102,8 +100,7 @@ def test_second_derivatives_of_the_core(name: str) -> None:
         return list(torch.autograd.grad(total, inputs))
 
     expected = twice(torch.float64, "reference")
-    for actual, reference in zip(twice(torch.float32, "cpu"), expected, strict=True):
-        assert_gradient(actual, reference)
+    assert_each(assert_gradient, twice(torch.float32, "cpu"), expected)
 
 
 @pytest.mark.parametrize("name", CASES)

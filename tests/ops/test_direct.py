@@ -1,7 +1,6 @@
 """A step straight to the core is the step that the general functions take, or is not taken."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,8 @@ from anymamba.dropin.causal_conv1d import causal_conv1d_update
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from anymamba.errors import InputError
 from anymamba.ops.direct import conv_step, scan_step
+from tests.support import operators
+from tests.support.operators import first_step
 from tests.support.tolerance import assert_contract
 
 # Around a register's 16 channels; the last is too large for one thread alone, and (0, 3, 4) empty.
@@ -29,23 +30,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def scan_inputs(b: int, e: int, n: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    g = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    return {
-        "state_ben": normal(b, e, n),
-        "x_be": normal(b, e).to(dtype),
-        "delta_be": normal(b, e).to(dtype),
-        "A_en": -torch.rand(e, n, generator=g),
-        "B_bn": normal(b, n).to(dtype),
-        "C_bn": normal(b, n).to(dtype),
-        "D_e": normal(e).to(dtype),
-        "z_be": normal(b, e).to(dtype),
-        "delta_bias_e": normal(e).to(dtype),
-        "delta_softplus": True,
-    }
+    step = first_step(operators.scan_inputs(b, 1, e, n, dtype=dtype))
+    step |= {name: step[name].to(dtype) for name in ("D_e", "delta_bias_e")}
+    return {"state_ben": torch.randn(b, e, n, generator=torch.Generator().manual_seed(1)), **step}
 
 
 def conv_inputs(b: int, e: int, k: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -174,18 +161,7 @@ def test_is_not_taken_where_something_watches_or_does_not_fit(kind: str) -> None
 def in_their_words(inputs: dict[str, Any]) -> dict[str, Any]:
     names = {"window_bek": "conv_state", "delta_be": "dt", "delta_bias_e": "dt_bias"}
     names |= {"delta_softplus": "dt_softplus"}
-    return {
-        names.get(
-            k,
-            k.removesuffix("_be")
-            .removesuffix("_en")
-            .removesuffix("_bn")
-            .removesuffix("_ben")
-            .removesuffix("_ek")
-            .removesuffix("_e"),
-        ): v
-        for k, v in inputs.items()
-    }
+    return {names.get(k, re.sub("_[bekn]+$", "", k)): v for k, v in inputs.items()}
 
 
 @pytest.mark.parametrize(

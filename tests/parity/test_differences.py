@@ -4,8 +4,6 @@ Each test sees both at the same task with the same weights, so that the table ca
 nor grow old: when Transformers learns one of these things, its row has to go.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path

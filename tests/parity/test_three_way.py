@@ -3,8 +3,6 @@
 They share no code, so that what all three agree on is Mamba, and not a mistake made twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

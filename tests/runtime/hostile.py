@@ -4,8 +4,6 @@ Prints each case before it is tried, so that the last line names the one that en
 A case must work or raise one of `anymamba.errors`, in little more memory than the files take.
 """
 
-from __future__ import annotations
-
 import json
 import resource
 import shutil
@@ -16,11 +14,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from anymamba.checkpoint.quantization import quantize
 from anymamba.errors import AnyMambaError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.engine import Engine
@@ -159,7 +155,8 @@ def write_originals(place: Path) -> None:
     files.write_folder(place / "plain")
     convert(place / "plain", place / "original", "original", "bf16")
     convert(place / "plain", place / "minimal", "minimal", "f16")
-    write_quantized(place / "plain", place / "quantized")
+    shutil.copytree(place / "plain", place / "quantized")
+    files.write_quantized(place / "quantized", files.CONFIG, files.tensors(), 4, 32)
     for kind in ("F32", "F16", "BF16", "Q8_0", "Q4_0"):
         gguf_files.write(place / f"{kind}.gguf", kind)
     for kind in ("Q4_1", "Q4_K", "Q5_K"):
@@ -170,35 +167,6 @@ def write_originals(place: Path) -> None:
     engine = load(place / "plain")
     for dtype in ("float32", "bfloat16"):
         engine.prefill(engine.state(), "It's a long way").save(place / f"{dtype}.state", dtype)
-
-
-def write_quantized(source: Path, folder: Path) -> None:
-    """A folder as `anymamba quantize` writes it."""
-    shutil.copytree(source, folder)
-    fields = {"format": "anymamba", "format_version": 1, "bits": 4, "group_size": 32}
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = fields | {"symmetric": True}
-    (folder / "config.json").write_text(json.dumps(config))
-    header: dict[str, Any] = {}
-    data = b""
-    for name, array in quantized_arrays().items():
-        kind = {"uint8": "U8", "uint16": "BF16", "float32": "F32"}[array.dtype.name]
-        offsets = [len(data), len(data) + array.nbytes]
-        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": offsets}
-        data += array.tobytes()
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-
-
-def quantized_arrays() -> dict[str, Any]:
-    arrays: dict[str, Any] = {}
-    for name, tensor in files.tensors().items():
-        if name.endswith(("embeddings.weight", "in_proj.weight", "out_proj.weight")):
-            weight = quantize(np.ascontiguousarray(tensor), bits=4, group=32)
-            arrays |= {f"{name}_q": weight.q, f"{name}_scales": weight.scales}
-        else:
-            arrays[name] = tensor
-    return arrays
 
 
 def use(engine: Engine) -> None:

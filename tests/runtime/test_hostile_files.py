@@ -1,7 +1,5 @@
 """Files are hostile, and others use them too: nothing of that ends or disturbs a process."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess
@@ -18,6 +16,7 @@ from anymamba.errors import CheckpointError
 from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.loading import load
 from tests.support import files, gguf_files
+from tests.support.processes import assert_ends_well, run_python
 
 pytestmark = pytest.mark.slow
 
@@ -28,24 +27,11 @@ CASES = "1500"
 IDS = [5, 0, 319, 7, 7, 100]
 
 
-def run_python(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-X", "faulthandler", *map(str, arguments)],
-        env=os.environ | {"ANYMAMBA_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-
-
 def test_broken_files_are_refused_or_work(tmp_path: Path) -> None:
     """In a process of its own, with little memory, where a crash is a failed test."""
-    done = run_python("-m", "tests.runtime.hostile", CASES, tmp_path)
-    end = "\n".join(line[:500] for line in done.stdout.splitlines()[-60:])
-    assert done.returncode == 0, end
-    counts = ast.literal_eval(done.stdout.splitlines()[-1])
+    arguments = ("-m", "tests.runtime.hostile", CASES, str(tmp_path))
+    printed = assert_ends_well(run_python(*arguments, timeout=300, ANYMAMBA_NUM_THREADS="1"))
+    counts = ast.literal_eval(printed.splitlines()[-1])
     assert counts["CheckpointError"] > int(CASES) / 10
     assert counts["StateError"] > int(CASES) / 50
     assert counts["worked"] > int(CASES) / 50  # the changes are small enough to reach the end

@@ -1,34 +1,24 @@
 """What the runtime brings in, and when: never torch, and nothing that a path does not use."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.files import write_small
+from tests.support.processes import imported_by
 
 TORCH = {"torch", "transformers", "jaxtyping"}
 LIBRARIES = {"tokenizers", "huggingface_hub", "safetensors"}
 
 
-def loaded_by(script: str, *arguments: object) -> set[str]:
-    program = f"import sys\n{script}\nprint('\\n' + ' '.join(sys.modules))"
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
-
-
 def test_importing() -> None:
-    assert not loaded_by("import anymamba") & (TORCH | LIBRARIES | {"numpy"})
+    assert not imported_by("import anymamba") & (TORCH | LIBRARIES | {"numpy"})
     script = (
         "import pkgutil, importlib, anymamba.runtime as runtime\n"
         "for module in pkgutil.walk_packages(runtime.__path__, 'anymamba.runtime.'):\n"
         "    importlib.import_module(module.name)"
     )
-    assert not loaded_by(script) & (TORCH | LIBRARIES)
+    assert not imported_by(script) & (TORCH | LIBRARIES)
 
 
 @pytest.mark.parametrize("kind", ["auto", "f32", "bf16", "int4"])
@@ -40,17 +30,48 @@ def test_tokens_need_numpy_alone(tmp_path: Path, kind: str) -> None:
         "engine.generate_batch([[4], [5, 6]], 5); engine.score([1, 2]); engine.logits([1])\n"
         "state.save(sys.argv[1] + '/a.state'); engine.load_state(sys.argv[1] + '/a.state')"
     )
-    loaded = loaded_by(script, write_small(tmp_path), kind)
+    loaded = imported_by(script, write_small(tmp_path), kind)
     assert not loaded & (TORCH | LIBRARIES)
     assert "numpy" in loaded
 
 
 def test_text_needs_the_tokenizer_only() -> None:
     script = "import anymamba; print(anymamba.load().generate('ROMEO:', 5, stop=['x']).text)"
-    assert loaded_by(script) & (TORCH | LIBRARIES) == {"tokenizers"}
+    assert imported_by(script) & (TORCH | LIBRARIES) == {"tokenizers"}
 
 
 def test_the_first_token_does_not_wait_for_what_it_does_not_use() -> None:
     """Modules of numpy and of Python that take time to import, and have no part in it."""
     script = "import anymamba; anymamba.load().generate('ROMEO:', 1)"
-    assert not loaded_by(script) & {"asyncio", "unittest", "http", "ssl", "concurrent", "requests"}
+    assert not imported_by(script) & {
+        "asyncio",
+        "unittest",
+        "http",
+        "ssl",
+        "concurrent",
+        "requests",
+    }
+
+
+TO_ENCODE = """
+from anymamba.assets import bundled_model
+from anymamba.runtime.tokenizer import TextCodec
+from anymamba.checkpoint.tokenizer.reader import read_tokenizer
+codec = TextCodec(lambda: read_tokenizer(bundled_model()))
+assert codec.exists and 'tokenizers' not in sys.modules
+codec.encode('a', special=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "needed", "unneeded"),
+    [
+        (TO_ENCODE, {"tokenizers"}, {"numpy"}),
+        ("import anymamba.runtime.generation.sampling", {"numpy"}, {"tokenizers", "numpy.random"}),
+        ("import anymamba.runtime.chat.template", set(), {"numpy"}),
+    ],
+)
+def test_parts(script: str, needed: set[str], unneeded: set[str]) -> None:
+    loaded = imported_by(script)
+    assert needed <= loaded
+    assert not loaded & (unneeded | TORCH | {"jinja2"})

@@ -1,7 +1,5 @@
 """What Ctrl-C, a lack of memory and the end of the program leave behind."""
 
-from __future__ import annotations
-
 import copy
 import os
 import pickle
@@ -16,6 +14,7 @@ import pytest
 
 import anymamba
 from anymamba.runtime.native import core
+from tests.support import processes
 
 pytestmark = pytest.mark.slow
 
@@ -96,8 +95,7 @@ raise SystemExit(7)
 
 @pytest.mark.parametrize("call", ["prefill(engine.state(), ids)", "generate('a', 50)"])
 def test_a_program_ends_with_its_own_status_while_a_daemon_thread_computes(call):
-    command = [sys.executable, "-c", PROGRAM.format(call=call)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = processes.python("-c", PROGRAM.format(call=call))
     assert (done.returncode, done.stderr) == (7, "")
 
 

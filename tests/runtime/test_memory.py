@@ -1,14 +1,11 @@
 """Memory does not grow with what is read or written."""
 
-from __future__ import annotations
-
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from anymamba.assets import bundled_model
+from tests.support import processes
 from tests.support.files import write_small
 
 pytestmark = [
@@ -35,8 +32,7 @@ def megabytes(tmp_path: Path, work: str) -> list[float]:
     """Of a model whose logits of 1,000 tokens alone would take a megabyte."""
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 256, "time_step_rank": 1}
     folder = write_small(tmp_path, **sizes)
-    command = [sys.executable, "-c", SCRIPT + work, str(folder), str(bundled_model())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = processes.python("-c", SCRIPT + work, folder, str(bundled_model()), check=True)
     return [float(line) for line in done.stdout.split()]
 
 

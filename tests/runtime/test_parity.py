@@ -1,7 +1,5 @@
 """The runtime, `MambaForCausalLM` and Transformers' own Mamba: one model, one state."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

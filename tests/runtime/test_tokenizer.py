@@ -1,10 +1,6 @@
 """Tokens of text, and text of tokens."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from contextlib import suppress
 from functools import partial
 
@@ -15,9 +11,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from anymamba.assets import bundled_model
-from anymamba.checkpoint.tokenizer.reader import read_tokenizer, tokenizer_from_json
+from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError, InputError
 from anymamba.runtime.tokenizer import TextCodec
+from tests.support.files import refusal
 
 BUNDLED = TextCodec(partial(read_tokenizer, bundled_model()))
 
@@ -46,7 +43,7 @@ def test_what_is_no_token(ids):
 
 @pytest.mark.parametrize("text", ["\ud800", "a\udfff", None, 1])
 def test_what_is_no_text(text):
-    with pytest.raises(InputError, match=r"^the text cannot be encoded"):
+    with pytest.raises(InputError, match=r"^the text (cannot be encoded|holds half)"):
         BUNDLED.encode(text, special=True)
 
 
@@ -118,11 +115,10 @@ WHOLE = json.loads((bundled_model() / "tokenizer.json").read_text())
 def test_a_broken_file_is_named(tmp_path, text):
     file = tmp_path / "tokenizer.json"
     file.write_bytes(text)
-    with pytest.raises(CheckpointError, match=r"no tokenizer that can be read") as raised:
-        read_tokenizer(tmp_path)
-    assert str(file) in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert len(str(raised.value)) < 500
+    message = refusal(CheckpointError, read_tokenizer, tmp_path)
+    assert "no tokenizer that can be read" in message
+    assert str(file) in message
+    assert len(message) < 500
 
 
 @given(st.data())
@@ -134,25 +130,6 @@ def test_no_broken_file_ends_the_process(data):
     codec = TextCodec(lambda: tokenizer_from_json(text, "it"))
     with suppress(CheckpointError):
         codec.decode(codec.encode("ROMEO: é", special=True))
-
-
-def test_the_library_is_imported_for_the_first_text():
-    program = (
-        "import sys\n"
-        "from anymamba.assets import bundled_model\n"
-        "from anymamba.runtime.tokenizer import TextCodec\n"
-        "from anymamba.checkpoint.tokenizer.reader import read_tokenizer\n"
-        "codec = TextCodec(lambda: read_tokenizer(bundled_model()))\n"
-        "assert codec.exists and 'tokenizers' not in sys.modules\n"
-        "codec.encode('a', special=True)\n"
-        "print(*sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    loaded = set(done.stdout.split())
-    assert "tokenizers" in loaded
-    assert not loaded & {"torch", "transformers", "numpy", "jinja2"}
 
 
 def test_half_of_a_surrogate_pair_is_called_so():

@@ -1,7 +1,5 @@
 """What a command did, and how Python buffers where nothing is set."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

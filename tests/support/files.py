@@ -1,23 +1,26 @@
-"""Small models on disk, written without the package under test and without torch.
+"""Small models on disk, written without torch and, unquantized ones, the package under test.
 
 Three sizes: `tensors` and `write_folder` where widths must fit blocks of 32, `small_weights` and
 `write_small` where no two sizes may be alike, `write_model` where the command line shall be fast.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from anymamba.assets import bundled_model
+from anymamba.checkpoint import TensorBytes, write_safetensors
+from anymamba.checkpoint.quantization import quantize
 
 # No two sizes alike but those that blocks of 32 ask for: d 32, e 64, n 5, r 3, k 4, v 320.
 CONFIG: dict[str, Any] = {
@@ -185,6 +188,82 @@ def with_head(tiny: Path, folder: Path, change: Callable[[Any], Any]) -> Path:
     tensors["lm_head.weight"] = change(tensors["lm_head.weight"])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+LARGE = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
+STORED = {"uint8": "U8", "uint16": "BF16", "float32": "F32"}
+
+
+def write_quantized(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: dict[str, NDArray[Any]],
+    bits: int,
+    group: int,
+    symmetric: bool = True,
+    large: tuple[str, ...] = LARGE,
+    changes: dict[str, Any] | None = None,
+) -> Path:
+    """A folder as `anymamba quantize` writes it, from what is documented.
+
+    `changes` are fields of the format's entry in the config; arrays of uint16 hold bfloat16.
+    """
+    folder.mkdir(exist_ok=True)
+    about = {"format": "anymamba", "format_version": 1, "bits": bits, "group_size": group}
+    about |= {"symmetric": symmetric} | (changes or {})
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
+    stored = {}
+    for name, tensor in tensors.items():
+        made = quantize(tensor, bits, group, symmetric) if name.endswith(large) else None
+        parts = (
+            {"_q": made.q, "_scales": made.scales, "_minima": made.minima} if made else {"": tensor}
+        )
+        stored |= {name + end: part for end, part in parts.items() if part is not None}
+    entries = {
+        name: TensorBytes(STORED[array.dtype.name], array.shape, array.tobytes())
+        for name, array in stored.items()
+    }
+    write_safetensors(folder / "model.safetensors", entries)
+    return folder
+
+
+def rewritten(path: Path, **parts: Any) -> Path:
+    """A file of safetensors with other blocks or texts of its header; None takes one out."""
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    fields = load_file(path) | metadata | parts
+    present = {name: value for name, value in fields.items() if value is not None}
+    blocks = {name: value for name, value in present.items() if not isinstance(value, str)}
+    save_file(blocks, path, {name: present[name] for name in present.keys() - blocks.keys()})
+    return path
+
+
+def types_in(folder: Path) -> dict[str, str]:
+    with safe_open(folder / "model.safetensors", "np") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def peak_memory(call: Callable[..., object], *arguments: Any) -> int:
+    """The most bytes that Python and NumPy held for a call."""
+    tracemalloc.start()
+    try:
+        call(*arguments)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def refusal(
+    kind: type[Exception], call: Callable[..., Any], *arguments: Any, **options: Any
+) -> str:
+    """The line of readable length with which a call is refused."""
+    with pytest.raises(kind) as caught:
+        call(*arguments, **options)
+    return one_line(caught.value)
 
 
 def one_line(error: BaseException) -> str:

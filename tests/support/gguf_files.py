@@ -1,19 +1,17 @@
 """GGUF files written by the `gguf` package's writer, name by name, and what it reads in them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.errors import CheckpointError
-from tests.support.files import one_line, tensors
+from tests.support import files
+from tests.support.files import tensors
 
 COUNTS = {
     "mamba.embedding_length": 32,
@@ -74,6 +72,10 @@ def write(
             own = "F16" if kind.startswith("Q") else kind
         quantization = gguf.GGMLQuantizationType[own]
         writer.add_tensor(name, gguf.quantize(value, quantization), raw_dtype=quantization)
+    return finished(writer, path)
+
+
+def finished(writer: Any, path: Path) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -129,11 +131,7 @@ def write_wide(path: Path, kind: str, head: str | None = None, parts: int = 0) -
         own = head if head is not None and is_table else kind
         name = part if is_table else f"blk.0.{part}"
         writer.add_tensor(name, blocks(own, shape, rng), raw_dtype=gguf.GGMLQuantizationType[own])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return finished(writer, path)
 
 
 def add(writer: Any, name: str, value: Any) -> None:
@@ -184,8 +182,6 @@ def lists_of(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def refusal(path: Path) -> str:
     """The one line with which a file is refused, which names it."""
-    with pytest.raises(CheckpointError) as caught:
-        dict(read_gguf(path).tensors)
-    message = one_line(caught.value)
+    message = files.refusal(CheckpointError, lambda: dict(read_gguf(path).tensors))
     assert path.name in message
     return message

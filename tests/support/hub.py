@@ -1,7 +1,5 @@
 """A stand-in for the hub's HTTP API, serving folders of this machine on a loopback port."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import threading

@@ -1,7 +1,5 @@
 """Model folders in every layout, whole or in shards, written without the package under test."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

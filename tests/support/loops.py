@@ -1,7 +1,5 @@
 """The layers as loops over time: slow, plain, and independent of what they are compared with."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

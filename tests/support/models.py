@@ -1,7 +1,5 @@
 """Small models in PyTorch with random weights, none of them zero."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -36,6 +34,11 @@ def words(b: int, l: int, seed: int = 1) -> Tensor:
     """(b, l) random token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, 61, (b, l), generator=generator)
+
+
+def hidden(b: int = 2, l: int = 7, d: int = 12, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(b, l, d) inputs of a layer, always the same."""
+    return torch.randn(b, l, d, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def unhidden(module: nn.Module, seed: int = 0) -> Any:

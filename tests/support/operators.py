@@ -1,7 +1,5 @@
 """Random inputs for the operators, the ways a tensor may lie in memory, and the native core."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,10 +98,7 @@ def scan_inputs(
 ) -> dict[str, Any]:
     """All arguments of `selective_scan` as a dict; with `extras` D, z, bias and softplus too."""
     g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
+    normal = partial(torch.randn, generator=g)
     shape_of_B = (b, l, n) if groups is None else (b, l, groups, n)
     inputs: dict[str, Any] = {
         "x_ble": normal(b, l, e).to(dtype),
@@ -125,6 +120,17 @@ def scan_inputs(
     else:
         inputs["delta_ble"] = inputs["delta_ble"].abs() * 0.1
     return inputs
+
+
+IN_TIME = ("x_ble", "delta_ble", "z_ble", "B_bln", "C_bln")
+
+
+def first_step(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `selective_state_update` for the first position of a sequence."""
+    return {
+        name.replace("_bl", "_b"): value[:, 0] if name in IN_TIME else value
+        for name, value in inputs.items()
+    }
 
 
 def conv_inputs(
@@ -189,6 +195,11 @@ class Operator:
     def exactly(self, inputs: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
         """The reference in float64, on the numbers that the inputs hold."""
         return self.reference(doubles(inputs), **options)
+
+    def check(self, inputs: dict[str, Any], **options: Any) -> None:
+        """The results and the gradients of all inputs."""
+        self.assert_results(inputs, **options)
+        self.assert_gradients(inputs, **options)
 
     def assert_results(self, inputs: dict[str, Any], **options: Any) -> None:
         found, expected = self.call(inputs, **options), self.exactly(inputs, **options)
@@ -293,11 +304,19 @@ LINEAR = Operator(
 
 
 @contextmanager
+def kernels_of(isa: str) -> Iterator[None]:
+    """What the native core computes inside is computed with one instruction set."""
+    before = _core.isa()
+    _core.use_isa(isa)
+    try:
+        yield
+    finally:
+        _core.use_isa(before)
+
+
+@contextmanager
 def natively(isa: str) -> Iterator[None]:
     """Everything inside runs on the native core, with the kernels of one instruction set."""
-    before = _core.isa()
-    with pytest.MonkeyPatch.context() as patch, ops.backend("cpu"):
+    with pytest.MonkeyPatch.context() as patch, ops.backend("cpu"), kernels_of(isa):
         patch.setenv("ANYMAMBA_NUM_THREADS", THREADS)
-        _core.use_isa(isa)
         yield
-        _core.use_isa(before)

@@ -1,7 +1,5 @@
 """The model once more in plain numpy, in float64 and one step after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

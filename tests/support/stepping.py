@@ -1,14 +1,16 @@
 """Passes and decode steps of small models, natively and through the modules."""
 
-from __future__ import annotations
-
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from anymamba import MambaCache, MambaForCausalLM, ops
+from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
+from anymamba.modeling.mamba.model import MambaMixer
 from tests.support.models import words
 from tests.support.tolerance import assert_contract, assert_same
 
@@ -28,12 +30,31 @@ VARIANTS |= {f"kernel {k}": {"conv_kernel": k} for k in (1, 2, 3, 5)}
 VARIANTS |= {f"state {n}": {"state_size": n} for n in (1, 3, 16, 17, 64)}
 
 
+class Listener(BaseStreamer):
+    """Notes what a streamer is given, and "end"."""
+
+    def __init__(self) -> None:
+        self.heard: list[Any] = []
+
+    def put(self, value: Tensor) -> None:
+        self.heard.append(value.tolist())
+
+    def end(self) -> None:
+        self.heard.append("end")
+
+
 def prefilled(model: MambaForCausalLM, batch: int, dtype: torch.dtype | None = None) -> MambaCache:
     """The state after a few tokens, through the reference."""
     cache = MambaCache(model.config, batch, dtype or model.dtype)
     with torch.no_grad(), ops.backend("reference"):
         model(words(batch, 6), cache=cache)
     return cache
+
+
+def mixer(model: MambaForCausalLM) -> MambaMixer:
+    found = model.backbone.layers[1].mixer
+    assert isinstance(found, MambaMixer)
+    return found
 
 
 def step(model: MambaForCausalLM, ids: Tensor, cache: MambaCache, **options: Any) -> Tensor:
@@ -79,3 +100,22 @@ def pass_and_gradients(
     out.loss.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return out.logits.detach(), out.loss.detach(), found
+
+
+def prompt_and_steps(
+    layer: Callable[..., Tensor], x: Tensor, cut: int, lengths: Tensor | None = None
+) -> Tensor:
+    """What a drop-in's layer gives for a prompt of at most `cut` steps and single steps behind it.
+
+    `lengths`, where given, is updated in place, as programs do that keep those of each row.
+    """
+    b, l = x.shape[:2]
+    params = InferenceParams(max_seqlen=l, max_batch_size=b, lengths_per_sample=lengths)
+    with torch.no_grad():
+        parts = [layer(x[:, :cut], inference_params=params)]
+        for t in range(cut, l):
+            params.seqlen_offset = t
+            if lengths is not None:
+                lengths[:] = t
+            parts.append(layer(x[:, t : t + 1], inference_params=params))
+    return torch.cat(parts, dim=1)

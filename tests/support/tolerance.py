@@ -1,8 +1,6 @@
 """The numerical contract: how far a result may be from its reference."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,6 +55,14 @@ def assert_gradients(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor
     for name, gradient in actual.items():
         with naming(f"the gradient of {name}"):
             assert_gradient(gradient, expected[name])
+
+
+def assert_each(
+    check: Callable[..., object], found: Iterable[Any], expected: Iterable[Any], **options: Any
+) -> None:
+    """Hold each of several results to its own; `check` asserts, as those above, or compares."""
+    for one, other in zip(found, expected, strict=True):
+        assert check(one, other, **options) in (None, True)
 
 
 @contextmanager

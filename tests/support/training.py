@@ -1,7 +1,5 @@
 """Text and settings with which a training step takes milliseconds."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

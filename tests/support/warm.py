@@ -8,8 +8,6 @@ A `Warm` has a folder with two commands: `python` for scripts and for `-m anymam
 `anymamba`. Both leave to the real ones what needs no PyTorch.
 """
 
-from __future__ import annotations
-
 import array
 import json
 import os

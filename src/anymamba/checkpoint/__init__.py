@@ -12,13 +12,13 @@ Files come from strangers: nothing in them is run, and every number is checked b
 Importing this package imports neither torch nor numpy; only what touches tensors does.
 """
 
+from anymamba.checkpoint.architecture import to_transformers_name
 from anymamba.checkpoint.checkpoint import Checkpoint, canonical_names, open_checkpoint
 from anymamba.checkpoint.config import Layout, read_config
 from anymamba.checkpoint.files import find_weight_files
 from anymamba.checkpoint.fingerprint import bytes_digest, checkpoint_digest, state_dict_digest
 from anymamba.checkpoint.hub import resolve
 from anymamba.checkpoint.io import write_atomically
-from anymamba.checkpoint.names import to_transformers_name
 from anymamba.checkpoint.quantized_folder import FORMAT, quantized_bits, quantized_shapes
 from anymamba.checkpoint.safetensors import (
     SafetensorsHeader,
@@ -30,6 +30,7 @@ from anymamba.checkpoint.safetensors import (
 from anymamba.checkpoint.shapes import ModelShape, check_tensors, expected_shapes, model_shape
 from anymamba.checkpoint.state_file import (
     StateFile,
+    check_finite_blocks,
     check_identity,
     read_state_file,
     state_identity,
@@ -48,6 +49,7 @@ __all__ = [
     "TensorRecord",
     "bytes_digest",
     "canonical_names",
+    "check_finite_blocks",
     "check_identity",
     "check_tensors",
     "checkpoint_digest",

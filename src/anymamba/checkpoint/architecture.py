@@ -66,10 +66,7 @@ class TensorRow:
         return self.name.split(".")[-2]
 
     def dimensions(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape in numbers.
-
-        Args:
-            sizes: the number that each letter stands for.
+        """The shape in numbers, where `sizes` has the number that each letter stands for.
 
         Example:
             >>> TensorRow("x", "r+2n e", "small matrix", "x", None).dimensions(dict(r=3, n=4, e=8))
@@ -115,9 +112,6 @@ class Architecture:
     def shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
         """The shapes of a model's tensors, by Transformers' names.
 
-        Args:
-            shape: the model's.
-
         Example:
             >>> from anymamba.checkpoint import model_shape
             >>> shapes = MAMBA.shapes(model_shape({"hidden_size": 8, "num_hidden_layers": 1}))
@@ -148,13 +142,10 @@ class Architecture:
         return _dimensions(self.window, sizes), _dimensions(self.state, sizes)
 
     def core_layer(self, get: Callable[[str], Any]) -> dict[str, Any]:
-        """A layer's tensors by the names that the native core has for them.
+        """A layer's tensors by the native core's names; a convolution's (e, 1, k) as (e, k).
 
         Args:
             get: gives the tensor of a name in `layer`, or None for one that the model lacks.
-
-        Returns:
-            The tensors; a convolution's (e, 1, k) as (e, k).
 
         Example:
             >>> import numpy as np
@@ -278,6 +269,11 @@ _ROLES = {
 }
 _BEFORE = re.compile(r".*\blayers\.\d+\.")
 
+_BACKBONE_PARTS = ("embeddings.", "layers.", "norm_f.")
+# Left by PEFT, Lightning and Trainers; by DataParallel; by torch.compile, also amid a name.
+_WRAPPERS = ("base_model.", "model.", "module.")
+_COMPILED = "_orig_mod."
+
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a model.
@@ -300,11 +296,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def in_layer(index: int | str, name: str) -> str:
-    """Transformers' full name of a layer's tensor.
-
-    Args:
-        index: the layer, from 0.
-        name: the tensor's name in the layer.
+    """Transformers' full name of a layer's tensor, by its name in the layer.
 
     Example:
         >>> in_layer(3, "mixer.D")
@@ -314,13 +306,7 @@ def in_layer(index: int | str, name: str) -> str:
 
 
 def role_of(name: str) -> Role | None:
-    """What a tensor is for.
-
-    Args:
-        name: Transformers' name, also that of a layer's tensor alone.
-
-    Returns:
-        Its role, or None where no architecture has such a tensor.
+    """What a tensor is for, by its full name or that in its layer; None if there is no such tensor.
 
     Example:
         >>> role_of("backbone.layers.3.mixer.A_log"), role_of("mixer.D"), role_of("score.weight")
@@ -339,3 +325,39 @@ def is_matrix(name: str) -> bool:
         False
     """
     return role_of(name) in ("large matrix", "small matrix")
+
+
+def to_transformers_name(name: str) -> str:
+    """Translate a tensor's name, in whichever layout, to the one Transformers uses.
+
+    Three namings exist, Transformers', the original one and that of `minimal.py`, and each may come
+    without its `backbone.` prefix. They differ in the embedding table alone, so one rule reads them
+    all. Programs that wrap a model before they save it put a prefix of their own in front of every
+    name (`model.`, `module.`, `_orig_mod.`), which is removed.
+
+    Args:
+        name: as a file or a state dict spells it.
+
+    Returns:
+        Transformers' name. A name that no layout knows is returned as it is, so that the check
+        against the expected names can report it in the words of the file.
+
+    Example:
+        >>> to_transformers_name("backbone.embedding.weight")  # original
+        'backbone.embeddings.weight'
+        >>> to_transformers_name("layers.3.mixer.A_log")  # minimal, or a bare MambaModel
+        'backbone.layers.3.mixer.A_log'
+        >>> to_transformers_name("lm_head.weight")
+        'lm_head.weight'
+        >>> to_transformers_name("model.backbone.norm_f.weight")  # from inside a Trainer's module
+        'backbone.norm_f.weight'
+    """
+    part = name.replace(_COMPILED, "")
+    while part.startswith(_WRAPPERS):
+        part = part.partition(".")[2]
+    if part.startswith("lm_head."):
+        return part
+    part = part.removeprefix("backbone.")
+    if part.startswith("embedding."):
+        part = part.replace("embedding.", "embeddings.", 1)
+    return f"backbone.{part}" if part.startswith(_BACKBONE_PARTS) else name

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from anymamba.checkpoint.files import SAFETENSORS_NAMES
+from anymamba.checkpoint.files import ADAPTER_NAMES, SAFETENSORS_NAMES
 from anymamba.checkpoint.hub import SMALL_FILES
-from anymamba.checkpoint.io import cannot_write, flush_to_disk, listed, shown, user_path
+from anymamba.checkpoint.io import flush_to_disk, listed, shown, user_path, workplace_beside
 from anymamba.errors import CheckpointError, ConfigError
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
-_KNOWN = (*SMALL_FILES, *SAFETENSORS_NAMES, *_ADAPTER, "README.md", "LICENSE")
+_KNOWN = (*SMALL_FILES, *SAFETENSORS_NAMES, *ADAPTER_NAMES, "README.md", "LICENSE")
 _PATTERNS = ("model-*.safetensors", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 
 def check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[str]) -> None:
-    """Refuse a destination that is what is read, or a folder around it.
-
-    Args:
-        source: what is read.
-        destination: what is to be written.
+    """Refuse a destination that is the source, which is read, or a folder around it.
 
     Raises:
         ConfigError: writing would replace the source.
@@ -56,6 +49,7 @@ def check_destination(
             other files than a model's; or the folder that it is to lie in does not exist.
 
     Example:
+        >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> check_destination(os.path.join(folder, "new"), overwrite=False).name
         'new'
@@ -111,36 +105,24 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
         CheckpointError: the folder cannot be written, or the disk is full.
 
     Example:
+        >>> import tempfile
         >>> target = Path(tempfile.mkdtemp()) / "model"
         >>> write_folder(target, lambda folder: (folder / "config.json").write_text("{}") and None)
         >>> [entry.name for entry in target.iterdir()]
         ['config.json']
     """
-    try:
-        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    try:
-        unfinished = workplace / target.name
+    with workplace_beside(target) as workplace:
+        unfinished, aside = workplace / target.name, workplace / "replaced by another"
         unfinished.mkdir()
         write(unfinished)
         for entry in (*unfinished.iterdir(), unfinished):
             flush_to_disk(entry)
-        _put_in_place(unfinished, target, workplace / "replaced by another")
-        flush_to_disk(target.parent)
-    except OSError as error:
-        raise cannot_write(target, error) from error
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
-
-
-def _put_in_place(finished: Path, target: Path, aside: Path) -> None:
-    if not target.is_dir():
-        finished.rename(target)
-        return
-    target.rename(aside)
-    try:
-        finished.rename(target)
-    except OSError:
-        aside.rename(target)
-        raise
+        replaces = target.is_dir()
+        if replaces:
+            target.rename(aside)
+        try:
+            unfinished.rename(target)
+        except OSError:
+            if replaces:
+                aside.rename(target)
+            raise

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from anymamba.checkpoint.architecture import to_transformers_name
 from anymamba.checkpoint.config import Layout, read_config
 from anymamba.checkpoint.files import WeightFiles, find_weight_files
 from anymamba.checkpoint.io import listed, shown, user_path
-from anymamba.checkpoint.names import to_transformers_name
 from anymamba.checkpoint.safetensors import TensorRecord, read_header
 from anymamba.errors import CheckpointError
 
@@ -96,12 +96,7 @@ def _locate(files: WeightFiles, key_mapping: Mapping[str, str] | None) -> dict[s
 
 
 def check_shard(files: WeightFiles, path: Path, names: Iterable[str]) -> None:
-    """Check that a shard holds the tensors that the index says, and no others.
-
-    Args:
-        files: the shards and their index; a single file has nothing to compare with.
-        path: one of the shards.
-        names: the tensors it holds.
+    """Check that a file holds the tensors that the index places there, if any, and no others.
 
     Raises:
         CheckpointError: the message names what is missing or not listed.

@@ -91,13 +91,7 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any]]
 
 
 def translate_config(fields: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]:
-    """Bring the fields of a config.json of any layout into Transformers' names.
-
-    Args:
-        fields: as the file has them.
-
-    Returns:
-        As `read_config`.
+    """Bring the fields of a config.json of any layout into the form that `read_config` returns.
 
     Raises:
         ConfigError: they describe another kind of model, or a shape that makes no sense.

@@ -67,13 +67,7 @@ _BLOCK = 1 << 20  # numbers at a time, so that what lies between costs little me
 
 
 def dtype_of(array: NDArray[Any]) -> str:
-    """The type that an array holds, which for bits in uint16 is bfloat16.
-
-    Args:
-        array: of one of the types that `DTYPES` has numpy's name for.
-
-    Returns:
-        The type's name in `DTYPES`.
+    """The type of an array, by its name in `DTYPES`; of bits in uint16 it is bfloat16.
 
     Example:
         >>> import numpy as np
@@ -108,11 +102,7 @@ def as_float32(tensor: Tensor, copy: bool = False) -> NDArray[np.float32]:
 
 
 def as_dtype(array: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """The numbers of an array in another type.
-
-    Args:
-        array: of one of `FLOATS`.
-        dtype: one of `FLOATS`.
+    """The numbers of an array in another type, both of `FLOATS`.
 
     Returns:
         The numbers, rounded to the nearest. An array of this type is returned as it is. What is too
@@ -135,13 +125,9 @@ def as_dtype(array: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def to_bfloat16(values: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
-    """Round numbers to bfloat16.
+    """Round float32 or float16 numbers to bfloat16, and return its bits in the same shape.
 
-    Args:
-        values: float32 or float16, of any shape.
-
-    Returns:
-        The bits, in the same shape. What is too large becomes infinite, and NaN stays NaN.
+    What is too large becomes infinite, and NaN stays NaN.
 
     Example:
         >>> import numpy as np
@@ -163,13 +149,7 @@ def to_bfloat16(values: NDArray[np.floating[Any]]) -> NDArray[np.uint16]:
 
 
 def to_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Widen bfloat16 to float32, which is exact.
-
-    Args:
-        bits: bfloat16 as its bits, of any shape.
-
-    Returns:
-        The numbers, in the same shape.
+    """Widen the bits of bfloat16 to float32, which is exact.
 
     Example:
         >>> import numpy as np

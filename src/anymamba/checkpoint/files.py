@@ -15,6 +15,9 @@ _PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_NAMES = (*SAFETENSORS_NAMES, *_PICKLE_NAMES)
 """The files that are looked for, in this order, where no variant is named."""
 
+ADAPTER_NAMES = ("adapter_config.json", "adapter_model.safetensors")
+"""An adapter of PEFT's, which a folder may hold alone or beside a model."""
+
 
 @dataclass(frozen=True)
 class WeightFiles:

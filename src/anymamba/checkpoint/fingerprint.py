@@ -12,12 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, to_transformers_name
 from anymamba.checkpoint.dtypes import DTYPES
 from anymamba.checkpoint.io import shown
-from anymamba.checkpoint.names import to_transformers_name
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -64,7 +64,12 @@ def checkpoint_digest(checkpoint: Checkpoint) -> str:
         from anymamba.checkpoint.torch_weights import load_torch_state_dict
 
         return state_dict_digest(load_torch_state_dict(checkpoint))
-    return _combine({name: _of_record(record) for name, record in checkpoint.tensors.items()})
+    return _combine(
+        {
+            name: _fingerprint(record.dtype, record.shape, partial(_chunks_of_file, record))
+            for name, record in checkpoint.tensors.items()
+        }
+    )
 
 
 def state_dict_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -113,10 +118,6 @@ def _combine(fingerprints: Mapping[str, _Fingerprint]) -> str:
         del kept[HEAD]
     listing = json.dumps(sorted(kept.items()), separators=(",", ":"))
     return hashlib.sha256(listing.encode()).hexdigest()
-
-
-def _of_record(record: TensorRecord) -> _Fingerprint:
-    return _fingerprint(record.dtype, record.shape, lambda: _chunks_of_file(record))
 
 
 def _chunks_of_file(record: TensorRecord) -> Iterator[bytes]:

@@ -27,9 +27,7 @@ _BLOCK = 1 << 20
 def count_nonfinite(name: str, tensor: Tensor) -> int:
     """How many numbers of a tensor are NaN or infinite; of one in 8 or 4 bits, of its scales.
 
-    Args:
-        name: the tensor's. An A_log of minus infinity is a number here: A is zero then.
-        tensor: float32, float16, float64, bfloat16 as its bits in uint16, or quantized.
+    An A_log of minus infinity is a number here: A is zero then.
 
     Example:
         >>> count_nonfinite("mixer.D", np.float32([1, np.nan, np.inf]))
@@ -75,11 +73,7 @@ model's weights are broken; fetch or make them again
 
 
 def broken_tensor(name: str, count: int) -> CheckpointError:
-    """The error for a tensor with NaN or infinity.
-
-    Args:
-        name: the tensor's.
-        count: how many of its numbers are so.
+    """The error for a tensor of which `count` numbers are NaN or infinite.
 
     Example:
         >>> print(broken_tensor("mixer.D", 2))
@@ -93,11 +87,7 @@ make them again
 
 
 def say_what_is_broken(said: float, tensors: Mapping[str, Tensor]) -> CheckpointError:
-    """The error for a model whose logits or state are no numbers. All weights are looked through.
-
-    Args:
-        said: what was found in place of a number.
-        tensors: the model's, by name.
+    """The error for a model that computes `said` for a number. All weights are looked through.
 
     Example:
         >>> print(say_what_is_broken(np.nan, {"mixer.D": np.float32([1])}))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from anymamba.checkpoint.files import ADAPTER_NAMES
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import CheckpointError, HubError
 
@@ -24,8 +27,6 @@ SMALL_FILES = (
 )
 _SAFETENSORS = ("model*.safetensors", "model.safetensors.index*.json")
 _PICKLES = ("pytorch_model*.bin", "pytorch_model.bin.index*.json")
-# A folder may hold an adapter of PEFT's, alone or beside a model.
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _LOCAL_HELP = "or give the path of a local folder that holds config.json and the weights"
 
 
@@ -84,21 +85,18 @@ def resolve(
             f"the folder {str(model)!r} {state}; give the folder that holds config.json"
         )
     else:
-        folder = _download(
-            _Request(
-                model=model,
-                inside=f"{subfolder}/" if subfolder else "",
-                revision=revision,
-                cache_dir=cache_dir or os.environ.get("HF_HUB_CACHE") or None,
-                token=token,
-                endpoint=os.environ.get("HF_ENDPOINT") or None,
-                offline=offline or _is_on("HF_HUB_OFFLINE"),
-                force=force_download,
-                weights=weights,
-                use_safetensors=use_safetensors,
-                also=also,
-            )
-        )
+        request = {
+            "repo_id": model,
+            "revision": revision,
+            "cache_dir": cache_dir or os.environ.get("HF_HUB_CACHE") or None,
+            "token": token,
+            "endpoint": os.environ.get("HF_ENDPOINT") or None,
+            "local_files_only": offline or _is_on("HF_HUB_OFFLINE"),
+            "force_download": force_download,
+        }
+        inside = f"{subfolder}/" if subfolder else ""
+        fetch = partial(_snapshot, request, inside, (*SMALL_FILES, *also))
+        folder = _download(fetch, inside, use_safetensors) if weights else fetch(())
     folder = folder / (subfolder or "")
     if not folder.is_dir():
         raise CheckpointError(f"{str(model)!r} has no subfolder {subfolder!r}")
@@ -113,69 +111,47 @@ def _is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "on", "yes", "true")
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What to ask the hub for."""
-
-    model: str
-    inside: str
-    revision: str | None
-    cache_dir: str | os.PathLike[str] | None
-    token: str | bool | None
-    endpoint: str | None
-    offline: bool
-    force: bool
-    weights: bool
-    use_safetensors: bool | None
-    also: tuple[str, ...]
-
-
-def _download(request: _Request) -> Path:
+def _download(
+    fetch: Callable[[tuple[str, ...]], Path], inside: str, use_safetensors: bool | None
+) -> Path:
     """Download a model without its pickles, and if that brought no weights, with them."""
-    if not request.weights:
-        return _snapshot(request, ())
-    if request.use_safetensors is False:
-        return _snapshot(request, (*_ADAPTER, *_PICKLES))
-    snapshot = _snapshot(request, (*_ADAPTER, *_SAFETENSORS))
-    found = [_SAFETENSORS[0], _ADAPTER[1]]
-    if request.use_safetensors is None and not any(
-        any((snapshot / request.inside).glob(pattern)) for pattern in found
-    ):
-        snapshot = _snapshot(request, _PICKLES)
+    if use_safetensors is False:
+        return fetch((*ADAPTER_NAMES, *_PICKLES))
+    snapshot = fetch((*ADAPTER_NAMES, *_SAFETENSORS))
+    found = (_SAFETENSORS[0], ADAPTER_NAMES[1])
+    if use_safetensors is None and not any(any((snapshot / inside).glob(one)) for one in found):
+        snapshot = fetch(_PICKLES)
     return snapshot
 
 
-def _snapshot(request: _Request, weights: tuple[str, ...]) -> Path:
+def _snapshot(
+    request: Mapping[str, Any], inside: str, small: tuple[str, ...], weights: tuple[str, ...]
+) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = (*SMALL_FILES, *weights, *request.also)
     try:
         folder = snapshot_download(
-            request.model,
-            revision=request.revision,
-            cache_dir=Path(request.cache_dir) if request.cache_dir else None,
-            token=request.token,
-            endpoint=request.endpoint,
-            local_files_only=request.offline,
-            force_download=request.force,
-            allow_patterns=[request.inside + name for name in wanted],
-            ignore_patterns=[request.inside + "*/*"],  # the hub's * crosses folders
+            **request,
+            allow_patterns=[inside + name for name in (*small, *weights)],
+            ignore_patterns=[inside + "*/*"],  # the hub's * crosses folders
         )
     except Exception as error:  # the hub's client, its HTTP library and the disk: many kinds
         raise HubError(_why_not(request, error)) from error
     return Path(folder)
 
 
-def _why_not(request: _Request, error: Exception) -> str:
+def _why_not(request: Mapping[str, Any], error: Exception) -> str:
     from huggingface_hub import errors
 
-    model, hub = repr(request.model), request.endpoint or "the hub"
+    model, hub = repr(request["repo_id"]), request["endpoint"] or "the hub"
     nowhere = f"there is no file or folder {model} here"
     # A gated repository is a kind of one not found, so it comes first.
     if isinstance(error, errors.GatedRepoError):
         return f"{model} is gated on {hub}: accept its terms there and pass a token, {_LOCAL_HELP}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{model} has no revision {request.revision!r} on {hub}: choose one its page lists"
+        return (
+            f"{model} has no revision {request['revision']!r} on {hub}: choose one its page lists"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"{nowhere}, and no such model on {hub}: check the name, "
@@ -183,7 +159,7 @@ def _why_not(request: _Request, error: Exception) -> str:
         )
     if isinstance(error, errors.HFValidationError):
         return f"{nowhere}, nor a model on {hub}, whose ids are like 'owner/name': check the name"
-    if isinstance(error, errors.LocalEntryNotFoundError) and request.offline:
+    if isinstance(error, errors.LocalEntryNotFoundError) and request["local_files_only"]:
         return (
             f"{nowhere}, and no such model (or not all of it) in the cache, and AnyMamba was told "
             f"to work offline (offline, HF_HUB_OFFLINE): go online once, {_LOCAL_HELP}"

@@ -8,7 +8,7 @@ quantized shows in the tensors' names, and in how many bits and groups in their 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from anymamba.checkpoint.architecture import role_of
 from anymamba.checkpoint.io import shown
@@ -20,11 +20,24 @@ FORMAT = "anymamba"
 
 Not under `quant_method`: Transformers only warns of a method that it does not know, and fills the
 weights that it misses with random numbers. Without that key it refuses the folder."""
-_FORMAT_VERSION = 1
+FORMAT_VERSION = 1
+"""Of the folders that are written and read here."""
+BITS: dict[str, Literal[8, 4]] = {"int8": 8, "int4": 4}
+"""The types of quantized weights, and how many bits a number takes in them."""
 GROUPS = (32, 64, 128)
 """How many weights may share a scale."""
 PARTS = ("_q", "_scales", "_minima")
 """What the names of a quantized matrix's tensors have behind that of the matrix."""
+
+
+def is_quantized(name: str, shape: tuple[int, ...], group: int) -> bool:
+    """Whether a tensor is quantized where a model is: a large matrix whose rows the group divides.
+
+    Example:
+        >>> [is_quantized("lm_head.weight", (10, 64), group) for group in (32, 128)]
+        [True, False]
+    """
+    return role_of(name) == "large matrix" and shape[1] % group == 0
 
 
 def quantized_bits(config: Mapping[str, Any]) -> int | None:
@@ -61,10 +74,10 @@ def quantized_bits(config: Mapping[str, Any]) -> int | None:
             "read here; take the model as it was before, and `anymamba quantize` it"
         )
     version, bits = fields.get("format_version"), fields.get("bits")
-    if version != _FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise ConfigError(
             f"quantization_config has format_version {shown(version)}, and this release reads "
-            f"{_FORMAT_VERSION}; use the release of AnyMamba that wrote it"
+            f"{FORMAT_VERSION}; use the release of AnyMamba that wrote it"
         )
     if type(bits) is not int or bits not in (8, 4):
         raise ConfigError(f"quantization_config has bits {shown(bits)}, expected 8 or 4")
@@ -95,8 +108,7 @@ def quantized_shapes(
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in expected_shapes(config).items():
-        quantized = any(name + part in found for part in PARTS)
-        if quantized and role_of(name) == "large matrix" and shape[1] % GROUPS[0] == 0:
+        if is_quantized(name, shape, GROUPS[0]) and any(name + part in found for part in PARTS):
             shapes |= _parts_of(name, shape, found)
         else:
             shapes[name] = shape

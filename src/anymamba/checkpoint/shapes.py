@@ -198,15 +198,15 @@ unexpected 'a'
             if name in found and tuple(found[name]) != tuple(shape)
         ],
     }
-    _raise_for(defects, where)
+    told = "; ".join(f"{what} {listed(names)}" for what, names in defects.items() if names)
+    if told:
+        raise CheckpointError(f"the tensors in {where} do not fit its config: {told}")
 
 
 def check_repeated_head(tensors: Mapping[str, Any], where: object) -> None:
     """Refuse a tied model's stored head that is not the embedding table: one would be lost.
 
-    Args:
-        tensors: the head and the table by Transformers' names, numpy's arrays or torch's tensors.
-        where: what was read, for the message.
+    `tensors` has both by Transformers' names, as NumPy's arrays or PyTorch's tensors.
 
     Raises:
         CheckpointError: the two differ.
@@ -221,12 +221,6 @@ def check_repeated_head(tensors: Mapping[str, Any], where: object) -> None:
             f"the config in {where} ties {HEAD} to {EMBEDDINGS}, but the two "
             "differ there; set tie_word_embeddings to false to use both"
         )
-
-
-def _raise_for(defects: Mapping[str, Iterable[str]], where: object) -> None:
-    found = [f"{kind} {listed(names)}" for kind, names in defects.items() if names]
-    if found:
-        raise CheckpointError(f"the tensors in {where} do not fit its config: {'; '.join(found)}")
 
 
 def _dimensions(shape: Iterable[int]) -> str:

@@ -25,7 +25,7 @@ from anymamba.checkpoint.dtypes import FLOATS, dtype_of
 from anymamba.checkpoint.gguf import find_gguf
 from anymamba.checkpoint.gguf.reader import GgufModel, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
-from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, user_path
+from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, read_bounded, user_path
 from anymamba.checkpoint.quantized_folder import PARTS, quantized_bits, quantized_shapes
 from anymamba.checkpoint.safetensors.mmap import MappedTensors
 from anymamba.checkpoint.shapes import check_repeated_head
@@ -44,19 +44,19 @@ class Source:
         config: the config's fields in Transformers' names.
         tensors: by Transformers' names, of a tied model without the head: float32, float64,
             float16, or bfloat16 as its bits in uint16.
-        kinds: in which type each of them is stored, as "BF16" or "Q8_0".
+        dtypes: in which type each of them is stored, as "BF16" or "Q8_0".
         companions: the other files that belong to the model, by name.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Any]
-    kinds: Mapping[str, str]
+    dtypes: Mapping[str, str]
     companions: Mapping[str, bytes]
 
     @property
     def dtype(self) -> str:
         """In which type the embedding table is stored."""
-        return self.kinds[EMBEDDINGS]
+        return self.dtypes[EMBEDDINGS]
 
     def text(self, name: str) -> str | None:
         """A companion as text, if it is there.
@@ -111,11 +111,11 @@ def open_source(source: str | os.PathLike[str], offline: bool = False) -> Source
     tensors: Mapping[str, Any]
     if checkpoint.pickled:
         tensors = _unpickled(checkpoint)
-        kinds = {name: dtype_of(tensor) for name, tensor in tensors.items()}
+        dtypes = {name: dtype_of(tensor) for name, tensor in tensors.items()}
     else:
         tensors = open_tensors(checkpoint, FLOATS)
-        kinds = {name: record.dtype for name, record in tensors.records.items()}
-    return Source(checkpoint.config, tensors, kinds, companions_in(checkpoint.folder))
+        dtypes = {name: record.dtype for name, record in tensors.records.items()}
+    return Source(checkpoint.config, tensors, dtypes, companions_in(checkpoint.folder))
 
 
 def open_tensors(checkpoint: Checkpoint, types: Sequence[str] = FLOATS[:3]) -> MappedTensors:
@@ -168,10 +168,7 @@ def _unpickled(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
 
 
 def companions_in(folder: Path) -> dict[str, bytes]:
-    """The files beside the weights that belong to a model, such as its tokenizer's, by name.
-
-    Args:
-        folder: the model's, or an adapter's.
+    """The other files in a model's or an adapter's folder, such as its tokenizer's, by name.
 
     Raises:
         CheckpointError: one cannot be read, or is too large.
@@ -181,22 +178,11 @@ def companions_in(folder: Path) -> dict[str, bytes]:
         >>> "tokenizer.json" in companions_in(bundled_model())
         True
     """
-    found = {}
-    for name in SMALL_FILES:
-        path = folder / name
-        if name == "config.json" or not path.is_file():
-            continue
-        try:
-            with path.open("rb") as file:
-                data = file.read(_MOST_COMPANION_BYTES + 1)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}") from error
-        if len(data) > _MOST_COMPANION_BYTES:
-            raise CheckpointError(
-                f"{str(path)!r} is larger than the {_MOST_COMPANION_BYTES} bytes allowed"
-            )
-        found[name] = data
-    return found
+    return {
+        name: read_bounded(folder / name, _MOST_COMPANION_BYTES)
+        for name in SMALL_FILES
+        if name != "config.json" and (folder / name).is_file()
+    }
 
 
 def _of_gguf(model: GgufModel) -> Source:
@@ -209,5 +195,5 @@ def _of_gguf(model: GgufModel) -> Source:
             "tokenizer.json": model.tokenizer_json.encode(),
             "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
         }
-    kinds = {name: record.dtype for name, record in model.tensors.records.items()}
-    return Source(model.config, model.tensors, kinds, companions)
+    dtypes = {name: record.dtype for name, record in model.tensors.records.items()}
+    return Source(model.config, model.tensors, dtypes, companions)

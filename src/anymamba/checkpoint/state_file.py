@@ -212,6 +212,24 @@ has hidden_size=16; use it with the model it was made by
             )
 
 
+def check_finite_blocks(
+    blocks: Mapping[str, Any], isfinite: Callable[[Any], Any], state: str
+) -> None:
+    """Refuse to write a state from which nothing could go on.
+
+    Its blocks are NumPy's arrays or PyTorch's tensors, and `isfinite` the function of that library.
+
+    Raises:
+        StateError: a block holds NaN or infinity.
+    """
+    for name, block in blocks.items():
+        if not isfinite(block).all():
+            raise StateError(
+                f"{state} holds NaN or infinity in its {name}, and nothing could go on from it: it "
+                "was not written; the model's weights are broken, or what was assigned"
+            )
+
+
 def _json(metadata: Mapping[str, str], key: str, source: str) -> Any:
     try:
         return json.loads(metadata[key])

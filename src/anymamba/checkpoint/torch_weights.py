@@ -79,12 +79,7 @@ def load_torch_state_dict(
 def load_named_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Load all weights by Transformers' names, whichever and of whatever shape they are.
 
-    Args:
-        checkpoint: what `open_checkpoint` returned.
-
-    Returns:
-        The tensors, on the CPU, in the types they are stored in; names that no layout knows are
-        as the file has them.
+    They are on the CPU, in the types they are stored in. A name that no layout knows stays.
 
     Raises:
         CheckpointError: a file is broken or would run code.
@@ -107,10 +102,6 @@ def load_named_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
 
 def check_floating_point(tensors: Mapping[str, torch.Tensor], where: object) -> None:
     """Refuse weights that are stored as whole numbers.
-
-    Args:
-        tensors: weights by name.
-        where: what was read, for the message.
 
     Raises:
         CheckpointError: the message names the first.
@@ -167,10 +158,7 @@ def load_stored_tensors(files: WeightFiles) -> dict[str, torch.Tensor]:
 
 
 def to_torch(array: NDArray[Any]) -> torch.Tensor:
-    """Copy an array into a tensor of its type.
-
-    Args:
-        array: of a type in `anymamba.checkpoint.dtypes`.
+    """Copy an array into a tensor of the type that `dtype_of` tells.
 
     Example:
         >>> import numpy as np
@@ -184,11 +172,7 @@ def to_torch(array: NDArray[Any]) -> torch.Tensor:
 
 
 def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
-    """An array of the type of a tensor, in its memory.
-
-    Args:
-        name: what it is called, for the message.
-        tensor: on the CPU.
+    """An array of the type of a tensor on the CPU, in its memory; messages call it `name`.
 
     Raises:
         CheckpointError: it has a type that weights are not stored in.

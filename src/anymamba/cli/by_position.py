@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
-from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import AdapterOptions, EngineOptions
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
@@ -32,17 +30,11 @@ class PositionOptions(AdapterOptions, EngineOptions):
         "empty state",
         group=GROUP,
     )
-    window: int | None = option(
-        "--window",
-        type=integer(2),
-        metavar="N",
-        help=f"their length; default {DEFAULT_WINDOW}",
-        group=GROUP,
+    window: int | None = integer_option(
+        "--window", low=2, help=f"their length; default {DEFAULT_WINDOW}", group=GROUP
     )
-    stride: int | None = option(
+    stride: int | None = integer_option(
         "--stride",
-        type=integer(1),
-        metavar="N",
         help="begin a window every N tokens (default: where the last one ended): each token is "
         "then predicted from several lengths of context, so that small gains show; takes longer",
         group=GROUP,
@@ -65,7 +57,8 @@ def refuse_alone(options: PositionOptions) -> None:
 
 def run_by_position(options: PositionOptions, text: str) -> None:
     """Score the windows, draw, and print."""
-    from anymamba.cli.terminal.plot_file import check_picture, write_file
+    from anymamba.checkpoint.io import write_atomically
+    from anymamba.cli.terminal.plot_file import check_picture
     from anymamba.cli.terminal.progress import Steps
     from anymamba.runtime.analysis import helpful_context, loss_by_position
 
@@ -82,11 +75,12 @@ def run_by_position(options: PositionOptions, text: str) -> None:
             )
         helpful = helpful_context(stretches)
         if plot is not None:
-            write_file(plot, figure_of(stretches, helpful, plot.suffix[1:]))
+            drawn = figure_of(stretches, helpful, plot.suffix[1:])
+            write_atomically(plot, lambda place: place.write_bytes(drawn))
     if options.json:
         facts = {"model": model_name(options), "weights": engine.weights_kind, "window": window}
         facts |= {"stride": options.stride or window, "helpful_context": helpful}
-        print(json.dumps(facts | {"stretches": [asdict(part) for part in stretches]}))
+        print(json_line(facts | {"stretches": [asdict(part) for part in stretches]}))
         return
     say(as_text(stretches, helpful))
 
@@ -96,18 +90,17 @@ def as_text(stretches: Sequence[Stretch], helpful: int) -> str:
     from anymamba.cli.terminal.table import columns
 
     rows = [["tokens before", "nats per token", "", "gain", "", "predictions"]]
-    for part in stretches:
-        gain = "" if part.gain is None else f"{part.gain:.4f}"
-        rows.append(
-            [
-                f"{part.first} to {part.last}" if part.last > part.first else str(part.first),
-                f"{part.nats_per_token:.4f}",
-                margin(part.error),
-                gain,
-                margin(part.gain_error),
-                f"{part.tokens:,}",
-            ]
-        )
+    rows += [
+        [
+            f"{part.first} to {part.last}" if part.last > part.first else str(part.first),
+            f"{part.nats_per_token:.4f}",
+            margin(part.error),
+            "" if part.gain is None else f"{part.gain:.4f}",
+            margin(part.gain_error),
+            f"{part.tokens:,}",
+        ]
+        for part in stretches
+    ]
     return f"{columns(rows)}\n\n{in_words(stretches, helpful)}"
 
 

@@ -1,10 +1,58 @@
-"""The completion scripts of three shells."""
+"""The completion scripts of three shells, made from the commands' argument parsers."""
 
 from __future__ import annotations
 
+import argparse
+from argparse import Action
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from anymamba.cli.command_tree import Command, Option, command_tree
+from anymamba.cli.main import COMMANDS, build_parser
+
+_FILES = ("FILE", "FOLDER", "MODEL", "DATA", "DST", "SRC DST")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command, its options, and its other arguments."""
+
+    name: str
+    options: list[Action]
+    arguments: list[Action]
+
+
+def command_tree() -> list[Command]:
+    """Every command. Imports all of their modules, which no other command does."""
+    top = build_parser(COMMANDS)
+    (branches,) = (action.choices for action in top._actions if isinstance(action.choices, dict))
+    return [
+        Command(
+            name,
+            [action for action in parser._actions if action.option_strings],
+            [action for action in parser._actions if not action.option_strings],
+        )
+        for name, parser in branches.items()
+    ]
+
+
+def choices_of(action: Action) -> str:
+    """The values that an option may have; empty where they are not a list."""
+    return " ".join(map(str, action.choices or ()))
+
+
+def takes_value(action: Action) -> bool:
+    """Whether a value follows an option."""
+    return action.nargs != 0
+
+
+def takes_file(action: Action) -> bool:
+    """Whether a value is the name of a file or folder."""
+    return action.metavar in _FILES
+
+
+def help_of(action: Action) -> str:
+    """What an option does, in a line."""
+    return (action.help or "").replace("%%", "%")
 
 
 def bash() -> str:
@@ -38,18 +86,18 @@ complete -o filenames -F _anymamba anymamba"""
 
 def bash_command(command: Command) -> str:
     """What stands after a command where no option waits for its value."""
-    options = " ".join(name for option in command.options for name in option.names)
-    values = " ".join(choice for argument in command.arguments for choice in argument.choices)
-    files = "yes" if any(argument.takes_file for argument in command.arguments) else ""
+    options = " ".join(name for option in command.options for name in option.option_strings)
+    values = " ".join(filter(None, map(choices_of, command.arguments)))
+    files = "yes" if any(map(takes_file, command.arguments)) else ""
     return f'        {command.name}) options="{options}" values="{values}" files="{files}" ;;\n'
 
 
 def bash_values(command: Command) -> Iterable[str]:
     """What stands after each option that waits for a value."""
     for option in command.options:
-        if option.takes_value:
-            names = " | ".join(f'"{command.name} {name}"' for name in option.names)
-            values, files = " ".join(option.choices), "yes" if option.takes_file else ""
+        if takes_value(option):
+            names = " | ".join(f'"{command.name} {name}"' for name in option.option_strings)
+            values, files = choices_of(option), "yes" if takes_file(option) else ""
             yield f'        {names}) options="" values="{values}" files="{files}" ;;\n'
 
 
@@ -57,7 +105,7 @@ def zsh() -> str:
     """A function for zsh, which knows about options itself and is told what there are."""
     commands = command_tree()
     summaries = "\n".join(
-        "        " + quoted(f"{command.name}:{command.summary}") for command in commands
+        "        " + quoted(f"{command.name}:{COMMANDS[command.name]}") for command in commands
     )
     return f"""\
 #compdef anymamba
@@ -83,22 +131,27 @@ if [ "$funcstack[1]" = "_anymamba" ]; then _anymamba "$@"; else compdef _anymamb
 def zsh_command(command: Command) -> str:
     """One command's call of zsh's `_arguments`."""
     specifications = [
-        quoted(f"{'*' if option.repeats else ''}{name}[{escaped(option.help)}]{zsh_value(option)}")
+        quoted(f"{repeats(option)}{name}[{escaped(help_of(option))}]{zsh_value(option)}")
         for option in command.options
-        for name in option.names
+        for name in option.option_strings
     ]
     specifications += [quoted(f"*{zsh_value(argument)}") for argument in command.arguments[:1]]
     lines = " \\\n            ".join(specifications)
     return f"        {command.name})\n            _arguments \\\n            {lines} ;;\n"
 
 
-def zsh_value(option: Option) -> str:
+def repeats(option: Action) -> str:
+    """What zsh wants before an option that may be given several times."""
+    return "*" if isinstance(option, argparse._AppendAction) else ""
+
+
+def zsh_value(option: Action) -> str:
     """What zsh completes as an option's value."""
-    if not option.takes_value:
+    if not takes_value(option):
         return ""
     if option.choices:
-        return f":value:({' '.join(option.choices)})"
-    return ":file:_files" if option.takes_file else ":value: "
+        return f":value:({choices_of(option)})"
+    return ":file:_files" if takes_file(option) else ":value: "
 
 
 def escaped(text: str) -> str:
@@ -113,32 +166,30 @@ def fish() -> str:
     lines = ["# fish completion for anymamba; made by: anymamba completion fish"]
     lines.append("complete -c anymamba -f")
     for command in command_tree():
-        first = quoted("__fish_use_subcommand")
-        lines.append(
-            f"complete -c anymamba -n {first} -a {command.name} -d {quoted(command.summary)}"
-        )
+        first, summary = quoted("__fish_use_subcommand"), quoted(COMMANDS[command.name])
+        lines.append(f"complete -c anymamba -n {first} -a {command.name} -d {summary}")
         here = f"complete -c anymamba -n {quoted(f'__fish_seen_subcommand_from {command.name}')}"
         lines += [f"{here} {fish_option(option)}" for option in command.options]
         lines += [f"{here} {value}" for value in map(fish_value, command.arguments) if value]
     return "\n".join(lines)
 
 
-def fish_option(option: Option) -> str:
+def fish_option(option: Action) -> str:
     """An option in fish's words."""
     parts = [
         f"-l {name.removeprefix('--')}" if name.startswith("--") else f"-s {name[1:]}"
-        for name in option.names
+        for name in option.option_strings
     ]
-    if option.takes_value:
-        parts += ["-x" if not option.takes_file else "-r", fish_value(option)]
-    return " ".join(part for part in [*parts, f"-d {quoted(option.help)}"] if part)
+    if takes_value(option):
+        parts += ["-r" if takes_file(option) else "-x", fish_value(option)]
+    return " ".join(part for part in [*parts, f"-d {quoted(help_of(option))}"] if part)
 
 
-def fish_value(option: Option) -> str:
+def fish_value(option: Action) -> str:
     """What fish completes as a value."""
     if option.choices:
-        return f"-a {quoted(' '.join(option.choices))}"
-    return "-F" if option.takes_file else ""
+        return f"-a {quoted(choices_of(option))}"
+    return "-F" if takes_file(option) else ""
 
 
 def quoted(text: str) -> str:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from anymamba.cli.options.model import AdapterOptions, EngineOptions, ModelOptions
-from anymamba.errors import StateError
 
 if TYPE_CHECKING:
     from anymamba.runtime.engine import Engine
@@ -15,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_engine(options: EngineOptions) -> Engine:
-    """The runtime's engine that the options ask for."""
+    """Load the model, and tell a remark on its weights."""
     from anymamba.cli.terminal.output import tell
     from anymamba.runtime.loading import load
 
@@ -73,28 +71,3 @@ def beginning_tokens(engine: Engine) -> list[int]:
     places = range(len(marked) - len(plain) + 1)
     start = next((at for at in places if marked[at : at + len(plain)] == plain), 0)
     return marked[:start]
-
-
-def check_writable(file: str | None) -> None:
-    """Refuse a place for a state before the work that would go into it.
-
-    Raises:
-        StateError: its folder does not exist or is closed to us, or it is no file.
-    """
-    from anymamba.checkpoint.io import user_path
-
-    if file is None:
-        return
-    target = Path(os.path.realpath(user_path(file, StateError)))
-    folder = target.parent
-    if not folder.is_dir():
-        raise StateError(f"cannot write {file!r}: the folder {str(folder)!r} does not exist")
-    if target.is_dir():
-        raise StateError(f"cannot write {file!r}: it is a folder; give a file in it")
-    if target.exists() and not target.is_file():
-        raise StateError(f"cannot write {file!r}: it is not a file; give another name")
-    if not os.access(folder, os.W_OK):
-        raise StateError(
-            f"cannot write {file!r}: you may not write to the folder {str(folder)!r}; choose "
-            "another place"
-        )

@@ -179,11 +179,7 @@ def run_command(argv: Sequence[str]) -> None:
 
 
 def parse(argv: Sequence[str]) -> tuple[ModuleType, Any]:
-    """The module of the command that the arguments name, and its `Options`.
-
-    Raises:
-        InputError: there is no such command, or it has no such options.
-    """
+    """The module of the command that the arguments name, and its `Options`."""
     # The command is the first argument that is no option: before it stand none with a value.
     asked = next((argument for argument in argv if not argument.startswith("-")), None)
     parser = build_parser([asked] if asked in COMMANDS else [])

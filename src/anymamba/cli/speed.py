@@ -16,15 +16,6 @@ BANDWIDTH_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Effort:
-    """How much is measured: the median of `repeats` readings of a prompt and of writings."""
-
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-
-
-@dataclass(frozen=True)
 class Speed:
     """What one kind of weights reached with so many threads.
 
@@ -54,8 +45,10 @@ class Speed:
         return asdict(self) | {"share_of_limit": self.share_of_limit}
 
 
-def measure(engine: Engine, threads: int, effort: Effort) -> Speed:
-    """Measure an engine that is set to so many threads.
+def measure(
+    engine: Engine, threads: int, *, prompt_tokens: int, new_tokens: int, repeats: int
+) -> Speed:
+    """Measure an engine that is set to so many threads: the median of the repeats counts.
 
     The model reads and writes tokens of no meaning: what it says takes no part in how long it
     takes. The limit is measured between the repeats, as the speed of memory drifts on machines
@@ -64,21 +57,21 @@ def measure(engine: Engine, threads: int, effort: Effort) -> Speed:
     from anymamba.runtime.native import core
 
     vocabulary = int(engine.config["vocab_size"])
-    prompt = [(7919 * i) % vocabulary for i in range(effort.prompt_tokens)]
+    prompt = [(7919 * i) % vocabulary for i in range(prompt_tokens)]
     size = max(engine.weight_bytes, 1)
     engine.end_ids = ()  # one of them would end the writing early
     read_seconds, write_seconds, bandwidths = [], [], []
-    for _ in range(effort.repeats):
+    for _ in range(repeats):
         read_seconds.append(seconds_of(lambda: engine.prefill(engine.state(), prompt)))
-        write_seconds.append(seconds_of(lambda: write(engine, prompt[:1], effort.new_tokens)))
+        write_seconds.append(seconds_of(lambda: write(engine, prompt[:1], new_tokens)))
         # A model that fits the processor's cache is read from there.
         bandwidths.append(core().read_bandwidth(min(size, BANDWIDTH_BYTES), 3))
     return Speed(
         weights=engine.weights_kind,
         threads=threads,
         weight_bytes=size,
-        prefill_tokens_per_second=effort.prompt_tokens / statistics.median(read_seconds),
-        decode_tokens_per_second=effort.new_tokens / statistics.median(write_seconds),
+        prefill_tokens_per_second=prompt_tokens / statistics.median(read_seconds),
+        decode_tokens_per_second=new_tokens / statistics.median(write_seconds),
         limit_tokens_per_second=statistics.median(bandwidths) / size,
     )
 

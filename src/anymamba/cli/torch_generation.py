@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from anymamba.cli.options.sampling import sampling_settings
-from anymamba.cli.text.continuation import Continuation
+from anymamba.cli.summary import Continuation
 from anymamba.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -35,12 +34,7 @@ WITHOUT_COUNTERPART = {
 
 
 def continue_with_torch(options: Options, prompt: str, output: Output) -> Continuation:
-    """Load the model with PyTorch, and continue the prompt.
-
-    Raises:
-        BackendError: the device is not there, or an option needs the runtime.
-        MissingDependencyError: PyTorch or Transformers is not installed.
-    """
+    """Load the model with PyTorch, and continue the prompt."""
     from anymamba.assets import bundled_model
     from anymamba.checkpoint import resolve
     from anymamba.checkpoint.tokenizer import read_tokenizer
@@ -83,25 +77,14 @@ def load_model(folder: Path, device_name: str, dtype: str) -> MambaForCausalLM:
     if dtype == "auto" and device.type == "cpu":
         # Few CPUs have fast arithmetic in the narrow types that models are stored in.
         dtype = "float32"
-    with without_progress_bars():
-        model = load_causal_lm(folder, dtype=dtype)
+    # Behind the imports above, whose errors say what to install.
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # standard error belongs to errors and figures
+    model = load_causal_lm(folder, dtype=dtype)
     # Transformers hides the type of this method from type checkers.
     cast(Any, model).to(device)
     return model
-
-
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep Transformers from drawing on standard error, which belongs to errors and figures."""
-    from transformers.utils import logging
-
-    were_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if were_on:
-            logging.enable_progress_bar()
 
 
 def first_token(model: MambaForCausalLM) -> int:

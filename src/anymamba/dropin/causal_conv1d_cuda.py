@@ -40,7 +40,6 @@ def causal_conv1d_fwd(*arguments: Any) -> Tensor | None:
 
     Raises:
         ArgumentError: there is no version with so many arguments.
-        InputError: a shape does not fit the others.
 
     Example:
         >>> import torch
@@ -80,7 +79,6 @@ def causal_conv1d_bwd(*arguments: Any) -> tuple[Tensor | None, ...] | None:
 
     Raises:
         ArgumentError: there is no version with so many arguments.
-        InputError: a shape does not fit the others.
 
     Example:
         >>> import torch
@@ -123,7 +121,6 @@ def causal_conv1d_update(*arguments: Any) -> Tensor | None:
 
     Raises:
         ArgumentError: there is no version with so many arguments.
-        InputError: a shape does not fit the others.
 
     Example:
         >>> import torch

@@ -5,7 +5,6 @@ Results depend on chunk_size only in the shapes of what the forward pass keeps.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from anymamba import ops
 from anymamba.dropin.common.gradients import filled, gradients
-from anymamba.dropin.common.ssd_parts import NO_LIMIT, step_sizes, with_padding
+from anymamba.dropin.common.ssd_parts import ANY_SIZE, NO_LIMIT, step_sizes, with_padding
 from anymamba.dropin.dispatch import by_device
 
 in_ssd_combined = partial(by_device, module="mamba_ssm.ops.triton.ssd_combined")
@@ -60,11 +59,7 @@ def _mamba_chunk_scan_combined_fwd(
             state = state * goes_on[:, None, None, None]
         inputs = (x[:, now], steps[:, now], A, B[:, now], C[:, now], D)
         out, state = ops.ssd(
-            *inputs,
-            dt_limit=(-math.inf, math.inf),
-            initial_state=state,
-            seq_idx=index,
-            return_last_state=True,
+            *inputs, dt_limit=ANY_SIZE, initial_state=state, seq_idx=index, return_last_state=True
         )
         outs.append(out)
     before_gate = torch.cat(outs, 1)
@@ -78,7 +73,7 @@ def _mamba_chunk_scan_combined_fwd(
         return returned
     _, varlen_states = ops.ssd(
         *(x, steps, A, B, C),
-        dt_limit=(-math.inf, math.inf),
+        dt_limit=ANY_SIZE,
         cu_seqlens=with_padding(cu_seqlens, x.shape[1]),
         return_last_state=True,
     )

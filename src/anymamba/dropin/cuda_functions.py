@@ -21,18 +21,10 @@ Replacements = list[tuple[Any, str, Any]]
 """Owner, name and value of attributes."""
 
 _DONE_ALREADY = (
-    "init",
-    "ipc_collect",
-    "reset_accumulated_memory_stats",
-    "reset_max_memory_allocated",
-    "reset_max_memory_cached",
+    *("init", "ipc_collect", "set_device", "set_stream", "synchronize"),
+    *("set_rng_state", "set_rng_state_all", "set_per_process_memory_fraction"),
+    *("reset_accumulated_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached"),
     "reset_peak_memory_stats",
-    "set_device",
-    "set_per_process_memory_fraction",
-    "set_rng_state",
-    "set_rng_state_all",
-    "set_stream",
-    "synchronize",
 )
 """Functions of `torch.cuda` that have nothing to do, and return nothing."""
 
@@ -107,11 +99,8 @@ class Event:
         """Whether it has come: always."""
         return True
 
-    def synchronize(self) -> None:
-        """Wait for nothing."""
-
-    def wait(self, stream: Any = None) -> None:
-        """Wait for nothing."""
+    # There is nothing to wait for.
+    synchronize = wait = _nothing()
 
 
 class Stream:
@@ -136,14 +125,8 @@ class Stream:
         event.record()
         return event
 
-    def synchronize(self) -> None:
-        """Wait for nothing."""
-
-    def wait_event(self, event: Any) -> None:
-        """Wait for nothing."""
-
-    def wait_stream(self, stream: Any) -> None:
-        """Wait for nothing."""
+    # There is nothing to wait for.
+    synchronize = wait_event = wait_stream = _nothing()
 
 
 def _name() -> str:

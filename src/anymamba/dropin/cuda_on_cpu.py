@@ -29,8 +29,6 @@ class CudaOnCpu(TorchFunctionMode):
         tell: called once, with a line that says so, when it first happens.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.cuda_on_cpu import CudaOnCpu
         >>> with CudaOnCpu(print):
         ...     x = torch.zeros(2, device="cuda") + torch.ones(2).cuda()
         no CUDA here: what this program puts there is on the CPU

@@ -29,11 +29,7 @@ def by_device(ours: Callable[P, R], module: str | None = None) -> Callable[P, R]
         ours: a function in a module under `anymamba.dropin`.
         module: the original's module, where that is not the one of the same path.
 
-    Returns:
-        A function with the same name, signature and docstring.
-
     Example:
-        >>> from anymamba.dropin.dispatch import by_device
         >>> @by_device
         ... def double(x):
         ...     return 2 * x

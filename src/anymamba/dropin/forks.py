@@ -29,30 +29,22 @@ class Fork(NamedTuple):
 
     name: str
     place: str
-    adds: frozenset[str]
+    adds: tuple[str, ...]
 
 
 FORKS = (
     Fork(
         "Vision Mamba",
         "https://github.com/hustvl/Vim, its folder mamba-1p1p1",
-        frozenset(
-            {
-                "bimamba_type",
-                "if_devide_out",
-                "if_divide_out",
-                "init_layer_scale",
-                "bimamba_inner_fn",
-                "bimamba_inner_ref",
-                "BiMambaInnerFn",
-                "mamba_inner_fn_no_out_proj",
-                "MambaInnerFnNoOutProj",
-            }
+        (
+            *("bimamba_type", "if_devide_out", "if_divide_out", "init_layer_scale"),
+            *("bimamba_inner_fn", "bimamba_inner_ref", "BiMambaInnerFn"),
+            *("mamba_inner_fn_no_out_proj", "MambaInnerFnNoOutProj"),
         ),
     ),
-    Fork("VideoMamba", "https://github.com/OpenGVLab/VideoMamba", frozenset({"bimamba"})),
-    Fork("SegMamba", "https://github.com/ge-xing/SegMamba", frozenset({"nslices"})),
-    Fork("Vivim", "https://github.com/scott-yjyang/Vivim", frozenset({"nframes"})),
+    Fork("VideoMamba", "https://github.com/OpenGVLab/VideoMamba", ("bimamba",)),
+    Fork("SegMamba", "https://github.com/ge-xing/SegMamba", ("nslices",)),
+    Fork("Vivim", "https://github.com/scott-yjyang/Vivim", ("nframes",)),
 )
 
 
@@ -72,14 +64,7 @@ def fork_of(name: str) -> str | None:
 def explained(ours: Callable[P, R]) -> Callable[P, R]:
     """Let calls with arguments that a function does not have fail with an error that says why.
 
-    Args:
-        ours: a function of the drop-in, or a class's `__init__`.
-
-    Returns:
-        A function with the same name, signature and docstring.
-
     Example:
-        >>> from anymamba.dropin.forks import explained
         >>> @explained
         ... def double(x):
         ...     return 2 * x

@@ -45,12 +45,8 @@ _functions: dict[type[nn.Module], tuple[Any, ...]] = {}
 
 
 def replace(module: ModuleType, kind: type[nn.Module]) -> None:
-    """Replace the forward of a mixer's class by one that takes plain decode steps natively.
-
-    Args:
-        module: Transformers' module of a model.
-        kind: the class of its mixer.
-    """
+    """Replace the forward of the mixer's class in one of Transformers' modules by one that takes
+    plain decode steps natively."""
     if kind in _replaced:
         take_again()
         return
@@ -127,9 +123,6 @@ def _is_one_token(hidden_states: Any) -> bool:
 
 def why_not_fused(mixer: nn.Module) -> str | None:
     """The reason why Transformers' own code takes a mixer's decode steps, or None.
-
-    Args:
-        mixer: a Mamba mixer of one of Transformers' models.
 
     Example:
         >>> from torch import nn

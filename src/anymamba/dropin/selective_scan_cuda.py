@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba.dropin.common.gradients import filled, gradients
+from anymamba.dropin.common.ssd_parts import step_sizes
 from anymamba.dropin.dispatch import by_device
-from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import scan_from, selective_scan_fn
+from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
+    scan_with_state,
+    selective_scan_fn,
+)
 
 __all__ = ["bwd", "fwd"]
 
@@ -61,7 +65,7 @@ def fwd(
         chunk = slice(start, start + CHUNK_STEPS)
         maps = (_columns(B, A, chunk), _columns(C, A, chunk))
         inputs = (u[..., chunk], delta[..., chunk], A, *maps, D, None, delta_bias)
-        out, state = scan_from(state, *inputs, delta_softplus)
+        out, state = scan_with_state(*inputs, delta_softplus, backend=None, initial_state=state)
         outs.append(out)
         states.append(state)
     if not outs:
@@ -145,10 +149,6 @@ def _columns(B: Tensor, A: Tensor, chunk: slice) -> Tensor:
 
 def _decays(delta: Tensor, A: Tensor, delta_bias: Tensor | None, delta_softplus: bool) -> Tensor:
     """exp(A * sum of the step sizes) up to the end of each chunk, (b, e, chunks, n)."""
-    steps = delta.to(torch.promote_types(delta.dtype, torch.float32))
-    if delta_bias is not None:
-        steps = steps + delta_bias[:, None]
-    if delta_softplus:
-        steps = F.softplus(steps)
+    steps = step_sizes(delta.mT, delta_bias, delta_softplus).mT
     totals = torch.stack([part.sum(-1) for part in steps.split(CHUNK_STEPS, -1)], -1).cumsum(-1)
     return torch.exp(totals[..., None] * A[:, None])

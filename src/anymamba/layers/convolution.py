@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from anymamba import ops
 from anymamba.ops.direct import conv_step
 from anymamba.ops.fusable import computes, why_not_fusable
-from anymamba.ops.segments import segments_of
+from anymamba.ops.segments import count_states, segments_of, walk_segments
 
 
 def convolve(
@@ -73,32 +73,22 @@ def _called(
 ) -> tuple[Tensor, Tensor | None]:
     """The convolution through its forward, called once for each packed sequence."""
     segments = segments_of(x_ble.shape[:2], seq_idx, cu_seqlens, reverse=False)
-    if segments is None:
-        return _called_once(conv1d, x_ble, window)
-    outputs, windows = [], [] if window is None else [window[:0]]
-    for row, start, stop, state_in, state_out in segments:
-        before = None
-        if window is not None:
-            before = window[state_in, None] if state_in >= 0 else torch.zeros_like(window[:1])
-        y_1le, last = _called_once(conv1d, x_ble[row, None, start:stop], before)
-        outputs.append(y_1le)
-        if last is not None and state_out >= 0:
-            windows.append(last)
-    y_ble = torch.cat(outputs, 1).view(x_ble.shape) if outputs else x_ble
-    return y_ble, torch.cat(windows) if windows else None
+    k = 0 if window is None else window.shape[2]
 
+    def call(row: slice, steps: slice, window_bek: Tensor) -> tuple[Tensor, Tensor]:
+        inputs_bel = x_ble[row, steps].transpose(1, 2)
+        if k:
+            inputs_bel = torch.cat([window_bek.to(x_ble.dtype), inputs_bel], 2)
+        length = inputs_bel.shape[2]
+        if not length:
+            return x_ble[row, steps], window_bek
+        y_ble = conv1d(inputs_bel)[..., k:length].transpose(1, 2)
+        return y_ble, inputs_bel[..., length - k :]
 
-def _called_once(
-    conv1d: nn.Module, x_ble: Tensor, window: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    inputs_bel, k = x_ble.transpose(1, 2), 0
-    if window is not None:
-        k = window.shape[2]
-        inputs_bel = torch.cat([window.to(x_ble.dtype), inputs_bel], 2)
-    if not inputs_bel.shape[2]:
-        return x_ble, None
-    y_ble = conv1d(inputs_bel)[..., k : inputs_bel.shape[2]].transpose(1, 2)
-    return y_ble, inputs_bel[..., inputs_bel.shape[2] - k :] if k else None
+    count = count_states(segments, x_ble.shape[0])
+    windows = x_ble.new_empty(count, x_ble.shape[2], 0) if window is None else window
+    y_ble, last = walk_segments(call, x_ble, windows, segments)
+    return y_ble, None if window is None else last
 
 
 def convolve_step(conv1d: Any, act: nn.Module | None, x_be: Tensor, window_bek: Tensor) -> Tensor:

@@ -19,15 +19,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def draw_step_bias(n: int, dt_min: float, dt_max: float, floor: float, **factory: Any) -> Tensor:
-    """Draw biases whose softplus is log-uniform in [dt_min, dt_max].
-
-    Args:
-        n: how many.
-        dt_min, dt_max, floor: the range of the step size, and the least it may be.
-        factory: device and dtype.
-
-    Returns:
-        (n,).
+    """Draw n biases whose softplus is log-uniform in [dt_min, dt_max], and no less than `floor`.
 
     Example:
         >>> steps = torch.nn.functional.softplus(draw_step_bias(100, 0.001, 0.1, 1e-4))
@@ -41,10 +33,7 @@ def draw_step_bias(n: int, dt_min: float, dt_max: float, floor: float, **factory
 
 
 def s4d_real(channels: int, states: int, device: Any = None) -> Tensor:
-    """The logarithms of S4D-Real's decay rates 1, 2, ..., the same for each channel, in float32.
-
-    Returns:
-        (e, n).
+    """The logarithms (e, n) of S4D-Real's decay rates 1, 2, ... for each channel, in float32.
 
     Example:
         >>> s4d_real(2, 3).exp()[0].tolist()

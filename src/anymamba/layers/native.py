@@ -15,23 +15,18 @@ PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
 @dataclass(frozen=True)
 class Part:
-    """A module that the core stands in for, and what it must be for that.
-
-    Attributes:
-        name: where it stands.
-        module: what stands there now.
-        usual: the class that belongs there.
-        shape: of its weight; None where it has none that is a matrix.
-        may_have_bias: whether the core adds a bias there.
-        settings: attributes that decide its result, and the values that the core assumes.
-    """
+    """A module that the core stands in for, and what it must be for that."""
 
     name: str
     module: Any
+    """What stands there now."""
     usual: type[nn.Module]
+    """The class that belongs there."""
     shape: tuple[int, int] | None = None
+    """Of its weight; None where it has none that is a matrix."""
     may_have_bias: bool = True
     settings: Mapping[str, object] = field(default_factory=dict)
+    """Attributes that decide its result, and the values that the core assumes."""
 
     def why_not_usual(self) -> str | None:
         """Why the module computes something else than the core would, or None."""

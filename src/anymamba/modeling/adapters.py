@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -27,9 +28,6 @@ def untie_head(model: MambaForCausalLM) -> None:
 
     The config then says so, and `save_pretrained` writes both. A head that is not tied stays as
     it is. Adapters on either module are left alone: it is their base weights that part.
-
-    Args:
-        model: the model to change.
 
     Example:
         >>> from anymamba.modeling.config import MambaConfig
@@ -65,15 +63,12 @@ def patch_peft() -> Callable[[], None]:
         from peft.tuners import tuners_utils
     except ImportError:
         return lambda: None
-    undos = [_replace(tuners_utils, _GUARD, _guard_others_only)]
-    undos += [_replace(auto, _ALLOWED, _with_ours)]
-    undos += [_replace(tuners_utils.BaseTuner, name, _untie_before) for name in _MERGES]
-
-    def undo() -> None:
-        for step in undos:
-            step()
-
-    return undo
+    undo = ExitStack()
+    undo.callback(_replace(tuners_utils, _GUARD, _guard_others_only))
+    undo.callback(_replace(auto, _ALLOWED, _with_ours))
+    for name in _MERGES:
+        undo.callback(_replace(tuners_utils.BaseTuner, name, _untie_before))
+    return undo.close
 
 
 def _replace(

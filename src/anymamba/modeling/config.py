@@ -18,8 +18,11 @@ from anymamba.checkpoint.architecture import architecture_of
 from anymamba.checkpoint.config import translate_config
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError
-from anymamba.modeling.config_checks import CHECKS, check_together, shown_value
+from anymamba.modeling.config_checks import SETTINGS, check_together, shown_value
 from anymamba.modeling.gguf import find_mamba_gguf, gguf_config
+from anymamba.renamed import old_names
+
+__getattr__ = old_names(__name__)
 
 # Transformers renamed its layer types once; files of either age are about the same layer.
 _LAYER_TYPES = ("linear_attention", "mamba")
@@ -54,9 +57,9 @@ class StateSpaceConfig(PreTrainedConfig):
         self.validate_token_ids()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in CHECKS:
+        if name in SETTINGS:
             try:
-                value = CHECKS[name](name, value)
+                value = SETTINGS[name].check(name, value)
                 check_together({**self.__dict__, name: value}, changed=name)
             except ConfigError as error:
                 raise ConfigError(f"{type(self).__name__}: {error}") from None
@@ -67,9 +70,7 @@ class StateSpaceConfig(PreTrainedConfig):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, StateSpaceConfig):
             return NotImplemented
-        mine, theirs = self.to_dict(), other.to_dict()
-        mine.pop("_name_or_path", None)
-        theirs.pop("_name_or_path", None)
+        mine, theirs = (config.to_dict() | {"_name_or_path": None} for config in (self, other))
         return bool(mine == theirs)
 
     @property

@@ -1,16 +1,12 @@
-"""What each field of a config may be, and what it is stored as.
-
-NumPy's numbers become Python's, and whole numbers for real-valued fields become floats: json.dumps
-and Transformers refuse them otherwise.
-"""
+"""What each field of a config may be, and what it is stored as."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from transformers.activations import ACT2FN
@@ -26,137 +22,123 @@ def shown_value(value: object) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
-def _refuse(name: str, expected: str, value: object) -> ConfigError:
-    return ConfigError(f"{name} must be {expected}, got {shown_value(value)}")
+class _Setting(NamedTuple):
+    """What a field of the config takes: in words, as a test, and how a value is stored."""
+
+    expected: str
+    accepts: Callable[[Any], bool]
+    store: Callable[[Any], Any] = lambda value: value
+
+    def check(self, name: str, value: Any) -> Any:
+        """The value as it is stored, if the field takes it."""
+        if not self.accepts(value):
+            raise ConfigError(f"{name} must be {self.expected}, got {shown_value(value)}")
+        return self.store(value)
 
 
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def _is_integer(value: Any, low: int) -> bool:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return whole and bool(value >= low)
 
 
-def _integer(name: str, value: Any, low: int = 1) -> int:
-    if not _is_integer(value) or value < low:
-        raise _refuse(name, f"an integer >= {low}", value)
-    return int(value)
+def _is_real(value: Any) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
-def _real(name: str, value: Any, zero_allowed: bool) -> float:
-    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_real or not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-        raise _refuse(name, f"a finite number {'>=' if zero_allowed else '>'} 0", value)
-    return float(value)
+def _are_token_ids(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return bool(value) and all(_is_integer(item, 0) for item in value)
+    return value is None or _is_integer(value, 0)
 
 
-def _positive(name: str, value: Any) -> float:
-    return _real(name, value, zero_allowed=False)
+def _are_limits(value: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    if not all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in value):
+        return False
+    return bool(0 <= value[0] <= value[1])
 
 
-def _not_negative(name: str, value: Any) -> float:
-    return _real(name, value, zero_allowed=True)
+def _is_dtype(value: Any) -> bool:
+    named = getattr(torch, value, None) if isinstance(value, str) else value
+    return value is None or isinstance(named, torch.dtype)
 
 
-def _boolean(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _refuse(name, "True or False", value)
-    return value
+# NumPy's numbers become Python's, and whole numbers for real-valued fields become floats:
+# json.dumps and Transformers refuse them otherwise.
 
 
-def _boolean_or_none(name: str, value: Any) -> bool | None:
-    return None if value is None else _boolean(name, value)
+def _plain_integers(value: Any) -> Any:
+    """Integers, alone or in a list; None and words stay."""
+    if isinstance(value, list | tuple):
+        return [int(item) for item in value]
+    return value if value is None or isinstance(value, str) else int(value)
 
 
-def _token_id(name: str, value: Any) -> int | None:
-    if value is not None and (not _is_integer(value) or value < 0):
-        raise _refuse(name, "an integer >= 0 or None", value)
-    return value if value is None else int(value)
-
-
-def _token_ids(name: str, value: Any) -> int | list[int] | None:
-    if not isinstance(value, list | tuple):
-        return _token_id(name, value)
-    if not value or not all(_is_integer(item) and item >= 0 for item in value):
-        raise _refuse(name, "an integer >= 0, a list of them, or None", value)
-    return [int(item) for item in value]
-
-
-def _rank(name: str, value: Any) -> int | str:
-    if value == "auto" and isinstance(value, str):
-        return "auto"
-    if not _is_integer(value) or value < 1:
-        raise _refuse(name, "'auto' or an integer >= 1", value)
-    return int(value)
-
-
-def _expand(name: str, value: Any) -> int | float:
-    factor = _positive(name, value)
+def _whole_if_possible(value: Any) -> int | float:
+    factor = float(value)
     return int(factor) if factor == int(factor) else factor
 
 
-def _limits(name: str, value: Any) -> tuple[float, float]:
-    pair = tuple(value) if isinstance(value, list | tuple) else ()
-    numbers_alone = all(isinstance(v, numbers.Real) and not isinstance(v, bool) for v in pair)
-    if len(pair) != 2 or not numbers_alone or not 0 <= pair[0] <= pair[1]:
-        raise _refuse(name, "two numbers, the smaller one first", value)
-    return float(pair[0]), float(pair[1])
+def _one_of(known: Collection[str]) -> _Setting:
+    expected = f"one of {', '.join(sorted(known))}"
+    return _Setting(expected, lambda value: isinstance(value, str) and value in known)
 
 
-def _activation(name: str, value: Any) -> str:
-    if not isinstance(value, str) or value not in ACT2FN:
-        raise _refuse(name, f"one of {', '.join(sorted(ACT2FN))}", value)
-    return value
-
-
-def _init_scheme(name: str, value: Any) -> str:
-    if not isinstance(value, str) or value not in INIT_SCHEMES:
-        raise _refuse(name, f"one of {', '.join(INIT_SCHEMES)}", value)
-    return value
-
-
-def _dtype(name: str, value: Any) -> Any:
-    named = getattr(torch, value, None) if isinstance(value, str) else value
-    if named is not None and isinstance(named, torch.dtype):
-        return value
-    if value is None:
-        return None
-    raise _refuse(name, "a torch.dtype, its name, or None", value)
-
-
-CHECKS: Mapping[str, Callable[[str, Any], Any]] = {
-    "vocab_size": _integer,
-    "hidden_size": _integer,
-    "state_size": _integer,
-    "num_hidden_layers": _integer,
-    "layer_norm_epsilon": _not_negative,
-    "mixer_rms_eps": _not_negative,
-    "pad_token_id": _token_id,
-    "bos_token_id": _token_id,
-    "eos_token_id": _token_ids,
-    "expand": _expand,
-    "conv_kernel": _integer,
-    "num_heads": _integer,
-    "head_dim": _integer,
-    "n_groups": _integer,
-    "chunk_size": _integer,
-    "time_step_limit": _limits,
-    "use_bias": _boolean,
-    "use_conv_bias": _boolean,
-    "hidden_act": _activation,
-    "initializer_range": _not_negative,
-    "residual_in_fp32": _boolean,
-    "time_step_rank": _rank,
-    "time_step_scale": _positive,
-    "time_step_min": _positive,
-    "time_step_max": _positive,
-    "time_step_init_scheme": _init_scheme,
-    "time_step_floor": _not_negative,
-    "rescale_prenorm_residual": _boolean,
-    "use_cache": _boolean,
-    "use_mambapy": _boolean,
-    "use_associative_scan": _boolean,
-    "tie_word_embeddings": _boolean,
-    "dtype": _dtype,
-    "output_hidden_states": _boolean_or_none,
-    "return_dict": _boolean_or_none,
+_INTEGER = _Setting("an integer >= 1", lambda value: _is_integer(value, 1), int)
+_POSITIVE = _Setting("a finite number > 0", lambda value: _is_real(value) and value > 0, float)
+_NOT_NEGATIVE = _Setting(
+    "a finite number >= 0", lambda value: _is_real(value) and value >= 0, float
+)
+_BOOLEAN = _Setting("True or False", lambda value: isinstance(value, bool))
+_MAYBE_BOOLEAN = _Setting("True or False", lambda value: value is None or isinstance(value, bool))
+_TOKEN_ID = _Setting(
+    "an integer >= 0 or None", lambda value: value is None or _is_integer(value, 0), _plain_integers
+)
+SETTINGS: Mapping[str, _Setting] = {
+    "vocab_size": _INTEGER,
+    "hidden_size": _INTEGER,
+    "state_size": _INTEGER,
+    "num_hidden_layers": _INTEGER,
+    "layer_norm_epsilon": _NOT_NEGATIVE,
+    "mixer_rms_eps": _NOT_NEGATIVE,
+    "pad_token_id": _TOKEN_ID,
+    "bos_token_id": _TOKEN_ID,
+    "eos_token_id": _Setting(
+        "an integer >= 0, a list of them, or None", _are_token_ids, _plain_integers
+    ),
+    "expand": _POSITIVE._replace(store=_whole_if_possible),
+    "conv_kernel": _INTEGER,
+    **dict.fromkeys(("num_heads", "head_dim", "n_groups", "chunk_size"), _INTEGER),
+    "time_step_limit": _Setting(
+        "two numbers, the smaller one first",
+        _are_limits,
+        lambda value: (float(value[0]), float(value[1])),
+    ),
+    "use_bias": _BOOLEAN,
+    "use_conv_bias": _BOOLEAN,
+    "hidden_act": _one_of(ACT2FN),
+    "initializer_range": _NOT_NEGATIVE,
+    "residual_in_fp32": _BOOLEAN,
+    "time_step_rank": _Setting(
+        "'auto' or an integer >= 1",
+        lambda value: value == "auto" or _is_integer(value, 1),
+        _plain_integers,
+    ),
+    "time_step_scale": _POSITIVE,
+    "time_step_min": _POSITIVE,
+    "time_step_max": _POSITIVE,
+    "time_step_init_scheme": _one_of(INIT_SCHEMES),
+    "time_step_floor": _NOT_NEGATIVE,
+    "rescale_prenorm_residual": _BOOLEAN,
+    "use_cache": _BOOLEAN,
+    "use_mambapy": _BOOLEAN,
+    "use_associative_scan": _BOOLEAN,
+    "tie_word_embeddings": _BOOLEAN,
+    "dtype": _Setting("a torch.dtype, its name, or None", _is_dtype),
+    "output_hidden_states": _MAYBE_BOOLEAN,
+    "return_dict": _MAYBE_BOOLEAN,
 }
 
 

@@ -22,7 +22,7 @@ from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear
 from anymamba.modeling.state import MambaState
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS
-from anymamba.ops.native import core
+from anymamba.ops.native import TYPES, core
 from anymamba.ops.tracing import runs_now
 from anymamba.ops.watch import ModuleWatch
 
@@ -36,8 +36,6 @@ full speed, short enough for little memory."""
 # What decides the result of a convolution beside its weights; `why_not_fusable` looks at it.
 _OF_CONVOLUTIONS = ("stride", "dilation", "groups", "padding_mode")
 _BLOCK = re.compile(r"layers\.\d+")
-
-_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class FusableModel(Protocol):
@@ -54,12 +52,7 @@ class FusableModel(Protocol):
 
 
 def table_of(model: FusableModel, input_ids: Tensor) -> Table | None:
-    """The model as the native core runs it, or None where its modules must be called.
-
-    Args:
-        model: the language model.
-        input_ids: (b, l), what is to be read.
-    """
+    """The model as the native core reads these ids, or None where its modules must be called."""
     ids_fit = input_ids.device.type == "cpu" and input_ids.dtype in (torch.int32, torch.int64)
     if torch.is_grad_enabled() or not runs_now(input_ids) or not ids_fit:
         return None
@@ -82,7 +75,7 @@ def fits(cache: MambaState) -> bool:
     """Whether the core can work on a state where it lies."""
     return (
         cache.device.type == "cpu"
-        and cache.dtype in _TYPES
+        and cache.dtype in TYPES
         and cache.conv_states.is_contiguous()
         and cache.ssm_states.is_contiguous()
     )
@@ -90,9 +83,6 @@ def fits(cache: MambaState) -> bool:
 
 def why_not_fused(model: FusableModel) -> str | None:
     """The reason why single tokens go through the model's modules one by one, or None.
-
-    Args:
-        model: the language model.
 
     Example:
         >>> from anymamba import MambaConfig, MambaForCausalLM
@@ -121,7 +111,7 @@ def why_not_fused(model: FusableModel) -> str | None:
         if reason is not None:
             return f"{part.name}: {reason}"
     for name, weight in model.named_parameters():
-        if weight.device.type != "cpu" or weight.dtype not in _TYPES or not weight.is_contiguous():
+        if weight.device.type != "cpu" or weight.dtype not in TYPES or not weight.is_contiguous():
             return f"{name} is {weight.dtype} on {weight.device}, or not contiguous"
     return None
 
@@ -131,7 +121,7 @@ class Table:
 
     Args:
         model: the module that holds all parts.
-        parts: what `fused_parts` of it gives, all of them as the core expects them.
+        parts: its `fused_parts`, all of them as the core expects them.
     """
 
     def __init__(self, model: nn.Module, parts: Iterable[Part]) -> None:

@@ -48,9 +48,6 @@ def find_mamba_gguf(place: Path) -> Path | None:
 def hub_pattern(gguf_file: str) -> str:
     """The pattern of the files to download for a GGUF file: all parts, where it is in parts.
 
-    Args:
-        gguf_file: the file's name.
-
     Example:
         >>> hub_pattern("mamba-00001-of-00003.gguf")
         'mamba-*-of-00003.gguf'
@@ -59,13 +56,7 @@ def hub_pattern(gguf_file: str) -> str:
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
-    """The config of the Mamba in a GGUF file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The fields in Transformers' names, `model_type` and `architectures` among them.
+    """The config of the Mamba in a GGUF file, in Transformers' names.
 
     Raises:
         CheckpointError: the file is broken, or holds no Mamba.
@@ -85,14 +76,9 @@ def gguf_config(path: Path) -> dict[str, Any]:
 
 
 def gguf_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of the Mamba in a GGUF file.
+    """The tensors of the Mamba in a GGUF file, copied out of it, by Transformers' names.
 
-    Args:
-        path: the file.
-
-    Returns:
-        The tensors by Transformers' names, copied out of the file. F32, F16 and BF16 keep their
-        types; what is quantized becomes float32.
+    F32, F16 and BF16 keep their types; what is quantized becomes float32.
 
     Raises:
         CheckpointError: the file is broken, or holds no Mamba.

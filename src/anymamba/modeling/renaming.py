@@ -20,9 +20,6 @@ def takes_cache_params(function: Callable[_Arguments, _Result]) -> Callable[_Arg
     Transformers renamed it in 5.24. Its own decorator does the work where the old name is given;
     every other call is spared that decorator's time, and `torch.compile` its code.
 
-    Args:
-        function: what to call; it has an argument `cache`.
-
     Raises:
         InputError: at a call with both names.
     """

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from anymamba.checkpoint import (
     StateFile,
+    check_finite_blocks,
     check_identity,
     read_state_file,
     state_dict_digest,
@@ -59,12 +60,8 @@ class LayerState:
 
 
 class MambaState:
-    """The state of a batch; `MambaCache` adds Transformers' protocol and explains the arguments.
-
-    Attributes:
-        conv_states: (n_layer, b, e, k), the last k inputs of each convolution, oldest first.
-        ssm_states: (n_layer, b, e, n), the state of each channel, float32.
-        token_counts: (b,) int64, how many tokens each row has read; masked ones do not count.
+    """The state of a batch. `MambaCache` adds Transformers' protocol, and explains the arguments
+    and attributes.
     """
 
     conv_states: Tensor
@@ -293,12 +290,7 @@ class MambaState:
             digest = state_dict_digest(model.state_dict())
         metadata = state_metadata(identity, self.token_counts.tolist(), digest)
         blocks = {name: getattr(self, name).contiguous() for name in _BLOCKS}
-        for name, block in blocks.items():
-            if not torch.isfinite(block).all():
-                raise StateError(
-                    f"the cache holds NaN or infinity in its {name}, and nothing could go on from "
-                    "it: it was not written; the model's weights are broken"
-                )
+        check_finite_blocks(blocks, torch.isfinite, "the cache")
         write_atomically(Path(path), lambda part: save_file(blocks, part, metadata=metadata))
 
     @classmethod
@@ -342,14 +334,7 @@ class MambaState:
 
 
 def config_of(model: PreTrainedModel) -> PreTrainedConfig:
-    """Return a model's config, with as many layers as the model has now.
-
-    Args:
-        model: a Mamba whose list of layers may have been cut, or given more layers.
-
-    Returns:
-        The model's own config where it says the truth, else a copy that does.
-    """
+    """Return a model's config, or a copy with as many layers as the model has now."""
     layers = getattr(model.base_model, "layers", None)
     if layers is None or len(layers) == model.config.num_hidden_layers:
         return model.config
@@ -360,13 +345,7 @@ def config_of(model: PreTrainedModel) -> PreTrainedConfig:
 
 
 def model_identity(config: PreTrainedConfig) -> dict[str, str | int]:
-    """Return what a model must have in common with a state: its kind and sizes.
-
-    Args:
-        config: the model's configuration.
-
-    Returns:
-        The fields that decide the shapes of a state, by their names in the config.
+    """Return what a model must have in common with a state: its type and sizes, by field.
 
     Example:
         >>> from anymamba import MambaConfig

@@ -15,7 +15,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -135,12 +134,7 @@ class Chosen:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._variable.reset(self._token)
 
 
@@ -298,13 +292,9 @@ def _load(place: str) -> Callable[..., Any]:
     return _loaded[place]
 
 
-def _places(entry: Backend) -> tuple[str | None, ...]:
-    return (*entry.operators.values(), entry.unsupported_reason, entry.prefers_other)
-
-
 _loaded: dict[str, Callable[..., Any]] = {}
 # Ours are loaded ahead for the same reason; others' packages may take long to import.
-for _name in ("cpu", "reference"):
-    if BACKENDS[_name].missing() is None:
-        for _place in filter(None, _places(BACKENDS[_name])):
-            _load(_place)
+for _entry in (BACKENDS["cpu"], BACKENDS["reference"]):
+    _places = (*_entry.operators.values(), _entry.unsupported_reason, _entry.prefers_other)
+    for _place in filter(None, _places if _entry.missing() is None else ()):
+        _load(_place)

@@ -10,6 +10,22 @@ ACTIVATIONS = (None, "silu", "swish")
 """What the convolution can apply to its output."""
 
 
+def check_axes(operator: str, *named: tuple[str, Tensor, str]) -> None:
+    """Refuse tensors that have not as many axes as the letters of their shapes.
+
+    Args:
+        operator: for the message.
+        named: what it calls each tensor, the tensor, and the letters, such as "b, l, e".
+
+    Raises:
+        InputError: naming operator, the shapes expected and those found.
+    """
+    if any(tensor.ndim != letters.count(",") + 1 for _, tensor, letters in named):
+        expected = " and ".join(f"{name} of shape ({letters})" for name, _, letters in named)
+        found = " and ".join(str(tuple(tensor.shape)) for _, tensor, _ in named)
+        raise InputError(f"{operator}: expected {expected}, got {found}")
+
+
 def check_shape(operator: str, name: str, tensor: Tensor | None, *shapes: tuple[int, ...]) -> None:
     """Refuse a tensor that has none of the allowed shapes; None passes.
 

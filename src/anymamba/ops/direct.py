@@ -6,7 +6,6 @@ what does not fit, and PyTorch's dispatcher; a call that needs none of them can 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from anymamba.ops.backends import native_is_chosen
@@ -16,9 +15,7 @@ from anymamba.ops.conv.native import causal_conv1d_update
 from anymamba.ops.native import TYPES
 from anymamba.ops.scan.arguments import StepArguments
 from anymamba.ops.scan.native import selective_state_update
-from anymamba.ops.tracing import runs_now
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+from anymamba.ops.tracing import PLAIN_TYPES, runs_now
 
 
 def scan_step(
@@ -104,6 +101,6 @@ def _is_plain(x: Tensor, *others: Tensor | None) -> bool:
     if not runs_now(x) or not native_is_chosen():
         return False
     return all(
-        tensor is None or (type(tensor) in _PLAIN and tensor.is_cpu and tensor.dtype in TYPES)
+        tensor is None or (type(tensor) in PLAIN_TYPES and tensor.is_cpu and tensor.dtype in TYPES)
         for tensor in (x, *others)
     )

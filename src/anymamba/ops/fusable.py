@@ -16,23 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import module as module_globals
-from torch.nn.parameter import Parameter
 
 from anymamba.ops.linear import linear as multiply
-from anymamba.ops.tracing import autocast_is_on
+from anymamba.ops.tracing import PLAIN_TYPES, autocast_is_on
 from anymamba.renamed import old_names
 
 __getattr__ = old_names(__name__)
 
 _Kind = TypeVar("_Kind", bound=type[nn.Module])
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = (
-    "_global_forward_hooks",
-    "_global_forward_pre_hooks",
-    "_global_backward_hooks",
-    "_global_backward_pre_hooks",
-)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where PyTorch keeps a module's hooks, by attribute."""
+
+GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
+"""Where it keeps those of all modules, in `torch.nn.modules.module`."""
 
 # What Python looks up on a class to call a module, in this order.
 _CALL = ("__call__", "_call_impl", "forward")
@@ -73,14 +70,7 @@ def fusable(kind: _Kind, function: str | None = None) -> _Kind:
 
 
 def call_attributes(kind: type[nn.Module]) -> Iterator[tuple[Any, str]]:
-    """What decides, beside a module itself, what a call of it computes.
-
-    Args:
-        kind: the module's class.
-
-    Yields:
-        An object and the name of its attribute.
-    """
+    """What decides, beside a module itself, what a call of it computes: owners and attributes."""
     for name in _CALL:
         yield kind, name
     if kind in _FUNCTIONS:
@@ -99,14 +89,10 @@ def _why_not_original(kind: type[nn.Module]) -> str | None:
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """x through a linear layer: by its weights where that says it all, else by its forward.
+    """x (..., k) through a linear layer: by its weights if they say it all, else by its forward.
 
     Args:
         linear: the `nn.Linear` that the model put there, or what has taken its place.
-        x: (..., k).
-
-    Returns:
-        (..., n).
     """
     if _is_ours(linear, x):
         return multiply(x, linear.weight, linear.bias)
@@ -119,12 +105,6 @@ def project_halves(linear: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
     With gradients each half is a product of its own. As halves of one tensor, autograd would copy
     their gradients into one tensor first.
-
-    Args:
-        linear, x: as for `project`; n is even.
-
-    Returns:
-        Twice (..., n / 2).
     """
     if not (torch.is_grad_enabled() and _is_ours(linear, x)):
         first, second = project(linear, x).chunk(2, dim=-1)
@@ -174,16 +154,16 @@ def why_not_fusable(module: nn.Module, kind: type[nn.Module]) -> str | None:
     replaced = _why_not_original(kind)
     if replaced is not None:
         return replaced
-    if any(getattr(module, name, None) for name in _HOOKS):
+    if any(getattr(module, name, None) for name in HOOKS):
         return "it has hooks"
-    if any(getattr(module_globals, name, None) for name in _GLOBAL_HOOKS):
+    if any(getattr(module_globals, name, None) for name in GLOBAL_HOOKS):
         return "hooks are set for all modules"
     if isinstance(module, nn.Conv1d):
         usual = (module.weight.shape[0], (1,), (1,), "zeros")
         if (module.groups, module.stride, module.dilation, module.padding_mode) != usual:
             return "it is not a depthwise convolution of neighbours"
     for name, tensor in module._parameters.items():
-        if tensor is not None and type(tensor) not in (Parameter, Tensor):
+        if tensor is not None and type(tensor) not in PLAIN_TYPES:
             return f"its {name} is a {type(tensor).__name__}"
     return None
 

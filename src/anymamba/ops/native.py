@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from functools import cache
@@ -52,6 +53,12 @@ def in_float32(tensor: Any) -> Any:
     if tensor is None or (tensor.dtype == torch.float32 and tensor.is_contiguous()):
         return tensor
     return tensor.float().contiguous()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(..., k) as (rows, k)."""
+    # Not Size.numel(), which would turn symbolic sizes into constants.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def description() -> str:

@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+"""Tensors that carry no behaviour of their own, as a subclass does."""
 
 
 def runs_now(tensor: Tensor) -> bool:
     """Whether a call on this tensor is carried out at once and nothing but autograd watches.
-
-    Args:
-        tensor: an input of the call.
 
     Example:
         >>> from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +30,7 @@ def runs_now(tensor: Tensor) -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or type(tensor) not in _PLAIN
+        or type(tensor) not in PLAIN_TYPES
         or tensor.is_meta
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
@@ -46,14 +44,13 @@ def values_are_known(tensor: Tensor) -> bool:
     A counter of operators may be active; a tracer may not, for its graph would hold for these
     numbers only.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if is_transformed():
+    is_traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    if is_traced or is_transformed():
         return False
     modes = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
     if any(torch._C._get_dispatch_mode(mode) is not None for mode in modes):
         return False
-    return type(tensor) in _PLAIN and not tensor.is_meta
+    return type(tensor) in PLAIN_TYPES and not tensor.is_meta
 
 
 def is_transformed() -> bool:
@@ -72,9 +69,6 @@ def copy_for_backward(state: Tensor | None) -> Tensor | None:
 
     Callers copy a state that they will overwrite. Inductor drops a `clone()` whose input it sees
     changed later, and the backward pass reads the new state; it cannot drop an operator of ours.
-
-    Args:
-        state: an initial state or window, or None.
     """
     if state is None or not (torch.compiler.is_compiling() and torch.is_grad_enabled()):
         return state

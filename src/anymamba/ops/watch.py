@@ -14,15 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
 from anymamba.ops.backends import backend
-from anymamba.ops.fusable import call_attributes
+from anymamba.ops.fusable import GLOBAL_HOOKS, HOOKS, call_attributes
 from anymamba.ops.native import core
-
-_GLOBAL_HOOKS = (
-    module_globals._global_forward_hooks,
-    module_globals._global_forward_pre_hooks,
-    module_globals._global_backward_hooks,
-    module_globals._global_backward_pre_hooks,
-)
 
 # How much of a tensor's Python object, and of PyTorch's two objects behind it, tells its address.
 _OBJECT_BYTES, _TENSOR_BYTES, _STORAGE_BYTES = 48, 192, 128
@@ -57,8 +50,8 @@ class ModuleWatch:
         for kind in {type(module) for module in modules}:
             for owner, name in call_attributes(kind):
                 self._watch.attribute(owner, name)
-        for hooks in _GLOBAL_HOOKS:
-            self._watch.contents(hooks)
+        for hooks in GLOBAL_HOOKS:
+            self._watch.contents(getattr(module_globals, hooks))
         own = [(*m._parameters.values(), *m._buffers.values()) for m in modules]
         self._weights = [weight for weights in own for weight in weights if weight is not None]
         for weight in self._weights:
@@ -81,15 +74,8 @@ class ModuleWatch:
 
     def _watch_module(self, module: nn.Module, settings: Collection[str]) -> None:
         self._watch.type_of(module)
-        self._watch.contents(module._parameters)
-        self._watch.contents(module._buffers)
-        for hooks in (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        ):
-            self._watch.contents(hooks)
+        for contents in ("_parameters", "_buffers", *HOOKS):
+            self._watch.contents(getattr(module, contents))
         own = module.__dict__
         for key in ("forward", *(setting for setting in settings if setting in own)):
             self._watch.entry(own, key)

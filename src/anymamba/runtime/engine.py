@@ -91,7 +91,7 @@ class Engine:
         self._codec = TextCodec(open_tokenizer)
         self.weights = weights
         self.config = dict(weights.config)
-        self.weights_kind = weights.kind
+        self.weights_kind = weights.weight_type
         self.weight_bytes = weights.nbytes
         self.n_parameters = weights.n_parameters
         self.threads = self._network.threads

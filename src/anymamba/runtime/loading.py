@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from anymamba.arithmetic import check_matmul_dtype
 from anymamba.checkpoint import open_checkpoint, resolve
@@ -14,11 +14,11 @@ from anymamba.checkpoint.gguf import find_gguf
 from anymamba.checkpoint.io import read_json_object, user_path
 from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
 from anymamba.errors import CheckpointError
-from anymamba.runtime.adapters import Adapter, base_model_of, merge_adapter, read_adapter
+from anymamba.runtime.adapters import base_model_of, merge_adapter, read_adapter
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import suggested_sampling
 from anymamba.runtime.native import wanted_threads
-from anymamba.runtime.weights import check_kind, load_weights
+from anymamba.runtime.weights import Weights, check_weight_type, load_gguf_weights, load_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -78,7 +78,7 @@ def load(
         >>> engine
         Engine(3,045,888 parameters, f32, 1 threads)
     """
-    check_kind(weights)
+    check_weight_type(weights)
     wanted_threads(threads)  # a mistake shows before the weights are converted
     if matmul_dtype is not None:
         check_matmul_dtype(matmul_dtype, "matmul_dtype")
@@ -86,38 +86,58 @@ def load(
     if change is not None and tokenizer is None and (change.folder / "tokenizer.json").is_file():
         tokenizer = change.folder
     model = model_of(model, adapter)
-    if (file := find_gguf(user_path(model))) is not None:
-        return _load_gguf(file, weights, change, tokenizer, (threads, matmul_dtype))
-    folder = resolve(
-        model,
-        revision=revision,
-        cache_dir=cache_dir,
-        token=token,
-        offline=offline,
-        subfolder=subfolder,
-    )
-    checkpoint = open_checkpoint(folder)
-    settings = generation_config([folder] if change is None else [change.folder, folder])
+    file, places = find_gguf(user_path(model)), [] if change is None else [change.folder]
+    if file is None:
+        folder = resolve(
+            model,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            offline=offline,
+            subfolder=subfolder,
+        )
+        places.append(folder)
+    settings = generation_config(places)
     suggested = suggested_sampling(settings or {})
-    stored = load_weights(checkpoint, weights if change is None else "auto")
+    # What is merged is brought into the type that was asked for afterwards.
+    stored_type = weights if change is None else "auto"
+    if file is None:
+        stored, open_tokenizer, ends = _open_folder(folder, stored_type)
+    else:
+        stored, open_tokenizer, ends = _open_gguf(file, stored_type, tokenizer is None)
     return Engine(
         stored if change is None else merge_adapter(stored, change, weights),
-        _tokenizer_in(folder, tokenizer),
-        _end_ids(settings, checkpoint.config),
+        open_tokenizer if tokenizer is None else partial(read_tokenizer, tokenizer),
+        _ids_in(ends if settings is None else settings.get("eos_token_id")),
         threads,
         suggested,
         matmul_dtype,
     )
 
 
+_Opened: TypeAlias = tuple[Weights, Callable[[], "Tokenizer"] | None, object]
+"""The weights, what opens the tokenizer, and the tokens that the config has for a text's end."""
+
+
+def _open_folder(folder: Path, weights: str) -> _Opened:
+    checkpoint, tokenizer = open_checkpoint(folder), folder / "tokenizer.json"
+    open_tokenizer = partial(read_tokenizer, tokenizer) if tokenizer.is_file() else None
+    # Transformers' default for a Mamba that says nothing is token 0.
+    ends = checkpoint.config.get("eos_token_id", 0)
+    return load_weights(checkpoint, weights), open_tokenizer, ends
+
+
+def _open_gguf(file: Path, weights: str, tokenizer: bool) -> _Opened:
+    stored, model = load_gguf_weights(file, weights, tokenizer=tokenizer)
+    text, where = model.tokenizer_json, f"the tokenizer in {str(file)!r}"
+    open_tokenizer = None if text is None else partial(tokenizer_from_json, text, where)
+    return stored, open_tokenizer, model.config.get("eos_token_id")
+
+
 def model_of(
     model: str | os.PathLike[str] | None, adapter: str | os.PathLike[str] | None
 ) -> str | os.PathLike[str]:
     """The model that is meant: that which is named, else the adapter's, else the bundled one.
-
-    Args:
-        model: what was named.
-        adapter: the adapter's folder.
 
     Raises:
         CheckpointError: the adapter is none, or names no model.
@@ -141,42 +161,6 @@ def model_of(
     return named
 
 
-def _load_gguf(
-    path: Path,
-    weights: str,
-    adapter: Adapter | None,
-    named: str | os.PathLike[str] | None,
-    computing: tuple[int | None, str | None],
-) -> Engine:
-    from anymamba.runtime.weights import load_gguf_weights
-
-    stored = weights if adapter is None else "auto"
-    loaded, model = load_gguf_weights(path, stored, tokenizer=named is None)
-    if adapter is not None:
-        loaded = merge_adapter(loaded, adapter, weights)
-    open_tokenizer: Callable[[], Tokenizer] | None = None
-    if named is not None:
-        open_tokenizer = partial(read_tokenizer, named)
-    elif model.tokenizer_json is not None:
-        where = f"the tokenizer in {str(path)!r}"
-        open_tokenizer = partial(tokenizer_from_json, model.tokenizer_json, where)
-    settings = None if adapter is None else generation_config([adapter.folder])
-    ends = _end_ids(settings, {"eos_token_id": model.config.get("eos_token_id")})
-    threads, matmul_dtype = computing
-    suggested = suggested_sampling(settings or {})
-    return Engine(loaded, open_tokenizer, ends, threads, suggested, matmul_dtype)
-
-
-def _tokenizer_in(
-    folder: Path, named: str | os.PathLike[str] | None
-) -> Callable[[], Tokenizer] | None:
-    """What opens the tokenizer: the one that was named, else the model's, if it has one."""
-    if named is not None:
-        return partial(read_tokenizer, named)
-    path = folder / "tokenizer.json"
-    return partial(read_tokenizer, path) if path.is_file() else None
-
-
 def generation_config(places: Sequence[Path]) -> dict[str, Any] | None:
     """The first of the folders' generation_config.json; None where there is none."""
     files = (place / _GENERATION for place in places)
@@ -184,14 +168,7 @@ def generation_config(places: Sequence[Path]) -> dict[str, Any] | None:
     return None if found is None else read_json_object(found)
 
 
-def _end_ids(settings: Mapping[str, Any] | None, config: Mapping[str, Any]) -> list[int]:
-    """The tokens that end a text, as Transformers finds them."""
-    if settings is not None:
-        return _ids_in(settings.get("eos_token_id"))
-    # Transformers' default for a Mamba that says nothing is token 0.
-    return _ids_in(config.get("eos_token_id", 0))
-
-
 def _ids_in(found: object) -> list[int]:
+    """The tokens that end a text, of what Transformers takes for them."""
     ids = found if isinstance(found, list) else [found]
     return [id for id in ids if type(id) is int]

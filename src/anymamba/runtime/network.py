@@ -1,4 +1,4 @@
-"""A model in the native core, and the two calls that advance texts: one token, or a stretch.
+"""A model in the native core, and the two calls that advance texts: one token, or a chunk.
 
 A call advances the memory of its texts, their numbers of tokens and the logits of what comes next
 as one: no Ctrl-C comes in between, so that whatever happens a state is what its count says, and
@@ -28,9 +28,10 @@ from anymamba.checkpoint.architecture import (
 )
 from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.checkpoint.finite import say_what_is_broken
-from anymamba.errors import CheckpointError, ConfigError, InputError
+from anymamba.errors import CheckpointError, ConfigError
 from anymamba.runtime.native import core, epsilon_of, mixer_epsilon_of, wanted_threads
 from anymamba.runtime.state import BatchState
+from anymamba.runtime.tokenizer import check_vocabulary
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
@@ -119,17 +120,8 @@ class Network:
         return logits_lv
 
     def check_tokens(self, ids: NDArray[np.integer]) -> None:
-        """Refuse tokens that the model does not have, before anything is read.
-
-        Raises:
-            InputError: the message names the token.
-        """
-        wrong = ids[(ids < 0) | (ids >= self.vocabulary)]
-        if wrong.size:
-            raise InputError(
-                f"token {wrong[0]} is not in the model's vocabulary of {self.vocabulary}; "
-                "does the tokenizer belong to the model?"
-            )
+        """Refuse tokens that the model does not have, before anything is read."""
+        check_vocabulary(ids, self.vocabulary, "the text")
 
     def check_numbers(self, logits_bv: NDArray[np.float32]) -> None:
         """Refuse logits of a model whose weights hold NaN or infinity.

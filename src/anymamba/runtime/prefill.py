@@ -1,7 +1,7 @@
-"""Reading texts of any length, in stretches, so that memory does not grow with them.
+"""Reading texts of any length, in chunks, so that memory does not grow with them.
 
-Where the stretches begin and end is decided for each text by itself: beside others it is read in
-the same steps as alone. Short texts share a stretch.
+Where the chunks begin and end is decided for each text by itself: beside others it is read in
+the same steps as alone. Short texts share a chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from anymamba.runtime.network import STRETCH_TOKENS, Network
 from anymamba.runtime.state import BatchState
 
 Progress = Callable[[int, int], object]
-"""Called after each stretch with how many tokens were read, and how many there are."""
+"""Called after each chunk with how many tokens were read, and how many there are."""
 
 _MOST_LOGITS = 1 << 23  # numbers, 32 MB
 
@@ -26,13 +26,7 @@ def read_texts(
     sequences: Sequence[NDArray[np.int64]],
     progress: Progress | None = None,
 ) -> None:
-    """Let each text read its tokens. Between two stretches `blocks` are what they say.
-
-    Args:
-        network: the model.
-        blocks: b texts, advanced in place, with the logits after their last tokens.
-        sequences: what each of them reads, which may be nothing.
-        progress: told how far it is.
+    """Let each text read its tokens. Between two chunks `blocks` are what they say.
 
     Raises:
         InputError: a token is not in the vocabulary; then nothing was read.
@@ -43,10 +37,10 @@ def read_texts(
     read, total = 0, sum(ids.size for ids in sequences)
     left = list(sequences)
     while read < total:
-        stretch = _next_stretch(left)
-        network.read(blocks, stretch)
-        left = [ids[part.size :] for ids, part in zip(left, stretch, strict=True)]
-        read += sum(part.size for part in stretch)
+        chunk = _next_chunk(left)
+        network.read(blocks, chunk)
+        left = [ids[part.size :] for ids, part in zip(left, chunk, strict=True)]
+        read += sum(part.size for part in chunk)
         if progress is not None:
             progress(read, total)
     if blocks.logits is not None:
@@ -58,13 +52,8 @@ def read_with_logits(
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Let one text read its tokens, and give out the logits after each of them.
 
-    Args:
-        network: the model.
-        blocks: one text, advanced in place.
-        ids_l: what it reads.
-
     Yields:
-        The tokens of a stretch, and their logits (w, v); so few at a time that the logits of a
+        The tokens of a chunk, and their logits (w, v); so few at a time that the logits of a
         long text are never there together.
 
     Raises:
@@ -77,7 +66,7 @@ def read_with_logits(
         yield part_w, network.read_all(blocks, part_w)
 
 
-def _next_stretch(left: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+def _next_chunk(left: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """What each text reads next; nothing where its part finds no room beside the others'."""
     room = STRETCH_TOKENS
     parts = []

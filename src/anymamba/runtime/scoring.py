@@ -57,15 +57,7 @@ def perplexity_of(nats: float) -> float:
 
 
 def score_ids(network: Network, blocks: BatchState, ids_l: NDArray[np.int64]) -> Score:
-    """Score tokens in constant memory beside their log-probabilities.
-
-    Args:
-        network: the model.
-        blocks: one text, advanced in place.
-        ids_l: what it reads.
-
-    Returns:
-        The score.
+    """Score tokens that one text reads, in constant memory beside their log-probabilities.
 
     Raises:
         InputError: a token is not in the vocabulary; then nothing was read.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.io import shown
+from anymamba.checkpoint.io import check_surrogates, shown
 from anymamba.checkpoint.tokenizer import HELP, raise_if_foreign, reason_of
 from anymamba.errors import CheckpointError, InputError
 from anymamba.renamed import old_names
@@ -41,7 +41,6 @@ class TextCodec:
 
     def __init__(self, open_tokenizer: Callable[[], Tokenizer] | None) -> None:
         self._open = open_tokenizer
-        self._tokenizer: Tokenizer | None = None
         self._encodes_slowly = self._decodes_slowly = False
 
     @property
@@ -49,21 +48,19 @@ class TextCodec:
         """Whether the model has a tokenizer."""
         return self._open is not None
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer itself.
 
         Raises:
             CheckpointError: there is none, or it cannot be read.
         """
-        if self._tokenizer is None:
-            if self._open is None:
-                raise CheckpointError(f"the model comes without a tokenizer. {HELP}")
-            tokenizer = self._open()
-            self._encodes_slowly = _has_pattern(tokenizer.normalizer, tokenizer.pre_tokenizer)
-            self._decodes_slowly = _has_pattern(tokenizer.decoder)
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        if self._open is None:
+            raise CheckpointError(f"the model comes without a tokenizer. {HELP}")
+        tokenizer = self._open()
+        self._encodes_slowly = _has_pattern(tokenizer.normalizer, tokenizer.pre_tokenizer)
+        self._decodes_slowly = _has_pattern(tokenizer.decoder)
+        return tokenizer
 
     def encode(self, text: str, special: bool) -> list[int]:
         """The tokens of a text, with those that the tokenizer puts at its borders if `special`."""
@@ -74,11 +71,9 @@ class TextCodec:
             encode = partial(tokenizer.encode_batch_fast, [text], add_special_tokens=special)
             return list(_aside(encode, _most_seconds(len(text)))[0].ids)
         except (TypeError, UnicodeError) as error:
-            reason = str(error)
-            # The library does not say so. Python keeps bytes that are no text as such halves.
-            if isinstance(text, str) and any("\ud800" <= sign <= "\udfff" for sign in text):
-                reason = "it holds half of a surrogate pair, or bytes that are not UTF-8"
-            raise InputError(f"the text cannot be encoded: {reason}") from error
+            if isinstance(text, str):
+                check_surrogates(text, "the text")  # the library does not say so
+            raise InputError(f"the text cannot be encoded: {error}") from error
         except BaseException as error:
             raise_if_foreign(error)
             raise InputError(f"the tokenizer fails at the text: {reason_of(error)}") from None
@@ -121,6 +116,20 @@ def as_token_ids(ids: Any) -> NDArray[np.integer]:
             f"expected a text, or the whole numbers of its tokens in a row, got {shown(ids)}"
         )
     return found
+
+
+def check_vocabulary(ids: NDArray[np.integer], vocabulary: int, where: str) -> None:
+    """Refuse tokens that a model does not have.
+
+    Raises:
+        InputError: the message names the first of them, and where it stands.
+    """
+    wrong = ids[(ids < 0) | (ids >= vocabulary)]
+    if wrong.size:
+        raise InputError(
+            f"{where} has token {wrong[0]}, expected 0 to {vocabulary - 1}, the model's "
+            "vocabulary: the tokenizer does not belong to the model, or the token was mistyped"
+        )
 
 
 def _aside(call: Callable[[], Any], seconds: float) -> Any:

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from anymamba.checkpoint.io import user_path
+from anymamba.checkpoint.io import read_text, user_path
 from anymamba.devices import find_device
 from anymamba.errors import InputError, MissingDependencyError
 
@@ -228,21 +228,12 @@ def _named(tasks: Sequence[str]) -> tuple[list[str], list[Path], bool]:
         if not file.is_file():
             raise InputError(f"there is no file {task!r} with a task")
         # Only the harness can read all of it: it may name functions.
-        found = re.search(r"^task: *[\"']?([^\s\"'#]+)", _text_in(file), re.MULTILINE)
+        found = re.search(r"^task: *[\"']?([^\s\"'#]+)", read_text(file), re.MULTILINE)
         if found is None:
             raise InputError(f"{task!r} gives its task no name: a line `task: NAME` is missing")
         names.append(found[1])
         folders.append(file.parent.absolute())
     return names, folders, others
-
-
-def _text_in(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{str(file)!r} is not UTF-8 text: see its byte {error.start}") from None
 
 
 def _figures(results: Any, name: str) -> dict[str, Any]:

@@ -17,36 +17,23 @@ from anymamba.checkpoint.io import shown, user_path
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
 
+_OF_THE_PAPER = {
+    "batch": 8,
+    "accumulation": 32,
+    "window": 2048,
+    "order": "shuffled",
+    "tokenizer": "bpe",
+    "vocab_size": 32768,
+    "final_learning_rate": 1e-5,
+    "gradient_checkpointing": True,
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {"hidden_size": 64, "layers": 2, "batch": 8, "learning_rate": 5e-3},
     "small": {"hidden_size": 256, "layers": 8, "state_size": 16, "batch": 8, "dropout": 0.1},
     "medium": {"hidden_size": 512, "layers": 12, "batch": 16, "window": 512},
-    "130m": {
-        "hidden_size": 768,
-        "layers": 24,
-        "batch": 8,
-        "accumulation": 32,
-        "window": 2048,
-        "order": "shuffled",
-        "tokenizer": "bpe",
-        "vocab_size": 32768,
-        "learning_rate": 3e-3,
-        "final_learning_rate": 1e-5,
-        "gradient_checkpointing": True,
-    },
-    "370m": {
-        "hidden_size": 1024,
-        "layers": 48,
-        "batch": 8,
-        "accumulation": 32,
-        "window": 2048,
-        "order": "shuffled",
-        "tokenizer": "bpe",
-        "vocab_size": 32768,
-        "learning_rate": 1.5e-3,
-        "final_learning_rate": 1e-5,
-        "gradient_checkpointing": True,
-    },
+    "130m": {"hidden_size": 768, "layers": 24, "learning_rate": 3e-3, **_OF_THE_PAPER},
+    "370m": {"hidden_size": 1024, "layers": 48, "learning_rate": 1.5e-3, **_OF_THE_PAPER},
 }
 """Sizes with settings that suit them. The last two have the sizes and rates of the paper."""
 
@@ -101,9 +88,7 @@ class Settings:
     validation_data: list[str] = field(
         default_factory=list, metadata=listed("texts held out; without them the end of the data is")
     )
-    validation_share: float = setting(
-        0.1, "how much of the data's end is held out", low=0.0, high=0.9
-    )
+    validation_share: float = setting(0.1, "share of the data's end held out", low=0.0, high=0.9)
     tokenizer: str = setting(
         "byte", "byte, bpe (trained on the data), or a folder or name on the hub to reuse"
     )
@@ -131,18 +116,12 @@ class Settings:
     tie_embeddings: bool = setting(True, "use the embeddings as the head")
     initializer_range: float = setting(0.02, "how widely embeddings are drawn", low=0.0)
     rescale_residual: bool = setting(True, "draw out_proj smaller, the deeper the model")
-    dropout: float = setting(
-        0.0, "dropout on the residual branch, while training", low=0.0, high=0.99
-    )
-    embedding_dropout: float = setting(
-        0.0, "dropout on the embeddings, while training", low=0.0, high=0.99
-    )
+    dropout: float = setting(0.0, "dropout on the residual branch", low=0.0, high=0.99)
+    embedding_dropout: float = setting(0.0, "dropout on the embeddings", low=0.0, high=0.99)
 
     # The recipe.
     steps: int | None = setting(None, "how many steps to take", low=1)
-    minutes: float | None = setting(
-        None, "how long to train by the clock, in place of --steps", low=0.0
-    )
+    minutes: float | None = setting(None, "minutes to train, in place of --steps", low=0.0)
     learning_rate: float = setting(3e-3, "the highest learning rate", low=0.0)
     final_learning_rate: float = setting(3e-5, "the last learning rate", low=0.0)
     schedule: str = setting(
@@ -173,22 +152,16 @@ class Settings:
     log_every: int = setting(10, "steps between lines of metrics", low=1)
     evaluate_every: int = setting(200, "steps between evaluations", low=1)
     evaluate_windows: int | None = setting(
-        None, "evaluate on so many windows, spread evenly; by default on all", low=1
+        None, "evaluate on this many windows, spread evenly; default: all", low=1
     )
-    evaluation_window: int | None = setting(
-        None, "tokens of such a window; default --window", low=1
-    )
-    patience: int | None = setting(
-        None, "stop after so many evaluations without a better one", low=1
-    )
+    evaluation_window: int | None = setting(None, "tokens of each window; default --window", low=1)
+    patience: int | None = setting(None, "evaluations without progress before it stops", low=1)
     save_every: int = setting(200, "steps between checkpoints", low=1)
     keep_checkpoints: int = setting(2, "how many of the last checkpoints to keep", low=1)
-    keep: str = setting("best", "which weights are the result", choices=("best", "last"))
-    sample_prompt: str | None = setting(None, "show how the model goes on from this")
-    sample_tokens: int = setting(200, "how far it goes on", low=1)
-    store: str = setting(
-        "float32", "the type of the stored weights", choices=("float32", "bfloat16")
-    )
+    keep: str = setting("best", "which weights become the result", choices=("best", "last"))
+    sample_prompt: str | None = setting(None, "continue this text at each evaluation")
+    sample_tokens: int = setting(200, "tokens of that continuation", low=1)
+    store: str = setting("float32", "type of the stored weights", choices=("float32", "bfloat16"))
     plot: bool = setting(True, "draw the curve of losses, as loss.png")
     tensorboard: bool = setting(True, "write for TensorBoard, where it is installed")
 

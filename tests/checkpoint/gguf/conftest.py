@@ -1,7 +1,5 @@
 """Where a test's GGUF file is written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """GGUF files that are broken, hostile or of another model are refused in one line."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,7 @@ from tests.support.files import one_line
 from tests.support.gguf_files import by_the_package, refusal, widened
 
 gguf = pytest.importorskip("gguf")
-
-
 IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
-KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
-LISTS = ("model", "pre", "tokens", "token_type", "merges")
 
 
 @pytest.mark.parametrize("name", [*gguf_files.COUNTS, gguf_files.EPSILON])

@@ -1,9 +1,6 @@
 """Tensors and configs of GGUF files, against the `gguf` package's own reader and scalar loops."""
 
-from __future__ import annotations
-
 import struct
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,13 @@ from anymamba.checkpoint.gguf.writer import write_gguf
 from anymamba.checkpoint.quantization import QuantizedArray
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.weights.gguf import load_gguf_weights
-from tests.support import files, gguf_files
+from tests.support import files, gguf_files, processes
 from tests.support.files import CONFIG, TEXT
 from tests.support.gguf_files import by_the_package, lists_of, widened
 
 gguf = pytest.importorskip("gguf")
-
-
 IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
 KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
-LISTS = ("model", "pre", "tokens", "token_type", "merges")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -150,7 +144,7 @@ def test_only_matrices_are_kept_in_blocks(file: Path) -> None:
 )
 def test_weights_for_the_engine(stored: str, asked: str, kind: str, file: Path) -> None:
     weights, _ = load_gguf_weights(gguf_files.write(file, stored), asked)
-    assert weights.kind == kind
+    assert weights.weight_type == kind
     embeddings = weights.tensors["backbone.embeddings.weight"]
     if kind.startswith("int"):
         assert isinstance(embeddings, QuantizedArray)
@@ -225,8 +219,7 @@ def test_torch_is_not_imported(file: Path) -> None:
         "convert(sys.argv[1], sys.argv[1] + '.folder')\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])\n"
     )
-    command = [sys.executable, "-c", program, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = processes.python("-c", program, file, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -1,7 +1,5 @@
 """Tokenizers of GGUF files, against the original and llama.cpp's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +19,10 @@ from tests.support.gguf_files import lists_of, refusal
 gguf = pytest.importorskip("gguf")
 
 
-IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
-KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
-LISTS = ("model", "pre", "tokens", "token_type", "merges")
-
-
 texts = st.text(st.sampled_from("aeiostTH't.,!?129 \n\té中𝔘\u0301")) | st.text()
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(text=texts)
 def test_the_lists_make_the_same_tokenizer(

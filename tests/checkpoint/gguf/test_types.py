@@ -1,8 +1,7 @@
 """Every type of tensors in GGUF files, and models in several files, against the `gguf` package."""
 
-from __future__ import annotations
-
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def test_what_llama_quantize_writes_opens_without_the_package(
     table, projection = weights.tensors[EMBEDDINGS], weights.tensors[OUT_PROJ]
     assert isinstance(table, QuantizedArray)
     assert isinstance(projection, QuantizedArray)
-    assert (weights.kind, table.bits, projection.bits) == ("int4", 8, 4)
+    assert (weights.weight_type, table.bits, projection.bits) == ("int4", 8, 4)
     assert weights.remark is not None
     assert "(1 in Q6_K)" in weights.remark
 
@@ -181,11 +180,7 @@ def test_any_part_stands_for_all(file: Path, tmp_path: Path) -> None:
 
 
 def test_parts_that_do_not_belong_together_are_named(tmp_path: Path) -> None:
-    def refusal(path: Path) -> str:
-        with pytest.raises(CheckpointError) as caught:
-            read_gguf(path)
-        return one_line(caught.value)
-
+    refusal = partial(files.refusal, CheckpointError, read_gguf)
     parts = write_parts(tmp_path / "parts")
     second = parts[1].read_bytes()
     parts[1].unlink()
@@ -227,9 +222,7 @@ def test_a_folder_with_one_model(tmp_path: Path) -> None:
     (folder / "README.md").write_text("")
     assert find_gguf(folder) == file
     (folder / "tiny.Q4_0.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError) as caught:
-        find_gguf(folder)
-    message = one_line(caught.value)
+    message = files.refusal(CheckpointError, find_gguf, folder)
     assert "'tiny.Q4_0.gguf', 'tiny.Q8_0.gguf'" in message
 
 

@@ -1,7 +1,5 @@
 """GGUF files are written as the `gguf` package writes them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,7 @@ from tests.support import files, gguf_files
 from tests.support.files import CONFIG, one_line
 
 gguf = pytest.importorskip("gguf")
-
-
 IN_PROJ = "backbone.layers.1.mixer.in_proj.weight"
-KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0"]
-LISTS = ("model", "pre", "tokens", "token_type", "merges")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,7 +1,5 @@
 """Paths as users give them, and where they are taken."""
 
-from __future__ import annotations
-
 import pytest
 
 import anymamba

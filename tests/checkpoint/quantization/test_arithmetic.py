@@ -1,7 +1,5 @@
 """Weights in few bits: the format byte by byte, the rounding, and the product, by scalar loops."""
 
-from __future__ import annotations
-
 import math
 from fractions import Fraction
 from typing import Any
@@ -24,6 +22,7 @@ from anymamba.checkpoint.quantization import (
     unpack,
 )
 from anymamba.errors import ConfigError, InputError
+from tests.support.operators import kernels_of
 
 FORMATS = [(bits, symmetric) for bits in (8, 4) for symmetric in (True, False)]
 formats = pytest.mark.parametrize(("bits", "symmetric"), FORMATS)
@@ -68,6 +67,7 @@ def test_dequantize_reads_the_format(bits: Any, symmetric: bool, group: int) -> 
     np.testing.assert_allclose(dequantize(made), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @formats
 @given(st.data())
 def test_each_weight_gets_the_nearest_number(bits: Any, symmetric: bool, data: Any) -> None:
@@ -315,13 +315,9 @@ def test_the_kernels_compute_this_product(
     few = few and m <= 16
     x, made = weights(m, k, seed=m), quantize(weights(n, k, seed=n), format_[0], group, format_[1])
     expected = quantized_product(x, made)
-    chosen = _core.isa()
-    try:
-        for isa in _core.isas():
-            _core.use_isa(isa)
-            y = np.empty((m, n), np.float32)
+    for isa in _core.isas():
+        y = np.empty((m, n), np.float32)
+        with kernels_of(isa):
             _core.quantized_product(x, made.q, made.scales, made.minima, None, y, few)
-            # The contract's tolerance for an operator in float32: the sums over groups differ.
-            assert np.abs(y - expected).max() <= 1e-5 * max(1, float(np.abs(expected).max())), isa
-    finally:
-        _core.use_isa(chosen)
+        # The contract's tolerance for an operator in float32: the sums over groups differ.
+        assert np.abs(y - expected).max() <= 1e-5 * max(1, float(np.abs(expected).max())), isa

@@ -1,7 +1,5 @@
 """The header reader against the safetensors library, and against hostile files."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors.torch import save, save_file
 
 from anymamba.checkpoint import read_header
 from anymamba.errors import CheckpointError
+from tests.support import files
 from tests.support.files import one_line
 from tests.support.layouts import safetensors_bytes
 
@@ -36,9 +35,7 @@ names = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata
 
 
 def refusal(file: Path) -> str:
-    with pytest.raises(CheckpointError) as caught:
-        read_header(file)
-    message = one_line(caught.value)
+    message = files.refusal(CheckpointError, read_header, file)
     assert file.name in message
     return message
 

@@ -1,7 +1,5 @@
 """A safetensors file written tensor by tensor is the one that was planned, or an error."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from anymamba.checkpoint import read_header
-from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
+from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 
 TENSORS = {
     "odd": np.arange(3, dtype=np.float32),

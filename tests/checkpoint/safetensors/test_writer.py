@@ -1,7 +1,5 @@
 """What lies in memory is written as the library reads it, types that its numpy lacks included."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,9 +1,6 @@
 """What is typed in a chat."""
 
-from __future__ import annotations
-
 import errno
-import io
 import sys
 
 import pytest
@@ -12,7 +9,7 @@ from anymamba.cli.chat.input import line_reader, messages, read_typed_line, reme
 from anymamba.errors import InputError
 
 
-def typed(text):
+def messages_in(text):
     """The messages in what is typed, and the prompts that were shown."""
     lines = iter(text.splitlines())
     prompts = []
@@ -45,21 +42,21 @@ def typed(text):
     ],
 )
 def test_messages(text, expected):
-    assert typed(text)[0] == expected
+    assert messages_in(text)[0] == expected
 
 
 def test_a_message_that_goes_on_has_another_prompt():
-    assert typed("one\\\ntwo\nthree")[1] == ["> ", "... ", "> ", "> "]
+    assert messages_in("one\\\ntwo\nthree")[1] == ["> ", "... ", "> ", "> "]
 
 
-def test_lines_of_a_pipe(monkeypatch):
+def test_lines_of_a_pipe(typed):
     data = "déjà\r\nvu".encode()
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    typed(data)
     assert list(messages(line_reader(None))) == ["déjà", "vu"]
 
 
-def test_lines_that_are_no_text(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n")))
+def test_lines_that_are_no_text(typed):
+    typed(b"\xff\n")
     with pytest.raises(InputError, match="UTF-8"):
         list(messages(line_reader(None)))
 

@@ -1,11 +1,7 @@
 """What all commands have in common: `--json`, `--offline`, and that PyTorch is not imported."""
 
-from __future__ import annotations
-
 import json
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from anymamba.cli.main import COMMANDS
+from tests.support import processes
 
 # These run other people's programs, or train; their own tests hold them to the same.
 WITH_PYTORCH = {"run", "train", "finetune", "evaluate"}
@@ -67,13 +64,7 @@ def write_adapter(folder: Path) -> Path:
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - WITH_PYTORCH))
 def test_json_is_one_object_without_pytorch(command: str, tiny: Path, tmp_path: Path) -> None:
     words = [*arguments(command, tiny, tmp_path), "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *words],
-        input="a\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.python("-c", PROGRAM, *words, input="a\n")
     assert done.returncode == 0, done.stderr
     assert isinstance(json.loads(done.stdout), dict)
 

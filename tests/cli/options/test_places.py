@@ -1,7 +1,5 @@
 """What `quantize`, `convert` and `merge` read and write, by place or by name; and other names."""
 
-from __future__ import annotations
-
 from itertools import permutations
 
 import pytest

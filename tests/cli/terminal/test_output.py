@@ -1,7 +1,5 @@
 """Output and remarks that nobody takes."""
 
-from __future__ import annotations
-
 import errno
 import io
 import os
@@ -11,7 +9,9 @@ import sys
 import pytest
 
 from anymamba.cli.terminal import progress
+from anymamba.cli.terminal.output import json_line
 from anymamba.cli.terminal.progress import Progress
+from tests.support import processes
 
 
 class Full(io.StringIO):
@@ -42,13 +42,14 @@ def test_progress_that_nobody_sees(monkeypatch):
 
 
 def run(redirection, *words):
-    command = ["sh", "-c", f'exec "$0" -m anymamba "$@" {redirection}', sys.executable, *words]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    return processes.run(
+        "sh", "-c", f'exec "$0" -m anymamba "$@" {redirection}', sys.executable, *words
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="the shell is POSIX's")
-@pytest.mark.parametrize("command", [("info",), ("generate", "a", "--max-new-tokens", "2")])
+@pytest.mark.parametrize("command", [("models",), ("generate", "a", "--max-new-tokens", "2")])
 def test_a_closed_output_is_as_one_to_nowhere(command):
     closed, nowhere = run(">&-", *command), run(">/dev/null", *command)
     assert closed.returncode == nowhere.returncode == 0
@@ -56,6 +57,7 @@ def test_a_closed_output_is_as_one_to_nowhere(command):
     assert len(closed.stderr.splitlines()) == len(nowhere.stderr.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="the shell is POSIX's")
 def test_figures_never_stand_among_the_output():
     words = ("generate", "a", "--max-new-tokens", "5", "--temperature", "0")
@@ -73,3 +75,8 @@ def test_a_reader_of_remarks_that_is_gone():
     os.close(writing_end)
     assert done.returncode == 0
     assert done.stdout
+
+
+def test_json_has_null_for_what_is_no_number():
+    facts = {"loss": float("nan"), "curve": [1.5, float("inf")], "parts": {"a": -float("inf")}}
+    assert json_line(facts) == '{"loss": null, "curve": [1.5, null], "parts": {"a": null}}'

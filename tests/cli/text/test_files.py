@@ -1,8 +1,5 @@
 """Texts in blocks: files, standard input, and what is no text."""
 
-from __future__ import annotations
-
-import io
 import sys
 
 import pytest
@@ -42,8 +39,8 @@ def test_line_ends_stay_what_they_are(tmp_path):
     assert read_text(str(tmp_path / "a.txt")) == "a\r\nb\rc\n"
 
 
-def test_standard_input_is_read_and_left_open(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("é\n".encode())))
+def test_standard_input_is_read_and_left_open(monkeypatch, typed):
+    typed("é\n".encode())
     assert read_text("-") == "é\n"
     assert not sys.stdin.closed
     monkeypatch.setattr(sys, "stdin", None)

@@ -1,7 +1,5 @@
 """Passages of JSON lines."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,19 +1,17 @@
 """`generate`, held to a loop that has no cache and runs every row alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
-from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import DeferredStopCheck
 
 from anymamba import MambaCache, MambaForCausalLM
 from anymamba.errors import InputError
 from tests.support.models import small_model, words
+from tests.support.stepping import Listener
 from tests.support.tolerance import assert_same
 
 MODEL = small_model(seed=3, eos_token_id=None)
@@ -130,19 +128,11 @@ def test_sampling_is_repeatable_and_returns_several() -> None:
 
 
 def test_a_streamer_gets_each_token() -> None:
-    class Listener(BaseStreamer):
-        def __init__(self) -> None:
-            self.got: list[int] = []
-
-        def put(self, value: Tensor) -> None:
-            self.got += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.got.append(-1)
-
     listener, ids = Listener(), words(1, 4)
     generated = MODEL.generate(ids, max_new_tokens=5, streamer=listener, **GREEDY)
-    assert listener.got == [*generated[0].tolist(), -1]
+    *pieces, end = listener.heard
+    heard = torch.cat([torch.tensor(piece).flatten() for piece in pieces])
+    assert (heard.tolist(), end) == (generated[0].tolist(), "end")
 
 
 def test_embeddings_can_be_the_prompt() -> None:

@@ -1,7 +1,5 @@
 """Our loop of `generate` against Transformers' own: the same tokens, scores and random numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +23,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from anymamba import MambaCache, MambaForCausalLM
 from anymamba.modeling.generation import multinomial as drawing
@@ -33,6 +30,7 @@ from anymamba.modeling.generation.logits_processors import process, replaced
 from anymamba.modeling.generation.loop import NativeLoop, why_not_native_loop
 from anymamba.modeling.generation.multinomial import draws_like_torch, multinomial
 from tests.support.models import small_model, words
+from tests.support.stepping import Listener
 
 MODEL = small_model(seed=3, eos_token_id=None)
 PADDED = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1], [1, 1, 0, 0, 1, 1, 0]])
@@ -58,19 +56,6 @@ class After(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         return input_ids.shape[1] >= 9 + torch.arange(len(input_ids))
-
-
-class Listener(BaseStreamer):
-    """Notes what it is given."""
-
-    def __init__(self) -> None:
-        self.heard: list[Any] = []
-
-    def put(self, value: Tensor) -> None:
-        self.heard.append(value.tolist())
-
-    def end(self) -> None:
-        self.heard.append("end")
 
 
 GREEDY: dict[str, dict[str, Any]] = {

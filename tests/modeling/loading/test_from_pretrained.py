@@ -1,7 +1,5 @@
 """`from_pretrained`: every keyword that Transformers documents works, or is refused by its name."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import re

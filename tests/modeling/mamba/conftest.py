@@ -1,7 +1,5 @@
 """The native core's instruction sets, and which mixers were called."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

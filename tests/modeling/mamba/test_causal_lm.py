@@ -1,7 +1,5 @@
 """The language model: cuts, masks, packing, losses, and what its arguments mean."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A class's forward, or what it calls, is replaced: with and without gradients that counts."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import Any
@@ -85,6 +83,7 @@ def test_the_reason_names_what_was_replaced(monkeypatch: pytest.MonkeyPatch) -> 
     assert why_not_fused(model) == "lm_head: torch.nn.functional.linear was replaced"
 
 
+@pytest.mark.slow
 def test_replaced_before_the_import() -> None:
     """A profiler that patches PyTorch first is no less heard."""
     program = """

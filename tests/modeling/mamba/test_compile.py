@@ -1,8 +1,6 @@
 """The model under compilers, tracers and counters, on devices without numbers, and with other
 defaults than PyTorch's."""
 
-from __future__ import annotations
-
 import math
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from anymamba.dropin.mamba_ssm.modules.mamba_simple import Mamba
 from anymamba.ops.ssd.chunk import Inputs
 from anymamba.ops.ssd.chunked import run_backward, run_forward
 from tests.support.models import small_model, words
-from tests.support.tolerance import assert_same
+from tests.support.tolerance import assert_each, assert_same
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +47,7 @@ def test_inductor_gradients_with_a_cache() -> None:
     model, ids = small_model(num_hidden_layers=1, hidden_size=8).train(), words(2, 12)
     expected = gradients(model, model, ids)
     found = gradients(model, torch.compile(model, dynamic=False), ids)
-    for actual, reference in zip(found, expected, strict=True):
-        assert_same(actual, reference)
+    assert_each(assert_same, found, expected)
 
 
 class OnlyLogits(nn.Module):
@@ -92,8 +89,7 @@ def test_compiled_with_masks_and_a_cache() -> None:
         grads = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
         blocks = [cache.conv_states, cache.ssm_states, cache.token_counts.float()]
         results.append([output.logits, output.loss, *grads, *blocks])
-    for actual, expected in zip(results[1], results[0], strict=True):
-        assert_same(actual, expected)
+    assert_each(assert_same, results[1], results[0])
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -187,8 +183,7 @@ def test_other_default_dtypes(dtype: torch.dtype) -> None:
         assert Mamba(16)(x.to(dtype)).dtype == dtype
     finally:
         torch.set_default_dtype(before)
-    for actual, reference in zip(found, expected, strict=True):
-        assert torch.equal(actual, reference)
+    assert_each(torch.equal, found, expected)
 
 
 def test_another_default_device() -> None:
@@ -197,8 +192,7 @@ def test_another_default_device() -> None:
         expected = [model(ids).logits, model(ids, attention_mask=MASKS[:2]).logits]
         with torch.device("meta"):
             found = [model(ids).logits, model(ids, attention_mask=MASKS[:2]).logits]
-    for actual, reference in zip(found, expected, strict=True):
-        assert torch.equal(actual, reference)
+    assert_each(torch.equal, found, expected)
 
 
 def test_deterministic_algorithms_and_inference_mode() -> None:

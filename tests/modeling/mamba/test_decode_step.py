@@ -1,7 +1,5 @@
 """One token in one native call: the numbers, the state, and what is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any

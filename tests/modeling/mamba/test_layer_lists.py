@@ -1,7 +1,5 @@
 """Layers cut, repeated and reordered: what counts is the place in the list, everywhere."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ be moved there twice: accelerate then finds no parameter). What is held to the u
 the text, the logits from a state, and the caller's state itself.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path

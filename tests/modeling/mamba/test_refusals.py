@@ -1,7 +1,5 @@
 """What a model with a state cannot do is refused, and what it can do is done right."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import peft

@@ -1,7 +1,5 @@
 """Positional arguments, defaults and outputs are Transformers'; what is ours is by keyword."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 from typing import Any

@@ -1,7 +1,5 @@
 """Hooks, modules and weights in another's place: a native step must not pass them by."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ from anymamba import MambaForCausalLM, ops
 from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.mamba.model import MambaMixer, MambaRMSNorm
 from tests.support.models import lively_model, small_model, words
-from tests.support.stepping import assert_steps, by_modules, prefilled, step
+from tests.support.stepping import assert_steps, by_modules, mixer, prefilled, step
 from tests.support.tolerance import assert_gradients, assert_same
 
 
@@ -75,12 +73,6 @@ def test_hooks_for_all_modules_are_called() -> None:
     finally:
         handle.remove()
     assert len(called) > 10
-
-
-def mixer(model: MambaForCausalLM) -> MambaMixer:
-    found = model.backbone.layers[1].mixer
-    assert isinstance(found, MambaMixer)
-    return found
 
 
 def replace_projection(name: str) -> Callable[[MambaForCausalLM], None]:

@@ -1,7 +1,5 @@
 """Weights that change, however they do, are the next native step's weights."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref
@@ -15,16 +13,10 @@ from torch import nn
 from anymamba import MambaCache, MambaForCausalLM, ops
 from anymamba.errors import InputError
 from anymamba.modeling.fused import why_not_fused
-from anymamba.modeling.mamba.model import MambaMixer, MambaRMSNorm
+from anymamba.modeling.mamba.model import MambaRMSNorm
 from tests.support.models import lively_model, words
-from tests.support.stepping import by_modules, exactly, prefilled, step
+from tests.support.stepping import by_modules, exactly, mixer, prefilled, step
 from tests.support.tolerance import assert_same
-
-
-def mixer(model: MambaForCausalLM) -> MambaMixer:
-    found = model.backbone.layers[1].mixer
-    assert isinstance(found, MambaMixer)
-    return found
 
 
 def scale(model: MambaForCausalLM, factor: float = 1.25) -> None:

@@ -1,7 +1,5 @@
 """The causal convolution against a loop over single numbers, and against itself cut up."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """The native convolution, with each instruction set, against the reference in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +10,8 @@ from tests.support.operators import CONVOLUTION, LAYOUTS, TYPES, conv_inputs
 from tests.support.tolerance import assert_contract
 
 pytestmark = pytest.mark.usefixtures("each_isa")
+WIDTHS = (1, 3, 4, 7, 8, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 257)
+SHAPES = [*((2, 37, e) for e in WIDTHS), *((b, 9, 6) for b in (0, 1, 3, 17))]
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 7, 8, 16, 33])
@@ -19,30 +19,18 @@ pytestmark = pytest.mark.usefixtures("each_isa")
 def test_widths_of_the_kernel_and_lengths(k: int, l: int) -> None:
     inputs = conv_inputs(2, l, 5, k)
     for reverse in (False, True):
-        CONVOLUTION.assert_results(inputs, reverse=reverse)
-        CONVOLUTION.assert_gradients(inputs, reverse=reverse)
+        CONVOLUTION.check(inputs, reverse=reverse)
 
 
-@pytest.mark.parametrize("e", [1, 3, 4, 7, 8, 15, 16, 17, 33, 63, 64, 65, 127, 128, 129, 257])
-def test_widths(e: int) -> None:
-    inputs = conv_inputs(2, 37, e, 4)
-    CONVOLUTION.assert_results(inputs)
-    CONVOLUTION.assert_gradients(inputs)
-
-
-@pytest.mark.parametrize("batch", [0, 1, 3, 17])
-def test_batches(batch: int) -> None:
-    inputs = conv_inputs(batch, 9, 6, 4)
-    CONVOLUTION.assert_results(inputs)
-    CONVOLUTION.assert_gradients(inputs)
+@pytest.mark.parametrize(("b", "l", "e"), SHAPES)
+def test_shapes(b: int, l: int, e: int) -> None:
+    CONVOLUTION.check(conv_inputs(b, l, e, 4))
 
 
 @pytest.mark.parametrize("columns", [3, 4, 5, 9, 40])
 def test_windows_wider_than_needed(columns: int) -> None:
     for l in (0, 1, 5, 35):
-        inputs = conv_inputs(2, l, 19, 4, columns=columns)
-        CONVOLUTION.assert_results(inputs)
-        CONVOLUTION.assert_gradients(inputs)
+        CONVOLUTION.check(conv_inputs(2, l, 19, 4, columns=columns))
 
 
 @pytest.mark.parametrize("activation", [None, "silu", "swish"])
@@ -51,8 +39,7 @@ def test_each_option_may_be_absent(activation: str | None, absent: str | None) -
     inputs = conv_inputs(2, 37, 19, 4)
     if absent is not None:
         inputs[absent] = None
-    CONVOLUTION.assert_results(inputs, activation=activation)
-    CONVOLUTION.assert_gradients(inputs, activation=activation)
+    CONVOLUTION.check(inputs, activation=activation)
 
 
 @settings(max_examples=40)
@@ -72,45 +59,7 @@ def test_any_mixture_of_types(
     inputs |= {name: inputs[name].to(t) for name, t in zip(names, types, strict=True)}
     # A window holds what once was x, so its own type matters only where it is narrower.
     inputs["initial_window"] = inputs["initial_window"].to(types[0])
-    CONVOLUTION.assert_results(inputs, reverse=reverse)
-    CONVOLUTION.assert_gradients(inputs, reverse=reverse)
-
-
-@settings(max_examples=40)
-@given(
-    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6),
-    e=st.integers(1, 35),
-    k=st.integers(1, 6),
-    wider=st.integers(0, 3),
-    reverse=st.booleans(),
-    dtype=st.sampled_from(TYPES),
-)
-def test_gradients_of_packed_sequences(
-    lengths: list[int], e: int, k: int, wider: int, reverse: bool, dtype: torch.dtype
-) -> None:
-    inputs = conv_inputs(
-        1, sum(lengths), e, k, windows=len(lengths), columns=k + wider, dtype=dtype
-    )
-    options = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0), "reverse": reverse}
-    CONVOLUTION.assert_results(inputs, **options)
-    CONVOLUTION.assert_gradients(inputs, **options)
-
-
-@settings(max_examples=30)
-@given(
-    marks=st.lists(st.integers(0, 1), min_size=90, max_size=90),
-    reverse=st.booleans(),
-    k=st.integers(1, 6),
-    starts=st.booleans(),
-)
-def test_gradients_with_seq_idx(marks: list[int], reverse: bool, k: int, starts: bool) -> None:
-    inputs = conv_inputs(2, 45, 7, k)
-    if not starts:
-        inputs["initial_window"] = None
-    seq_idx = torch.tensor(marks).view(2, 45)
-    seq_idx[1] = seq_idx[1].cumsum(0) // 16
-    CONVOLUTION.assert_results(inputs, seq_idx=seq_idx, reverse=reverse)
-    CONVOLUTION.assert_gradients(inputs, seq_idx=seq_idx, reverse=reverse)
+    CONVOLUTION.check(inputs, reverse=reverse)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,7 +1,5 @@
 """The matrix product, on each backend, against float64."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -13,36 +11,23 @@ from anymamba import ops
 from anymamba.errors import InputError
 from anymamba.ops.fusable import project_halves
 from tests.support.operators import LINEAR, TYPES, product_inputs
-from tests.support.tolerance import assert_contract, assert_gradient
+from tests.support.tolerance import assert_contract, assert_each, assert_gradient
 
 every_backend = pytest.mark.usefixtures("each_backend")
 native = pytest.mark.usefixtures("each_isa")
 
 
-# Around the sizes of vectors (4, 8, 16), of few rows (16), and of blocks.
+# Around the sizes of vectors (4, 8, 16), of few rows (16), and of blocks; beyond a block; empty.
+ROWS = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 65, 100)
+SIZES = [(m, *nk) for m in ROWS for nk in ((1, 1), (5, 3), (16, 16), (33, 17), (64, 65), (97, 130))]
+SIZES += [(5, 700, 300), (130, 300, 700), (300, 70, 1100)]
+SIZES += [(3, 0, 4), (3, 4, 0), (0, 0, 0), (0, 4, 5), (0, 4, 0)]
+
+
 @every_backend
-@pytest.mark.parametrize("m", [0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 65, 100])
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 3), (16, 16), (33, 17), (64, 65), (97, 130)])
+@pytest.mark.parametrize(("m", "n", "k"), SIZES)
 def test_sizes(m: int, n: int, k: int) -> None:
-    inputs = product_inputs(m, n, k)
-    LINEAR.assert_results(inputs)
-    LINEAR.assert_gradients(inputs)
-
-
-@every_backend
-@pytest.mark.parametrize(("m", "n", "k"), [(3, 0, 4), (3, 4, 0), (0, 0, 0), (0, 4, 5), (0, 4, 0)])
-def test_empty_sizes(m: int, n: int, k: int) -> None:
-    inputs = product_inputs(m, n, k)
-    LINEAR.assert_results(inputs)
-    LINEAR.assert_gradients(inputs)
-
-
-@every_backend
-@pytest.mark.parametrize(("m", "n", "k"), [(5, 700, 300), (130, 300, 700), (300, 70, 1100)])
-def test_sizes_beyond_a_block(m: int, n: int, k: int) -> None:
-    inputs = product_inputs(m, n, k)
-    LINEAR.assert_results(inputs)
-    LINEAR.assert_gradients(inputs)
+    LINEAR.check(product_inputs(m, n, k))
 
 
 @every_backend
@@ -74,9 +59,7 @@ def test_bad_shapes_are_named() -> None:
     types=st.tuples(*[st.sampled_from(TYPES)] * 3),
 )
 def test_any_mixture_of_types(m: int, n: int, k: int, types: tuple[torch.dtype, ...]) -> None:
-    inputs = product_inputs(m, n, k, types)
-    LINEAR.assert_results(inputs)
-    LINEAR.assert_gradients(inputs)
+    LINEAR.check(product_inputs(m, n, k, types))
 
 
 @native
@@ -110,8 +93,7 @@ def test_halves_are_those_of_the_whole(bias: bool) -> None:
     x64 = x.detach().double().requires_grad_()
     product = exact(x64) * torch.cat(weights, -1).double()
     expected = torch.autograd.grad(product.sum(), [x64, *exact.parameters()])
-    for gradient, wanted in zip(found, expected, strict=True):
-        assert_gradient(gradient, wanted)
+    assert_each(assert_gradient, found, expected)
 
 
 def test_a_layer_with_a_hook_is_called_once_for_both_halves() -> None:

@@ -1,7 +1,5 @@
 """The native scan, with each instruction set, against the reference in float64."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -15,44 +13,38 @@ from anymamba import _core, ops
 from anymamba.errors import BackendError
 from anymamba.ops.scan.arguments import ScanArguments
 from anymamba.ops.scan.reference import selective_scan_sequential
-from tests.support.operators import HALVES, LAYOUTS, SCAN, TYPES, doubles, natively, scan_inputs
+from tests.support.operators import (
+    HALVES,
+    IN_TIME,
+    LAYOUTS,
+    SCAN,
+    TYPES,
+    doubles,
+    first_step,
+    natively,
+    scan_inputs,
+)
 from tests.support.tolerance import assert_contract
 
 pytestmark = pytest.mark.usefixtures("each_isa")
 
 # Around the widths of vectors (4, 8, 16), of tiles (32) and of the largest common state (256).
 STATE_SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 128, 255, 256]
-STATE_SIZES += [257, 300]
-IN_TIME = ("x_ble", "delta_ble", "z_ble", "B_bln", "C_bln")
+SHAPES = [(2, 37, 19, n) for n in [*STATE_SIZES, 257, 300]]
+SHAPES += [(1, 35, e, 16) for e in (1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 257)]
+SHAPES += [(b, 9, 6, 4) for b in (0, 1, 3, 17)]
 
 
-@pytest.mark.parametrize("n", STATE_SIZES)
-def test_state_sizes(n: int) -> None:
-    inputs = scan_inputs(2, 37, 19, n) | {"initial_state": torch.randn(2, 19, n)}
-    SCAN.assert_results(inputs)
-    SCAN.assert_gradients(inputs)
+@pytest.mark.parametrize(("b", "l", "e", "n"), SHAPES)
+def test_shapes(b: int, l: int, e: int, n: int) -> None:
+    SCAN.check(scan_inputs(b, l, e, n) | {"initial_state": torch.randn(b, e, n)})
 
 
 @pytest.mark.parametrize("l", [0, 1, 2, 31, 32, 33, 63, 64, 65, 129, 300])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_lengths_around_the_borders_of_chunks(l: int, reverse: bool) -> None:
     inputs = scan_inputs(2, l, 5, 16) | {"initial_state": torch.randn(2, 5, 16)}
-    SCAN.assert_results(inputs, reverse=reverse)
-    SCAN.assert_gradients(inputs, reverse=reverse)
-
-
-@pytest.mark.parametrize("e", [1, 3, 4, 7, 8, 15, 16, 17, 31, 33, 64, 65, 100, 257])
-def test_widths(e: int) -> None:
-    inputs = scan_inputs(1, 35, e, 16)
-    SCAN.assert_results(inputs)
-    SCAN.assert_gradients(inputs)
-
-
-@pytest.mark.parametrize("batch", [0, 1, 3, 17])
-def test_batches(batch: int) -> None:
-    inputs = scan_inputs(batch, 9, 6, 4) | {"initial_state": torch.randn(batch, 6, 4)}
-    SCAN.assert_results(inputs)
-    SCAN.assert_gradients(inputs)
+    SCAN.check(inputs, reverse=reverse)
 
 
 @pytest.mark.parametrize("absent", ["D_e", "z_ble", "delta_bias_e", "delta_softplus"])
@@ -63,8 +55,7 @@ def test_each_option_may_be_absent(absent: str) -> None:
     for name in ("delta_ble", "delta_bias_e"):
         if name in inputs:
             inputs[name] = inputs[name].abs() * 0.1
-    SCAN.assert_results(inputs)
-    SCAN.assert_gradients(inputs)
+    SCAN.check(inputs)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3, 9, 18])
@@ -72,8 +63,7 @@ def test_each_option_may_be_absent(absent: str) -> None:
 def test_groups(groups: int, n: int) -> None:
     inputs = scan_inputs(2, 40, 18, n, groups=groups)
     inputs["initial_state"] = torch.randn(2, 18, n)
-    SCAN.assert_results(inputs)
-    SCAN.assert_gradients(inputs)
+    SCAN.check(inputs)
     turned = {name: inputs[name].permute(0, 3, 2, 1).contiguous() for name in ("B_bln", "C_bln")}
     SCAN.assert_results(
         inputs | {name: value.permute(0, 3, 2, 1) for name, value in turned.items()}
@@ -81,9 +71,7 @@ def test_groups(groups: int, n: int) -> None:
 
 
 def test_groups_of_wide_states_in_half_precision() -> None:
-    inputs = scan_inputs(1, 40, 34, 70, groups=2, dtype=torch.bfloat16)
-    SCAN.assert_results(inputs)
-    SCAN.assert_gradients(inputs)
+    SCAN.check(scan_inputs(1, 40, 34, 70, groups=2, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -108,42 +96,7 @@ def test_any_mixture_of_types(
     inputs = scan_inputs(b, l, e, n) | {"initial_state": torch.randn(b, e, n)}
     names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
     mixed = inputs | {name: inputs[name].to(t) for name, t in zip(names, types, strict=True)}
-    SCAN.assert_results(mixed, reverse=reverse)
-    SCAN.assert_gradients(mixed, reverse=reverse)
-
-
-@settings(max_examples=40)
-@given(
-    lengths=st.lists(st.integers(0, 50), min_size=1, max_size=6),
-    e=st.integers(1, 35),
-    n=st.integers(1, 20),
-    reverse=st.booleans(),
-    dtype=st.sampled_from(TYPES),
-)
-def test_gradients_of_packed_sequences(
-    lengths: list[int], e: int, n: int, reverse: bool, dtype: torch.dtype
-) -> None:
-    inputs = scan_inputs(1, sum(lengths), e, n, dtype=dtype)
-    inputs["initial_state"] = torch.randn(len(lengths), e, n)
-    options = {"cu_seqlens": torch.tensor([0, *lengths]).cumsum(0), "reverse": reverse}
-    SCAN.assert_results(inputs, **options)
-    SCAN.assert_gradients(inputs, **options)
-
-
-@settings(max_examples=30)
-@given(
-    marks=st.lists(st.integers(0, 1), min_size=90, max_size=90),
-    reverse=st.booleans(),
-    starts=st.booleans(),
-)
-def test_gradients_with_seq_idx(marks: list[int], reverse: bool, starts: bool) -> None:
-    inputs = scan_inputs(2, 45, 7, 5)
-    inputs["initial_state"] = torch.randn(2, 7, 5) if starts else None
-    # Many short sequences in the first row, few long ones in the second.
-    seq_idx = torch.tensor(marks).view(2, 45)
-    seq_idx[1] = seq_idx[1].cumsum(0) // 16
-    SCAN.assert_results(inputs, seq_idx=seq_idx, reverse=reverse)
-    SCAN.assert_gradients(inputs, seq_idx=seq_idx, reverse=reverse)
+    SCAN.check(mixed, reverse=reverse)
 
 
 def test_long_sequences_do_not_drift() -> None:
@@ -243,15 +196,8 @@ def test_the_instruction_sets_agree() -> None:
         assert_contract(other, results[0])
 
 
-def update(state: Tensor, inputs: dict[str, Any], **options: Any) -> Tensor:
-    """One step with the first position of a sequence."""
-    first = {
-        name.replace("_ble", "_be").replace("_bln", "_bn"): value[:, 0]
-        if name in IN_TIME
-        else value
-        for name, value in inputs.items()
-    }
-    return ops.selective_state_update(state, **first, **options)
+def update(state: Tensor, inputs: dict[str, Any]) -> Tensor:
+    return ops.selective_state_update(state, **first_step(inputs))
 
 
 @pytest.mark.parametrize("n", [1, 3, 8, 16, 17, 64, 256, 300])

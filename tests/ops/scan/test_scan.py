@@ -1,7 +1,5 @@
 """The selective scan against a loop over single numbers, and against itself cut up."""
 
-from __future__ import annotations
-
 import cmath
 import itertools
 import math
@@ -18,7 +16,7 @@ from anymamba.errors import InputError
 from anymamba.ops.scan.arguments import ScanArguments
 from anymamba.ops.scan.reference import linear_recurrence, selective_scan_sequential
 from tests.support.operators import scan_inputs
-from tests.support.tolerance import assert_contract
+from tests.support.tolerance import assert_contract, assert_each
 
 SHAPES = [
     (1, 1, 1, 1),
@@ -210,8 +208,7 @@ def test_the_gradients_are_those_of_the_sequential_scan(shape: tuple[int, ...]) 
         return list(torch.autograd.grad((y * weight).sum() + last.sum(), tensors))
 
     expected = gradients(selective_scan_sequential(ScanArguments(**inputs)))
-    for actual, reference in zip(gradients(run(inputs)), expected, strict=True):
-        assert_contract(actual, reference, factor=10)
+    assert_each(assert_contract, gradients(run(inputs)), expected, factor=10)
 
 
 @pytest.mark.usefixtures("each_backend")

@@ -1,7 +1,5 @@
 """Mamba-2's operator against a scalar loop, its recurrence, and the selective scan."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,7 +17,7 @@ from anymamba.ops import selective_scan, ssd, ssd_state_update
 from anymamba.ops.segments import segments_of
 from anymamba.ops.ssd.reference import ssd_sequential
 from tests.support.operators import HALVES, LAYOUTS, gradients, leaves
-from tests.support.tolerance import assert_contract, assert_gradients
+from tests.support.tolerance import assert_contract, assert_each, assert_gradients
 
 SIZES = [(1, 1, 1, 1, 1, 1), (2, 37, 4, 8, 2, 5), (1, 130, 6, 5, 3, 3), (3, 64, 2, 3, 1, 7)]
 EDGES = [(0, 5, 2, 3, 1, 4), (2, 0, 2, 3, 1, 4)]
@@ -347,8 +345,7 @@ def test_older_names_of_the_states_warn() -> None:
     given["initial_states"] = given.pop("initial_state")
     with pytest.warns(DeprecationWarning, match="called initial_state and return_last_state"):
         found = ssd(**given, return_final_states=True)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours, theirs)
+    assert_each(torch.equal, found, expected)
 
 
 def test_autocast_changes_nothing():
@@ -370,5 +367,4 @@ def test_autocast_changes_nothing():
     for dtype in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", dtype=dtype):
             found = run()
-        for ours, theirs in zip(found, expected, strict=True):
-            assert torch.equal(ours, theirs)
+        assert_each(torch.equal, found, expected)

@@ -1,8 +1,7 @@
 """Adapters merged without torch: equal to what PEFT itself makes of them."""
 
-from __future__ import annotations
-
 import json
+import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from anymamba.checkpoint.gguf.names import is_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, StateError
 from anymamba.runtime.adapters.adapter_file import read_adapter
 from anymamba.runtime.convert.merging import merge
+from tests.support.files import refusal
 from tests.support.tolerance import assert_same
 
 pytestmark = pytest.mark.slow
@@ -241,9 +241,7 @@ REFUSED = {
 def test_what_is_not_merged_is_refused_by_name(name: str, adapter: Path, tmp_path: Path) -> None:
     other = edited(adapter, tmp_path / "other", **{name: REFUSED[name]})
     word = {"r": "rank", "use_dora": "magnitude", "rank_pattern": "rank"}.get(name, name)
-    with pytest.raises(CheckpointError, match=word) as caught:
-        load(adapter=other)
-    assert "\n" not in str(caught.value)
+    assert word in refusal(CheckpointError, load, adapter=other)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +252,7 @@ def test_a_setting_of_another_type_is_refused(
     name: str, value: object, adapter: Path, tmp_path: Path
 ) -> None:
     other = edited(adapter, tmp_path / "other", **{name: value})
-    with pytest.raises(CheckpointError, match=f"{name}.* must be") as caught:
-        load(adapter=other)
-    assert "\n" not in str(caught.value)
+    assert re.search(f"{name}.* must be", refusal(CheckpointError, load, adapter=other))
 
 
 def broken_tensors(kind: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -301,9 +297,7 @@ def test_broken_weights_are_refused(kind: str, adapter: Path, tmp_path: Path) ->
     file = other / "adapter_model.safetensors"
     tensors = broken_tensors(kind, load_file(file))
     save_file(tensors, file)
-    with pytest.raises(CheckpointError) as caught:
-        load(adapter=other)
-    assert "\n" not in str(caught.value)
+    refusal(CheckpointError, load, adapter=other)
     with pytest.raises(CheckpointError):
         merge(other, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

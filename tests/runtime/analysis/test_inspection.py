@@ -1,7 +1,5 @@
 """What `inspect` says of a text, against `minimal.py`'s own recurrence and Transformers' model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -10,16 +8,10 @@ import pytest
 import anymamba
 from anymamba.errors import InputError
 from anymamba.runtime.analysis.inspection import Inspection, inspect
-from tests.support.files import write_small
 
 LENGTH = 13
 # Both compute in float32, the sums in float64: a whole model's tolerance in relative terms.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return write_small(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")

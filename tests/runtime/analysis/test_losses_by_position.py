@@ -1,7 +1,5 @@
 """Loss by position, against windows that are scored one by one in plain Python."""
 
-from __future__ import annotations
-
 import statistics
 
 import numpy as np
@@ -11,13 +9,7 @@ import anymamba
 from anymamba.errors import InputError
 from anymamba.runtime.analysis.losses_by_position import helpful_context, loss_by_position
 from anymamba.runtime.engine import Engine
-from tests.support.files import write_small
 from tests.support.reference import words
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    return anymamba.load(write_small(tmp_path_factory.mktemp("small")))
 
 
 def loss_of(engine: Engine, context: list[int], token: int) -> float:

@@ -1,9 +1,6 @@
 """Chat templates, beside Transformers' rendering of the same."""
 
-from __future__ import annotations
-
 import re
-import subprocess
 import sys
 import time
 
@@ -14,6 +11,7 @@ from anymamba.errors import CheckpointError, InputError, MissingDependencyError
 from anymamba.runtime.chat import template as chat_template
 from anymamba.runtime.chat.rendering import MOST_CHARACTERS, MOST_COPIES
 from anymamba.runtime.chat.template import render
+from tests.support import processes
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -216,9 +214,7 @@ def test_without_jinja_the_error_says_what_to_install():
         "try: render('', [], True, {})\n"
         "except MissingDependencyError as error: print(error)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    done = processes.python("-c", program, check=True)
     assert "'jinja2', which is not installed: pip install 'anymamba[chat]'" in done.stdout
 
 
@@ -235,11 +231,3 @@ def test_a_jinja_with_a_broken_sandbox_is_refused(monkeypatch, version, safe):
             MissingDependencyError, match=rf"jinja2 is {version}, .* 3\.1\.6 or later"
         ):
             render("a", [], True, {})
-
-
-def test_jinja_is_imported_only_to_render():
-    program = "import sys, anymamba.runtime.chat.template; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert not set(done.stdout.split()) & {"torch", "transformers", "numpy", "jinja2"}

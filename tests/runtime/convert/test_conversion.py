@@ -1,18 +1,14 @@
 """Conversions: nothing is lost, nothing is half written, nothing of others is deleted."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from anymamba.checkpoint import checkpoint_digest, open_checkpoint
@@ -21,7 +17,7 @@ from anymamba.checkpoint.gguf.reader import read_gguf
 from anymamba.errors import AnyMambaError, CheckpointError, ConfigError, MissingDependencyError
 from anymamba.runtime.convert.conversion import convert
 from tests.support import files, gguf_files
-from tests.support.files import CONFIG, one_line, write_small
+from tests.support.files import CONFIG, entries, peak_memory, types_in
 
 FOLDERS = ["transformers", "original", "minimal"]
 
@@ -32,22 +28,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def refusal(kind: type[AnyMambaError], *arguments: Any, **options: Any) -> str:
-    with pytest.raises(kind) as caught:
-        convert(*arguments, **options)
-    return one_line(caught.value)
-
-
-def entries(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())
-
-
-def types_in(folder: Path) -> dict[str, str]:
-    with safe_open(folder / "model.safetensors", "np") as file:
-        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-
-
-def without_head(names: set[str]) -> set[str]:
-    return names - {"lm_head.weight"}
+    return files.refusal(kind, convert, *arguments, **options)
 
 
 # Layouts
@@ -264,21 +245,12 @@ def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", [None, "bf16"])
 @pytest.mark.parametrize("layout", FOLDERS)
 def test_memory_holds_the_largest_tensor_and_not_the_model(
-    layout: str, weights: str | None, tmp_path: Path
+    layout: str, weights: str | None, source: Path, large: Path, tmp_path: Path
 ) -> None:
-    size = {"hidden_size": 256, "time_step_rank": 16, "num_hidden_layers": 32}
-    source = write_small(tmp_path / "source", **size)
     convert(source, tmp_path / "warm", layout)  # what is imported once does not count
-    assert (source / "model.safetensors").stat().st_size > 50e6
-    tracemalloc.start()
-    try:
-        convert(source, tmp_path / "new", layout, weights)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
     # The largest has 1 MB and a few copies in other types. Before that, config.json is read with
     # room for 8 MB.
-    assert peak < 10e6
+    assert peak_memory(convert, large, tmp_path / "new", layout, weights) < 10e6
 
 
 # Pickles

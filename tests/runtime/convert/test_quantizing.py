@@ -1,18 +1,14 @@
 """Quantized folders: what they hold, that they are whole or not there, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import anymamba
@@ -26,12 +22,11 @@ from anymamba.runtime.convert.conversion import convert
 from anymamba.runtime.convert.quantizing import quantize_checkpoint
 from anymamba.runtime.weights.weights import load_weights
 from tests.support import files
-from tests.support.files import write_small
+from tests.support.files import LARGE, entries, peak_memory, types_in, write_small
 from tests.support.reference import words
 
 # d 64, e 128: groups of 32 and 64 divide all large matrices, a group of 128 only out_proj.
 WIDE = {"hidden_size": 64, "time_step_rank": 4}
-LARGE = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
 SMALL_MATRICES = ("x_proj.weight", "dt_proj.weight")
 
 
@@ -41,20 +36,11 @@ def source(tmp_path: Path) -> Path:
 
 
 def refusal(kind: type[AnyMambaError], *arguments: Any, **options: Any) -> str:
-    with pytest.raises(kind) as caught:
-        quantize_checkpoint(*arguments, **options)
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1
-    return message
+    return files.refusal(kind, quantize_checkpoint, *arguments, **options)
 
 
 def original(folder: Path) -> dict[str, np.ndarray]:
     return dict(load_weights(open_checkpoint(folder), "f32").tensors)  # type: ignore[arg-type]
-
-
-def types_in(folder: Path) -> dict[str, str]:
-    with safe_open(folder / "model.safetensors", "np") as file:
-        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
 
 
 def stored(folder: Path) -> dict[str, Any]:
@@ -286,20 +272,10 @@ def test_a_failure_in_the_middle_cleans_up(source: Path, tmp_path: Path) -> None
     assert entries(tmp_path) == ["source"]
 
 
-def test_memory_holds_the_largest_tensor_and_not_the_model(tmp_path: Path) -> None:
-    size = {"hidden_size": 256, "time_step_rank": 16, "num_hidden_layers": 32}
-    source = write_small(tmp_path / "source", **size)
-    whole = (source / "model.safetensors").stat().st_size
-    tracemalloc.start()
-    try:
-        quantize_checkpoint(source, tmp_path / "out")
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert whole > 50e6
+def test_memory_holds_the_largest_tensor_and_not_the_model(large: Path, tmp_path: Path) -> None:
     # The largest has 1 MB; beside it there are blocks of 131,072 numbers that are worked on. Before
     # that, config.json is read with room for 8 MB.
-    assert peak < 10e6
+    assert peak_memory(quantize_checkpoint, large, tmp_path / "out") < 10e6
 
 
 def test_what_is_mapped_is_aligned(source: Path, tmp_path: Path) -> None:
@@ -308,7 +284,3 @@ def test_what_is_mapped_is_aligned(source: Path, tmp_path: Path) -> None:
     aligned = [record for record in records if (record.end - record.begin) % 64 == 0]
     assert len(aligned) > len(records) / 2
     assert all(record.begin % 64 == 0 for record in aligned)
-
-
-def entries(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir())

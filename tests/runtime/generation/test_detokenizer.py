@@ -1,7 +1,5 @@
 """Text that appears while its tokens are made."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -9,7 +7,7 @@ from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
 from anymamba.assets import bundled_model
-from anymamba.checkpoint.tokenizer.reader import read_tokenizer
+from anymamba.checkpoint.tokenizer import read_tokenizer
 from anymamba.errors import InputError
 from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
 

@@ -1,7 +1,5 @@
 """Each step between logits and token, beside Transformers' own on the same logits."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import numpy as np

@@ -1,8 +1,5 @@
 """A state is a value: copied, saved, loaded, refused where it does not belong, never half."""
 
-from __future__ import annotations
-
-import contextlib
 import json
 import signal
 import time
@@ -11,27 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import anymamba
 from anymamba import Engine, State
 from anymamba.checkpoint import TensorBytes, read_header, write_safetensors
 from anymamba.errors import CheckpointError, InputError, StateError
-from tests.support.files import write_small
+from tests.support.files import rewritten, write_small
 from tests.support.reference import words
 from tests.support.tolerance import assert_same
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Engine:
-    return anymamba.load(folder)
 
 
 @pytest.fixture
@@ -150,106 +135,18 @@ def test_another_model_s_state_is_refused(state: State, tmp_path: Path) -> None:
         longer.load_state(tmp_path / "a.state")
 
 
-def rewritten(path: Path, state: State, blocks: dict[str, Any], **metadata: str | None) -> Path:
-    """A state's file with some of its parts replaced, or taken out where they are None."""
-    state.save(path)
-    fields = {**read_header(path).metadata, **metadata}
-    tensors = load_file(path) | blocks
-    save_file(
-        {name: block for name, block in tensors.items() if block is not None},
-        path,
-        {name: value for name, value in fields.items() if value is not None},
-    )
-    return path
-
-
-BROKEN: dict[str, tuple[dict[str, Any], dict[str, str | None]]] = {
-    "no format": ({}, {"format": None}),
-    "a newer version": ({}, {"format_version": "2"}),
-    "model is nested without end": ({}, {"model": "[" * 100_000}),
-    "model is no mapping": ({}, {"model": "3"}),
-    "counts are no list": ({}, {"token_counts": "{}"}),
-    "two counts": ({}, {"token_counts": "[1, 2]"}),
-    "no counts": ({}, {"token_counts": "[]"}),
-    "huge counts": ({}, {"token_counts": f"[{2**63}]"}),
-    "another digest": ({}, {"weights_digest": "0" * 64}),
-    "an endless digest": ({}, {"weights_digest": "0" * 10_000}),
-    "one block": ({"ssm_states": None}, {}),
-    "one block more": ({"more": np.zeros(1)}, {}),
-    "a misshapen window": ({"conv_states": np.zeros((2, 1, 48, 3), np.float32)}, {}),
-    "a misshapen state": ({"ssm_states": np.zeros((2, 1, 5, 48), np.float32)}, {}),
-    "a narrow state": ({"ssm_states": np.zeros((2, 1, 48, 5), np.float16)}, {}),
-    "a wide window": ({"conv_states": np.zeros((2, 1, 48, 4), np.float64)}, {}),
-    "integer logits": ({"logits": np.zeros((1, 61), np.int32)}, {}),
-    "flat logits": ({"logits": np.zeros(61, np.float32)}, {}),
-    "more logits": ({"logits": np.zeros((2, 61), np.float32)}, {}),
-    "two texts": (
-        {
-            "conv_states": np.zeros((2, 2, 48, 4), np.float32),
-            "ssm_states": np.zeros((2, 2, 48, 5), np.float32),
-            "logits": None,
-        },
-        {"token_counts": "[1, 2]"},
-    ),
-}
-
-
-@pytest.mark.parametrize("parts", BROKEN.values(), ids=BROKEN.keys())
-def test_a_file_that_was_tampered_with_is_refused_in_one_line(
-    engine: Engine, state: State, tmp_path: Path, parts: Any
-) -> None:
-    path = rewritten(tmp_path / "a.state", state, parts[0], **parts[1])
-    with pytest.raises(StateError) as caught:
-        engine.load_state(path)
-    message = str(caught.value)
-    assert str(path) in message
-    assert "\n" not in message
-    assert len(message) < 400
-
-
 def test_a_file_without_digest_is_checked_by_its_sizes(
     engine: Engine, state: State, tmp_path: Path
 ) -> None:
-    path = rewritten(tmp_path / "a.state", state, {"logits": None}, weights_digest=None)
-    loaded = engine.load_state(path)
+    state.save(tmp_path / "a.state")
+    loaded = engine.load_state(rewritten(tmp_path / "a.state", logits=None, weights_digest=None))
     assert (loaded.ssm_states == state.ssm_states).all()
     with pytest.raises(InputError, match="does not say which token comes next"):
         engine.generate([], state=loaded)
     assert engine.generate([1], 5, state=loaded).ids == engine.generate([1], 5, state=state).ids
 
 
-@settings(max_examples=40)
-@given(share=st.floats(0, 1, exclude_max=True), flip=st.integers(0, 255))
-def test_a_cut_or_scratched_file_never_does_harm(
-    engine: Engine, tmp_path_factory: pytest.TempPathFactory, share: float, flip: int
-) -> None:
-    path = tmp_path_factory.mktemp("broken") / "a.state"
-    engine.prefill(engine.state(), words(3)).save(path)
-    whole = path.read_bytes()
-    at = int(len(whole) * share)
-    path.write_bytes(whole[:at])
-    with pytest.raises(StateError):
-        engine.load_state(path)
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
-    with contextlib.suppress(StateError):  # or a number has become another
-        assert engine.load_state(path).conv_states.shape == (2, 1, 48, 4)
-
-
-@settings(max_examples=40)
-@given(noise=st.binary(max_size=200))
-def test_noise_is_refused(
-    engine: Engine, tmp_path_factory: pytest.TempPathFactory, noise: bytes
-) -> None:
-    path = tmp_path_factory.mktemp("noise") / "a.state"
-    path.write_bytes(noise)
-    with pytest.raises(StateError):
-        engine.load_state(path)
-
-
-def test_no_file_and_a_folder(engine: Engine, state: State, tmp_path: Path) -> None:
-    for path in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(StateError, match="does not exist"):
-            engine.load_state(path)
+def test_a_place_in_a_folder_that_does_not_exist(state: State, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="give a place in an existing folder"):
         state.save(tmp_path / "nowhere" / "a.state")
 
@@ -349,11 +246,19 @@ def test_a_state_of_no_numbers_is_called_broken(
 ) -> None:
     file = tmp_path / "a.state"
     state.save(file)
-    tensors = load_file(file)
-    tensors[name].flat[3] = value
-    save_file(tensors, file, read_header(file).metadata)
+    block = load_file(file)[name]
+    block.flat[3] = value
+    rewritten(file, **{name: block})
     with pytest.raises(StateError, match=f"a.state' is broken: {name} holds NaN or infinity"):
         engine.load_state(file)
+
+
+@pytest.mark.parametrize("name", ["conv_states", "ssm_states", "logits"])
+def test_a_state_of_no_numbers_is_not_written(name: str, state: State, tmp_path: Path) -> None:
+    getattr(state, name).flat[3] = np.nan
+    with pytest.raises(StateError, match=f"the state holds NaN or infinity in its {name}"):
+        state.save(tmp_path / "a.state")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("count", [-5, 1.5, None])

@@ -1,7 +1,5 @@
 """Whole models in 8 and 4 bits against a reference that rounds weights and activations alike."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +7,13 @@ import numpy as np
 import pytest
 
 import anymamba
-from anymamba import Engine, _core
+from anymamba import Engine
 from anymamba.checkpoint import open_checkpoint
 from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.quantization import dequantize
 from anymamba.runtime.weights.weights import load_weights
 from tests.support.files import write_small
-from tests.support.operators import ISAS
+from tests.support.operators import ISAS, kernels_of
 from tests.support.reference import reference_logits, rounded, words
 from tests.support.tolerance import assert_same
 
@@ -53,13 +51,9 @@ def test_a_model_in_few_bits(tmp_path: Path, isa: str, kind: str, seed: int) -> 
     engine = anymamba.load(folder, kind)
     numbers, ids = as_numbers(folder, kind), words(20)
     expected = reference_logits(numbers, ids, group=128)
-    usual = _core.isa()
-    try:
-        _core.use_isa(isa)
+    with kernels_of(isa):
         assert_same(engine.logits(ids), expected)
         assert_same(stepped(engine, ids), expected)
-    finally:
-        _core.use_isa(usual)
     # The reference's rounding is no formality: without it the logits are others.
     unrounded = reference_logits(numbers, ids)
     assert np.abs(unrounded - expected).max() > 0.01

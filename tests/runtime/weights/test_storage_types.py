@@ -4,8 +4,6 @@ The sizes are those at which one answer for all matrices goes wrong: a group of 
 rows of some and not of others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,14 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anymamba import _core
 from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantize
 from anymamba.runtime.network import Network
 from anymamba.runtime.state.batch_state import BatchState
 from anymamba.runtime.weights.weights import Weights
 from tests.support.files import SMALL, small_weights
-from tests.support.operators import ISAS
+from tests.support.operators import ISAS, kernels_of
 from tests.support.reference import reference_logits, rounded, words
 from tests.support.tolerance import WHOLE_MODEL
 
@@ -101,13 +98,9 @@ def test_every_mixture(isa: str, matmul_dtype: str, kinds: tuple[str, ...]) -> N
     bound = (WHOLE_MODEL if exact else WITH_ROUNDED_ACTIVATIONS) * np.abs(expected).max()
     model = network(tensors)
     model.matmul_dtype = matmul_dtype  # on every instruction set, also where it gains nothing
-    usual = _core.isa()
-    try:
-        _core.use_isa(isa)
+    with kernels_of(isa):
         for logits in both_ways(model, ids):
             assert np.abs(logits - expected).max() <= bound
-    finally:
-        _core.use_isa(usual)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -118,10 +111,6 @@ def test_a_weight_type_is_one_arithmetic_everywhere(isa: str, kind: str) -> None
     expected = reference_logits(
         {name: numbers(tensor) for name, tensor in tensors.items()}, words(40)
     )
-    usual = _core.isa()
-    try:
-        _core.use_isa(isa)
+    with kernels_of(isa):
         for logits in both_ways(network(tensors), words(40)):
             assert np.abs(logits - expected).max() <= WHOLE_MODEL * np.abs(expected).max()
-    finally:
-        _core.use_isa(usual)

@@ -1,7 +1,5 @@
 """Which weights the core gets: mapped where it can be, converted where asked for, checked."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from anymamba.checkpoint.dtypes import to_bfloat16, to_float32
 from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantize
 from anymamba.errors import CheckpointError, ConfigError
 from anymamba.runtime.weights.weights import load_weights
-from tests.support.files import SMALL, small_weights, write_small
+from tests.support import files
+from tests.support.files import LARGE, SMALL, small_weights, write_small
 
-LARGE = ("embeddings.weight", "lm_head.weight", "in_proj.weight", "out_proj.weight")
 SENSITIVE = ("x_proj.weight", "dt_proj.weight")
 # Widths that groups of 128 divide: d 128, e 256.
 WIDE = {"hidden_size": 128, "num_hidden_layers": 1, "tie_word_embeddings": False}
@@ -48,7 +46,7 @@ def loaded(folder: Path, kind: str = "auto") -> Any:
 )
 def test_as_stored_nothing_is_copied(tmp_path: Path, stored: str, dtype: Any, kind: str) -> None:
     weights = loaded(write_types(tmp_path, {"": stored}))
-    assert weights.kind == kind
+    assert weights.weight_type == kind
     expected = small_weights()
     assert weights.tensors.keys() == expected.keys()
     for name, tensor in weights.tensors.items():
@@ -68,7 +66,7 @@ def test_as_stored_nothing_is_copied(tmp_path: Path, stored: str, dtype: Any, ki
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
 def test_float32(tmp_path: Path, stored: str) -> None:
     weights = loaded(write_types(tmp_path, {"proj.weight": stored}), "f32")
-    assert weights.kind == "f32"
+    assert weights.weight_type == "f32"
     assert {tensor.dtype for tensor in weights.tensors.values()} == {np.dtype(np.float32)}
     assert (weights.tensors["backbone.embeddings.weight"].flags.writeable) is False
     assert weights.tensors["backbone.layers.0.mixer.in_proj.weight"].flags.writeable == (
@@ -78,7 +76,7 @@ def test_float32(tmp_path: Path, stored: str) -> None:
 
 def test_bfloat16_is_for_matrices(tmp_path: Path) -> None:
     weights = loaded(write_types(tmp_path, {"A_log": "F16", "in_proj.weight": "BF16"}), "bf16")
-    assert weights.kind == "bf16"
+    assert weights.weight_type == "bf16"
     expected = small_weights()
     for name, tensor in weights.tensors.items():
         if name.endswith((*LARGE, *SENSITIVE)):
@@ -91,7 +89,7 @@ def test_bfloat16_is_for_matrices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["F32", "BF16"])
 def test_quantized_on_load(tmp_path: Path, bits: int, stored: str) -> None:
     weights = loaded(write_types(tmp_path, {"": stored}, **WIDE), f"int{bits}")
-    assert weights.kind == f"int{bits}"
+    assert weights.weight_type == f"int{bits}"
     for name, tensor in weights.tensors.items():
         original = small_weights(**WIDE)[name]
         if stored == "BF16":
@@ -120,27 +118,12 @@ def test_rows_that_no_group_divides_stay_bfloat16(tmp_path: Path) -> None:
 def write_quantized(
     folder: Path, bits: int, symmetric: bool, changes: dict[str, Any] | None = None
 ) -> Path:
-    """A folder as `anymamba quantize` writes it, written here from what is documented."""
-    folder.mkdir(exist_ok=True)
-    about = {"format": "anymamba", "format_version": 1, "bits": bits}
-    about |= {"group_size": 64, "symmetric": symmetric}
-    config = SMALL | WIDE | {"quantization_config": about | (changes or {})}
-    (folder / "config.json").write_text(json.dumps(config))
-    stored = {}
-    for name, tensor in small_weights(**WIDE).items():
-        if name.endswith(LARGE):
-            packed = quantize(tensor, bits, 64, symmetric)
-            groups = packed.scales.shape
-            stored[f"{name}_q"] = TensorBytes("U8", packed.q.shape, packed.q.tobytes())
-            stored[f"{name}_scales"] = TensorBytes("BF16", groups, packed.scales.tobytes())
-            if packed.minima is not None:
-                stored[f"{name}_minima"] = TensorBytes("BF16", groups, packed.minima.tobytes())
-        elif name.endswith(SENSITIVE):
-            stored[name] = TensorBytes("BF16", tensor.shape, to_bfloat16(tensor).tobytes())
-        else:
-            stored[name] = TensorBytes("F32", tensor.shape, tensor.tobytes())
-    write_safetensors(folder / "model.safetensors", stored)
-    return folder
+    tensors = {
+        name: to_bfloat16(tensor) if name.endswith(SENSITIVE) else tensor
+        for name, tensor in small_weights(**WIDE).items()
+    }
+    config = SMALL | WIDE
+    return files.write_quantized(folder, config, tensors, bits, 64, symmetric, changes=changes)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -149,7 +132,7 @@ def test_a_quantized_folder_is_mapped(tmp_path: Path, bits: int, symmetric: bool
     folder = write_quantized(tmp_path, bits, symmetric)
     for kind in ("auto", f"int{bits}"):
         weights = loaded(folder, kind)
-        assert weights.kind == f"int{bits}"
+        assert weights.weight_type == f"int{bits}"
         for name, original in small_weights(**WIDE).items():
             tensor = weights.tensors[name]
             if name.endswith(LARGE):
@@ -235,11 +218,6 @@ def test_pickles_name_the_command_that_converts_them(tmp_path: Path) -> None:
         loaded(tmp_path)
 
 
-def test_no_such_kind(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="auto, f32, bf16, int8, int4, got 'int3'"):
-        loaded(write_small(tmp_path), "int3")
-
-
 def test_no_such_type(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"mixer\.D in .* stored as I32.*F32 or F16 or BF16"):
         loaded(write_types(tmp_path, {"0.mixer.D": "I32"}))
@@ -289,4 +267,4 @@ def test_a_file_that_is_replaced_while_it_is_opened(tmp_path: Path) -> None:
     write_small(tmp_path, dtype=np.float16)
     with pytest.raises(CheckpointError, match="was replaced while it was opened"):
         load_weights(opened)
-    assert loaded(tmp_path).kind == "f16"
+    assert loaded(tmp_path).weight_type == "f16"

@@ -110,7 +110,7 @@ def test_texts_come_from_files_lines_and_folders(tmp_path: Path) -> None:
     (tmp_path / "c.png").write_bytes(b"\xff")
     assert list(read_texts([str(tmp_path)])) == ["eins", "und", "zwei\r\n"]
     (tmp_path / "wrong.jsonl").write_text(json.dumps({"body": "a"}))
-    with pytest.raises(InputError, match=r"wrong.jsonl', line 1 has no text in 'text'"):
+    with pytest.raises(InputError, match=r"line 1 of '.*wrong.jsonl' has no text in 'text'"):
         list(read_texts([str(tmp_path / "wrong.jsonl")]))
     (tmp_path / "wrong.txt").write_bytes(b"ab\xff")
     with pytest.raises(InputError, match="is not UTF-8 text: see its byte 2"):
@@ -128,7 +128,7 @@ def test_a_mark_of_utf_8_is_no_text(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "\\ud83d\\ude00"}\n{"text": "\\uD83D"}\n')
-    with pytest.raises(InputError, match="line 2 holds half of a surrogate pair"):
+    with pytest.raises(InputError, match=r"line 2 of .* holds half of a surrogate pair"):
         list(read_texts([str(file)]))
 
 

@@ -1,7 +1,5 @@
 """Runs a function in several processes, with a limit on the time: a hang is a failure."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from datetime import timedelta

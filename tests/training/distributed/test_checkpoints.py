@@ -1,7 +1,5 @@
 """Sharded checkpoints: from one number of processes to another, and to a normal folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +17,25 @@ from tests.training.distributed.test_data_parallel import LOSSES
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def losses() -> list[float]:
-    """Of one process that nothing interrupts."""
-    torch.set_num_threads(1)
-    return work.alone()[0]
-
-
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
-def test_from_two_processes_to_one(kind: str, losses: list[float], tmp_path: Path) -> None:
+def test_from_two_processes_to_one(kind: str, alone: Any, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     for found in launch(work.train_and_save, 2, tmp_path / "run", kind, folder):
-        assert found == pytest.approx(losses[:2], abs=LOSSES)
-    assert work.load_and_train("alone", folder) == pytest.approx(losses[2:], abs=LOSSES)
+        assert found == pytest.approx(alone[0][:2], abs=LOSSES)
+    assert work.load_and_train("alone", folder) == pytest.approx(alone[0][2:], abs=LOSSES)
     if kind == "fsdp":
         assert len(list(folder.glob("*.distcp"))) == 2
 
 
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
-def test_from_one_process_to_two(kind: str, losses: list[float], tmp_path: Path) -> None:
+def test_from_one_process_to_two(kind: str, alone: Any, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     work.train_and_save("alone", folder)
     for found in launch(work.load_and_train, 2, tmp_path / "run", kind, folder):
-        assert found == pytest.approx(losses[2:], abs=LOSSES)
+        assert found == pytest.approx(alone[0][2:], abs=LOSSES)
 
 
-def test_from_two_processes_to_three_and_to_a_normal_folder(
-    losses: list[float], tmp_path: Path
-) -> None:
+def test_from_two_processes_to_three_and_to_a_normal_folder(alone: Any, tmp_path: Path) -> None:
     folder, output = tmp_path / "checkpoint", tmp_path / "model"
     launch(work.train_and_save, 2, tmp_path / "two", "fsdp", folder)
     model, optimizer = work.prepared("alone")

@@ -1,7 +1,5 @@
 """DDP and FSDP2 with two processes against one process on the same global batch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,8 @@ LOSSES, WEIGHTS = 1e-5, 1e-4
 
 
 @pytest.fixture(scope="module")
-def alone() -> Any:
-    torch.set_num_threads(1)
-    return work.alone()
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return launch(work.with_fsdp, 2, tmp_path_factory.mktemp("sharded") / "run")
 
 
 def same(found: Any, alone: Any) -> None:
@@ -40,8 +37,10 @@ def test_ddp_trains_as_one_process(alone: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_fsdp_trains_as_one_process(checkpointing: bool, alone: Any, tmp_path: Path) -> None:
-    found = launch(work.with_fsdp, 2, tmp_path / "run", checkpointing)
+def test_fsdp_trains_as_one_process(
+    checkpointing: bool, alone: Any, sharded: Any, tmp_path: Path
+) -> None:
+    found = launch(work.with_fsdp, 2, tmp_path / "run", True) if checkpointing else sharded
     for one in found:
         same(one, alone)
     total = sum(weight.numel() for weight in alone[1].values())
@@ -50,12 +49,12 @@ def test_fsdp_trains_as_one_process(checkpointing: bool, alone: Any, tmp_path: P
     assert max(held) < 0.6 * total
 
 
-def test_the_fused_step_is_off_with_sharded_weights(alone: Any, tmp_path: Path) -> None:
+def test_the_fused_step_is_off_with_sharded_weights(alone: Any, sharded: Any) -> None:
     model = work.small_model().eval()
     model.load_state_dict(alone[1], strict=False)
     with torch.no_grad():
         expected = model(work.batch(0)).logits
-    for *_, facts in launch(work.with_fsdp, 2, tmp_path / "run"):
+    for *_, facts in sharded:
         # Which weights are whole at the moment decides which part is named.
         assert facts["why"] is not None
         assert "DTensor" in facts["why"] or "FSDPMamba" in facts["why"]

@@ -1,15 +1,13 @@
 """`anymamba train` under torchrun and accelerate against one process with the same batches."""
 
-from __future__ import annotations
-
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import processes
 
 pytestmark = pytest.mark.slow
 
@@ -33,14 +31,7 @@ def losses(launcher: list[str], batch: int, folder: Path) -> list[float]:
     folder.mkdir()
     words = random.Random(0).choices(["the", "cat", "sat", "on", "a", "mat"], k=1000)
     (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = processes.run(*command, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("validation_loss_windows") == done.stdout.count("written") == 1
     assert "find_unused_parameters" not in done.stderr
@@ -65,13 +56,8 @@ def test_two_processes_train_as_one(
 
 
 def test_the_example_learns() -> None:
-    command = [str(BIN / TORCHRUN[0]), *TORCHRUN[1:], str(EXAMPLE), "--length", "256"]
-    done = subprocess.run(
-        [*command, "--steps", "4"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
+    done = processes.run(
+        str(BIN / TORCHRUN[0]), *TORCHRUN[1:], EXAMPLE, "--length", "256", "--steps", "4"
     )
     assert done.returncode == 0, done.stderr
     found = [float(line.split()[-1]) for line in done.stdout.splitlines() if "loss" in line]

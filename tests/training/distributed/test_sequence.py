@@ -1,7 +1,5 @@
 """Sequence parallelism with two and four processes against one process with the whole sequence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

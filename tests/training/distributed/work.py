@@ -1,7 +1,5 @@
 """What the processes of these tests do. It needs no process group where there is one process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Fine-tuning in the library: which tokens count, what is written, and how it ends early."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Nothing is lost: killed, stopped, or out of space, a run goes on as if nothing had happened."""
 
-from __future__ import annotations
-
 import random
 import shutil
 import signal
@@ -56,15 +54,24 @@ def steps_of(run: Path) -> int:
     return lines[-1]["step"] if lines else 0
 
 
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of runs that nothing stopped, by the order of their data."""
+    found = {}
+    for order in ("random", "carried"):
+        settings = settings_in(tmp_path_factory.mktemp(order) / "whole", order)
+        train(settings)
+        found[order] = Path(settings.output)
+    return found
+
+
 @pytest.mark.parametrize(
     ("order", "kills"), [("random", [(5, 25), (30, 50)]), ("carried", [(20, 50)])]
 )
 def test_killed_at_random_it_comes_to_the_same(
-    order: str, kills: list[tuple[int, int]], warm: Warm, tmp_path: Path
+    order: str, kills: list[tuple[int, int]], wholes: dict[str, Path], warm: Warm, tmp_path: Path
 ) -> None:
     """SIGKILL when a random step is reached; the same numbers afterwards, bit for bit."""
-    whole = settings_in(tmp_path / "whole", order)
-    train(whole)
     killed = settings_in(tmp_path / "killed", order)
     run = Path(killed.output)
     chance = random.Random(order)
@@ -80,9 +87,9 @@ def test_killed_at_random_it_comes_to_the_same(
     process = begin(killed, warm)
     _, told = process.communicate()
     assert process.returncode == 0, told
-    assert losses(run) == losses(Path(whole.output))
+    assert losses(run) == losses(wholes[order])
     ours = MambaForCausalLM.from_pretrained(run).state_dict()
-    theirs = MambaForCausalLM.from_pretrained(whole.output).state_dict()
+    theirs = MambaForCausalLM.from_pretrained(wholes[order]).state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert not list(run.rglob(".partial*"))
     assert len(checkpoints_in(run / "checkpoints")) == 2
@@ -107,11 +114,9 @@ def test_a_signal_saves_and_ends(
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wholes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resource = pytest.importorskip("resource")
-    whole = settings_in(tmp_path / "whole", "random")
-    train(whole)
     settings = settings_in(tmp_path / "full", "random")
     from anymamba.training.lifecycle import trainer
 
@@ -133,14 +138,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert [entry.name for entry in left] == ["checkpoint-7", "checkpoint-14"]
     monkeypatch.setattr(trainer, "publish", publish)
     train(settings, resume=True)
-    assert losses(Path(settings.output)) == losses(Path(whole.output))
+    assert losses(Path(settings.output)) == losses(wholes["random"])
 
 
 def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wholes: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = settings_in(tmp_path / "whole", "random")
-    train(whole)
     settings = settings_in(tmp_path / "broken", "random")
     step = MambaTrainer.compute_loss
     before: dict[str, bytes] = {}
@@ -161,7 +164,7 @@ def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(
     assert not (run / "config.json").exists()
     monkeypatch.undo()
     train(settings, resume=True)
-    assert losses(run) == losses(Path(whole.output))
+    assert losses(run) == losses(wholes["random"])
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -1,7 +1,5 @@
 """The trainer: its recipe, its states, and what is left of it in the result."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

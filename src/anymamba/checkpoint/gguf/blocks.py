@@ -96,15 +96,12 @@ _BY_NAME = {found.name: found for found in TYPES.values()}
 
 
 def widened(dtype: str, data: memoryview, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """The values of a tensor in blocks. Memory holds them, and little beside them.
+    """The values of a tensor in blocks, in float32. Memory holds them, and little beside them.
 
     Args:
         dtype: GGUF's name of its type, which has blocks.
         data: the tensor's bytes.
         shape: of its values, outermost first.
-
-    Returns:
-        The values, in float32.
 
     Raises:
         MissingDependencyError: the `gguf` package computes them and is not installed, or is too old
@@ -128,11 +125,7 @@ def widened(dtype: str, data: memoryview, shape: tuple[int, ...]) -> NDArray[np.
 
 
 def kept_blocks(record: TensorRecord, data: memoryview) -> QuantizedArray:
-    """A matrix of a type in `KEPT` for the kernels.
-
-    Args:
-        record: where the tensor is, with its type and shape.
-        data: its bytes.
+    """A matrix of a type in `KEPT`, of which `data` are the bytes, for the kernels.
 
     Returns:
         The whole numbers as they are, with scales, and minima if the type has them, in bfloat16.
@@ -162,8 +155,8 @@ def kept_blocks(record: TensorRecord, data: memoryview) -> QuantizedArray:
     return QuantizedArray(q, scales, minima, 4, _GROUP, (n, k))
 
 
-def import_gguf() -> Any:
-    """Import the `gguf` package.
+def import_gguf(purpose: str = "this") -> Any:
+    """Import the `gguf` package, which is needed for a purpose.
 
     Raises:
         MissingDependencyError: it is not installed.
@@ -176,24 +169,19 @@ def import_gguf() -> Any:
         import gguf
     except ImportError as error:
         raise MissingDependencyError(
-            "this needs the gguf package, which is not installed: pip install 'anymamba[gguf]'"
+            f"{purpose} needs the gguf package, which is not installed: pip install "
+            "'anymamba[gguf]'"
         ) from error
     return gguf
 
 
 def _decoder(dtype: str) -> Any:
-    try:
-        gguf = import_gguf()
-    except MissingDependencyError as error:
-        raise MissingDependencyError(
-            f"reading tensors of type {dtype} as float32 needs the gguf package, which is not "
-            "installed: pip install 'anymamba[gguf]'"
-        ) from error
-    kind = getattr(gguf.GGMLQuantizationType, dtype, None)
+    gguf = import_gguf(f"reading tensors of type {dtype} as float32")
+    number = getattr(gguf.GGMLQuantizationType, dtype, None)
 
     def decode(rows_nb: NDArray[np.uint8]) -> NDArray[np.float32]:
         try:
-            values: NDArray[np.float32] = gguf.dequantize(rows_nb, kind)
+            values: NDArray[np.float32] = gguf.dequantize(rows_nb, number)
         except NotImplementedError as error:
             raise MissingDependencyError(
                 f"the gguf package that is installed does not read {dtype}; a newer one does: "

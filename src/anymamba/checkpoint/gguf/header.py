@@ -46,7 +46,7 @@ class GgufHeader:
         metadata: its named values: numbers, booleans, texts, lists of texts, tuples of
             numbers.
         tensors: where each tensor is, by its name in the file. A shape is outermost first, and
-            a dtype is GGUF's name, one of `gguf_blocks.TYPES`.
+            a dtype is GGUF's name, one of `blocks.TYPES`.
         data: by the file, its bytes, mapped. It was opened once: what the header says is true of
             these bytes, also when another file takes its place.
     """
@@ -59,9 +59,6 @@ class GgufHeader:
 
 def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
     """Read and check the header of a GGUF file. The tensors are not read.
-
-    Args:
-        path: the file.
 
     Returns:
         Its values and its tensors' places. For each tensor, the bytes from `begin` to `end` are

@@ -20,11 +20,7 @@ from anymamba.errors import CheckpointError
 def read_gguf_files(path: str | os.PathLike[str]) -> GgufHeader:
     """Read and check the header of a GGUF file, and of all parts where it is one of several.
 
-    Args:
-        path: the file, or any part.
-
-    Returns:
-        The values of the first part and the tensors of all. The tensors are not read.
+    Of parts, the values are those of the first and the tensors those of all. They are not read.
 
     Raises:
         CheckpointError: as `read_gguf_header`; or a part is missing, or does not belong to the

@@ -1,7 +1,7 @@
 """Reading a Mamba from a GGUF file: its config, its tensors, its tokenizer.
 
-What the file says is checked by `gguf_header` first. Numbers in F32, F16 and BF16 stay where
-they lie in the file; `gguf_blocks` reads the other types.
+What the file says is checked by `header` first. Numbers in F32, F16 and BF16 stay where
+they lie in the file; `blocks` reads the other types.
 
 A comes as itself and becomes A_log, by a logarithm in float64 that is rounded to float32. What
 llama.cpp computes with, -exp(A_log), is met to within a few units in the last place.
@@ -76,7 +76,7 @@ def read_gguf(
 
     Args:
         path: the file, or any part of one that was split.
-        keep_blocks: give matrices in the types of `gguf_blocks.KEPT` as `QuantizedArray` in groups
+        keep_blocks: give matrices in the types of `blocks.KEPT` as `QuantizedArray` in groups
             of 32, for the kernels, rather than as float32. This needs no `gguf` package.
         tokenizer: whether the file's tokenizer is wanted, and refused if it cannot be read.
 
@@ -127,7 +127,7 @@ class GgufTensors(StoredTensors):
 
     Raises:
         CheckpointError: when a tensor is asked for that holds numbers it must not.
-        MissingDependencyError: when `gguf_blocks.widened` needs the `gguf` package for it.
+        MissingDependencyError: when `blocks.widened` needs the `gguf` package for it.
 
     Example:
         >>> len(GgufTensors({}, {}, keep_blocks=True))

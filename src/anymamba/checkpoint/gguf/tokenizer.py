@@ -41,11 +41,7 @@ _FALCON_SPLIT: dict[str, Any] = {
 
 
 def tokenizer_json(metadata: Mapping[str, Any], where: str) -> str | None:
-    """Make a tokenizer.json of what a GGUF header says.
-
-    Args:
-        metadata: the header's values.
-        where: the file, for messages.
+    """Make a tokenizer.json of what the header of the file `where` says.
 
     Returns:
         The text, or None where the file says that it has no tokenizer. Its tokens and merges are

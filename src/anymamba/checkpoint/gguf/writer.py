@@ -91,11 +91,7 @@ def write_gguf(
 
 
 def _write_in_vain(file: Path) -> None:
-    """Let the system say itself why it takes no more.
-
-    Raises:
-        OSError: most likely.
-    """
+    """Let the system say itself, by an `OSError`, why it takes no more."""
     with file.open("ab") as unfinished:
         unfinished.write(bytes(_PROBE_BYTES))
 
@@ -174,44 +170,44 @@ def _write_tensors(
     writer: Any, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], weights: str
 ) -> None:
     gguf = import_gguf()
-    kinds = {}
+    dtypes = {}
     for name, shape in expected_shapes(config).items():
-        kind = kinds[name] = _kind(gguf, name, shape, weights)
+        dtype = dtypes[name] = _dtype(gguf, name, shape, weights)
         stored = _stored_shape(name, shape)
-        if kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
-            stored = gguf.quant_shape_to_byte_shape(stored, kind)
-        dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
-        n_bytes = int(np.prod(stored)) * dtype.itemsize
-        writer.add_tensor_info(to_gguf_name(name), stored, dtype, n_bytes, raw_dtype=kind)
+        if dtype not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
+            stored = gguf.quant_shape_to_byte_shape(stored, dtype)
+        numpy_dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(dtype.name, np.uint8))
+        n_bytes = int(np.prod(stored)) * numpy_dtype.itemsize
+        writer.add_tensor_info(to_gguf_name(name), stored, numpy_dtype, n_bytes, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, kind in kinds.items():
-        values = _values(name, tensors[name], kind.name)
-        writer.write_tensor_data(gguf.quantize(values, kind))
+    for name, dtype in dtypes.items():
+        values = _values(name, tensors[name], dtype.name)
+        writer.write_tensor_data(gguf.quantize(values, dtype))
 
 
-def _kind(gguf: Any, name: str, shape: tuple[int, ...], weights: str) -> Any:
-    kinds = gguf.GGMLQuantizationType
+def _dtype(gguf: Any, name: str, shape: tuple[int, ...], weights: str) -> Any:
+    types = gguf.GGMLQuantizationType
     if not is_matrix(name):
-        return kinds.F32
-    wanted = kinds[weights.upper()]
-    return kinds.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+        return types.F32
+    wanted = types[weights.upper()]
+    return types.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
 def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], shape[2]) if role_of(name) == "convolution" else shape
 
 
-def _values(name: str, tensor: NDArray[Any], kind: str) -> NDArray[np.float32]:
+def _values(name: str, tensor: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """A tensor's numbers as GGUF keeps them, before they are rounded to their type."""
     check_finite(name, tensor)
     values = as_float32(tensor)
     if role_of(name) == "decay":
         values = -np.exp(values.astype(np.float64)).astype(np.float32)
-    if kind in ("F16", "Q8_0", "Q4_0") and not (np.abs(values) <= LARGEST_FLOAT16).all():
+    if dtype in ("F16", "Q8_0", "Q4_0") and not (np.abs(values) <= LARGEST_FLOAT16).all():
         raise ConfigError(
-            f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}, which {kind} cannot "
+            f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}, which {dtype} cannot "
             "keep; write it as f32 or bf16"
         )
     return values.reshape(_stored_shape(name, values.shape))

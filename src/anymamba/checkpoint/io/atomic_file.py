@@ -6,11 +6,12 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from anymamba.checkpoint.io.paths import user_path
-from anymamba.errors import CheckpointError
+from anymamba.errors import AnyMambaError, CheckpointError
 
 _ADVICE = {
     errno.ENOSPC: "free some space, or choose another place",
@@ -22,7 +23,7 @@ _ADVICE = {
 }
 
 
-def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Create or replace a file in one step.
 
     `write` fills a file of the same name in a temporary folder beside the target; it is then
@@ -43,7 +44,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         >>> import tempfile
         >>> from pathlib import Path
         >>> target = Path(tempfile.mkdtemp()) / "state.txt"
-        >>> write_atomically(target, lambda path: path.write_text("ready") and None)
+        >>> write_atomically(target, lambda path: path.write_text("ready"))
         >>> target.read_text()
         'ready'
     """
@@ -51,15 +52,26 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     # To rename a file over /dev/null would be the end of it.
     if target.exists() and not target.is_file():
         raise CheckpointError(f"cannot write {str(target)!r}: it is not a file; give another name")
+    with workplace_beside(target) as workplace:
+        unfinished = workplace / target.name
+        write(unfinished)
+        if target.exists():
+            shutil.copymode(target, unfinished)
+        flush_to_disk(unfinished)
+        unfinished.replace(target)
+
+
+@contextmanager
+def workplace_beside(target: Path) -> Iterator[Path]:
+    """A hidden folder on the same disk, to write in what is then renamed; in the end it is removed.
+
+    Raises:
+        CheckpointError: there can be no such folder, or what is done in it raises an `OSError`.
+    """
     try:
         workplace = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
         try:
-            unfinished = workplace / target.name
-            write(unfinished)
-            if target.exists():
-                shutil.copymode(target, unfinished)
-            flush_to_disk(unfinished)
-            unfinished.replace(target)
+            yield workplace
         finally:
             shutil.rmtree(workplace, ignore_errors=True)
         flush_to_disk(target.parent)
@@ -67,12 +79,38 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
         raise cannot_write(target, error) from error
 
 
-def cannot_write(target: Path, error: OSError) -> CheckpointError:
-    """What to tell a user whose file or folder the system did not write.
+def check_writable(
+    path: str | os.PathLike[str], error: type[AnyMambaError] = CheckpointError
+) -> None:
+    """Refuse a file that `write_atomically` could not write, before the work that goes into it.
 
     Args:
-        target: what was to be written.
-        error: what the system said; one of ours already says what to do, and is returned.
+        path: the file to create or replace.
+        error: what to raise.
+
+    Raises:
+        AnyMambaError: it is a folder or a device; or its folder does not exist or cannot be
+            written to.
+
+    Example:
+        >>> check_writable(Path(tempfile.mkdtemp()) / "new.state")
+    """
+    target = Path(os.path.realpath(user_path(path, error)))
+    folder, refused = target.parent, f"cannot write {str(path)!r}"
+    if not folder.is_dir():
+        raise error(f"{refused}: the folder {str(folder)!r} does not exist")
+    if target.is_dir():
+        raise error(f"{refused}: it is a folder; give a file in it")
+    if target.exists() and not target.is_file():
+        raise error(f"{refused}: it is not a file; give another name")
+    if not os.access(folder, os.W_OK):
+        raise error(
+            f"{refused}: you may not write to the folder {str(folder)!r}; choose another place"
+        )
+
+
+def cannot_write(target: Path, error: OSError) -> CheckpointError:
+    """What to tell a user whose file or folder the system did not write; an error of ours stays.
 
     Example:
         >>> print(cannot_write(Path("a.state"), OSError(errno.ENOSPC, "No space left on device")))
@@ -86,9 +124,6 @@ def cannot_write(target: Path, error: OSError) -> CheckpointError:
 
 def flush_to_disk(path: Path) -> None:
     """Ask the system to bring a file, or a folder's list of names, to the disk itself.
-
-    Args:
-        path: what was written.
 
     Raises:
         OSError: the disk did not take it.

@@ -60,12 +60,9 @@ _BEGINNINGS = {
 
 
 def not_text(name: str, beginning: bytes, at: int) -> str:
-    """The message for a file that is not UTF-8 text, and what it seems to be.
+    """The message for a file that is not UTF-8 text, and what it seems to be by its first bytes.
 
-    Args:
-        name: what the file is called.
-        beginning: its first bytes.
-        at: where it stops being text.
+    `at` is where it stops being text.
 
     Example:
         >>> print(not_text("'a.txt'", b"H\\0i\\0", 1))

@@ -87,13 +87,7 @@ def quantize(
 
 
 def dequantize(weight: QuantizedArray) -> NDArray[np.float32]:
-    """Compute the weights that the whole numbers stand for.
-
-    Args:
-        weight: a quantized weight.
-
-    Returns:
-        (n, k), float32.
+    """Compute the weights (n, k) that the whole numbers stand for, in float32.
 
     Example:
         >>> dequantize(quantize(np.full((1, 32), 0.5, np.float32), bits=4, group=32))[0, :3]
@@ -111,11 +105,7 @@ def dequantize(weight: QuantizedArray) -> NDArray[np.float32]:
 def quantize_rows(
     x_mk: NDArray[np.float32], group: int
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Round activations as the kernels do: to signed bytes, with a scale a row and group.
-
-    Args:
-        x_mk: (m, k), float32.
-        group: the weight's.
+    """Round activations (m, k) as the kernels do: to signed bytes, with a scale a row and group.
 
     Returns:
         q (m, k) from -127 to 127, and scales (m, k / group): x is about scale * q. Of a group
@@ -145,17 +135,10 @@ def quantize_rows(
 
 
 def quantized_product(x_mk: NDArray[np.float32], weight: QuantizedArray) -> NDArray[np.float32]:
-    """x times the transposed weight: the result that every kernel is compared with.
+    """x (m, k) times the transposed weight (n, k): the result that every kernel is compared with.
 
-    Both sides are whole numbers within a group, whose sum of products stays below 2^24. It is
-    exact in float32 arithmetic, in whichever order. The groups are added in float64.
-
-    Args:
-        x_mk: (m, k), float32.
-        weight: (n, k).
-
-    Returns:
-        (m, n), float32.
+    Both sides are whole numbers within a group, whose sum of products stays below 2^24. It is exact
+    in float32 arithmetic, in whichever order. The groups are added in float64.
 
     Raises:
         InputError: x is no float32 matrix with rows of k.
@@ -201,14 +184,9 @@ def scales_of(
     symmetric: bool,
     clip: NDArray[np.float32] | float = 1.0,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """Choose a scale for each group, and with an offset a minimum.
+    """Choose a scale for each group by its least and largest weight, and with an offset a minimum.
 
-    Args:
-        low: the least weight of each group.
-        high: the largest.
-        bits: 8 or 4.
-        symmetric: whether zero lies in the middle.
-        clip: which share of the range is kept.
+    `clip` is the share of the range that is kept.
 
     Returns:
         The scales and the minima, float32 with values that bfloat16 has. A scale of zero says
@@ -234,16 +212,9 @@ def round_to(
     minimum: NDArray[np.float32] | None,
     bits: int,
 ) -> NDArray[np.uint8]:
-    """The whole numbers that come nearest to the weights.
+    """The whole numbers nearest to weights (..., group), by the scale and minimum of `scales_of`.
 
-    Args:
-        parts: weights, (..., group).
-        scale: what `scales_of` returned, (...).
-        minimum: the same.
-        bits: 8 or 4.
-
-    Returns:
-        (..., group). Symmetric 8-bit numbers begin at 1.
+    Symmetric 8-bit numbers begin at 1.
 
     Example:
         >>> round_to(np.float32([[-1, 4]]), np.float32([-0.5]), None, bits=4).tolist()

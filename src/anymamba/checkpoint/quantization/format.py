@@ -98,13 +98,7 @@ Tensor: TypeAlias = NDArray[Any] | QuantizedArray
 
 
 def check_format(bits: int, group: int, k: int, name: str = "the weight") -> None:
-    """Check that rows of k weights can be kept in these groups.
-
-    Args:
-        bits: 8 or 4.
-        group: how many weights share a scale.
-        k: the length of a row.
-        name: what is to be quantized, for the message.
+    """Check that rows of k weights can be kept in these groups. Arguments are as in `quantize`.
 
     Raises:
         ConfigError: no such bits or groups exist.
@@ -129,14 +123,7 @@ keep it in bfloat16
 
 
 def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Lay whole numbers out as they are stored.
-
-    Args:
-        q: (n, g, group).
-        bits: 8 or 4.
-
-    Returns:
-        (n, k) at 8 bits, (n, k / 2) at 4.
+    """Lay whole numbers (n, g, group) out as they are stored: (n, k) at 8 bits, (n, k / 2) at 4.
 
     Example:
         >>> pack(np.arange(4, dtype=np.uint8).reshape(1, 1, 4), bits=4).tolist()  # 0x20, 0x31
@@ -149,15 +136,7 @@ def pack(q: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack(stored: NDArray[np.uint8], bits: int, group: int) -> NDArray[np.uint8]:
-    """Take out the whole numbers that `pack` laid out.
-
-    Args:
-        stored: (n, k) at 8 bits, (n, k / 2) at 4.
-        bits: 8 or 4.
-        group: the weight's.
-
-    Returns:
-        (n, g, group).
+    """Take out the whole numbers (n, g, group) that `pack` laid out.
 
     Example:
         >>> unpack(np.array([[0x20, 0x31]], np.uint8), bits=4, group=4).tolist()
@@ -171,13 +150,7 @@ def unpack(stored: NDArray[np.uint8], bits: int, group: int) -> NDArray[np.uint8
 
 
 def check_weight(weight_nk: NDArray[Any], bits: int, group: int, name: str) -> None:
-    """Check that a weight can be quantized.
-
-    Args:
-        weight_nk: what is to be quantized.
-        bits: 8 or 4.
-        group: how many weights share a scale.
-        name: what it is, for messages.
+    """Check that a weight can be quantized. Arguments are as in `quantize`.
 
     Raises:
         ConfigError: there are no such bits or groups.

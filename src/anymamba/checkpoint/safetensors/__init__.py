@@ -6,8 +6,12 @@ from anymamba.checkpoint.safetensors.header import (
     header_of,
     read_header,
 )
-from anymamba.checkpoint.safetensors.stream import SafetensorsStream, TensorPlan
-from anymamba.checkpoint.safetensors.writer import TensorBytes, write_safetensors
+from anymamba.checkpoint.safetensors.writer import (
+    SafetensorsStream,
+    TensorBytes,
+    TensorPlan,
+    write_safetensors,
+)
 
 __all__ = [
     "SafetensorsHeader",

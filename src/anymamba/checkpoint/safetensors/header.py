@@ -98,15 +98,9 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
 
 
 def header_of(file: Path, stream: BinaryIO | mmap, size: int) -> SafetensorsHeader:
-    """Read and check the header of a safetensors file that is open.
+    """Read and check the header of a file that is open, as `read_header` does.
 
-    Args:
-        file: what it is called.
-        stream: its content, at the beginning.
-        size: how many bytes it has.
-
-    Returns:
-        What `read_header` returns.
+    The stream is at the beginning, and has `size` bytes.
 
     Raises:
         CheckpointError: the file is truncated or broken.

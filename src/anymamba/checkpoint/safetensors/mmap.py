@@ -217,12 +217,7 @@ class MappedTensors(StoredTensors):
 
 
 def check_whole(path: Path, whole: mmap.mmap, needed: int = 0) -> None:
-    """Refuse a file that was shortened since it was mapped, or that ends too early.
-
-    Args:
-        path: what it is called.
-        whole: the file, mapped.
-        needed: how many bytes it must have.
+    """Refuse a mapped file that was shortened since, or has fewer bytes than are needed.
 
     Raises:
         CheckpointError: it has become shorter.

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from anymamba.cli.text.continuation import ended_by
+from anymamba.cli.summary import ended_by
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
@@ -100,23 +100,13 @@ class Conversation:
         """Let the model answer a message.
 
         Ctrl-C ends the answer where it is; what was shown then counts as said. Before the first
-        token there is nothing to keep, and the message counts as never said.
-
-        Args:
-            message: what the user says.
-            show: receives each piece of the answer.
+        token there is nothing to keep, and the message counts as never said. `show` receives the
+        text of the answer as it comes.
         """
         return self._answer(message, show, self._settings)
 
     def retry(self, show: Callable[[str], object]) -> Reply:
-        """Let the model answer the last message anew, with other random numbers.
-
-        Args:
-            show: receives each piece of the answer.
-
-        Raises:
-            InputError: nothing was answered since the conversation began.
-        """
+        """Let the model answer the last message anew, with other random numbers."""
         answered = self._now
         if answered.before is None:
             raise InputError("there is no answer to give anew: say something first")
@@ -139,12 +129,12 @@ class Conversation:
         messages = (*self._now.messages, {"role": "user", "content": message})
         before, prompt = self._written(messages)
         state = before.state.copy()
-        listener = Listener(show)
-        ids = self._ids(prompt, before)
+        # A template writes what special tokens there are to be.
+        special = self._template is None and state.token_count == 0
+        ids = self._engine.tokenize(prompt, special=special)
         # Closed at once, so that the state has read all that was shown.
         with closing(self._engine.stream(ids, state=state, **settings)) as pieces:
-            listener.listen(pieces)
-        reply = listener.reply()
+            reply = listen(pieces, show)
         if not reply.ids:
             return reply
         read = before.text + prompt + self._engine.detokenize(reply.ids, skip_special=False)
@@ -168,11 +158,6 @@ class Conversation:
         # The template writes earlier messages otherwise now that there is one after them.
         return now.beginning, text
 
-    def _ids(self, prompt: str, before: Moment) -> list[int]:
-        # A template writes what special tokens there are to be.
-        special = self._template is None and before.state.token_count == 0
-        return self._engine.tokenize(prompt, special=special)
-
     def save(self, file: str) -> None:
         """Store the state."""
         self._now.state.save(file)
@@ -190,11 +175,7 @@ class Conversation:
         return len(self._forks)
 
     def back(self) -> int:
-        """Return to the last point remembered, and forget it; return how many are left.
-
-        Raises:
-            InputError: there is none.
-        """
+        """Return to the last point remembered, and forget it; return how many are left."""
         if not self._forks:
             raise InputError("there is no fork to go back to: /fork makes one")
         self._now = self._forks.pop()
@@ -205,32 +186,18 @@ class Conversation:
         self._now = self._now.beginning
 
 
-class Listener:
-    """Collects the pieces of a reply, and shows them.
-
-    Args:
-        show: receives the text of each.
-    """
-
-    def __init__(self, show: Callable[[str], object]) -> None:
-        self._ids: list[int] = []
-        self._text = ""
-        self._ended_by = "interrupt"
-        self._show = show
-
-    def listen(self, pieces: Iterable[TokenOutput]) -> None:
-        """Take all pieces there are, or those until Ctrl-C."""
-        try:
-            for piece in pieces:
-                self._ids += piece.ids
-                self._text += piece.text
-                if piece.finish_reason is not None:
-                    self._ended_by = ended_by(piece.finish_reason)
-                if piece.text:
-                    self._show(piece.text)
-        except KeyboardInterrupt:
-            self._ended_by = "interrupt"
-
-    def reply(self) -> Reply:
-        """What came so far."""
-        return Reply(self._text, self._ids, self._ended_by)
+def listen(pieces: Iterable[TokenOutput], show: Callable[[str], object]) -> Reply:
+    """All pieces of a reply, or those until Ctrl-C, each shown as it comes."""
+    ids: list[int] = []
+    text, ended = "", "interrupt"
+    try:
+        for piece in pieces:
+            ids += piece.ids
+            text += piece.text
+            if piece.finish_reason is not None:
+                ended = ended_by(piece.finish_reason)
+            if piece.text:
+                show(piece.text)
+    except KeyboardInterrupt:
+        ended = "interrupt"
+    return Reply(text, ids, ended)

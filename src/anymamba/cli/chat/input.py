@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 from anymamba.cli.terminal.output import tell
 from anymamba.errors import InputError
@@ -47,31 +48,26 @@ def read_message(read_line: ReadLine) -> str:
     if line.startswith(QUOTES):
         return read_quoted(line.removeprefix(QUOTES), read_line)
     lines = [line]
-    while lines[-1].endswith("\\"):
-        lines[-1] = lines[-1].removesuffix("\\")
-        try:
+    with suppress(EOFError):
+        while lines[-1].endswith("\\"):
+            lines[-1] = lines[-1].removesuffix("\\")
             lines.append(read_line(MORE))
-        except EOFError:
-            break
     return "\n".join(lines)
 
 
 def read_quoted(line: str, read_line: ReadLine) -> str:
     """The rest of a message in quotes."""
     lines = [line]
-    while not lines[-1].endswith(QUOTES):
-        try:
+    with suppress(EOFError):
+        while not lines[-1].endswith(QUOTES):
             lines.append(read_line(MORE))
-        except EOFError:
-            break
     return "\n".join(lines).removesuffix(QUOTES)
 
 
 def line_reader(history: str | None) -> ReadLine:
     """Reads lines from the terminal, with its editing and history, or from a pipe.
 
-    Args:
-        history: a file to keep the history in; None to forget it at the end.
+    A file of that name keeps the history.
     """
     if sys.stdin is None:
         raise InputError("there is no standard input to read")
@@ -108,8 +104,7 @@ def remember(readline: object, history: str) -> None:
         try:
             lines.write_history_file(path)
         except OSError as error:
-            reason = f"the history could not be kept in {history!r}: {error.strerror}"
-            tell(f"anymamba: {reason}")
+            tell(f"anymamba: the history could not be kept in {history!r}: {error.strerror}")
 
     atexit.register(keep)
 

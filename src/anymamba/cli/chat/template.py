@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.checkpoint.gguf import find_gguf
-from anymamba.checkpoint.io import MAX_JSON_BYTES, read_json_object
+from anymamba.checkpoint.io import read_bounded, read_json_object
 from anymamba.errors import CheckpointError
 
 Message = dict[str, str]
@@ -30,27 +30,14 @@ class ChatTemplate:
     special_tokens: dict[str, str]
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, up to where the model's answer begins.
-
-        Raises:
-            InputError: the template refuses the messages.
-            CheckpointError: the template is broken.
-            MissingDependencyError: Jinja is not installed.
-        """
+        """The conversation as text, up to where the model's answer begins."""
         from anymamba.runtime.chat import render
 
         return render(self.source, messages, True, self.special_tokens)
 
 
 def find_template(place: Path) -> ChatTemplate | None:
-    """The template beside a tokenizer, or None where it comes without one.
-
-    Args:
-        place: the tokenizer's folder, or its file.
-
-    Raises:
-        CheckpointError: it is broken.
-    """
+    """The template beside a tokenizer, which is a folder or a file, or None without one."""
     if (file := find_gguf(place)) is not None:
         return template_of_gguf(file)
     folder = place if place.is_dir() else place.parent
@@ -90,11 +77,7 @@ def read_own_file(file: Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        with file.open("rb") as opened:
-            text = opened.read(MAX_JSON_BYTES + 1)
-        if len(text) > MAX_JSON_BYTES:
-            raise CheckpointError(f"{str(file)!r} is larger than {MAX_JSON_BYTES} bytes")
-        return text.decode("utf-8")
+        return read_bounded(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{str(file)!r} is not UTF-8 text: {error}") from None
 

@@ -1,1 +1,1 @@
-"""The commands, one module each with `add_arguments(parser)` and `run(arguments)`."""
+"""The commands, one module each with a dataclass `Options` and a function `run(options)`."""

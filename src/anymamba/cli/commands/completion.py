@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from anymamba.cli.options.fields import flag, option
+from anymamba.cli.terminal.output import json_line
 
 DESCRIPTION = """\
 Print a script that lets a shell complete commands, options, their values and file names. It is
@@ -33,4 +33,4 @@ def run(options: Options) -> None:
     from anymamba.cli.completion_scripts import SCRIPTS
 
     script = SCRIPTS[options.shell]()
-    print(json.dumps({"shell": options.shell, "script": script}) if options.json else script)
+    print(json_line({"shell": options.shell, "script": script}) if options.json else script)

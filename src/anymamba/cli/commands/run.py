@@ -10,9 +10,7 @@ import zipfile
 from argparse import REMAINDER
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.util import find_spec
+from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -80,18 +78,14 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Install the drop-in, and be the program from here on.
-
-    Raises:
-        InputError: there is no such program.
-        SystemExit: the program has ended.
-    """
+    """Install the drop-in, and be the program from here on, which ends in a SystemExit."""
     words = options.module or options.script
     if not words:
         what = "a script" if options.module is None else "a module after -m"
         raise InputError(f"anymamba run needs {what} (see anymamba run --help)")
     program, folder = module(words[0]) if options.module else script(words[0])
     from anymamba import dropin
+    from anymamba.dropin.common.after_import import AfterImportFinder
 
     dropin.install(
         force=options.force,
@@ -101,7 +95,10 @@ def run(options: Options) -> None:
     if "torch" in sys.modules:
         put_cuda_on_the_cpu()
     else:
-        sys.meta_path.insert(0, CudaOnCpuFromTorchOn())
+        # Not earlier, because programs set variables of the environment that PyTorch reads when it
+        # is imported.
+        act = {"torch": lambda torch: put_cuda_on_the_cpu()}
+        sys.meta_path.insert(0, AfterImportFinder(act))
     sys.argv[:] = words
     # The first place is the folder of the `anymamba` command, unless Python was told to have none.
     if not sys.flags.safe_path:
@@ -112,12 +109,7 @@ def run(options: Options) -> None:
 
 
 def packages_of_its_own(options: Options, folder: str) -> set[str]:
-    """The packages to leave alone: those asked for, and those beside the program, told in a line.
-
-    Args:
-        arguments: of the command.
-        folder: the first place where the program finds modules.
-    """
+    """The packages to leave alone: those asked for, and those in the program's folder."""
     specs = {name: PathFinder.find_spec(name, [folder]) for name in PACKAGES}
     # A folder without modules, a clone for example, is passed over by Python, too.
     beside = [name for name, spec in specs.items() if spec is not None and spec.has_location]
@@ -130,46 +122,6 @@ def packages_of_its_own(options: Options, folder: str) -> set[str]:
                 "compiled extensions (--force takes AnyMamba's)"
             )
     return {*options.own, *([] if options.force else beside)}
-
-
-class CudaOnCpuFromTorchOn(MetaPathFinder):
-    """Finds torch, and puts "cuda" on the CPU as soon as it is imported.
-
-    Not earlier, because programs set variables of the environment that PyTorch reads when it is
-    imported.
-    """
-
-    waiting = True
-
-    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
-        """How to load torch, at its first import; None for all else."""
-        if fullname != "torch" or not self.waiting:
-            return None
-        self.waiting = False
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = ThenCudaOnCpu(spec.loader)
-        return spec
-
-
-class ThenCudaOnCpu(Loader):
-    """Loads torch as another loader does, and then lets the CPU stand for CUDA where none is."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """The module, still empty."""
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Import torch."""
-        spec = module.__spec__
-        assert spec is not None
-        # What looks at the module's loader sees its own, resource readers for example.
-        module.__loader__ = spec.loader = self.loader
-        self.loader.exec_module(module)
-        put_cuda_on_the_cpu()
 
 
 def put_cuda_on_the_cpu() -> None:
@@ -193,11 +145,7 @@ def module(name: str) -> tuple[Program, str]:
 
 
 def script(name: str) -> tuple[Program, str]:
-    """What runs a script, and the first place where it finds others.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """What runs a script, and the first place where it finds others."""
     path = Path(name)
     if path.is_dir() or (path.is_file() and zipfile.is_zipfile(path)):
         as_main: Callable[..., object] = runpy._run_module_as_main  # type: ignore[attr-defined]

@@ -15,11 +15,7 @@ LONGEST = 200
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """The values and tensors of a GGUF file and its parts, without reading the tensors.
-
-    Raises:
-        CheckpointError: it is broken, or holds what cannot be read.
-    """
+    """The values and tensors of a GGUF file and its parts, without reading the tensors."""
     from anymamba.checkpoint.gguf.parts import read_gguf_files
 
     header = read_gguf_files(file)

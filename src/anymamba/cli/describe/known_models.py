@@ -40,13 +40,7 @@ class KnownModel:
         return sum(map(math.prod, self._shapes().values()))
 
     def weight_bytes(self, weights: str) -> int:
-        """The memory that the weights take.
-
-        Args:
-            weights: "f32", "bf16", "int8" or "int4".
-
-        Returns:
-            Bytes.
+        """The bytes of memory that the weights take as "f32", "bf16", "int8" or "int4".
 
         Example:
             >>> KNOWN_MODELS[0].weight_bytes("f32") == 4 * KNOWN_MODELS[0].parameters

@@ -13,11 +13,7 @@ from anymamba.errors import AnyMambaError, MissingDependencyError
 
 
 def describe() -> dict[str, Any]:
-    """Versions, backends and the bundled model. A part that is missing says what to install.
-
-    Raises:
-        BackendError: `ANYMAMBA_BACKEND` asks for a backend that there is not.
-    """
+    """Versions, backends and the bundled model. A part that is missing says what to install."""
     torch_version, backends = torch_and_backends()
     return {
         "anymamba": __version__,
@@ -79,11 +75,7 @@ def native_core() -> str:
 
 
 def chosen_backend() -> str:
-    """The backend that `ANYMAMBA_BACKEND` asks for.
-
-    Raises:
-        BackendError: there is none of that name, or it cannot run here.
-    """
+    """The backend that `ANYMAMBA_BACKEND` asks for."""
     from anymamba.ops import backend
 
     return str(backend())

@@ -16,15 +16,7 @@ if TYPE_CHECKING:
 
 
 def describe(model: str, *, offline: bool = False) -> dict[str, Any]:
-    """The architecture, the sizes and the files of a model in a folder or on the hub.
-
-    Args:
-        model: a folder, or a name on the hub.
-        offline: whether to use what was downloaded before, and no network.
-
-    Raises:
-        CheckpointError: it is not there, or its files are broken or do not fit together.
-    """
+    """The architecture, the sizes and the files of a model in a folder or on the hub."""
     from anymamba.checkpoint import (
         check_tensors,
         expected_shapes,

@@ -12,11 +12,7 @@ from anymamba.errors import StateError
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """The texts and the model that a state belongs to.
-
-    Raises:
-        StateError: the file is broken, or no state.
-    """
+    """What a state has read, and the model that it belongs to."""
     from anymamba.checkpoint import read_header, read_state_file
     from anymamba.errors import CheckpointError
 

@@ -59,15 +59,8 @@ def map_of(
     shown_yl: NDArray[np.float64] | None,
     form: str,
 ) -> str:
-    """The text, a row a layer.
-
-    Args:
-        inspected: the text.
-        values_yl: how dark each token is, between the least and the most of them.
-        colour: what is dark.
-        shown_yl: the number of each token; None for the values themselves.
-        form: how it is written.
-    """
+    """The text, a row a layer. The larger a token's value, the darker it is; `shown_yl` has the
+    number that is told of it, if that is another than the value."""
     low, high = np.nanmin(values_yl), np.nanmax(values_yl)
     shades_yl = (values_yl - low) / (high - low if high > low else 1.0)
     rows = []

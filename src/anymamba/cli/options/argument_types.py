@@ -1,15 +1,10 @@
-"""Numbers on the command line, refused where they make no sense; and figures for JSON."""
+"""Numbers on the command line, refused where they make no sense."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
-
-
-def finite(value: float) -> float | None:
-    """A figure for JSON, which has no word for infinity: None, which becomes null."""
-    return value if math.isfinite(value) else None
 
 
 def integer(at_least: int, at_most: int = 2**63 - 1) -> Callable[[str], int]:

@@ -3,7 +3,7 @@
     @dataclass(frozen=True)
     class Options:
         file: str = option(metavar="FILE", help="UTF-8 text")
-        limit: int | None = option("--limit", type=integer(1), help="the first N lines only")
+        limit: int | None = integer_option("--limit", help="the first N lines only")
 
 `add_options` declares them, and `read_options` makes an `Options` of what argparse found.
 """
@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import Field, field, fields
 from typing import Any
+
+from anymamba.cli.options.argument_types import integer
 
 # Names of settings, and what their options are called, too: `train` and `finetune` take each
 # other's names.
@@ -36,6 +38,11 @@ def option(*names: str, group: tuple[str, ...] = (), **arguments: Any) -> Any:
         **arguments: those of argparse's `add_argument`.
     """
     return field(metadata={"names": names, "group": group, "arguments": arguments})
+
+
+def integer_option(*names: str, low: int = 1, high: int = 2**63 - 1, **arguments: Any) -> Any:
+    """A field for a whole number in a range."""
+    return option(*names, **{"type": integer(low, high), "metavar": "N", **arguments})
 
 
 def flag(name: str, text: str, **facts: Any) -> Any:

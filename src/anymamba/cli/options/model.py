@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from anymamba.arithmetic import MATMUL_DTYPES
-from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.fields import offline_flag, option
+from anymamba.cli.options.fields import integer_option, offline_flag, option
 from anymamba.runtime.native import MOST_THREADS
 
 WEIGHTS = ("auto", "f32", "bf16", "int8", "int4")
 MODEL = ("the model",)
 COMPUTING = ("computing",)
+of_model = partial(option, group=MODEL)
+of_computing = partial(option, group=COMPUTING)
 
 
 def threads_option(**facts: Any) -> Any:
     """A field for `--threads` (`-t`)."""
-    return option(
+    return integer_option(
         *("--threads", "-t"),
-        type=integer(1, MOST_THREADS),
-        metavar="N",
+        high=MOST_THREADS,
         help="how many threads compute (default: ANYMAMBA_NUM_THREADS, else one a core)",
         **facts,
     )
@@ -30,17 +31,15 @@ def threads_option(**facts: Any) -> Any:
 class ModelOptions:
     """Which model."""
 
-    model: str | None = option(
+    model: str | None = of_model(
         *("--model", "-m"),
         metavar="FOLDER",
         help="a folder, a GGUF file, or a name on the hub (default: the bundled one)",
-        group=MODEL,
     )
-    tokenizer: str | None = option(
+    tokenizer: str | None = of_model(
         "--tokenizer",
         metavar="FOLDER",
         help="a folder with a tokenizer.json, or that file, if the model comes without one",
-        group=MODEL,
     )
     offline: bool = offline_flag(group=MODEL)
 
@@ -49,11 +48,10 @@ class ModelOptions:
 class AdapterOptions(ModelOptions):
     """Which model, with an adapter."""
 
-    adapter: str | None = option(
+    adapter: str | None = of_model(
         "--adapter",
         metavar="FOLDER",
         help="a LoRA or DoRA adapter, merged on loading; without --model its own model is used",
-        group=MODEL,
     )
 
 
@@ -61,19 +59,17 @@ class AdapterOptions(ModelOptions):
 class EngineOptions(ModelOptions):
     """Which model, and how the runtime computes."""
 
-    weights: str = option(
+    weights: str = of_computing(
         "--weights",
         choices=WEIGHTS,
         default="auto",
         help="the type of the weights in memory; int8 and int4 quantize on loading; auto: as "
         "stored",
-        group=COMPUTING,
     )
-    matmul_dtype: str | None = option(
+    matmul_dtype: str | None = of_computing(
         "--matmul-dtype",
         choices=MATMUL_DTYPES,
         help="the type of activations that are multiplied with bfloat16 weights; bfloat16 is "
         "coarser, and faster on some processors (default: ANYMAMBA_MATMUL_DTYPE, else float32)",
-        group=COMPUTING,
     )
     threads: int | None = threads_option(group=COMPUTING)

@@ -26,11 +26,7 @@ class Places:
 
 
 def places_of(options: Places) -> tuple[str, str]:
-    """The source and the destination.
-
-    Raises:
-        InputError: one of them is missing, or there is one too many.
-    """
+    """The source and the destination."""
     places = list(options.places)
     # A command's module has its name.
     see = f"(see anymamba {type(options).__module__.rpartition('.')[2]} --help)"

@@ -6,10 +6,11 @@ import argparse
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from anymamba.cli.options.argument_types import integer, number
-from anymamba.cli.options.fields import option
+from anymamba.cli.options.fields import integer_option, option
 from anymamba.cli.terminal.output import tell
 
 # Of these, options and settings have the same names.
@@ -29,11 +30,13 @@ DEFAULTS: dict[str, float] = {
 }
 
 HIGHEST_ID = 2**31 - 1
+
 END = ("the end of the text",)
-CHOOSING = (
+CHOICE = (
     "choosing the next token",
     "What is not given here is taken from the model's generation_config.json, if it sets it.",
 )
+of_choice = partial(option, group=CHOICE)
 
 
 def stop_string(text: str) -> str:
@@ -51,22 +54,12 @@ def logit_bias(text: str) -> tuple[int, float]:
     return integer(0, HIGHEST_ID)(token), number(-1e6, 1e6)(bias)
 
 
-def probability_option(name: str, text: str) -> Any:
-    """A field for a probability above 0."""
-    return option(name, type=number(0, 1, above_low=True), metavar="P", help=text, group=CHOOSING)
-
-
 @dataclass(frozen=True)
 class SamplingOptions:
     """When a text ends, and how its tokens are chosen; None where nothing was given."""
 
-    max_new_tokens: int = option(
-        *("--max-new-tokens", "-n"),
-        type=integer(1),
-        default=200,
-        metavar="N",
-        help="default 200",
-        group=END,
+    max_new_tokens: int = integer_option(
+        *("--max-new-tokens", "-n"), default=200, help="default 200", group=END
     )
     stop: Sequence[str] = option(
         "--stop",
@@ -86,71 +79,67 @@ class SamplingOptions:
         help="end at this token; may be given several times",
         group=END,
     )
-    temperature: float | None = option(
+    temperature: float | None = of_choice(
         "--temperature",
         type=number(0, 1e6),
         metavar="T",
         help="0 always takes the most likely token; default 0.8",
-        group=CHOOSING,
     )
-    top_k: int | None = option(
+    top_k: int | None = integer_option(
         "--top-k",
-        type=integer(0),
+        low=0,
         metavar="K",
         help="sample from the K most likely tokens; 0: from all",
-        group=CHOOSING,
+        group=CHOICE,
     )
-    top_p: float | None = probability_option(
-        "--top-p", "sample from the most likely tokens that together have probability P"
+    top_p: float | None = of_choice(
+        "--top-p",
+        type=number(0, 1, above_low=True),
+        metavar="P",
+        help="sample from the most likely tokens that together have probability P",
     )
-    min_p: float | None = option(
+    min_p: float | None = of_choice(
         "--min-p",
         type=number(0, 1),
         metavar="P",
         help="sample from tokens at least P times as likely as the most likely",
-        group=CHOOSING,
     )
-    typical_p: float | None = probability_option(
-        "--typical-p", "sample from the most typical tokens that together have probability P"
+    typical_p: float | None = of_choice(
+        "--typical-p",
+        type=number(0, 1, above_low=True),
+        metavar="P",
+        help="sample from the most typical tokens that together have probability P",
     )
-    repetition_penalty: float | None = option(
+    repetition_penalty: float | None = of_choice(
         "--repetition-penalty",
         type=number(1e-6, 1e6),
         metavar="X",
         help="above 1 makes tokens that occurred before less likely",
-        group=CHOOSING,
     )
-    presence_penalty: float = option(
+    presence_penalty: float = of_choice(
         "--presence-penalty",
         type=number(-1000, 1000),
         default=0.0,
         metavar="X",
         help="subtracted from the logit of each token that occurred before",
-        group=CHOOSING,
     )
-    frequency_penalty: float = option(
+    frequency_penalty: float = of_choice(
         "--frequency-penalty",
         type=number(-1000, 1000),
         default=0.0,
         metavar="X",
         help="subtracted from a token's logit once for each time it occurred",
-        group=CHOOSING,
     )
-    logit_bias: Sequence[tuple[int, float]] = option(
+    logit_bias: Sequence[tuple[int, float]] = of_choice(
         "--logit-bias",
         action="append",
         default=[],
         type=logit_bias,
         metavar="ID=X",
         help="add X to a token's logit; may be given several times",
-        group=CHOOSING,
     )
-    seed: int | None = option(
-        "--seed",
-        type=integer(0),
-        metavar="N",
-        help="the same number gives the same text",
-        group=CHOOSING,
+    seed: int | None = integer_option(
+        "--seed", low=0, help="the same number gives the same text", group=CHOICE
     )
 
 

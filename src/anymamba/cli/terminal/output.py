@@ -6,11 +6,13 @@ control characters, which a terminal obeys. All output goes through here, and no
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from anymamba.checkpoint.io import escaped
 
@@ -30,6 +32,23 @@ def write(text: str) -> None:
 def say(text: object) -> None:
     """Print a report on standard output, with control characters escaped wherever it goes."""
     print(escaped(str(text)))
+
+
+def finite(value: Any) -> Any:
+    """A value for JSON, which has no word for NaN and infinity: None, which becomes null."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {name: finite(part) for name, part in value.items()}
+        case list() | tuple():
+            return [finite(part) for part in value]
+    return value
+
+
+def json_line(facts: dict[str, Any]) -> str:
+    """A report for programs."""
+    return json.dumps(finite(facts), allow_nan=False)
 
 
 def tell(line: str) -> None:

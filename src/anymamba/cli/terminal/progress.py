@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Self, TextIO
 
 from anymamba.cli.terminal.output import forget
@@ -35,12 +34,7 @@ class Line:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         """Leave the terminal as it was: what follows stands in the line's place."""
         if self._drawn_width:
             self._write("\r" + " " * self._drawn_width + "\r")
@@ -78,8 +72,7 @@ class Progress(Line):
 
     Args:
         total_bytes: how much there is to read; None where nobody knows.
-        out: where to draw; by default standard error.
-        visible: False to draw nothing.
+        out, visible: as in `Line`.
 
     Example:
         >>> with Progress(10, sys.stdout) as progress:
@@ -111,8 +104,7 @@ class Steps(Line):
 
     Args:
         name: what the steps are.
-        out: where to draw; by default standard error.
-        visible: False to draw nothing.
+        out, visible: as in `Line`.
     """
 
     def __init__(self, name: str, out: TextIO | None = None, *, visible: bool = True) -> None:

@@ -18,9 +18,7 @@ BLOCK_BYTES = 1 << 15
 def read_blocks(name: str, count: Callable[[int], object] | None = None) -> Iterator[str]:
     """The text of a file in blocks, cut between characters; `-` is standard input.
 
-    Args:
-        name: the file.
-        count: told how many bytes each block took.
+    `count` is told how many bytes each block took.
 
     Raises:
         InputError: the file cannot be read, or is not UTF-8 text.
@@ -72,34 +70,14 @@ def read_text(name: str) -> str:
     return "".join(read_blocks(name))
 
 
-def check_text(text: str, where: str) -> None:
-    """Refuse half surrogate pairs, which JSON can spell and no tokenizer reads.
-
-    Raises:
-        InputError: the text holds one.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{where} holds half of a surrogate pair, which is no text") from None
-
-
 def read_once(names: Sequence[str | None]) -> None:
-    """Refuse standard input for several texts: the second would be empty.
-
-    Raises:
-        InputError: it is named more than once.
-    """
+    """Refuse standard input for several texts: the second would be empty."""
     if names.count(STANDARD_INPUT) > 1:
         raise InputError("standard input (-) can be read only once: give one of the texts a file")
 
 
 def size_of(names: Sequence[str]) -> int | None:
-    """How many bytes the files hold together; None where one is a pipe or a terminal.
-
-    Raises:
-        InputError: a file is not there.
-    """
+    """How many bytes the files hold together; None where one is a pipe or a terminal."""
     total = 0
     for name in names:
         if name == STANDARD_INPUT:

@@ -10,12 +10,7 @@ from anymamba.errors import InputError
 def prompt_from(argument: str | None, *, needed: bool = True) -> str:
     """The prompt given as an argument, else what standard input holds, less one line end.
 
-    Args:
-        argument: as given, or None.
-        needed: whether there must be one; else a terminal is not read from, and it is empty.
-
-    Raises:
-        InputError: there is none, or it is no text.
+    Where none is needed, a terminal is not read from, and it is empty.
     """
     if argument is None:
         return "" if not needed and nothing_is_piped() else read_prompt()

@@ -9,12 +9,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from anymamba.checkpoint.io import parse_json_lines
 from anymamba.cli.load_engine import beginning_state, open_engine
 from anymamba.cli.options.sampling import sampling_settings
+from anymamba.cli.summary import ended_by
 from anymamba.cli.terminal.output import tell, write
-from anymamba.cli.text.continuation import ended_by
-from anymamba.cli.text.files import check_text, read_blocks
-from anymamba.cli.text.passages import lines_of
+from anymamba.cli.text.files import read_blocks
 from anymamba.errors import BackendError, InputError
 
 if TYPE_CHECKING:
@@ -29,13 +29,6 @@ def continue_prompts(options: Options, weights: str) -> None:
     """Write one JSON line for each prompt, in their order, as soon as its batch is done.
 
     All prompts are read and checked first, so that a mistake in the last line costs no work.
-
-    Args:
-        options: of `anymamba generate`.
-        weights: the type of the weights.
-
-    Raises:
-        InputError: a line is no prompt, or an option makes no sense here.
     """
     refuse_others(options)
     assert options.prompts is not None
@@ -47,15 +40,11 @@ def continue_prompts(options: Options, weights: str) -> None:
     start, new_tokens = time.perf_counter(), 0
     pending = iter(enumerate(records))
     while batch := list(islice(pending, options.batch or ROWS)):
-        first = batch[0][0]
         # Prompt i draws with the seed of the options plus i, in whichever batch it is.
-        settings["seed"] = seed + first
+        settings["seed"] = seed + batch[0][0]
         prompts = [record["prompt"] for _, record in batch]
-        for record, result in zip(
-            (record for _, record in batch),
-            engine.generate_batch(prompts, state=state, **settings),
-            strict=True,
-        ):
+        results = engine.generate_batch(prompts, state=state, **settings)
+        for (_, record), result in zip(batch, results, strict=True):
             new_tokens += len(result.ids)
             answer = {
                 "text": result.text,
@@ -78,14 +67,7 @@ def refuse_others(options: Options) -> None:
 
 def records_in(name: str) -> Iterator[dict[str, Any]]:
     """Each line's object with its prompt; a line that is a JSON string is a prompt too."""
-    for number, line in enumerate(lines_of(read_blocks(name)), start=1):
-        if not line.strip():
-            continue
-        where = f"line {number} of {name!r}"
-        try:
-            value = json.loads(line, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from None
+    for value, where in parse_json_lines(read_blocks(name), repr(name), _refuse_constant):
         record = {"prompt": value} if isinstance(value, str) else value
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str) or not prompt:
@@ -94,7 +76,6 @@ def records_in(name: str) -> Iterator[dict[str, Any]]:
             )
         if taken := sorted(ANSWER & record.keys()):
             raise InputError(f"{where} has a field {taken[0]!r}, which the answer has: rename it")
-        check_text(prompt, where)
         yield record
 
 

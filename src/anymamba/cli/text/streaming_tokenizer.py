@@ -26,26 +26,8 @@ MOST_TRIALS = 16
 BORDERS = (re.compile(r"(?<=\S)(?= \w)"), re.compile(r"(?<=\w)(?=[^\w ])"))
 
 
-def tokens_of_blocks(blocks: Iterable[str], encode: Encode) -> Iterator[Sequence[int]]:
-    """The tokens of a text that comes in blocks.
-
-    Args:
-        blocks: the text, cut anywhere between two characters.
-        encode: the tokenizer.
-
-    Returns:
-        Lists of tokens, which together are those of `encode` for the joined blocks.
-
-    Example:
-        >>> list(tokens_of_blocks(["to", " be"], lambda text: list(text.encode())))
-        [[116, 111, 32, 98, 101]]
-    """
-    for text in texts_of_blocks(blocks, encode):
-        yield encode(text)
-
-
 def texts_of_blocks(blocks: Iterable[str], encode: Encode) -> Iterator[str]:
-    """The same text in blocks that are cut where the tokens of its parts are those of the whole.
+    """A text in blocks that are cut where the tokens of its parts are those of the whole.
 
     Args:
         blocks: the text, cut anywhere between two characters.

@@ -59,7 +59,6 @@ def causal_conv1d_fn(
         InputError: a shape does not fit the others, or the activation is unknown.
 
     Example:
-        >>> import torch
         >>> from anymamba.dropin.causal_conv1d import causal_conv1d_fn
         >>> x = torch.tensor([[[1.0, 2.0, 3.0]]])
         >>> causal_conv1d_fn(x, torch.tensor([[10.0, 1.0]])).tolist()
@@ -119,7 +118,6 @@ def causal_conv1d_update(
         InputError: a shape does not fit the others, or the activation is unknown.
 
     Example:
-        >>> import torch
         >>> from anymamba.dropin.causal_conv1d import causal_conv1d_update
         >>> state = torch.tensor([[[1.0, 2.0]]])
         >>> y = causal_conv1d_update(torch.tensor([[3.0]]), state, torch.tensor([[10.0, 1.0]]))
@@ -131,7 +129,15 @@ def causal_conv1d_update(
         out = conv_step(one, conv_state, weight, bias, activation)
         if out is not None:
             return out if one is x else out.unsqueeze(2)
-    return _update_rows(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+
+    def update(conv_state: Tensor, x: Tensor, cache_seqlens: Tensor | None) -> Tensor:
+        return _update(x, conv_state, weight, bias, activation, cache_seqlens, backend=None)
+
+    with torch.no_grad():
+        if conv_state_indices is None:
+            return update(conv_state, x, cache_seqlens)
+        inputs = (x, cache_seqlens)
+        return update_rows("causal_conv1d_update", conv_state, conv_state_indices, inputs, update)
 
 
 @torch.no_grad()
@@ -145,27 +151,6 @@ def causal_conv1d_update_ref(
 ) -> Tensor:
     """`causal_conv1d_update` in plain PyTorch, without conv_state_indices as in the original."""
     return _update(x, conv_state, weight, bias, activation, cache_seqlens, backend="reference")
-
-
-@torch.no_grad()
-def _update_rows(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    cache_seqlens: Tensor | None,
-    rows: Tensor | None,
-) -> Tensor:
-    """Any call of `causal_conv1d_update`."""
-
-    def update(conv_state: Tensor, x: Tensor, cache_seqlens: Tensor | None) -> Tensor:
-        return _update(x, conv_state, weight, bias, activation, cache_seqlens, backend=None)
-
-    if rows is None:
-        return update(conv_state, x, cache_seqlens)
-    inputs = (x, cache_seqlens)
-    return update_rows("causal_conv1d_update", conv_state, rows, inputs, update)
 
 
 def _convolve(

@@ -28,10 +28,6 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
         InputError: a shape does not fit.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import (
-        ...     causal_conv1d_varlen_states,
-        ... )
         >>> x = torch.arange(1.0, 6.0)[:, None]
         >>> causal_conv1d_varlen_states(x, torch.tensor([0, 4, 5]), 3).tolist()
         [[[2.0, 3.0, 4.0]], [[0.0, 0.0, 5.0]]]

@@ -35,17 +35,10 @@ def causal_conv1d_fwd_function(
     final_states_out: Tensor | None,
     silu_activation: bool,
 ) -> Tensor:
-    """The forward pass of `causal_conv1d_fn`.
-
-    Args:
-        x, weight, bias, seq_idx, initial_states, final_states_out: as in `causal_conv1d_fn`.
-        silu_activation: whether the output goes through silu.
+    """The forward pass of `causal_conv1d_fn`, whose arguments these are; silu is its activation.
 
     Returns:
         The output like x.
-
-    Raises:
-        InputError: a shape does not fit the others.
 
     Example:
         >>> x = torch.tensor([[[1.0, 2.0, 3.0]]])
@@ -82,18 +75,15 @@ def causal_conv1d_bwd_function(
     """The backward pass of `causal_conv1d_fn`.
 
     Args:
-        x, weight, bias, seq_idx, initial_states, silu_activation: as in
-            `causal_conv1d_fwd_function`.
+        x, weight, bias, seq_idx, initial_states: as in `causal_conv1d_fn`.
         dout: the gradient of the output, like x.
         dfinal_states: the gradient of the final states, (batch, dim, width - 1).
         dx: takes the gradient of x, if it is given.
         return_dinitial_states: whether the gradient of the initial states is wanted.
+        silu_activation: whether the output went through silu.
 
     Returns:
         The gradients of x, weight, bias and initial states, None for what is not there.
-
-    Raises:
-        InputError: a shape does not fit the others.
 
     Example:
         >>> x, weight = torch.ones(1, 1, 3), torch.tensor([[10.0, 1.0]])
@@ -130,17 +120,7 @@ def causal_conv1d_update_function(
     cache_seqlens: Tensor | None,
     conv_state_indices: Tensor | None,
 ) -> Tensor:
-    """`causal_conv1d_update` with all arguments in the extension's order.
-
-    Args:
-        x, conv_state, weight, bias, cache_seqlens, conv_state_indices: as there.
-        silu_activation: whether the output goes through silu.
-
-    Returns:
-        The output like x.
-
-    Raises:
-        InputError: a shape does not fit the others.
+    """`causal_conv1d_update` with all arguments in the extension's order; silu is the activation.
 
     Example:
         >>> state, weight = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[10.0, 1.0]])

@@ -12,20 +12,12 @@ from anymamba.errors import MissingDependencyError
 
 
 def rearrange(*args: Any, **kwargs: Any) -> Any:
-    """`einops.rearrange`.
-
-    Raises:
-        MissingDependencyError: einops is not installed.
-    """
+    """`einops.rearrange`."""
     return _einops().rearrange(*args, **kwargs)
 
 
 def repeat(*args: Any, **kwargs: Any) -> Any:
-    """`einops.repeat`.
-
-    Raises:
-        MissingDependencyError: einops is not installed.
-    """
+    """`einops.repeat`."""
     return _einops().repeat(*args, **kwargs)
 
 

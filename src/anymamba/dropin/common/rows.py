@@ -33,7 +33,6 @@ def update_rows(
         InputError: `rows` does not hold one number a row, or names a state that is not there.
 
     Example:
-        >>> import torch
         >>> counts = torch.zeros(4)
         >>> ones = torch.ones(2)
         >>> update_rows("count", counts, torch.tensor([3, -1]), [ones], lambda s, x: s.add_(x))

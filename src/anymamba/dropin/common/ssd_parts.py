@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anymamba import ops
 from anymamba.dropin.causal_conv1d.causal_conv1d_interface import causal_conv1d_fn
 from anymamba.errors import InputError
 from anymamba.layers import HeadSizes, gated_norm
-from anymamba.ops.checks import check_shape
 
 NO_LIMIT = (0.0, math.inf)
+ANY_SIZE = (-math.inf, math.inf)
 
 
 def with_padding(cu_seqlens: Tensor, seqlen: int) -> Tensor:
@@ -40,58 +39,13 @@ def restart_at(seq_idx: Tensor | None, cu_seqlens: Tensor) -> bool:
 
 
 def step_sizes(
-    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]
+    dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float] = ANY_SIZE
 ) -> Tensor:
     """The step sizes as the recurrence uses them, at least in float32."""
     steps = dt.to(torch.promote_types(dt.dtype, torch.float32))
     if dt_bias is not None:
         steps = steps + dt_bias
     return (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit)
-
-
-def scan_channels(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_limit: tuple[float, float],
-) -> Tensor:
-    """`ssd_selective_scan`, whose arguments these are."""
-    b, l, h, p = x.shape
-    check_shape("ssd_selective_scan", "dt", dt, (b, l, h), (b, l, h, p))
-
-    def each_channel(tensor: Tensor | None, axis: int) -> Tensor | None:
-        """Heads at the axis, and channels of a head behind it or not yet, as one axis."""
-        if tensor is None:
-            return None
-        wide = tensor if tensor.ndim > axis + 1 else tensor[..., None].expand(*tensor.shape, p)
-        return wide.flatten(axis)
-
-    steps, bias = each_channel(dt, 2), each_channel(dt_bias, 0)
-    assert steps is not None
-    if dt_limit != NO_LIMIT:
-        steps = step_sizes(steps, bias, dt_softplus, dt_limit).to(x.dtype)
-        bias, dt_softplus = None, False
-    A = A.to(torch.promote_types(A.dtype, torch.float32))
-    rates = A if A.ndim == 2 else A.repeat_interleave(p)[:, None]
-    y = ops.selective_scan(
-        x.flatten(2),
-        steps,
-        rates.expand(-1, B.shape[-1]),
-        B,
-        C,
-        each_channel(D, 0),
-        None if z is None else z.flatten(2),
-        bias,
-        dt_softplus,
-    )
-    assert isinstance(y, Tensor)
-    return y.view(x.shape)
 
 
 def sizes_of(

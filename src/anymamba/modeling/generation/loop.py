@@ -25,6 +25,7 @@ from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.generation.logits_processors import process, softmax
 from anymamba.modeling.generation.multinomial import multinomial
+from anymamba.ops.fusable import HOOKS
 
 if TYPE_CHECKING:
     from anymamba.modeling.mamba import MambaForCausalLM
@@ -68,17 +69,12 @@ _METHODS = (
     "_optimize_model_for_decode",
     "_update_model_kwargs_for_generation",
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _originals: dict[str, Any] = {}
 _TRANSFORMERS_LOOP = GenerationMixin._sample
 
 
 def records_methods(kind: _Model) -> _Model:
-    """Note the methods that Transformers' loop would call, so that replaced ones are noticed.
-
-    Args:
-        kind: the language model's class; used as a decorator.
-    """
+    """Note a class's methods that Transformers' loop would call, to notice replaced ones."""
     _originals.update({name: getattr(kind, name) for name in _METHODS})
     return kind
 
@@ -123,9 +119,7 @@ def why_not_loop(
 
     Args:
         model: the language model.
-        config: complete, as `generate` hands it to its loop.
-        synced_gpus: as there.
-        model_kwargs: as there.
+        config, synced_gpus, model_kwargs: as `generate` hands them to its loop.
     """
     if synced_gpus:
         return "synced_gpus keeps several processes in step"
@@ -151,11 +145,7 @@ def why_not_loop(
 
 
 def why_not_direct(model: MambaForCausalLM) -> str | None:
-    """Why a step has to be a call of the model itself, whatever its parts are.
-
-    Args:
-        model: the language model.
-    """
+    """Why a step has to be a call of the model itself, whatever its parts are."""
     if GenerationMixin._sample is not _TRANSFORMERS_LOOP:
         return "_sample was replaced"
     own, kind = model.__dict__, type(model)
@@ -164,7 +154,7 @@ def why_not_direct(model: MambaForCausalLM) -> str | None:
             return f"{name} was replaced"
     if own.get("_compiled_call_impl") is not None:
         return "the model is compiled"
-    if any(own[hooks] for hooks in _HOOKS):
+    if any(own[hooks] for hooks in HOOKS):
         return "the model has hooks"
     return None
 
@@ -214,7 +204,9 @@ class NativeLoop:
             if logits is not None:
                 logits += (next_logits,)
             tokens = self._finished_padded(self._choose(next_scores), unfinished)
-            input_ids = _appended(input_ids, tokens)
+            # By NumPy, because PyTorch wakes its threads for long texts.
+            rows = np.concatenate([input_ids.numpy(), tokens.numpy()[:, None]], axis=1)
+            input_ids = torch.from_numpy(rows)
             unfinished = unfinished & ~self.criteria(input_ids, scores)
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())
@@ -251,8 +243,3 @@ class NativeLoop:
         pad: Any = self.config._pad_token_tensor
         padded: Tensor = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
         return padded
-
-
-def _appended(input_ids: Tensor, tokens: Tensor) -> Tensor:
-    """(b, l + 1); by NumPy, because PyTorch wakes its threads for long texts."""
-    return torch.from_numpy(np.concatenate([input_ids.numpy(), tokens.numpy()[:, None]], axis=1))

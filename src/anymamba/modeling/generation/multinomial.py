@@ -23,10 +23,7 @@ _MARGIN = 1e-6
 
 
 def multinomial(probabilities_bv: Tensor) -> Tensor:
-    """Draw one index a row.
-
-    Args:
-        probabilities_bv: (b, v), as a softmax returns them.
+    """Draw one index for each row of (b, v) probabilities, as a softmax returns them.
 
     Returns:
         (b,) int64: what `torch.multinomial(probabilities_bv, 1)` would return, whose random

@@ -8,9 +8,10 @@ meaning for a Mamba are refused by name. docs/transformers.md is the table of al
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from anymamba.checkpoint.architecture import ARCHITECTURES
 from anymamba.errors import InputError
@@ -63,10 +64,7 @@ _LOADERS = {*PLACE, *FILES, *PASSED_ON, *REFUSED}
 
 
 def refuse_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse what has no meaning for a Mamba.
-
-    Args:
-        arguments: of a call of `from_pretrained`. None and False ask for nothing.
+    """Refuse arguments without a meaning for a Mamba; None and False ask for nothing.
 
     Raises:
         InputError: the message names the argument.
@@ -80,13 +78,7 @@ def refuse_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 def take_place(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take out the arguments that say where a model is found.
-
-    Args:
-        arguments: of a call of `from_pretrained`; they are taken out of it.
-
-    Returns:
-        Those that are set, as `anymamba.checkpoint.resolve` names them.
+    """Take out the arguments that say where a model is found, named as `resolve` has them.
 
     Example:
         >>> take_place({"revision": "main", "token": None})
@@ -138,6 +130,16 @@ def check_architecture(cls: Any, found: object) -> None:
             f"{ARCHITECTURES[str(found)].causal_lm}, or call anymamba.register() and use "
             "AutoModelForCausalLM"
         )
+
+
+def set_generation_config(model: Any, folder: Path, given: GenerationConfig | None = None) -> None:
+    """Give a model that generates the settings that were passed, else those in its folder."""
+    if not model.can_generate():
+        return
+    if given is not None:
+        model.generation_config = given
+    elif (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def own_config(config: PreTrainedConfig) -> PreTrainedConfig:

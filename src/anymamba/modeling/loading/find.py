@@ -18,19 +18,14 @@ _ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Found:
-    """What a name leads to.
-
-    Args:
-        path: the model's folder, or its GGUF file.
-        adapter: the folder of the adapter to load on it, or its hub id.
-        name: the model's own name, where the adapter's was given.
-        adapter_keywords: for PEFT's reader of adapters.
-        adapter_name: what to call the adapter.
-    """
+    """What a name leads to."""
 
     path: Path
+    """The model's folder, or its GGUF file."""
     adapter: str | None = None
+    """The folder of the adapter to load on it, or its hub id."""
     name: str | None = None
+    """The model's own name, where the adapter's was given."""
     adapter_keywords: dict[str, Any] = field(default_factory=dict)
     adapter_name: str = "default"
 
@@ -47,9 +42,6 @@ def find_model(name: str | os.PathLike[str], keywords: dict[str, Any]) -> Found:
         name: a folder, a GGUF file or a hub id; or a folder with an adapter of PEFT's.
         keywords: of the call of `from_pretrained`; those about places are taken out.
 
-    Returns:
-        Where the files are.
-
     Raises:
         CheckpointError: there is no such folder or file, or an adapter names no model.
         HubError: it is neither here nor to be had from the hub.
@@ -62,7 +54,8 @@ def find_model(name: str | os.PathLike[str], keywords: dict[str, Any]) -> Found:
     called = keywords.pop("adapter_name", "default")
     path = _path_of(name, gguf_file, place, keywords.get("use_safetensors"))
     if path.is_file() or not (path / _ADAPTER).is_file():
-        return Found(path, _text(adapter), None, adapter_keywords, called)
+        adapter = None if adapter is None else os.fspath(adapter)
+        return Found(path, adapter, None, adapter_keywords, called)
     if (path / "config.json").is_file():  # a whole model with an adapter beside it
         return Found(path, str(path), None, adapter_keywords, called)
     base = read_json_object(path / _ADAPTER).get("base_model_name_or_path")
@@ -78,14 +71,7 @@ def find_model(name: str | os.PathLike[str], keywords: dict[str, Any]) -> Found:
 
 
 def load_adapter(model: Any, found: Found) -> dict[str, Any] | None:
-    """Load the adapter that was found on the model.
-
-    Args:
-        model: the base model.
-        found: what `find_model` returned.
-
-    Returns:
-        What Transformers tells of loading it, or None where there is no adapter.
+    """Load the adapter that was found, if any, and return what Transformers tells of it.
 
     Raises:
         MissingDependencyError: PEFT is not installed.
@@ -120,7 +106,3 @@ def _path_of(
     if not path.is_file():
         raise CheckpointError(f"gguf_file: {str(folder)!r} has no file {shown(gguf_file)}")
     return path
-
-
-def _text(name: str | os.PathLike[str] | None) -> str | None:
-    return None if name is None else os.fspath(name)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from anymamba import checkpoint as files
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
@@ -29,6 +29,7 @@ from anymamba.modeling.loading.arguments import (
     make_config,
     own_config,
     refuse_arguments,
+    set_generation_config,
 )
 from anymamba.modeling.loading.find import Found, find_model, load_adapter
 from anymamba.modeling.loading.quantized import is_ours, load_quantized
@@ -166,10 +167,8 @@ class _Loading:
             _refuse_missing(model, info, found.path)
             return model, info
         model, info = self._of_tensors(config, load_named_tensors(stored), repr(str(found.path)))
-        settings = found.path / "generation_config.json"
-        given = self.keywords.get("generation_config") is not None
-        if self.cls.can_generate() and settings.is_file() and not given:
-            model.generation_config = GenerationConfig.from_pretrained(found.path)
+        if self.keywords.get("generation_config") is None:
+            set_generation_config(model, found.path)
         return model, info
 
     def _is_read_by_transformers(self, stored: files.Checkpoint, config: Any) -> bool:

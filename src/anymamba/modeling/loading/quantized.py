@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from anymamba.checkpoint import Checkpoint, check_tensors
 from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 from anymamba.checkpoint.torch_weights import load_named_tensors
 from anymamba.errors import InputError
-from anymamba.modeling.loading.arguments import make_config
+from anymamba.modeling.loading.arguments import PASSED_ON, make_config, set_generation_config
 from anymamba.modeling.loading.tensor_names import ties_head
 from anymamba.modeling.quantized import QuantizedEmbedding, QuantizedLinear, put_quantized_layers
 
@@ -27,12 +26,6 @@ _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "experts_implementation": (("eager",), "a Mamba has no experts"),
     "use_kernels": ((False,), "a quantized model has kernels of its own"),
     "kernel_config": ((), "a quantized model has kernels of its own"),
-}
-# What changes nothing here: there are no devices to divide it among, and no code to run.
-_WITHOUT_EFFECT = {
-    *("max_memory", "offload_folder", "offload_buffers", "disable_mmap", "trust_remote_code"),
-    *("tqdm_class", "_from_auto", "_from_pipeline", "_commit_hash", "low_cpu_mem_usage"),
-    *("offload_state_dict", "mirror", "_fast_init", "allow_all_kernels"),
 }
 
 
@@ -49,16 +42,7 @@ def is_ours(quantization: Any) -> bool:
 def load_quantized(
     cls: Any, found: Checkpoint, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """A model on our own 8 or 4 bits.
-
-    Args:
-        cls: the model's class.
-        found: the folder.
-        arguments: for the model's constructor.
-        keywords: of the call of `from_pretrained`.
-
-    Returns:
-        The model, and what Transformers tells of loading one.
+    """A model on our own 8 or 4 bits, and what Transformers tells of loading one.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of a wrong shape.
@@ -74,12 +58,13 @@ def load_quantized(
     if not ties_head(cls):
         expected = {name: shape for name, shape in expected.items() if "lm_head" not in name}
     check_tensors(shapes, expected, found.folder)
-    constructor = {n: value for n, value in keywords.items() if n not in _WITHOUT_EFFECT}
+    # What else Transformers takes changes nothing: there are no devices to divide the model among.
+    constructor = {name: value for name, value in keywords.items() if name not in PASSED_ON}
     with torch.device("meta"):
         model = cls(config, *arguments, **constructor)
     _put_weights(model, found)
     model.config.quantization_config = dict(found.config["quantization_config"])
-    _set_generation(model, found, given.get("generation_config"))
+    set_generation_config(model, found.folder, given.get("generation_config"))
     left = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if left:
         raise InputError(
@@ -110,15 +95,6 @@ def _put_weights(model: Any, found: Checkpoint) -> None:
     tied = ties_head(type(model)) and model.config.tie_word_embeddings
     if tied and "lm_head.weight" not in weights:
         _tie(model)  # now, because loading puts another table in the place of the empty one
-
-
-def _set_generation(model: Any, found: Checkpoint, given: Any) -> None:
-    if not model.can_generate():
-        return
-    if given is not None:
-        model.generation_config = given
-    elif (found.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(found.folder)
 
 
 def _tie(model: Any) -> None:

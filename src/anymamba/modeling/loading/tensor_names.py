@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
-from anymamba.checkpoint.names import to_transformers_name
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, to_transformers_name
 
 
 def ties_head(cls: Any) -> bool:
@@ -27,10 +26,7 @@ def tensor_names(module: nn.Module) -> list[str]:
 def own_names(
     cls: Any, config: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> Any:
-    """The names that a model of a user's own class gives its tensors.
-
-    Args:
-        cls, config, arguments, keywords: what the model is made of. It is made without memory.
+    """The names that a model of a user's own class gives its tensors, which is made without memory.
 
     Returns:
         Its name by Transformers' name, or by itself where no layout knows it.
@@ -43,12 +39,8 @@ def own_names(
 def rename_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Let `load_state_dict` take the names of every layout: a hook of each Mamba model.
 
-    A tied model takes a state dict without the head, as minimal models and files have it.
-
-    Args:
-        module: the model.
-        state_dict: what is loaded, and changed in place; PyTorch hands out a copy.
-        prefix: where in the state dict the model's tensors are.
+    A tied model takes a state dict without the head, as minimal models and files have it. The state
+    dict is changed in place; PyTorch hands out a copy.
 
     Example:
         >>> state_dict = {"backbone.embedding.weight": torch.ones(2, 3)}
@@ -76,10 +68,7 @@ def _is_tied(module: Any) -> bool:
 
 
 def is_of_mamba(name: str) -> bool:
-    """Whether a tensor is a Mamba's, and not that of another task's head, say.
-
-    Args:
-        name: Transformers' name.
+    """Whether a tensor is a Mamba's by Transformers' name, and not of another task's head, say.
 
     Example:
         >>> is_of_mamba("backbone.norm_f.weight"), is_of_mamba("score.weight")

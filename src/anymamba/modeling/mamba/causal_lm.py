@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,17 @@ from anymamba.ops.tracing import values_are_known
 logger = logging.get_logger(__name__)
 
 
+class _Inputs(NamedTuple):
+    """What `forward` reads, and from which state."""
+
+    input_ids: Tensor | None
+    attention_mask: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    cache: MambaCache | None = None
+    cache_position: Tensor | None = None
+    use_cache: bool | None = None
+
+
 @records_methods
 class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
     """Mamba with a language model's head, whose weight is the embeddings' where they are tied.
@@ -67,10 +78,6 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         self.backbone = self.backbone_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
-        return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another embedding layer in place."""
@@ -125,26 +132,19 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         # No argument of its own: Trainer would expect it in every batch, beside the labels.
         shift_labels = kwargs.pop("shift_labels", None)
         marks = (attention_mask, seq_idx, cu_seq_lens_q, position_ids)
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "inputs_embeds": inputs_embeds,
-            "cache": cache,
-            "cache_position": cache_position,
-            "use_cache": use_cache,
-        }
+        inputs = _Inputs(input_ids, attention_mask, inputs_embeds, cache, cache_position, use_cache)
         check_no_attention(kwargs, cache)
         check_kept(logits_to_keep)
         without_loss = labels is None and shift_labels is None
         only_logits = without_loss and all(mark is None for mark in marks[1:])
         if output_hidden_states or self.config.output_hidden_states or torch.is_grad_enabled():
             only_logits = False
-        output = self._fused(logits_to_keep, **inputs) if only_logits else None
+        output = self._fused(logits_to_keep, inputs) if only_logits else None
         if output is None and only_logits and isinstance(logits_to_keep, int) and logits_to_keep:
-            output = self._walk(logits_to_keep, **inputs)
+            output = self._walk(logits_to_keep, inputs)
         if output is None:
             outputs = self.backbone(
-                **inputs,
+                **inputs._asdict(),
                 output_hidden_states=output_hidden_states,
                 return_dict=True,
                 seq_idx=seq_idx,
@@ -167,17 +167,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             hidden_states = hidden_states.to(weight.dtype)
         return project(self.lm_head, hidden_states).float()
 
-    def _fused(
-        self,
-        logits_to_keep: int | Tensor,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        inputs_embeds: Tensor | None,
-        cache: MambaCache | None,
-        cache_position: Tensor | None,
-        use_cache: bool | None,
-    ) -> MambaCausalLMOutput | None:
+    def _fused(self, logits_to_keep: int | Tensor, inputs: _Inputs) -> MambaCausalLMOutput | None:
         """The whole model in single calls of the native core, where that can be right."""
+        input_ids, attention_mask, inputs_embeds, *_ = inputs
         if input_ids is None or inputs_embeds is not None or not isinstance(logits_to_keep, int):
             return None
         if input_ids.ndim != 2 or 0 in input_ids.shape:
@@ -190,8 +182,8 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             check_mask(batch, length, attention_mask)
             if not bool(attention_mask[:, -length:].all()):
                 return None
-        cache, kept = self._cache_for(cache, use_cache, batch, input_ids.device)
-        check_cache_position(cache_position)
+        cache, kept = self._cache_for(inputs, batch, input_ids.device)
+        check_cache_position(inputs.cache_position)
         if not fused.fits(cache):
             return None
         logits = table.run(input_ids, cache, min(logits_to_keep or length, length))
@@ -199,9 +191,10 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         return MambaCausalLMOutput(logits=logits, cache=cache if kept else None)
 
     def _cache_for(
-        self, cache: MambaCache | None, use_cache: bool | None, batch: int, device: torch.device
+        self, inputs: _Inputs, batch: int, device: torch.device
     ) -> tuple[MambaCache, bool]:
         """The state to read on with, and whether the caller gets it back."""
+        cache, use_cache = inputs.cache, inputs.use_cache
         if use_cache is None:
             use_cache = cache is not None or (self.config.use_cache and not self.training)
         if cache is None:
@@ -209,17 +202,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         check_cache(cache, self, batch)
         return cache, use_cache
 
-    def _walk(
-        self,
-        logits_to_keep: int,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        inputs_embeds: Tensor | None,
-        cache: MambaCache | None,
-        cache_position: Tensor | None,
-        use_cache: bool | None,
-    ) -> MambaCausalLMOutput | None:
+    def _walk(self, logits_to_keep: int, inputs: _Inputs) -> MambaCausalLMOutput | None:
         """A long prompt in chunks, so that memory does not grow with what gets no logits."""
+        input_ids, attention_mask, inputs_embeds, *_ = inputs
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None or given.ndim < 2 or (input_ids is None) == (inputs_embeds is None):
             return None
@@ -229,7 +214,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         columns = max(fused.CHUNK_TOKENS // max(batch, 1), 1)
         if length <= columns:
             return None
-        cache, kept = self._cache_for(cache, use_cache, batch, given.device)
+        cache, kept = self._cache_for(inputs, batch, given.device)
         mask = None
         if attention_mask is not None:
             check_mask(batch, length, attention_mask)
@@ -242,7 +227,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
                 inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, now],
                 attention_mask=None if mask is None else mask[:, now],
                 cache=cache,
-                cache_position=cache_position,
+                cache_position=inputs.cache_position,
             )
             beyond = start + columns - (length - logits_to_keep)
             if beyond > 0:
@@ -340,7 +325,7 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         """(b, v) logits of a token a row; the state advances."""
         output: Any = None
         if why_not_direct(self) is None:
-            output = self._fused(1, tokens_b1, None, None, cache, None, True)
+            output = self._fused(1, _Inputs(tokens_b1, cache=cache, use_cache=True))
         if output is None:  # something has changed since generation began
             output = self(tokens_b1, cache=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits[:, -1]

@@ -104,6 +104,7 @@ class MambaPreTrainedModel(FromAnyLayout, PreTrainedModel):
     _no_split_modules = ["MambaBlock", "MambaMixer"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _is_stateful = True
+    _input_embed_layer = "embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -158,10 +159,6 @@ class MambaModel(MambaPreTrainedModel):
         self.gradient_checkpointing = False
         self.norm_f = MambaRMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding layer."""
-        return self.embeddings
 
     def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         """Put another embedding layer in place."""
@@ -241,7 +238,10 @@ class MambaModel(MambaPreTrainedModel):
             hidden_states = packed.unpack(hidden_states)
             all_hidden = [packed.unpack(hidden) for hidden in all_hidden]
         if cache is not None:
-            cache.token_counts += _tokens_a_row(batch, length, packed).to(cache.token_counts)
+            read_b = (
+                torch.full((batch,), length, device="cpu") if packed is None else packed.counts_b
+            )
+            cache.token_counts += read_b.to(cache.token_counts)
         output = MambaOutput(
             last_hidden_state=hidden_states,
             cache=cache if returned else None,
@@ -326,30 +326,25 @@ def check_cache(cache: object, model: MambaPreTrainedModel, batch: int) -> None:
             f"cache is a {type(cache).__name__}, expected an anymamba.MambaCache: "
             "make one with MambaCache.for_model(model, batch_size)"
         )
-    config, backbone = model.config, cast(MambaModel, model.base_model)
-    layers = len(backbone.layers)
+    config, layers = model.config, len(cast(MambaModel, model.base_model).layers)
+    stale = ""
+    if layers != config.num_hidden_layers:
+        stale = (
+            f"; its config tells of {config.num_hidden_layers} layers: make the cache with "
+            f"MambaCache.for_model(model), or set model.config.num_hidden_layers = {layers} first"
+        )
     window, state = state_shapes(model_identity(config))
     expected = (layers, batch, *state)
     if tuple(cache.ssm_states.shape) != expected:
         raise InputError(
             f"cache holds states of shape {tuple(cache.ssm_states.shape)}, this model and "
-            f"batch need {expected} (layers, batch, and the shape of a layer's state)"
-            + _stale_layers(config.num_hidden_layers, layers)
+            f"batch need {expected} (layers, batch, and the shape of a layer's state){stale}"
         )
     if cache.conv_states.shape[-1] != window[-1]:
         raise InputError(
             f"cache holds convolution windows of width {cache.conv_states.shape[-1]}, this "
             f"model's are {window[-1]} wide"
         )
-
-
-def _stale_layers(told: int, layers: int) -> str:
-    if told == layers:
-        return ""
-    return (
-        f"; its config tells of {told} layers: make the cache with MambaCache.for_model(model), or "
-        f"set model.config.num_hidden_layers = {layers} first"
-    )
 
 
 def check_cache_position(cache_position: Tensor | None) -> None:
@@ -365,9 +360,3 @@ def check_cache_position(cache_position: Tensor | None) -> None:
             f"cache_position has shape {tuple(cache_position.shape)} of {cache_position.dtype}, "
             "expected a row of integers"
         )
-
-
-def _tokens_a_row(batch: int, length: int, packed: Layout | None) -> Tensor:
-    if packed is None:
-        return torch.full((batch,), length, device="cpu")
-    return packed.counts_b

@@ -21,14 +21,7 @@ def parts_of(
     lm_head: nn.Module,
     backbone_class: type[MambaModel] = MambaModel,
 ) -> Iterator[Part]:
-    """Every module of the model, with the class and the sizes that the core expects of it.
-
-    Args:
-        config: the language model's.
-        backbone: the model without its head.
-        lm_head: the head.
-        backbone_class: the class that belongs there; it names those of the blocks and mixers.
-    """
+    """Every module of the model, with the class and the sizes that the core expects of it."""
     block_class = backbone_class.block_class
     d, v = config.hidden_size, config.vocab_size
     embeddings = backbone.embeddings

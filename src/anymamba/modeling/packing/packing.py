@@ -78,6 +78,15 @@ class PackedBatch:
         last = last_s[self.is_last_s.to(last_s.device)]
         return state_b.index_copy(0, rows, last.to(state_b.device, state_b.dtype))
 
+    def next_tokens(self, labels_bl: Int[Tensor, "b l"]) -> Int[Tensor, "b l"]:
+        """What each position should predict: the next label of its own document, else -100."""
+        labels_t = self.pack(labels_bl)[0]
+        next_t = torch.full_like(labels_t, -100)
+        next_t[:-1] = labels_t[1:]
+        next_t[self.cu_seqlens[1:].to(labels_t.device) - 1] = -100
+        flat = labels_bl.new_full((self.batch * self.length,), -100)
+        return flat.index_copy(0, self.position_t.to(flat.device), next_t).view(labels_bl.shape)
+
 
 Layout = PackedBatch | PaddedBatch
 """How a batch lies in the rows that the kernels see."""
@@ -145,15 +154,7 @@ def next_tokens(labels_bl: Int[Tensor, "b l"], packed: Layout | None) -> Int[Ten
     """
     if packed is None:
         return torch.nn.functional.pad(labels_bl, (0, 1), value=-100)[:, 1:]
-    if isinstance(packed, PaddedBatch):
-        return packed.next_tokens(labels_bl)
-    labels_t = packed.pack(labels_bl)[0]
-    next_t = torch.full_like(labels_t, -100)
-    next_t[:-1] = labels_t[1:]
-    next_t[packed.cu_seqlens[1:].to(labels_t.device) - 1] = -100
-    flat = labels_bl.new_full((packed.batch * packed.length,), -100)
-    position_t = packed.position_t.to(labels_bl.device)
-    return flat.index_copy(0, position_t, next_t).view(packed.batch, packed.length)
+    return packed.next_tokens(labels_bl)
 
 
 def check_mask(batch: int, length: int, attention_mask: Tensor) -> None:

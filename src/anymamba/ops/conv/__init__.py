@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 from anymamba.ops.backends import implementation
-from anymamba.ops.checks import check_activation, check_shape
+from anymamba.ops.checks import check_activation, check_axes, check_shape
 from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
 from anymamba.ops.segments import count_states, segments_of
 from anymamba.ops.tracing import copy_for_backward
@@ -67,27 +67,18 @@ def causal_conv1d(
         >>> causal_conv1d(x, torch.tensor([[10.0, 1.0]])).flatten().tolist()
         [1.0, 12.0, 23.0]
     """
-    if x_ble.ndim != 3 or weight_ek.ndim != 2 or weight_ek.shape[1] < 1:
-        raise InputError(
-            "causal_conv1d: expected an input of shape (b, l, e) and a weight of shape (e, k), "
-            f"got {tuple(x_ble.shape)} and {tuple(weight_ek.shape)}"
-        )
+    check_axes("causal_conv1d", ("an input", x_ble, "b, l, e"), ("a weight", weight_ek, "e, k"))
     (b, l, e), k = x_ble.shape, weight_ek.shape[1]
+    if k < 1:
+        raise InputError("causal_conv1d: the weight has no column, expected a width of 1 or more")
     check_shape("causal_conv1d", "weight", weight_ek, (e, k))
     check_shape("causal_conv1d", "bias", bias_e, (e,))
     check_activation("causal_conv1d", activation)
     segments = segments_of((b, l), seq_idx, cu_seqlens, reverse)
     _check_window(initial_window, count_states(segments, b), e, k)
-    arguments = ConvArguments(
-        x_ble,
-        weight_ek,
-        bias_e,
-        activation,
-        copy_for_backward(initial_window),
-        return_final_window,
-        segments,
-        reverse,
-    )
+    initial_window = copy_for_backward(initial_window)
+    inputs = (x_ble, weight_ek, bias_e, activation)
+    arguments = ConvArguments(*inputs, initial_window, return_final_window, segments, reverse)
     y_ble, final_window = implementation("causal_conv1d", arguments, backend)(arguments)
     return (y_ble, final_window) if return_final_window else y_ble
 
@@ -123,11 +114,7 @@ def causal_conv1d_update(
         >>> y.tolist(), window.tolist()
         ([[23.0]], [[[2.0, 3.0]]])
     """
-    if x_be.ndim != 2 or weight_ek.ndim != 2:
-        raise InputError(
-            "causal_conv1d_update: expected an input of shape (b, e) and a weight of shape "
-            f"(e, k), got {tuple(x_be.shape)} and {tuple(weight_ek.shape)}"
-        )
+    check_axes("causal_conv1d_update", ("an input", x_be, "b, e"), ("a weight", weight_ek, "e, k"))
     (b, e), k = x_be.shape, weight_ek.shape[1]
     check_shape("causal_conv1d_update", "weight", weight_ek, (e, k))
     check_shape("causal_conv1d_update", "window", window_bek, (b, e, k))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from anymamba.ops.custom_operator import define_operator
-from anymamba.ops.native import core
+from anymamba.ops.native import as_rows, core
 
 
 def linear(x: Tensor, weight_nk: Tensor, bias_n: Tensor | None) -> Tensor:
     """Arguments and returns as in `anymamba.ops.linear`."""
-    # Not Size.numel(), which would turn symbolic sizes into constants.
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y: Tensor = _linear(rows, weight_nk, None if bias_n is None else bias_n.float())
+    y: Tensor = _linear(as_rows(x), weight_nk, None if bias_n is None else bias_n.float())
     return y.view(*x.shape[:-1], weight_nk.shape[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from anymamba.ops.custom_operator import define_operator
 from anymamba.ops.derivatives import register_second_derivatives
-from anymamba.ops.native import core
+from anymamba.ops.native import as_rows, core
 from anymamba.ops.norm import reference
 
 
@@ -19,16 +18,12 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Normed rows and the sum; arguments as in `anymamba.ops.rms_norm`."""
     kept = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    # Not Size.numel(), which would turn symbolic sizes into constants.
-    shape = (math.prod(x.shape[:-1]), x.shape[-1])
-    rows = x.reshape(shape)
-    other = None if residual is None else residual.reshape(shape)
     sum_type = torch.float32 if residual_in_fp32 else kept
-    if other is None and sum_type == x.dtype:
-        normed, _, _ = _norm(rows, weight_d.float(), None, eps, weight_d.dtype, None)
-        return normed.view(x.shape), x
-    normed, total, _ = _norm(rows, weight_d.float(), other, eps, weight_d.dtype, sum_type)
-    return normed.view(x.shape), total.view(x.shape)
+    is_sum = residual is None and sum_type == x.dtype
+    other = None if residual is None else as_rows(residual)
+    settings = (eps, weight_d.dtype, None if is_sum else sum_type)
+    normed, total, _ = _norm(as_rows(x), weight_d.float(), other, *settings)
+    return normed.view(x.shape), x if is_sum else total.view(x.shape)
 
 
 def _rows(tensor: Tensor) -> Tensor:

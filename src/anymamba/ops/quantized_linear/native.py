@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from anymamba.ops.custom_operator import define_operator
-from anymamba.ops.native import core
+from anymamba.ops.native import as_rows, core
 from anymamba.ops.quantized_linear.reference import dequantize
 
 _FEW_ROWS = 16  # up to here reading the weight decides, and no panel is worth its packing
@@ -19,10 +18,8 @@ def quantized_linear(
     x: Tensor, q: Tensor, scales: Tensor, minima: Tensor | None, bias_n: Tensor | None
 ) -> Tensor:
     """Arguments and returns as in `anymamba.ops.quantized_linear`."""
-    # Not Size.numel(), which would turn symbolic sizes into constants.
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     bias = None if bias_n is None else bias_n.float()
-    y: Tensor = _quantized_linear(rows, q, scales, minima, bias)
+    y: Tensor = _quantized_linear(as_rows(x), q, scales, minima, bias)
     return y.view(*x.shape[:-1], q.shape[0])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 from anymamba.ops.backends import implementation
-from anymamba.ops.checks import check_shape
+from anymamba.ops.checks import check_axes, check_shape
 from anymamba.ops.scan.arguments import ScanArguments, StepArguments
 from anymamba.ops.segments import count_states, segments_of
 from anymamba.ops.tracing import copy_for_backward
@@ -91,23 +91,11 @@ def selective_scan(
         >>> torch.allclose(whole[:, 3:], rest, atol=1e-5)
         True
     """
-    _check_axes("selective_scan", x_ble, A_en, "b, l")
+    check_axes("selective_scan", ("an input", x_ble, "b, l, e"), ("A", A_en, "e, n"))
     segments = segments_of(x_ble.shape[:2], seq_idx, cu_seqlens, reverse)
-    arguments = ScanArguments(
-        x_ble,
-        delta_ble,
-        A_en,
-        B_bln,
-        C_bln,
-        D_e,
-        z_ble,
-        delta_bias_e,
-        delta_softplus,
-        copy_for_backward(initial_state),
-        return_last_state,
-        segments,
-        reverse,
-    )
+    initial_state = copy_for_backward(initial_state)
+    inputs = (x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e, delta_softplus)
+    arguments = ScanArguments(*inputs, initial_state, return_last_state, segments, reverse)
     n_states = count_states(segments, x_ble.shape[0])
     _check_shapes("selective_scan", arguments, n_states)
     run = implementation("selective_scan", arguments, backend, fallback)
@@ -155,20 +143,12 @@ def selective_state_update(
         >>> y.shape, state[0, 0].tolist()
         (torch.Size([1, 6]), [1.0, 1.0, 1.0, 1.0])
     """
-    _check_axes("selective_state_update", x_be, A_en, "b")
+    check_axes("selective_state_update", ("an input", x_be, "b, e"), ("A", A_en, "e, n"))
     arguments = StepArguments(
         x_be, delta_be, A_en, B_bn, C_bn, D_e, z_be, delta_bias_e, delta_softplus, state_ben
     )
     _check_shapes("selective_state_update", arguments, x_be.shape[0])
     return cast(Tensor, implementation("selective_state_update", arguments, backend)(arguments))
-
-
-def _check_axes(operator: str, x: Tensor, A_en: Tensor, rows: str) -> None:
-    if x.ndim != 1 + len(rows.split(",")) or A_en.ndim != 2:
-        raise InputError(
-            f"{operator}: expected an input of shape ({rows}, e) and A of shape (e, n), "
-            f"got {tuple(x.shape)} and {tuple(A_en.shape)}"
-        )
 
 
 def _check_shapes(operator: str, arguments: ScanArguments | StepArguments, n_states: int) -> None:

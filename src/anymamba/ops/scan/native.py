@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -68,21 +68,13 @@ def selective_state_update(arguments: StepArguments) -> Tensor:
     return y_be
 
 
-def _in_groups(B: Tensor, C: Tensor, axes_without_groups: int) -> tuple[Tensor, Tensor]:
+def _in_groups(B: Tensor, C: Tensor, axes_without_groups: int) -> Iterator[Tensor]:
     """B and C as (..., g, n) with the same g, which the core wants, whatever each came with."""
-    if B.ndim == axes_without_groups:
-        B = B.unsqueeze(-2)
-    if C.ndim == axes_without_groups:
-        C = C.unsqueeze(-2)
-    groups = math.lcm(B.shape[-2], C.shape[-2])
-    return _split_groups(B, groups), _split_groups(C, groups)
-
-
-def _split_groups(B: Tensor, groups: int) -> Tensor:
-    parts = groups // B.shape[-2]
-    if parts == 1:
-        return B
-    return B[..., None, :].expand(*B.shape[:-1], parts, B.shape[-1]).flatten(-3, -2)
+    maps = [t.unsqueeze(-2) if t.ndim == axes_without_groups else t for t in (B, C)]
+    groups = math.lcm(*(t.shape[-2] for t in maps))
+    for t in maps:
+        parts = groups // t.shape[-2]
+        yield t if parts == 1 else t.repeat_interleave(parts, dim=-2)
 
 
 class _Inputs(NamedTuple):

@@ -77,19 +77,10 @@ def selective_scan_sequential(arguments: ScanArguments) -> tuple[Tensor, Tensor]
 def selective_state_update(arguments: StepArguments) -> Tensor:
     """One step, in place; arguments as in `anymamba.ops.selective_state_update`."""
     x, delta, A, B, C, D, z, delta_bias, softplus, state = arguments
+    inputs = (x[:, None], delta[:, None], A, B[:, None], C[:, None], D)
+    gate = None if z is None else z[:, None]
     y_ble, last_ben = selective_scan_sequential(
-        ScanArguments(
-            x[:, None],
-            delta[:, None],
-            A,
-            B[:, None],
-            C[:, None],
-            D,
-            None if z is None else z[:, None],
-            delta_bias,
-            softplus,
-            state,
-        )
+        ScanArguments(*inputs, gate, delta_bias, softplus, state)
     )
     state.copy_(last_ben)
     return y_ble[:, 0]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anymamba.errors import InputError
 from anymamba.ops.backends import implementation
-from anymamba.ops.checks import check_shape
+from anymamba.ops.checks import check_axes, check_shape
 from anymamba.ops.segments import count_states, segments_of
 from anymamba.ops.ssd.arguments import NO_LIMIT, SsdArguments, SsdStepArguments
 from anymamba.ops.tracing import copy_for_backward
@@ -94,26 +94,13 @@ def ssd(
         warnings.warn(message + "return_last_state now", DeprecationWarning, stacklevel=2)
         initial_state = initial_states if initial_state is None else initial_state
         return_last_state = return_last_state or return_final_states
-    _check_axes("ssd", x_blhp, B_blgn, "b, l")
+    check_axes("ssd", ("an input", x_blhp, "b, l, h, p"), ("B", B_blgn, "b, l, g, n"))
     segments = segments_of(x_blhp.shape[:2], seq_idx, cu_seqlens, reverse=False)
     if chunk_size is not None and chunk_size < 1:
         raise InputError(f"ssd: chunk_size is {chunk_size}, expected a whole number from 1 up")
-    arguments = SsdArguments(
-        x_blhp,
-        dt_blh,
-        A_h,
-        B_blgn,
-        C_blgn,
-        D_h,
-        z_blhp,
-        dt_bias_h,
-        dt_softplus,
-        dt_limit,
-        copy_for_backward(initial_state),
-        return_last_state,
-        segments,
-        chunk_size,
-    )
+    initial_state = copy_for_backward(initial_state)
+    inputs = (x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, z_blhp, dt_bias_h, dt_softplus, dt_limit)
+    arguments = SsdArguments(*inputs, initial_state, return_last_state, segments, chunk_size)
     _check_shapes("ssd", arguments, count_states(segments, x_blhp.shape[0]))
     y_blhp, last_state = implementation("ssd", arguments, backend)(arguments)
     return (y_blhp, last_state) if return_last_state else y_blhp
@@ -157,21 +144,12 @@ def ssd_state_update(
         >>> y[0, 0].tolist(), state[0, 0, 0].tolist()
         ([4.0, 4.0, 4.0], [1.0, 1.0, 1.0, 1.0])
     """
-    _check_axes("ssd_state_update", x_bhp, B_bgn, "b")
+    check_axes("ssd_state_update", ("an input", x_bhp, "b, h, p"), ("B", B_bgn, "b, g, n"))
     arguments = SsdStepArguments(
         x_bhp, dt_bh, A_h, B_bgn, C_bgn, D_h, z_bhp, dt_bias_h, dt_softplus, dt_limit, state_bhpn
     )
     _check_shapes("ssd_state_update", arguments, x_bhp.shape[0])
     return cast(Tensor, implementation("ssd_state_update", arguments, backend)(arguments))
-
-
-def _check_axes(operator: str, x: Tensor, B: Tensor, rows: str) -> None:
-    axes = 2 + len(rows.split(","))
-    if x.ndim != axes or B.ndim != axes:
-        raise InputError(
-            f"{operator}: expected an input of shape ({rows}, h, p) and B of shape "
-            f"({rows}, g, n), got {tuple(x.shape)} and {tuple(B.shape)}"
-        )
 
 
 def _check_shapes(operator: str, arguments: SsdArguments | SsdStepArguments, n_states: int) -> None:

@@ -53,17 +53,7 @@ class SsdStepArguments(NamedTuple):
 def step_sizes(
     dt: Tensor, bias_h: Tensor | None, softplus: bool, limit: tuple[float, float]
 ) -> Tensor:
-    """The step sizes that a recurrence takes, from what a projection gave.
-
-    Args:
-        dt: (..., h), in the type to compute in.
-        bias_h: added to it.
-        softplus: whether it goes through softplus then.
-        limit: the smallest and the largest step size.
-
-    Returns:
-        (..., h).
-    """
+    """The step sizes (..., h) that a recurrence takes, in the type of dt, as `ssd` has them."""
     if bias_h is not None:
         dt = dt + bias_h.to(dt.dtype)
     if softplus:

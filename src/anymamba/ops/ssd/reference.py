@@ -22,16 +22,11 @@ def ssd_sequential(
     initial_state: Tensor | None,
     segments: Segments | None,
 ) -> tuple[Tensor, Tensor]:
-    """The definition.
+    """The definition; arguments and returns as in `anymamba.ops.ssd`, but for two.
 
     Args:
-        x_blhp, A_h, B_blgn, C_blgn, initial_state: as in `anymamba.ops.ssd`.
         dt_blh: the step sizes themselves, after bias, softplus and limits.
         D_hp: (h, p) or (h, 1).
-        segments: the packed sequences; None where each row is one.
-
-    Returns:
-        y in the type of x, and the last states, (b, h, p, n) or one for each sequence.
     """
     wide = torch.promote_types(x_blhp.dtype, torch.float32)
     (b, l, h, p), (g, n) = x_blhp.shape, B_blgn.shape[2:]

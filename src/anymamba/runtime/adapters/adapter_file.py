@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import bytes_digest, to_transformers_name
 from anymamba.checkpoint.architecture import MAMBA
 from anymamba.checkpoint.dtypes import as_float32
+from anymamba.checkpoint.files import ADAPTER_NAMES
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, read_json_object, shown, user_path
 from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import CheckpointError
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = ADAPTER_NAMES
 
 _PREFIX = "base_model.model."
 _ENDINGS = {
@@ -40,20 +40,17 @@ _ENDINGS = {
 }
 _TABLES = ("embeddings", "embedding")  # Transformers' name, and the authors'
 
-# Settings that change nothing once training is over, whatever they are set to.
-_IDLE = {
+# Settings that are read below, and those that change nothing once training is over.
+_KNOWN = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
     *("peft_version", "peft_type", "target_modules", "exclude_modules", "layers_to_transform"),
     *("layers_pattern", "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"),
     *("loftq_config", "runtime_config", "eva_config"),
 }
-# Settings that are read below.
-_READ = {
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias"),
-    "init_lora_weights",
-}
-# Ways to begin that leave the model's own weights as they are; others move part of them away.
-_PLAIN_BEGINNINGS = (True, False, "gaussian", "eva")
+# Settings of which some values are merged. Of the ways to begin these leave the model's own weights
+# as they are; others move part of them away.
+_FITTING = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva")}
 
 
 @dataclass(frozen=True)
@@ -100,9 +97,6 @@ class Adapter:
 def base_model_of(folder: str | os.PathLike[str]) -> str | None:
     """The model that an adapter names as the one it was trained on, if it names one.
 
-    Args:
-        folder: the adapter's folder.
-
     Raises:
         CheckpointError: it is no adapter.
 
@@ -147,7 +141,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     place = _folder(folder)
     settings = read_json_object(place / CONFIG_FILE)
     where = repr(str(place / CONFIG_FILE))
-    _refuse_other_kinds(settings, where)
+    _refuse_other_adapters(settings, where)
     parts, digest = _read_parts(place)
     changes = {}
     for module, found in parts.items():
@@ -174,29 +168,21 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
 # The settings.
 
 
-def _refuse_other_kinds(settings: Mapping[str, Any], where: str) -> None:
-    kind = settings.get("peft_type")
-    if kind != "LORA":
+def _refuse_other_adapters(settings: Mapping[str, Any], where: str) -> None:
+    peft_type = settings.get("peft_type")
+    if peft_type != "LORA":
         raise CheckpointError(
-            f"{where} has peft_type {shown(kind)}, expected 'LORA' (with or without DoRA); merge "
-            "other adapters with PEFT's merge_and_unload, and use the model that it gives"
+            f"{where} has peft_type {shown(peft_type)}, expected 'LORA' (with or without DoRA); "
+            "merge other adapters with PEFT's merge_and_unload, and use the model that it gives"
         )
-    if settings.get("bias", "none") != "none":
-        raise CheckpointError(_not_merged("bias", settings["bias"], where))
-    beginning = settings.get("init_lora_weights", True)
-    if beginning not in _PLAIN_BEGINNINGS:
-        raise CheckpointError(_not_merged("init_lora_weights", beginning, where))
     for name, value in settings.items():
         # None, False, 0, and what is empty ask for nothing.
-        if name not in _IDLE | _READ and value:
-            raise CheckpointError(_not_merged(name, value, where))
-
-
-def _not_merged(name: str, value: object, where: str) -> str:
-    return (
-        f"{where} has {shown(name)[1:-1]} {shown(value)}, which is not merged here; merge the "
-        "adapter with PEFT's merge_and_unload, and use the model that it gives"
-    )
+        merges = value in _FITTING[name] if name in _FITTING else name in _KNOWN or not value
+        if not merges:
+            raise CheckpointError(
+                f"{where} has {shown(name)[1:-1]} {shown(value)}, which is not merged here; merge "
+                "the adapter with PEFT's merge_and_unload, and use the model that it gives"
+            )
 
 
 def _setting(settings: Mapping[str, Any], module: str, name: str, pattern: str) -> float:
@@ -303,7 +289,8 @@ def _check_parts(
     named = f"the adapter of {shown(module)} in {where!r}"
     expected = ["A", "B", "magnitude"] if dora else ["A", "B"]
     if parts.keys() != set(expected):
-        raise CheckpointError(f"{named} has {_names(parts)}, expected {listed(expected)}")
+        found = listed(sorted(parts)) or "nothing"
+        raise CheckpointError(f"{named} has {found}, expected {listed(expected)}")
     A, B = parts["A"], parts["B"]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or 0 in (*A.shape, *B.shape):
         raise CheckpointError(
@@ -314,7 +301,3 @@ def _check_parts(
         raise CheckpointError(
             f"{named} has a magnitude of shape {parts['magnitude'].shape}, expected {B.shape[:1]}"
         )
-
-
-def _names(parts: Iterable[str]) -> str:
-    return listed(sorted(parts)) or "nothing"

@@ -24,20 +24,20 @@ from anymamba.checkpoint.dtypes import as_dtype, as_float32, dtype_of
 from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError
 from anymamba.runtime.adapters.adapter_file import Adapter, Change
-from anymamba.runtime.weights import Weights, check_kind, to_weight_type
+from anymamba.runtime.weights import Weights, check_weight_type, to_weight_type
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
 
 
-def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Weights:
+def merge_adapter(weights: Weights, adapter: Adapter, weight_type: str = "auto") -> Weights:
     """Merge an adapter into a model's weights, and bring all of them into a storage.
 
     Args:
         weights: the model's weights as they are stored ("auto").
         adapter: what `read_adapter` returned.
-        kind: one of `kinds.KINDS`. By "auto" a merged matrix is stored as it was before: in its
-            type, or rounded to as many bits in groups of the same size.
+        weight_type: one of `WEIGHT_TYPES`. By "auto" a merged matrix is stored as it was before:
+            in its type, or rounded to as many bits in groups of the same size.
 
     Returns:
         Weights in which the adapted matrices are copies. Their digest is another, so that a
@@ -45,7 +45,7 @@ def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Wei
 
     Raises:
         CheckpointError: the adapter does not fit the model, or makes NaN or infinity of it.
-        ConfigError: there is no such kind, or it cannot be made of these weights.
+        ConfigError: there is no such type, or it cannot be made of these weights.
 
     Example:
         >>> from pathlib import Path
@@ -65,7 +65,7 @@ def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Wei
         >>> bool(abs(after - before - 0.5).max() < 0.01)  # bfloat16's rounding
         True
     """
-    check_kind(kind)
+    check_weight_type(weight_type)
     weights.check()
     tensors = dict(weights.tensors)
     config = dict(weights.config)
@@ -75,29 +75,23 @@ def merge_adapter(weights: Weights, adapter: Adapter, kind: str = "auto") -> Wei
         config["tie_word_embeddings"] = False
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        change = adapter.changes.get(name)
-        if change is None:
-            result |= {name: tensor} if kind == "auto" else to_weight_type({name: tensor}, kind)
+        if (change := adapter.changes.get(name)) is not None:
+            wide = merged(as_float32(tensor), change, name)
+            result[name] = _stored(name, wide, tensor, weight_type)
+        elif weight_type == "auto":
+            result[name] = tensor
         else:
-            result[name] = _stored(name, merged(as_float32(tensor), change, name), tensor, kind)
+            result |= to_weight_type({name: tensor}, weight_type)
 
     def digest() -> str:
         return hashlib.sha256(f"{weights.digest()}\n{adapter.digest}".encode()).hexdigest()
 
-    own = weights.kind if kind == "auto" else kind
-    return replace(weights, config=config, tensors=result, kind=own, digest=digest)
+    own = weights.weight_type if weight_type == "auto" else weight_type
+    return replace(weights, config=config, tensors=result, weight_type=own, digest=digest)
 
 
 def merged(weight_nk: NDArray[np.float32], change: Change, name: str) -> NDArray[np.float32]:
-    """One matrix with its adapter merged.
-
-    Args:
-        weight_nk: (n, k), float32; stays as it is.
-        change: the adapter of this matrix.
-        name: what the matrix is called, for messages.
-
-    Returns:
-        (n, k), float32.
+    """One matrix (n, k) with its adapter merged, in float32; messages call it `name`.
 
     Raises:
         CheckpointError: the result holds NaN or infinity.
@@ -143,24 +137,21 @@ def check_fits(adapter: Adapter, tensors: Mapping[str, Any]) -> None:
             )
 
 
-def _stored(name: str, wide: NDArray[np.float32], before: Tensor, kind: str) -> Tensor:
-    """A merged matrix in the kind asked for, which by "auto" is that of the matrix before."""
-    if kind in ("f32", "bf16") or (kind != "auto" and isinstance(before, np.ndarray)):
-        return to_weight_type({name: wide}, kind)[name]
+def _stored(name: str, wide: NDArray[np.float32], before: Tensor, weight_type: str) -> Tensor:
+    """A merged matrix in the type asked for, which by "auto" is that of the matrix before."""
+    if weight_type in ("f32", "bf16") or (weight_type != "auto" and isinstance(before, np.ndarray)):
+        return to_weight_type({name: wide}, weight_type)[name]
     if isinstance(before, np.ndarray):
-        return _typed(name, wide, before)
-    if kind != "auto":
-        to_weight_type({name: before}, kind)  # refuses other bits, as it does without an adapter
+        narrow = as_dtype(wide, dtype_of(before))
+        if narrow.dtype == np.float16 and not np.isfinite(narrow).all():
+            raise CheckpointError(
+                f"with the adapter, {name} holds numbers beyond float16's 65504; load the model "
+                "with weights='f32' or 'bf16'"
+            )
+        return narrow
+    if weight_type != "auto":
+        # Refuses other bits, as it does without an adapter.
+        to_weight_type({name: before}, weight_type)
     from anymamba.checkpoint.quantization import quantize
 
     return quantize(wide, before.bits, before.group, symmetric=before.symmetric, name=name)
-
-
-def _typed(name: str, wide: NDArray[np.float32], before: NDArray[Any]) -> NDArray[Any]:
-    narrow = as_dtype(wide, dtype_of(before))
-    if narrow.dtype == np.float16 and not np.isfinite(narrow).all():
-        raise CheckpointError(
-            f"with the adapter, {name} holds numbers beyond float16's 65504; load the model with "
-            "weights='f32' or 'bf16'"
-        )
-    return narrow

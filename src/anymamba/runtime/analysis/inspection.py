@@ -14,7 +14,7 @@ Shapes: y layers, l tokens, a ages; e channels and n states as in `anymamba.mini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.errors import InputError
 from anymamba.runtime.analysis.layerwise import Layer, Selected
 from anymamba.runtime.native import core
+from anymamba.runtime.tokenizer import check_vocabulary
 from anymamba.runtime.weights import to_weight_type
 
 if TYPE_CHECKING:
@@ -123,10 +124,9 @@ def inspect(
     ids_l = np.asarray(ids, np.int64)
     get = _getter(engine.weights)
     table_vd = get(EMBEDDINGS)
-    wrong = ids_l[(ids_l < 0) | (ids_l >= len(table_vd))]
-    if not ids_l.size or wrong.size:
-        what = f"token {wrong[0]} is not in the vocabulary" if wrong.size else "the text is empty"
-        raise InputError(f"there is nothing to look at: {what}")
+    check_vocabulary(ids_l, len(table_vd), "the text")
+    if not ids_l.size:
+        raise InputError("there is nothing to look at: the text is empty")
     looked = _all_ages(ids_l.size, ages)
     core().set_threads(engine.threads)
     hidden_bld = table_vd[ids_l][None]
@@ -177,7 +177,10 @@ def _inspect_layer(
     length = len(delta_le)
     left_al = np.zeros((len(ages), length))
     final_l = np.zeros(length)
-    for channels in _channel_blocks(layer.A.shape, length):
+    e, n = layer.A.shape
+    width = max(1, _BLOCK // (length * n))
+    for first in range(0, e, width):
+        channels = slice(first, first + width)
         A_en = layer.A[channels]
         # When each token came, in the model's own time: decay between two depends on that alone.
         time_le = delta_le[:, channels].cumsum(axis=0)
@@ -191,12 +194,6 @@ def _inspect_layer(
     for index, age in enumerate(ages):
         left_al[index, length - age :] = np.nan
     return delta_le.mean(axis=1), left_al, final_l
-
-
-def _channel_blocks(shape_en: Sequence[int], length: int) -> Iterator[slice]:
-    e, n = shape_en
-    width = max(1, _BLOCK // (length * n))
-    return (slice(start, start + width) for start in range(0, e, width))
 
 
 def _left(

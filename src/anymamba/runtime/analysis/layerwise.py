@@ -87,13 +87,7 @@ class Layer:
         tensor: Callable[[str], NDArray[np.float32] | None],
         config: Mapping[str, Any],
     ) -> Layer:
-        """Collect a layer's tensors.
-
-        Args:
-            index: which layer, from 0.
-            tensor: gives the float32 tensor of a name of Transformers', None if there is none.
-            config: fields in Transformers' names.
-        """
+        """Collect a layer's tensors: `tensor` gives that of a name of Transformers', or None."""
 
         tensors = architecture_of(config).core_layer(lambda name: tensor(in_layer(index, name)))
         tensors["conv_weight"] = np.ascontiguousarray(tensors["conv_weight"])
@@ -154,15 +148,7 @@ class Layer:
 def linear(
     x: NDArray[np.float32], weight: Matrix, bias_n: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
-    """Multiply rows by a matrix, as `Network` does it: with one that is quantized, rounded.
-
-    Args:
-        x: (..., k), float32.
-        weight: (n, k).
-        bias_n: added to each row.
-
-    Returns:
-        (..., n), float32.
+    """Multiply rows (..., k) by a matrix (n, k) as `Network` does: by a quantized one, rounded.
 
     Example:
         >>> linear(np.ones((1, 2, 3), np.float32), np.ones((1, 3), np.float32)).tolist()

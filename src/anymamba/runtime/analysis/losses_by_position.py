@@ -89,7 +89,12 @@ def loss_by_position(
         length = min(window, len(ids) - start)
         contexts = np.arange(max(0, length - losses.size), length)
         losses = losses[losses.size - contexts.size :]
-        _add(sums, contexts, (start + contexts) // window, edges, losses)
+        # Each counts in the part of the text where its token is, and by its context.
+        part_of = (start + contexts) // window
+        inside = part_of < parts
+        place = part_of[inside], np.searchsorted(edges, contexts[inside], side="right") - 1
+        np.add.at(sums[0], place, losses[inside])
+        np.add.at(sums[1], place, 1)
         if progress is not None:
             progress(count, len(starts))
     return _stretches(sums if stride == window else sums[:, 1:], edges)
@@ -137,20 +142,6 @@ def _edges(window: int, first: int) -> NDArray[np.int64]:
     """Where stretches of context begin, and where the last ends: 1, 2, 4, ..., `window`."""
     doublings = [2**power for power in range(math.ceil(math.log2(window)))]
     return np.array([*range(first, 1), *doublings, window])
-
-
-def _add(
-    sums: NDArray[np.float64],
-    contexts: NDArray[np.int64],
-    parts: NDArray[np.int64],
-    edges: NDArray[np.int64],
-    losses: NDArray[np.floating],
-) -> None:
-    """Count each prediction in the part of the text where its token is, and by its context."""
-    inside = parts < sums.shape[1]
-    place = parts[inside], np.searchsorted(edges, contexts[inside], side="right") - 1
-    np.add.at(sums[0], place, losses[inside])
-    np.add.at(sums[1], place, 1)
 
 
 def _stretches(sums: NDArray[np.float64], edges: NDArray[np.int64]) -> list[Stretch]:

@@ -1,6 +1,6 @@
 """The program that runs a chat template, in a process of its own with little memory.
 
-`chat_template` starts it, gives it a request, reads a reply, and ends it where it takes too long.
+`template` starts it, gives it a request, reads a reply, and ends it where it takes too long.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It runs in Jinja's sandbox, which keeps it from files and from the insides of Python, and sees
 nothing but texts. The sandbox does not keep it from taking long, or much memory: a line of Jinja
-can ask for more than any machine has. So it runs in a process of its own (`chat_rendering`), which
+can ask for more than any machine has. So it runs in a process of its own (`rendering`), which
 may have so much and no more. To start one takes a tenth of a second. What a template may use beside
 plain Jinja is what Transformers offers, for which templates are written.
 """

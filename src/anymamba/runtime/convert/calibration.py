@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import expected_shapes, model_shape
-from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, MAMBA, in_layer, role_of
+from anymamba.checkpoint.architecture import EMBEDDINGS, FINAL_NORM, HEAD, MAMBA, in_layer
 from anymamba.checkpoint.dtypes import to_bfloat16
 from anymamba.checkpoint.quantization import (
     Bits,
@@ -40,9 +40,11 @@ from anymamba.checkpoint.quantization import (
     scales_of,
     values_of,
 )
+from anymamba.checkpoint.quantized_folder import is_quantized
 from anymamba.errors import InputError
 from anymamba.runtime.analysis import Layer, normed
 from anymamba.runtime.native import epsilon_of
+from anymamba.runtime.tokenizer import check_vocabulary
 
 Tensor = Callable[[str], NDArray[np.float32] | None]
 """Gives the float32 tensor of a name, None if there is none."""
@@ -93,12 +95,7 @@ class Recipe:
 def search_clip(
     weight_nk: NDArray[np.float32], recipe: Recipe, name: str = "the weight"
 ) -> NDArray[np.float32]:
-    """Find for each group the range with the least squared error.
-
-    Args:
-        weight_nk: (n, k), float32.
-        recipe: the format.
-        name: what is quantized, for messages.
+    """Find for each group of a weight (n, k) the range with the least squared error.
 
     Returns:
         (n, k / group): which share of its range each group keeps, from 0.6 to 1. `quantize` takes
@@ -139,13 +136,7 @@ def _best_clip(parts: NDArray[np.float32], recipe: Recipe) -> NDArray[np.float32
 
 
 def second_moment(inputs: Iterable[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """X^T X of all that a matrix reads.
-
-    Args:
-        inputs: stretches of it, each (..., k).
-
-    Returns:
-        (k, k).
+    """X^T X (k, k) of all that a matrix reads, which comes in parts (..., k).
 
     Raises:
         InputError: there is nothing, or it holds NaN or infinity.
@@ -176,14 +167,8 @@ def round_with_feedback(
     """Round a weight column by column, later columns making up for the errors of earlier ones.
 
     Args:
-        weight_nk: (n, k), float32.
-        moment_kk: `second_moment` of what the weight reads. A tenth of its mean diagonal is added
-            to the diagonal, so that few or alike inputs do no harm.
-        recipe: the format.
-        name: what is quantized, for messages.
-
-    Returns:
-        The quantized weight.
+        moment_kk: `second_moment` of what the weight (n, k) reads. A tenth of its mean diagonal is
+            added to the diagonal, so that few or alike inputs do no harm.
 
     Raises:
         ConfigError: there are no such bits or groups.
@@ -236,7 +221,9 @@ def _round_group(
     """
     begin, end = g * recipe.group, (g + 1) * recipe.group
     own, factor = left_kn[begin:end], factor_kk[begin:end]
-    scale, minimum = _scales_for(np.ascontiguousarray(own.T), recipe)
+    parts = np.ascontiguousarray(own.T)
+    clip = _best_clip(parts, recipe) if recipe.searches else 1.0
+    scale, minimum = scales_of(*ranges(parts), recipe.bits, recipe.symmetric, clip)
     numbers, errors = np.empty(own.shape, np.uint8), np.empty_like(own)
     for j in range(recipe.group):
         column = own[j, :, None]
@@ -247,13 +234,6 @@ def _round_group(
         own[j + 1 :] -= np.outer(factor[j, begin + j + 1 : end], errors[j])
     left_kn[end:] -= factor[:, end:].T @ errors
     return numbers, scale, minimum
-
-
-def _scales_for(
-    parts: NDArray[np.float32], recipe: Recipe
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    clip = _best_clip(parts, recipe) if recipe.searches else 1.0
-    return scales_of(*ranges(parts), recipe.bits, recipe.symmetric, clip)
 
 
 def windows_of(ids: NDArray[np.int64], window: int = WINDOW, most: int = MOST_WINDOWS) -> Any:
@@ -283,31 +263,17 @@ def windows_of(ids: NDArray[np.int64], window: int = WINDOW, most: int = MOST_WI
 
 
 def check_readable(ids_bl: NDArray[np.int64], config: Mapping[str, Any]) -> None:
-    """Refuse a text, or a model, that cannot be calibrated with.
-
-    Args:
-        ids_bl: windows of tokens.
-        config: fields in Transformers' names.
+    """Refuse windows of tokens, or a model, that cannot be calibrated with.
 
     Raises:
         ConfigError: the native core does not compute such a model.
         InputError: a token is not in the vocabulary.
 
     Example:
-        >>> check_readable(np.array([[0, 9]]), {"vocab_size": 8})
-        Traceback (most recent call last):
-            ...
-        anymamba.errors.InputError: the calibration text has token 9, and the model's vocabulary \
-has 8; does the tokenizer belong to the model?
+        >>> check_readable(np.array([[0, 7]]), {"vocab_size": 8})
     """
     epsilon_of(config, "quantize without a calibration text")
-    vocabulary = model_shape(config).vocab_size
-    wrong = ids_bl[(ids_bl < 0) | (ids_bl >= vocabulary)]
-    if wrong.size:
-        raise InputError(
-            f"the calibration text has token {wrong[0]}, and the model's vocabulary has "
-            f"{vocabulary}; does the tokenizer belong to the model?"
-        )
+    check_vocabulary(ids_bl, model_shape(config).vocab_size, "the calibration text")
 
 
 def calibrate(
@@ -366,7 +332,7 @@ def calibrate(
 def _check_weights(tensor: Tensor, config: Mapping[str, Any], recipe: Recipe) -> None:
     """Before anything is computed: what is broken in one place makes all that follows it NaN."""
     for name, shape in expected_shapes(config).items():
-        if role_of(name) == "large matrix" and shape[1] % recipe.group == 0:
+        if is_quantized(name, shape, recipe.group):
             check_weight(_there(tensor, name), recipe.bits, recipe.group, name)
 
 

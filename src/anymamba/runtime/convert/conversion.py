@@ -1,9 +1,9 @@
 """Writing a model in another layout, another type of weights, or as a GGUF file.
 
-Values change only where another type is asked for, or where GGUF has another form (see
-`gguf_reading`). The embedding table, the head and the projections take the type; norms, the
-convolution, A, D and biases keep theirs, unless it is to be float32 all over. One tensor at a time
-is in memory, but of a pickled model.
+Values change only where another type is asked for, or where GGUF has another form, see
+`anymamba.checkpoint.gguf.reader`. The embedding table, the head and the projections take the type;
+norms, the convolution, A, D and biases keep theirs, unless it is to be float32 all over. One tensor
+at a time is in memory, but of a pickled model.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _check_choice(layout: str, weights: str | None, destination: str | os.PathLi
 
 
 def _write_gguf(target: Path, model: Source, weights: str | None) -> None:
-    by_type = {"F64": "f32"} | {kind.upper(): kind for kind in GGUF_WEIGHTS}
+    by_type = {"F64": "f32"} | {name.upper(): name for name in GGUF_WEIGHTS}
     if weights is None and model.dtype not in by_type:
         raise ConfigError(
             f"the model is stored in {model.dtype}, which is read here and not written; say in "
@@ -158,7 +158,7 @@ def write_files(folder: Path, model: Source, layout: Any, weights: str | None) -
     """
     shapes = expected_shapes(model.config)
     plans = {
-        name: TensorPlan(_kind(name, model.kinds[name], weights), shape)
+        name: TensorPlan(_written_dtype(name, model.dtypes[name], weights), shape)
         for name, shape in shapes.items()
     }
     repeated = model_shape(model.config).tied and repeats_head(layout)
@@ -179,20 +179,20 @@ def write_files(folder: Path, model: Source, layout: Any, weights: str | None) -
                 stream.put(name_in_layout(HEAD, layout), written)
 
 
-def _kind(name: str, stored: str, weights: str | None) -> str:
+def _written_dtype(name: str, stored: str, weights: str | None) -> str:
     """The type that a tensor is to be written in; its own, where nothing else is asked for."""
     own = stored if stored in ("F16", "BF16") else "F32"
     return own if weights is None or (weights != "f32" and not is_matrix(name)) else weights.upper()
 
 
-def _typed(name: str, tensor: NDArray[Any], kind: str) -> NDArray[Any]:
+def _typed(name: str, tensor: NDArray[Any], dtype: str) -> NDArray[Any]:
     """A tensor in such a type, where it lies if it has that type."""
-    if dtype_of(tensor) == kind:
+    if dtype_of(tensor) == dtype:
         return tensor
     wide = as_float32(tensor)
-    if kind == "F16" and not (np.abs(wide) <= LARGEST_FLOAT16).all():
+    if dtype == "F16" and not (np.abs(wide) <= LARGEST_FLOAT16).all():
         raise ConfigError(
             f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}; write the "
             "weights as f32 or bf16"
         )
-    return as_dtype(wide, kind)
+    return as_dtype(wide, dtype)

@@ -17,12 +17,7 @@ _FIXED = {"layer_norm_epsilon": 1e-5, "hidden_act": "silu"}
 
 
 def config_of_layout(config: Mapping[str, Any], layout: Layout, dtype: str) -> dict[str, Any]:
-    """Write a config in a layout's own fields.
-
-    Args:
-        config: fields in Transformers' names.
-        layout: whose fields to use.
-        dtype: safetensors' name of the type that most weights have.
+    """Write a config in a layout's own fields; `dtype` is the type that most weights have.
 
     Returns:
         What belongs into config.json. `read_config` gives the same model for it.

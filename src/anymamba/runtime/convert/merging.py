@@ -39,8 +39,7 @@ def merge(
             one that the adapter names.
         weights: the matrices' type, one of `FOLDER_WEIGHTS`; by default as they are stored. The
             sums are made in float32 and rounded once.
-        overwrite: replace a model that is there. A folder that holds other files is refused.
-        offline: use what was downloaded of a hub id before, and no network.
+        overwrite, offline: as for `convert`.
 
     Returns:
         The destination, links followed.
@@ -85,14 +84,14 @@ def with_adapter(source: Source, adapter: Adapter) -> Source:
         CheckpointError: the two do not fit together.
     """
     check_fits(adapter, source.tensors)
-    config, kinds = dict(source.config), dict(source.kinds)
+    config, dtypes = dict(source.config), dict(source.dtypes)
     unties = EMBEDDINGS in adapter.changes and config.get("tie_word_embeddings", True)
     if unties:
         config["tie_word_embeddings"] = False
-        kinds[HEAD] = kinds[EMBEDDINGS]
+        dtypes[HEAD] = dtypes[EMBEDDINGS]
     companions = dict(source.companions) | companions_in(adapter.folder)
     tensors = _Merged(source.tensors, adapter, HEAD if unties else None)
-    return replace(source, config=config, kinds=kinds, companions=companions, tensors=tensors)
+    return replace(source, config=config, dtypes=dtypes, companions=companions, tensors=tensors)
 
 
 class _Merged(Mapping[str, NDArray[Any]]):

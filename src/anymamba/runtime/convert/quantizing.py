@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint import FORMAT, expected_shapes
+from anymamba.checkpoint import expected_shapes
 from anymamba.checkpoint.architecture import is_matrix, role_of
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import FLOATS, as_dtype, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.io import listed, shown
 from anymamba.checkpoint.quantization import QuantizedArray, check_format
+from anymamba.checkpoint.quantized_folder import BITS, FORMAT, FORMAT_VERSION, is_quantized
 from anymamba.checkpoint.safetensors import SafetensorsStream, TensorPlan
 from anymamba.checkpoint.source import Source, open_source
 from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
@@ -41,9 +42,6 @@ from anymamba.runtime.native import core, wanted_threads
 from anymamba.runtime.tokenizer import TextCodec
 
 Progress = Callable[[int, int], object]
-
-FORMAT_VERSION = 1
-_BITS = {"int8": 8, "int4": 4}
 
 
 def quantize_checkpoint(
@@ -78,8 +76,7 @@ def quantize_checkpoint(
         search: whether 4-bit groups try narrower ranges, with or without a text.
         tokenizer: a folder or tokenizer.json for the text, if the model comes without one.
         threads: how many compute; None leaves the choice to the environment.
-        overwrite: replace a model that is there. A folder that holds other files is refused.
-        offline: use what was downloaded of a hub id before, and no network.
+        overwrite, offline: as for `convert`.
         progress: told how many tensors are written, and how many there are.
 
     Returns:
@@ -104,7 +101,7 @@ def quantize_checkpoint(
     check_apart(source, destination)
     target = check_destination(destination, overwrite)
     model = open_source(source, offline)
-    rounded = sorted(set(model.kinds.values()).difference(FLOATS))
+    rounded = sorted(set(model.dtypes.values()).difference(FLOATS))
     if rounded:
         raise CheckpointError(
             f"weights in {os.fspath(source)!r} are stored as {listed(rounded)}, and would be "
@@ -120,10 +117,10 @@ def quantize_checkpoint(
 
 
 def _recipe(weights: str, group: int, symmetric: bool, search: bool) -> Recipe:
-    if weights not in _BITS:
-        raise ConfigError(f"weights must be {' or '.join(_BITS)}, got {shown(weights)}")
-    check_format(_BITS[weights], group, group)
-    return Recipe(8 if weights == "int8" else 4, group, symmetric, search)
+    if weights not in BITS:
+        raise ConfigError(f"weights must be {' or '.join(BITS)}, got {shown(weights)}")
+    check_format(BITS[weights], group, group)
+    return Recipe(BITS[weights], group, symmetric, search)
 
 
 def _tokens(
@@ -179,7 +176,7 @@ def _plans(shapes: Mapping[str, tuple[int, ...]], recipe: Recipe) -> dict[str, T
     """What the file will hold."""
     plans: dict[str, TensorPlan] = {}
     for name, shape in shapes.items():
-        if not _is_quantized(name, shape, recipe):
+        if not is_quantized(name, shape, recipe.group):
             plans[name] = TensorPlan("BF16" if is_matrix(name) else "F32", shape)
             continue
         n, k = shape
@@ -218,13 +215,9 @@ def _tensors(
             values = wide(name)
             assert values is not None  # open_source has checked that all are there
             check_finite(name, values)
-            if not _is_quantized(name, shape, recipe):
+            if not is_quantized(name, shape, recipe.group):
                 yield name, as_dtype(values, "BF16") if is_matrix(name) else values
             elif windows_bl is None:
                 yield name, recipe.rounded(values, name)
     except InputError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _is_quantized(name: str, shape: tuple[int, ...], recipe: Recipe) -> bool:
-    return role_of(name) == "large matrix" and shape[1] % recipe.group == 0

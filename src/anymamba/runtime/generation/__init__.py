@@ -2,10 +2,13 @@
 
 from anymamba.renamed import old_names
 from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
-from anymamba.runtime.generation.generation_config import suggested_sampling
 from anymamba.runtime.generation.logits_processors import check_numbers
 from anymamba.runtime.generation.sampling import Sampler
-from anymamba.runtime.generation.sampling_settings import Sampling, chosen_sampling
+from anymamba.runtime.generation.sampling_settings import (
+    Sampling,
+    chosen_sampling,
+    suggested_sampling,
+)
 from anymamba.runtime.generation.token_generator import (
     GenerationOutput,
     TokenGenerator,

@@ -5,7 +5,8 @@ functions say which tokens remain possible, as a boolean mask. A token that is n
 the score minus infinity, and every function takes such scores. None of them looks at more than
 its arguments, so that each can be held beside the same step of another implementation.
 
-The letter v is the vocabulary, c those of its tokens that are looked at.
+The letter v is the vocabulary, c those of its tokens that are looked at. Where a temperature or a
+mask is asked for the largest score is finite, and a mask leaves at least one token.
 """
 
 from __future__ import annotations
@@ -37,15 +38,10 @@ def check_numbers(largest: Scores) -> None:
 
 
 def add_bias(scores_v: Scores, ids_c: NDArray[np.int64], bias_c: Scores) -> None:
-    """Add a number to the scores of some tokens, in place.
+    """Add a number to the scores of some tokens, each named once, in place.
 
-    This is Transformers' `SequenceBiasLogitsProcessor` for sequences of one token, and
-    `logit_bias` of OpenAI's interface.
-
-    Args:
-        scores_v: the scores, changed in place.
-        ids_c: the tokens, each at most once.
-        bias_c: what is added to each.
+    This is Transformers' `SequenceBiasLogitsProcessor` for sequences of one token, and `logit_bias`
+    of OpenAI's interface.
 
     Example:
         >>> scores_v = np.float32([1, 2, 3])
@@ -61,12 +57,8 @@ def penalize_repetition(scores_v: Scores, ids_c: NDArray[np.int64], penalty: flo
 
     From CTRL (Keskar et al. 2019, arXiv:1909.05858, section 4.1), with the division of negative
     scores, which would reward them, made a multiplication, as in Transformers'
-    `RepetitionPenaltyLogitsProcessor`.
-
-    Args:
-        scores_v: the scores, changed in place.
-        ids_c: the tokens that were there before, each at most once.
-        penalty: above 1 makes them less likely.
+    `RepetitionPenaltyLogitsProcessor`. A penalty above 1 makes tokens less likely; each is named
+    once.
 
     Example:
         >>> scores_v = np.float32([4, -1, 3])
@@ -85,17 +77,11 @@ def penalize_presence_and_frequency(
     presence: float,
     frequency: float,
 ) -> None:
-    """Lower the scores of tokens that were chosen before, in place.
+    """Lower the scores of tokens that were chosen before, each named once, in place.
 
     OpenAI's definition (API reference, "Frequency and presence penalties"): from the logit of a
-    token that was sampled c times, c * frequency is taken, and presence once if c > 0.
-
-    Args:
-        scores_v: the scores, changed in place.
-        ids_c: the tokens that were chosen before, each at most once.
-        counts_c: how often each was, at least once.
-        presence: what having been chosen costs; negative rewards it.
-        frequency: what each time costs; negative rewards it.
+    token that was sampled c times, c * frequency is taken, and presence once if c > 0. Negative
+    ones reward.
 
     Example:
         >>> scores_v = np.float32([4, 4, 4])
@@ -107,17 +93,10 @@ def penalize_presence_and_frequency(
 
 
 def with_temperature(scores_v: Scores, temperature: float) -> Scores:
-    """Divide the scores by the temperature, after taking the largest from all of them.
+    """Divide the scores by the temperature, above 0, after taking the largest from all of them.
 
-    The distribution is that of Transformers' `TemperatureLogitsWarper`: a constant taken from
-    all scores changes no probability. It keeps small temperatures from reaching infinity.
-
-    Args:
-        scores_v: the scores; the largest is finite.
-        temperature: above 0. Below 1 makes likely tokens likelier, above 1 less so.
-
-    Returns:
-        New scores, the largest 0.
+    The distribution is that of Transformers' `TemperatureLogitsWarper`: a constant taken from all
+    scores changes no probability. It keeps small temperatures from reaching infinity.
 
     Example:
         >>> with_temperature(np.float32([1, 2, 3]), 0.5).tolist()
@@ -129,17 +108,10 @@ def with_temperature(scores_v: Scores, temperature: float) -> Scores:
 
 
 def keep_top_k(scores_c: Scores, k: int) -> Mask:
-    """Keep the k tokens with the largest scores, and those that tie with the last of them.
+    """Keep the k tokens, at least 1, with the largest scores, and those that tie with the last.
 
     From Fan et al. 2018 (arXiv:1805.04833, section 5.3); ties stay as in Transformers'
     `TopKLogitsWarper`. Nothing is sorted: the k-th score is found by partition.
-
-    Args:
-        scores_c: the scores.
-        k: at least 1. If there are fewer tokens, all stay.
-
-    Returns:
-        Which tokens stay.
 
     Example:
         >>> keep_top_k(np.float32([1, 4, 3, 3]), 2).tolist()
@@ -153,21 +125,14 @@ def keep_top_k(scores_c: Scores, k: int) -> Mask:
 
 
 def keep_top_p(scores_c: Scores, p: float) -> Mask:
-    """Keep the likeliest tokens that together reach the probability p: the nucleus.
+    """Keep the likeliest tokens that together reach the probability p, in (0, 1): the nucleus.
 
     From Holtzman et al. 2019 (arXiv:1904.09751, section 3.1). A token stays if all likelier ones
-    together have less than p; Transformers' `TopPLogitsWarper` says the same from the other end.
-    Of tokens that are equally likely, those with the smaller ids are kept first.
+    together have less than p; Transformers' `TopPLogitsWarper` says the same from the other end. Of
+    tokens that are equally likely, those with the smaller ids are kept first.
 
     Only candidates are sorted. All tokens below (1 - p) / v together have no more than 1 - p, so
     that those above reach p without them.
-
-    Args:
-        scores_c: the scores; the largest is finite.
-        p: above 0, below 1.
-
-    Returns:
-        Which tokens stay, at least one.
 
     Example:
         >>> keep_top_p(np.log(np.float32([0.1, 0.5, 0.25, 0.15])), 0.7).tolist()
@@ -188,16 +153,9 @@ def keep_top_p(scores_c: Scores, p: float) -> Mask:
 
 
 def keep_min_p(scores_c: Scores, p: float) -> Mask:
-    """Keep the tokens that are at least p times as likely as the likeliest.
+    """Keep the tokens that are at least p times, 0 to 1, as likely as the likeliest.
 
     From Nguyen et al. 2024 (arXiv:2407.01082, section 3); Transformers' `MinPLogitsWarper`.
-
-    Args:
-        scores_c: the scores; the largest is finite.
-        p: 0 to 1.
-
-    Returns:
-        Which tokens stay, at least one.
 
     Example:
         >>> keep_min_p(np.log(np.float32([0.1, 0.5, 0.3, 0.1])), 0.5).tolist()
@@ -208,18 +166,11 @@ def keep_min_p(scores_c: Scores, p: float) -> Mask:
 
 
 def keep_typical(scores_c: Scores, p: float) -> Mask:
-    """Keep the tokens whose surprise is nearest to the expected one, up to the probability p.
+    """Keep the tokens of the most expected surprise, up to the probability p, in (0, 1).
 
     From Meister et al. 2022 (arXiv:2202.00666, section 3): a token's surprise is -log of its
     probability, and what is expected of it is the entropy. As in Transformers'
     `TypicalLogitsWarper`, the token that reaches p stays, and so do those that tie with it.
-
-    Args:
-        scores_c: the scores; the largest is finite.
-        p: above 0, below 1.
-
-    Returns:
-        Which tokens stay, at least one.
 
     Example:
         >>> keep_typical(np.log(np.float32([0.4, 0.3, 0.2, 0.1])), 0.4).tolist()
@@ -240,12 +191,7 @@ def keep_typical(scores_c: Scores, p: float) -> Mask:
 def log_normalizer(scores_c: Scores) -> np.float32:
     """What is taken from scores to make log-probabilities of them: log of the sum of exp.
 
-    Args:
-        scores_c: the scores; the largest is finite.
-
-    Returns:
-        The normalizer. The sum is made around the largest score, where it can neither overflow
-        nor vanish.
+    The sum is made around the largest score, where it can neither overflow nor vanish.
 
     Example:
         >>> scores_c = np.log(np.float32([1, 3]))

@@ -2,13 +2,13 @@
 
 The steps come in the order of Transformers' `generate`: logit bias, repetition penalty, presence
 and frequency penalties (which Transformers lacks), constraint; then, unless the likeliest token is
-taken, temperature, top-k, top-p, min-p, typical. The steps themselves are in `processors`.
+taken, temperature, top-k, top-p, min-p, typical. The steps themselves are in `logits_processors`.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from anymamba.runtime.generation.logits_processors import (
     with_temperature,
 )
 from anymamba.runtime.generation.sampling_settings import Constraint, Sampling
+from anymamba.runtime.tokenizer import check_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,12 @@ class Sampler:
     def __init__(
         self, sampling: Sampling, prompt_ids: Sequence[int], vocabulary: int, row: int = 0
     ) -> None:
-        _check_in_vocabulary("prompt", prompt_ids, vocabulary)
-        _check_in_vocabulary("logit_bias", sampling.logit_bias, vocabulary)
-        _check_in_vocabulary("stop_ids", sampling.stop_ids, vocabulary)
+        for where, ids in (
+            ("prompt", prompt_ids),
+            ("logit_bias", list(sampling.logit_bias)),
+            ("stop_ids", sampling.stop_ids),
+        ):
+            check_vocabulary(np.array(ids, np.int64), vocabulary, where)
         self.sampling = sampling
         self.seed = random.getrandbits(32) if sampling.seed is None else sampling.seed
         self._vocabulary = vocabulary
@@ -250,13 +254,3 @@ def _drawn(scores_c: NDArray[np.float32], chance: float) -> int:
     shares_c = np.cumsum(np.exp(scores_c), dtype=np.float64)
     # The product is below the end, and "right" passes over tokens that have no share.
     return int(np.searchsorted(shares_c, chance * shares_c[-1], side="right"))
-
-
-def _check_in_vocabulary(name: str, ids: Iterable[int], vocabulary: int) -> None:
-    ids_c = np.array(list(ids), dtype=np.int64)
-    outside = ids_c[(ids_c < 0) | (ids_c >= vocabulary)]
-    if outside.size:
-        raise InputError(
-            f"{name} has token {outside[0]}, expected 0 to {vocabulary - 1}: the tokenizer does "
-            "not belong to the model, or the token was mistyped"
-        )

@@ -1,4 +1,4 @@
-"""The settings by which a text is continued, checked."""
+"""The settings by which a text is continued, as a call gives them or a model suggests them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint.io import shown
-from anymamba.errors import InputError
+from anymamba.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,8 @@ Constraint = Callable[[Sequence[int], "NDArray[np.float32]"], "ArrayLike"]
 # Factors and summands outside of these would turn usual logits into zeros or infinities.
 _SMALLEST, _LARGEST = 1e-6, 1e6
 _MOST = 2**63 - 1
+# What says how tokens are drawn.
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 _SUMMANDS = f"a number from -{_LARGEST:g} to {_LARGEST:g}"
 
 
@@ -110,8 +112,7 @@ class Sampling:
         """Whether the likeliest token is taken, rather than one drawn by chance."""
         if self.do_sample is False or self.temperature == 0:
             return True
-        drawing = (self.temperature, self.top_k, self.top_p, self.min_p, self.typical_p)
-        return not self.do_sample and all(setting is None for setting in drawing)
+        return not self.do_sample and all(getattr(self, name) is None for name in _DRAWING)
 
     def _number(self, name: str, fits: Callable[[float], bool], expected: str) -> None:
         value = getattr(self, name)
@@ -215,3 +216,37 @@ def chosen_sampling(
     if max_new_tokens is not None:
         given["max_new_tokens"] = max_new_tokens
     return replace(sampling or Sampling(), **given)
+
+
+def suggested_sampling(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the fields of `Sampling` that a generation_config.json sets.
+
+    Transformers draws tokens only where the file says `do_sample`; without it, temperature and
+    the like suggest nothing, and they are left out.
+
+    Args:
+        generation_config: the file's fields; empty where there is no file.
+
+    Returns:
+        Fields for `Sampling`, those that are set only.
+
+    Raises:
+        CheckpointError: a value makes no sense.
+
+    Example:
+        >>> suggested_sampling({"do_sample": True, "temperature": 0.7, "top_p": None})
+        {'temperature': 0.7}
+        >>> suggested_sampling({"temperature": 0.7, "repetition_penalty": 1.1})
+        {'repetition_penalty': 1.1}
+    """
+    draws = generation_config.get("do_sample") is True
+    names = (*(_DRAWING if draws else ()), "repetition_penalty")
+    found = {name: generation_config.get(name) for name in names}
+    if draws and found["temperature"] is None:
+        found["temperature"] = 1.0  # Transformers' default
+    kept = {name: value for name, value in found.items() if value is not None}
+    try:
+        Sampling(**kept)
+    except InputError as error:
+        raise CheckpointError(f"generation_config.json: {error}; got {shown(kept)}") from None
+    return kept

@@ -170,16 +170,7 @@ def write_text(
 def write_batch(
     network: Network, blocks: BatchState, generators: Sequence[TokenGenerator]
 ) -> list[list[TokenOutput]]:
-    """Write several texts side by side; those that have ended cost no more.
-
-    Args:
-        network: the model.
-        blocks: a text that was read for each generator, with its logits; used up.
-        generators: choose.
-
-    Returns:
-        The pieces of each text.
-    """
+    """Write texts side by side, where those that have ended cost no more; `blocks` are used up."""
     pieces: list[list[TokenOutput]] = [[] for _ in generators]
     rows = list(range(len(generators)))
     while rows:

@@ -29,12 +29,7 @@ class BatchState:
 
     @classmethod
     def empty(cls, sizes: Mapping[str, str | int], rows: int) -> BatchState:
-        """The memory of texts of which nothing was read.
-
-        Args:
-            sizes: what `state_identity` says of the model.
-            rows: b.
-        """
+        """The memory of texts of which nothing was read, by the `state_identity` of the model."""
         e = sizes["intermediate_size"]
         shape = (int(sizes["num_hidden_layers"]), rows, int(e))
         return cls(

@@ -7,6 +7,8 @@ new tokens cost, and nothing for those that were read before.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -15,8 +17,10 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import (
     StateFile,
     TensorBytes,
+    check_finite_blocks,
     check_identity,
     read_state_file,
+    state_identity,
     state_metadata,
     write_atomically,
     write_safetensors,
@@ -26,7 +30,36 @@ from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.safetensors.mmap import FileMap
 from anymamba.errors import InputError, StateError
 from anymamba.runtime.state.batch_state import BatchState
-from anymamba.runtime.state.fingerprint import Identity
+
+
+class Identity:
+    """Which model a state belongs to: its sizes, and a digest of its weights.
+
+    Args:
+        config: the config's fields in Transformers' names.
+        vocabulary: how many tokens the model has.
+        compute_digest: reads all weights to tell which they are.
+
+    Attributes:
+        sizes: the fields that decide the shapes of a state.
+
+    Example:
+        >>> identity = Identity({"hidden_size": 8}, 50280, lambda: "4e05fedd")
+        >>> identity.sizes["intermediate_size"], identity.digest
+        (16, '4e05fedd')
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], vocabulary: int, compute_digest: Callable[[], str]
+    ) -> None:
+        self.sizes = state_identity(config)
+        self.vocabulary = vocabulary
+        self._compute_digest = compute_digest
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hexadecimal digits. Computing them takes about a second per gigabyte."""
+        return self._compute_digest()
 
 
 class State:
@@ -144,10 +177,7 @@ class State:
         )
 
     def batch_of(self, identity: Identity) -> BatchState:
-        """What the state holds, for a model that goes on from it.
-
-        Args:
-            identity: the model's.
+        """What the state holds, for the model of this identity, which goes on from it.
 
         Raises:
             StateError: the state belongs to another model.
@@ -191,12 +221,7 @@ class State:
         blocks = {"conv_states": self.conv_states, "ssm_states": self.ssm_states}
         if self._blocks.logits is not None:
             blocks["logits"] = self._blocks.logits
-        for name, block in blocks.items():
-            if not np.isfinite(block).all():
-                raise StateError(
-                    f"the state holds NaN or infinity in its {name}, and nothing could go on from "
-                    "it: it was not written; the model's weights are broken, or what was assigned"
-                )
+        check_finite_blocks(blocks, np.isfinite, "the state")
         tensors = {name: _bytes_of(block, dtype) for name, block in blocks.items()}
         digest = self.identity.digest
         metadata = state_metadata(self.identity.sizes, [self.token_count], digest)
@@ -208,13 +233,6 @@ def check_state(state: object) -> State:
 
     Raises:
         InputError: it is something else.
-
-    Example:
-        >>> check_state(None)
-        Traceback (most recent call last):
-            ...
-        anymamba.errors.InputError: expected a state, as Engine.state makes it and load_state \
-reads it, got None
     """
     if not isinstance(state, State):
         raise InputError(
@@ -225,14 +243,7 @@ reads it, got None
 
 
 def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
-    """Read a state that `State.save` or `MambaCache.save` wrote.
-
-    Args:
-        path: the file.
-        identity: the model that is to continue from it.
-
-    Returns:
-        The state.
+    """Read a state that `State.save` or `MambaCache.save` wrote, for the model of this identity.
 
     Raises:
         StateError: there is no such file, it is broken, it belongs to another model or to other
@@ -255,8 +266,7 @@ def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
     _check_logits(file, identity.vocabulary)
     if file.weights_digest is not None:  # else ours need not be computed
         file.check_digest(identity.digest)
-    blocks = {name: _widened(files, file, name) for name in file.tensors}
-    _check_numbers(blocks, file.source)
+    blocks = {name: _read_block(files, file, name) for name in file.tensors}
     counts = np.array(file.token_counts, np.int64)
     logits = blocks.get("logits")
     return State(identity, BatchState(blocks["conv_states"], blocks["ssm_states"], counts, logits))
@@ -268,7 +278,7 @@ def _bytes_of(block: NDArray[np.float32], dtype: str) -> TensorBytes:
     return TensorBytes("F32", block.shape, block.tobytes())
 
 
-def _widened(files: FileMap, file: StateFile, name: str) -> NDArray[np.float32]:
+def _read_block(files: FileMap, file: StateFile, name: str) -> NDArray[np.float32]:
     """A block as float32, in memory of its own."""
     record = file.tensors[name]
     if record.dtype not in ("F32", "F16", "BF16"):
@@ -276,15 +286,12 @@ def _widened(files: FileMap, file: StateFile, name: str) -> NDArray[np.float32]:
             f"{file.source} has {name} as {record.dtype}, expected F32, F16 or BF16; save it again "
             "from a MambaCache of such a type"
         )
-    return as_float32(files.array(record), copy=True)
-
-
-def _check_numbers(blocks: dict[str, NDArray[np.float32]], source: str) -> None:
-    for name, block in blocks.items():
-        if not np.isfinite(block).all():
-            raise StateError(
-                f"{source} is broken: {name} holds NaN or infinity; read the text again"
-            )
+    block = as_float32(files.array(record), copy=True)
+    if not np.isfinite(block).all():
+        raise StateError(
+            f"{file.source} is broken: {name} holds NaN or infinity; read the text again"
+        )
+    return block
 
 
 def _check_logits(file: StateFile, vocabulary: int) -> None:

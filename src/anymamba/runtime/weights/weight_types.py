@@ -3,7 +3,7 @@
 The matrices are brought into the storage that is asked for. The rest (norms, convolutions, A, D,
 biases) stays as it is, or becomes float32. `anymamba.checkpoint.architecture` says which is which.
 
-| kind | large matrices | small matrices | the rest |
+| type | large matrices | small matrices | the rest |
 | --- | --- | --- | --- |
 | auto | as stored | as stored | as stored |
 | f32 | float32 | float32 | float32 |
@@ -17,46 +17,46 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from anymamba.checkpoint.architecture import is_matrix, role_of
+from anymamba.checkpoint.architecture import is_matrix
 from anymamba.checkpoint.dtypes import as_dtype, as_float32
+from anymamba.checkpoint.quantized_folder import BITS, is_quantized
 from anymamba.errors import ConfigError
 from anymamba.renamed import old_names
 
 if TYPE_CHECKING:
-    from anymamba.checkpoint.quantization import QuantizedArray, Tensor
+    from anymamba.checkpoint.quantization import Tensor
 
 __getattr__ = old_names(__name__)
 
-KINDS = ("auto", "f32", "bf16", "int8", "int4")
+WEIGHT_TYPES = ("auto", "f32", "bf16", "int8", "int4")
 """What may be asked for."""
 
-_BITS = {"int8": 8, "int4": 4}
 
-
-def check_kind(kind: str) -> None:
-    """Refuse a kind that does not exist.
+def check_weight_type(weight_type: str) -> None:
+    """Refuse a type that does not exist.
 
     Raises:
-        ConfigError: it is none of `KINDS`.
+        ConfigError: it is none of `WEIGHT_TYPES`.
 
     Example:
-        >>> check_kind("int8")
+        >>> check_weight_type("int8")
     """
-    if kind not in KINDS:
-        raise ConfigError(f"weights must be one of {', '.join(KINDS)}, got {kind!r}")
+    if weight_type not in WEIGHT_TYPES:
+        raise ConfigError(f"weights must be one of {', '.join(WEIGHT_TYPES)}, got {weight_type!r}")
 
 
-def to_weight_type(tensors: Mapping[str, Tensor], kind: str, group: int = 128) -> dict[str, Tensor]:
+def to_weight_type(
+    tensors: Mapping[str, Tensor], weight_type: str, group: int = 128
+) -> dict[str, Tensor]:
     """Bring a model's tensors into another storage.
 
     Args:
         tensors: by Transformers' names. They are asked for one after the other.
-        kind: "f32", "bf16", "int8" or "int4".
+        weight_type: "f32", "bf16", "int8" or "int4".
         group: how many weights share a scale, where they are quantized.
 
     Returns:
@@ -69,58 +69,48 @@ def to_weight_type(tensors: Mapping[str, Tensor], kind: str, group: int = 128) -
         >>> to_weight_type({"backbone.norm_f.weight": np.ones(2, np.float16)}, "int8")
         {'backbone.norm_f.weight': array([1., 1.], dtype=float32)}
     """
-    return {name: _converted(name, tensor, kind, group) for name, tensor in tensors.items()}
+    return {name: _converted(name, tensor, weight_type, group) for name, tensor in tensors.items()}
 
 
-def bytes_of(name: str, shape: tuple[int, ...], kind: str, group: int = 128) -> int:
+def bytes_of(name: str, shape: tuple[int, ...], weight_type: str, group: int = 128) -> int:
     """How many bytes a float32 tensor takes once it is converted.
 
     Args:
         name: Transformers' name.
         shape: of its values.
-        kind, group: as for `to_weight_type`.
+        weight_type, group: as for `to_weight_type`.
 
     Example:
         >>> bytes_of("lm_head.weight", (2, 128), "int4")  # 256 numbers, and 2 scales in bfloat16
         132
     """
     count = math.prod(shape)
-    if kind == "f32" or not is_matrix(name):
+    if weight_type == "f32" or not is_matrix(name):
         return 4 * count
-    if kind == "bf16" or not _is_quantized(name, shape, group):
+    if weight_type == "bf16" or not is_quantized(name, shape, group):
         return 2 * count
-    return count * _BITS[kind] // 8 + count // group * 2
+    return count * BITS[weight_type] // 8 + count // group * 2
 
 
-def _is_quantized(name: str, shape: tuple[int, ...], group: int) -> bool:
-    return role_of(name) == "large matrix" and shape[1] % group == 0
-
-
-def _converted(name: str, tensor: Tensor, kind: str, group: int) -> Tensor:
-    if not isinstance(tensor, np.ndarray):
-        return _from_quantized(name, tensor, kind, group)
-    if kind == "f32":
-        return as_float32(tensor)
-    if kind == "bf16":
-        return as_dtype(tensor, "BF16") if is_matrix(name) else tensor
-    return _quantized(name, tensor, kind, group)
-
-
-def _from_quantized(name: str, tensor: QuantizedArray, kind: str, group: int) -> Tensor:
-    if kind not in _BITS:
-        return _converted(name, as_float32(tensor), kind, group)
-    if tensor.bits == _BITS[kind]:
+def _converted(name: str, tensor: Tensor, weight_type: str, group: int) -> Tensor:
+    if isinstance(tensor, np.ndarray):
+        values = tensor
+    elif weight_type not in BITS:
+        values = as_float32(tensor)
+    elif tensor.bits == BITS[weight_type]:
         return tensor
-    raise ConfigError(
-        f"the weights are int{tensor.bits} already and cannot be made {kind}, which would round "
-        "them twice; use weights='auto' (on the command line --weights auto), or quantize the "
-        "model as it was before"
-    )
-
-
-def _quantized(name: str, tensor: NDArray[Any], kind: str, group: int) -> Tensor:
-    if _is_quantized(name, tensor.shape, group):
+    else:
+        raise ConfigError(
+            f"the weights are int{tensor.bits} already and cannot be made {weight_type}, which "
+            "would round them twice; use weights='auto' (on the command line --weights auto), or "
+            "quantize the model as it was before"
+        )
+    if weight_type == "f32":
+        return as_float32(values)
+    if weight_type == "bf16":
+        return as_dtype(values, "BF16") if is_matrix(name) else values
+    if is_quantized(name, values.shape, group):
         from anymamba.checkpoint.quantization import quantize
 
-        return quantize(as_float32(tensor), bits=cast(Any, _BITS[kind]), group=group, name=name)
-    return as_dtype(tensor, "BF16") if is_matrix(name) else as_float32(tensor)
+        return quantize(as_float32(values), BITS[weight_type], group, name=name)
+    return as_dtype(values, "BF16") if is_matrix(name) else as_float32(values)

@@ -1,7 +1,7 @@
 """A checkpoint's weights, checked against its config and ready for the native core.
 
 What is stored in the type asked for is mapped from its file, not copied: loading it costs nothing,
-and processes share it. The rest is converted (`kinds`).
+and processes share it. The rest is converted (`weight_types`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.checkpoint.quantized_folder import quantized_bits
 from anymamba.checkpoint.source import open_tensors
 from anymamba.errors import CheckpointError
-from anymamba.runtime.weights.weight_types import check_kind, to_weight_type
+from anymamba.renamed import warn_renamed
+from anymamba.runtime.weights.weight_types import check_weight_type, to_weight_type
 
 if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
@@ -31,19 +32,25 @@ class Weights:
         config: the config's fields in Transformers' names.
         tensors: by Transformers' names; of a tied model, without the head. float32, float16,
             bfloat16 as its bits in uint16, or quantized.
-        kind: what they are: "f32", "bf16", "f16", "int8" or "int4".
+        weight_type: what they are: "f32", "bf16", "f16", "int8" or "int4".
         digest: computes the digest of the weights in their files. A state belongs to these, in
-            whichever kind they are used.
+            whichever type they are used.
         check: looks whether the files are as long as they were, and raises a `CheckpointError`.
         remark: what was done to the weights that the user may not expect, in one line, or None.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    kind: str
+    weight_type: str
     digest: Callable[[], str]
     check: Callable[[], None]
     remark: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """The name of `weight_type` in release 0.1."""
+        warn_renamed("Weights.kind", "Weights.weight_type")
+        return self.weight_type
 
     @property
     def n_parameters(self) -> int:
@@ -56,19 +63,20 @@ class Weights:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def load_weights(checkpoint: Checkpoint, kind: str = "auto") -> Weights:
-    """Map a checkpoint's weights, and convert what is not of the kind asked for.
+def load_weights(checkpoint: Checkpoint, weight_type: str = "auto") -> Weights:
+    """Map a checkpoint's weights, and convert what is not of the type asked for.
 
     Args:
         checkpoint: what `open_checkpoint` returned.
-        kind: one of `KINDS`. The quantized weights of a folder can be had as they are ("auto", or
-            their own kind), or widened by "f32" and "bf16" to the numbers they stand for.
+        weight_type: one of `WEIGHT_TYPES`. The quantized weights of a folder can be had as they are
+            ("auto", or their own type), or widened by "f32" and "bf16" to the numbers they stand
+            for.
 
     Returns:
         The weights, checked against the config.
 
     Raises:
-        ConfigError: there is no such kind, or it cannot be made of these weights.
+        ConfigError: there is no such type, or it cannot be made of these weights.
         CheckpointError: the weights are pickled, of another program's quantization, or not those
             that the config asks for.
 
@@ -76,10 +84,10 @@ def load_weights(checkpoint: Checkpoint, kind: str = "auto") -> Weights:
         >>> from anymamba.assets import bundled_model
         >>> from anymamba.checkpoint import open_checkpoint
         >>> weights = load_weights(open_checkpoint(bundled_model()))
-        >>> weights.kind, weights.tensors["backbone.norm_f.weight"].dtype
+        >>> weights.weight_type, weights.tensors["backbone.norm_f.weight"].dtype
         ('bf16', dtype('uint16'))
     """
-    check_kind(kind)
+    check_weight_type(weight_type)
     if checkpoint.pickled:
         raise CheckpointError(
             f"the weights in {str(checkpoint.folder)!r} are pickled, which only PyTorch reads: "
@@ -90,6 +98,6 @@ def load_weights(checkpoint: Checkpoint, kind: str = "auto") -> Weights:
     tensors = dict(stored)
     bits = quantized_bits(checkpoint.config)
     own = f"int{bits}" if bits else dtype_of(cast(Any, tensors[EMBEDDINGS])).lower()
-    if kind != "auto" and not (bits and kind == own):
-        tensors, own = to_weight_type(tensors, kind), kind
+    if weight_type != "auto" and not (bits and weight_type == own):
+        tensors, own = to_weight_type(tensors, weight_type), weight_type
     return Weights(checkpoint.config, tensors, own, stored.digest, stored.check)

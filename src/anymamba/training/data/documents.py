@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from anymamba.checkpoint.io import listed, not_text, user_path
+from anymamba.checkpoint.io import check_surrogates, listed, parse_json_lines, read_text, user_path
 from anymamba.errors import InputError
 from anymamba.training.settings import Settings
 
@@ -50,14 +50,8 @@ def texts_of(settings: Settings) -> tuple[list[str], list[str]]:
         InputError: nothing is there to read.
     """
     if settings.dataset is not None:
-        documents = list(
-            read_dataset(
-                settings.dataset,
-                settings.dataset_config,
-                settings.dataset_split,
-                settings.text_field,
-            )
-        )
+        place = (settings.dataset, settings.dataset_config, settings.dataset_split)
+        documents = list(read_dataset(*place, settings.text_field))
     elif settings.data:
         documents = list(read_texts(settings.data, settings.text_field))
     else:
@@ -103,7 +97,7 @@ def documents_of(file: Path, text_field: str) -> Iterator[str]:
 
 
 def text_in(file: Path) -> str:
-    """What a file holds, without the mark of UTF-8 that some editors put at its beginning.
+    """What a file holds.
 
     Raises:
         InputError: it cannot be read, or is no text.
@@ -113,17 +107,7 @@ def text_in(file: Path) -> str:
             f"{str(file)!r} is a table, whose signs would be learned as text: make JSON lines of "
             "it, or name the folder that it is in by --dataset, which reads its columns"
         )
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {str(file)!r}: {error.strerror}") from None
-    try:
-        text = data.decode("utf-8").removeprefix("\N{BYTE ORDER MARK}")
-    except UnicodeDecodeError as error:
-        raise InputError(not_text(repr(str(file)), data, error.start)) from None
-    if "\0" in text:
-        raise InputError(not_text(repr(str(file)), data, data.index(0)))
-    return text
+    return read_text(file)
 
 
 def values_in(file: Path) -> Iterator[tuple[object, str]]:
@@ -131,7 +115,7 @@ def values_in(file: Path) -> Iterator[tuple[object, str]]:
     call each.
 
     Raises:
-        InputError: as `values_of_lines`.
+        InputError: the file cannot be read, or a value is not JSON, or holds what is no text.
     """
     whole = None
     if file.suffix.lower() not in LINE_ENDINGS:
@@ -139,46 +123,13 @@ def values_in(file: Path) -> Iterator[tuple[object, str]]:
             whole = json.loads(text_in(file))
     if isinstance(whole, list):
         for number, value in enumerate(whole, start=1):
-            check_spelling(value, where := f"{str(file)!r}, item {number}")
+            check_surrogates(value, where := f"item {number} of {str(file)!r}")
             yield value, where
     elif whole is not None:
-        check_spelling(whole, repr(str(file)))
+        check_surrogates(whole, repr(str(file)))
         yield whole, repr(str(file))
     else:
-        yield from values_of_lines(file)
-
-
-def values_of_lines(file: Path) -> Iterator[tuple[object, str]]:
-    """The value in each line of JSON, and what messages call the line.
-
-    Raises:
-        InputError: the file cannot be read, or a line is not JSON, or holds what is no text.
-    """
-    for number, line in enumerate(text_in(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{str(file)!r}, line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not JSON: {error}") from None
-        if "\\ud" in line.lower():
-            check_spelling(value, where)
-        yield value, where
-
-
-def check_spelling(value: object, where: str) -> None:
-    """Refuse what JSON can spell and no text can hold, so that no tokenizer would take it.
-
-    Raises:
-        InputError: there is half of a surrogate pair.
-    """
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(
-            f"{where} holds half of a surrogate pair, which is no text: write it anew"
-        ) from None
+        yield from parse_json_lines([text_in(file)], repr(str(file)))
 
 
 def text_of(value: object, text_field: str, where: str) -> str:
@@ -214,8 +165,7 @@ def open_dataset(name: str, config: str | None, split: str) -> Any:
 
     Args:
         name: a name on the hub, or a folder: of data files, or as `save_to_disk` wrote it.
-        config: which of its configurations.
-        split: which of its splits.
+        config, split: which of its configurations and splits.
 
     Raises:
         InputError: there is no such dataset, or it cannot be read.
@@ -277,7 +227,5 @@ def tokenize(
     while some := list(itertools.islice(remaining, DOCUMENTS_AT_ONCE)):
         encoded = tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
         pieces += [np.array([*ids, *end], dtype=np.uint32) for ids in encoded if ids]
-    lengths = [0, *(len(piece) for piece in pieces)]
-    starts = np.cumsum(lengths, dtype=np.int64)[:-1]
-    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint32)
-    return TokenRow(tokens, starts if pieces else np.zeros(0, dtype=np.int64))
+    starts = np.cumsum([0, *map(len, pieces)], dtype=np.int64)[:-1]
+    return TokenRow(np.concatenate([np.zeros(0, dtype=np.uint32), *pieces]), starts)

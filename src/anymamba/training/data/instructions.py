@@ -71,13 +71,8 @@ def dataset_examples(
     """Read a Hugging Face dataset, whose rows have the fields that lines of JSON have.
 
     Args:
-        name: a name on the hub, or a folder that `datasets` loads.
-        config: which of its configurations.
-        split: which of its splits.
+        name, config, split: as for `open_dataset`.
         text_field: as for `read_examples`.
-
-    Returns:
-        Examples of one kind.
 
     Raises:
         InputError: there is no such dataset, a row is none of these, or there are several kinds.
@@ -148,17 +143,18 @@ def answers_in(messages: list[dict[str, str]], where: str) -> Iterator[Example]:
         yield {"prompt": messages[:at], "completion": messages[at : at + 1]}
 
 
-def messages_of(value: object, where: str) -> list[dict[str, str]]:
+def messages_of(value: Any, where: str) -> list[dict[str, str]]:
     """Messages, each with a role and a content."""
-    wrong = InputError(f"{where} must have a list of messages with a role and a content, both text")
-    if not isinstance(value, list) or not value:
-        raise wrong
-    for message in value:
-        if not isinstance(message, dict):
-            raise wrong
-        if not all(isinstance(message.get(name), str) for name in ("role", "content")):
-            raise wrong
-    return [{name: message[name] for name in ("role", "content")} for message in value]
+    names = ("role", "content")
+    fits = isinstance(value, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(name), str) for name in names)
+        for message in value
+    )
+    if not value or not fits:
+        raise InputError(
+            f"{where} must have a list of messages with a role and a content, both text"
+        )
+    return [{name: message[name] for name in names} for message in value]
 
 
 def text_of(value: object, where: str) -> str:

@@ -53,10 +53,7 @@ def read_by_transformers(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def stored_tokenizer(place: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
-
-    Args:
-        place: a folder.
+    """The tokenizer in a model's folder.
 
     Raises:
         CheckpointError: there is none that can be read.

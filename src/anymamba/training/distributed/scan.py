@@ -83,21 +83,9 @@ class _ParallelScan(torch.autograd.Function):
 
 
 def _scan(inputs: Any, before_ben: Tensor | None, fallback: str) -> tuple[Tensor, Tensor]:
-    """y and the last state."""
-    x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e = inputs
+    """y and the last state. The inputs are those of `parallel_scan`, in its order."""
     both = ops.selective_scan(
-        x_ble,
-        delta_ble,
-        A_en,
-        B_bln,
-        C_bln,
-        D_e,
-        z_ble,
-        delta_bias_e,
-        delta_softplus=True,
-        initial_state=before_ben,
-        return_last_state=True,
-        fallback=fallback,
+        *(*inputs, True), initial_state=before_ben, return_last_state=True, fallback=fallback
     )
     assert isinstance(both, tuple)
     return both

@@ -23,9 +23,6 @@ def check_started(who: str) -> None:
 
     Args:
         who: the function that needs it.
-
-    Raises:
-        InputError: `torch.distributed` was not started.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError(
@@ -59,7 +56,7 @@ def gradient_after(decay_pben: Tensor, dbefore_ben: Tensor, group: Any = None) -
     Args:
         decay_pben: the decays of all processes, from `state_before`.
         dbefore_ben: (b, e, n), the gradient of the state before this stretch, from this stretch.
-        group: the processes, in the order of their stretches; all of them if None.
+        group: as in `state_before`.
 
     Returns:
         (b, e, n), zeros on the last process.
@@ -72,11 +69,7 @@ def gradient_after(decay_pben: Tensor, dbefore_ben: Tensor, group: Any = None) -
 
 
 def window_before(tail_bwe: Tensor, group: Any = None) -> Tensor:
-    """The inputs that stand before this process's stretch. Differentiable.
-
-    Args:
-        tail_bwe: (b, w, e), the last w inputs of this stretch.
-        group: the processes, in the order of their stretches; all of them if None.
+    """The inputs that stand before this process's stretch, whose last w are given. Differentiable.
 
     Returns:
         (b, w, e), the previous process's tail; zeros on the first.
@@ -86,12 +79,7 @@ def window_before(tail_bwe: Tensor, group: Any = None) -> Tensor:
 
 
 def sum_of_losses(loss: Tensor, group: Any = None) -> Tensor:
-    """The sum over all processes; each sends back to its own part alone.
-
-    Args:
-        loss: a number, this process's part.
-        group: the processes; all of them if None.
-    """
+    """The sum over all processes; each sends back to its own part alone."""
     total: Tensor = _Sum.apply(loss, group)
     return total
 

@@ -29,14 +29,9 @@ def facts_of(settings: FinetuneSettings, model: str, examples: list[Example]) ->
 def place_beside(target: Path, resume: bool, overwrite: bool) -> Path:
     """The folder of the checkpoints, which lies beside the result.
 
-    Args:
-        target: where the result is to be.
-        resume: whether a run is to go on.
-        overwrite: whether an earlier run may go.
-
     Raises:
-        InputError: there is an earlier run, and neither is asked for; or there is none to go on
-            with.
+        InputError: there is an earlier run, which is neither to go on nor to be replaced; or none
+            to go on with.
     """
     place = target.with_name(f"{target.name}.checkpoints")
     found = last_checkpoint(place)

@@ -11,7 +11,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,18 +171,16 @@ def _ends_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [id for id in ids[:1] if id in tokenizer.all_special_ids]
 
 
-class _template_errors:
-    """What a chat template refuses, in words for the user."""
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """Tell the user what a chat template refuses."""
+    from jinja2.exceptions import TemplateError
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: object) -> None:
-        from jinja2.exceptions import TemplateError
-
-        if isinstance(error, TemplateError):
-            reason = " ".join(str(error).split())
-            raise InputError(f"the chat template refuses the messages: {reason}") from error
+    try:
+        yield
+    except TemplateError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the chat template refuses the messages: {reason}") from error
 
 
 def _trainer(

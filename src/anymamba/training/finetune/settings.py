@@ -43,9 +43,7 @@ class FinetuneSettings:
     rslora: bool = setting(
         False, "divide alpha by the square root of the rank, which suits large ranks"
     )
-    adapter_dropout: float = setting(
-        0.0, "dropout on the adapter's inputs, while training", low=0.0, high=0.99
-    )
+    adapter_dropout: float = setting(0.0, "dropout on the adapter's inputs", low=0.0, high=0.99)
 
     # How it is trained.
     epochs: float = setting(3.0, "how often each example is seen", above=0.0)

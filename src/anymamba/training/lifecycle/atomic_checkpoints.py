@@ -50,12 +50,7 @@ def remove(entry: Path) -> None:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Give a finished folder its name, once all of it is on the disk.
-
-    Args:
-        partial: the folder, on the same disk.
-        target: its name; a folder that has it is replaced.
-    """
+    """Give a finished folder its name, once it is on the disk, and replace what has that name."""
     for entry in (*partial.rglob("*"), partial):
         flush_to_disk(entry)
     remove(target)
@@ -64,13 +59,7 @@ def publish(partial: Path, target: Path) -> None:
 
 
 def not_written(what: str, error: BaseException, folder: Path) -> TrainingError:
-    """The error for what could not be written, and what is left.
-
-    Args:
-        what: what was to be written.
-        error: what the library below said.
-        folder: where the checkpoints are.
-    """
+    """The error for what could not be written, and what is left in the folder of checkpoints."""
     reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
     return TrainingError(
         f"cannot write {what}: {reason}; {what_is_left(folder)}. Free some space, then go on with "

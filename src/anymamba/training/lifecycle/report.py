@@ -123,12 +123,7 @@ def tensorboard_callback(folder: Path) -> TrainerCallback | None:
 
 
 def draw_losses(lines: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Draw the losses over the steps; False where matplotlib is missing.
-
-    Args:
-        lines: as `read_metrics` gives them.
-        path: a PNG file.
-    """
+    """Draw the losses over the steps as a PNG; False where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -19,7 +19,6 @@ WEIGHTS = "model.safetensors"
 OBJECTS = ("config.json", "trainer_state.json", FILE_NAME)
 PICKLES = ("optimizer.pt", "scheduler.pt")
 
-
 # What a run that goes on may be given anew: how long it lasts, how it is computed, what is looked
 # at and kept, and where everything lies. That texts and tokenizer are the same, the tokens tell.
 CHANGEABLE = {
@@ -33,10 +32,6 @@ CHANGEABLE = {
 
 def check_same_settings(begun: Settings, given: Settings) -> None:
     """Refuse settings that a run which goes on could not follow, or only from here on.
-
-    Args:
-        begun: what it began with.
-        given: what it is to go on with.
 
     Raises:
         TrainingError: the message names those that differ.
@@ -71,11 +66,7 @@ def check_resumable(checkpoint: Path, model: nn.Module, text: int, rows: int | N
         checkpoint: its folder.
         model: what is to be trained.
         text: the number that tells the tokens, as in `Progress`.
-        rows: how many rows' states were carried; None where none are.
-
-    Raises:
-        TrainingError: a file is missing or broken, or the text, the model's sizes, or the number
-            of rows whose states are carried differ.
+        rows: how many rows' states are carried; None where none are.
     """
     check_whole(checkpoint, WEIGHTS, OBJECTS)
     try:
@@ -97,16 +88,7 @@ def check_resumable(checkpoint: Path, model: nn.Module, text: int, rows: int | N
 
 
 def check_whole(checkpoint: Path, weights: str, objects: Iterable[str]) -> None:
-    """Refuse a checkpoint in which a file is missing or cut off.
-
-    Args:
-        checkpoint: its folder.
-        weights: the file of the weights.
-        objects: the files that hold a JSON object.
-
-    Raises:
-        TrainingError: there is such a file.
-    """
+    """Refuse a checkpoint whose weights, JSON objects or pickles are missing or cut off."""
     try:
         for name in objects:
             read_json_object(checkpoint / name)
@@ -129,16 +111,7 @@ def damaged(checkpoint: Path, error: Exception) -> TrainingError:
 def check_same_model(
     checkpoint: Path, stored: dict[str, tuple[int, ...]], model: nn.Module
 ) -> None:
-    """Refuse a model of other sizes.
-
-    Args:
-        checkpoint: its folder.
-        stored: the shapes of its weights.
-        model: what is to be trained.
-
-    Raises:
-        TrainingError: a weight has another shape, or only one of the two has it.
-    """
+    """Refuse a model whose weights do not have the names and shapes that are stored."""
     # A head that is the embeddings is a parameter once, and stored once.
     wanted = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     wrong = [name for name in {**wanted, **stored} if wanted.get(name) != stored.get(name)]

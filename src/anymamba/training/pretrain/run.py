@@ -96,18 +96,15 @@ def train(
     begun = last_checkpoint(checkpoints) if resume else None
     if begun is not None and (kept := folder / CONFIG_FILE).is_file():
         check_same_settings(settings_from(kept), settings)
-    train_texts, validation_texts = texts_of(settings)
-    tokenizer = open_tokenizer(settings.tokenizer, train_texts, settings.vocab_size)
-    rows = [
-        tokenize(texts, tokenizer, settings.end_of_text)
-        for texts in (train_texts, validation_texts)
-    ]
-    validation = rows[1] if len(rows[1]) > 1 else None
+    texts = texts_of(settings)
+    tokenizer = open_tokenizer(settings.tokenizer, texts[0], settings.vocab_size)
+    row, held_out = (tokenize(part, tokenizer, settings.end_of_text) for part in texts)
+    validation = held_out if len(held_out) > 1 else None
     set_seed(settings.seed)
     model = new_model(settings, tokenizer)
     # All that could be refused was read by now: only then is anything written or removed.
     with writing_into(settings.output):
-        trainer = MambaTrainer(model, settings, rows[0], validation, tokenizer, folder)
+        trainer = MambaTrainer(model, settings, row, validation, tokenizer, folder)
         if begun is not None:
             trainer.check_checkpoint(begun)
         if trainer.is_world_process_zero():
@@ -125,16 +122,8 @@ def train(
 
 
 def check_folder(folder: Path, named: str, may_exist: bool) -> None:
-    """Refuse an output folder before the work that would go into it, and change nothing.
-
-    Args:
-        folder: where everything goes.
-        named: what the user calls it.
-        may_exist: whether a run may be in it.
-
-    Raises:
-        InputError: a run is in it, or it cannot be written into.
-    """
+    """Refuse an output folder that cannot be written into, or has a run in it that may not be
+    there, before the work that would go into it."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not existing.is_dir():
         raise InputError(f"cannot write into {named!r}: {str(existing)!r} is not a folder")
@@ -151,11 +140,7 @@ def check_folder(folder: Path, named: str, may_exist: bool) -> None:
 
 @contextmanager
 def writing_into(named: str) -> Iterator[None]:
-    """Say which folder could not be written into.
-
-    Raises:
-        InputError: a file or folder could not be made.
-    """
+    """Say which folder could not be written into, where a file could not be made."""
     try:
         yield
     except OSError as error:
@@ -215,10 +200,7 @@ def add_callbacks(
     if trainer.is_world_process_zero():
         after = 0 if begun is None else int(begun.name.split("-")[1])
         trainer.add_callback(MetricsFile(folder / METRICS_FILE, after, trainer.checkpoints))
-        board = (
-            tensorboard_callback(folder / "tensorboard") if trainer.settings.tensorboard else None
-        )
-        if board is not None:
+        if trainer.settings.tensorboard and (board := tensorboard_callback(folder / "tensorboard")):
             trainer.add_callback(board)
         if visible:
             trainer.add_callback(stack.enter_context(ConsoleReport(trainer)))
@@ -393,18 +375,12 @@ def measure(folder: Path, validation: TokenRow, settings: Settings) -> dict[str,
 
 def curve(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The evaluations, each with the training loss before it."""
-    points, recent, seconds = [], None, None
+    points: list[dict[str, Any]] = []
+    last: dict[str, Any] = {"seconds": None, "loss": None}
     for line in lines:
-        recent, seconds = line.get("loss", recent), line.get("seconds", seconds)
+        last |= {name: line[name] for name in last if name in line}
         if "eval_loss" in line:
-            points.append(
-                {
-                    "step": line["step"],
-                    "seconds": seconds,
-                    "loss": recent,
-                    "validation_loss": line["eval_loss"],
-                }
-            )
+            points.append({"step": line["step"], **last, "validation_loss": line["eval_loss"]})
     return points
 
 

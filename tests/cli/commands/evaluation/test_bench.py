@@ -1,13 +1,11 @@
 """`anymamba bench`: the table and its figures, not how large they are."""
 
-from __future__ import annotations
-
 import pytest
 
 from anymamba.assets import bundled_model
 from anymamba.cli import speed as module
 from anymamba.cli.commands.evaluation.bench import default_threads
-from anymamba.cli.speed import Effort, measure
+from anymamba.cli.speed import measure
 from anymamba.cli.terminal.table import columns
 from anymamba.runtime.loading import load
 
@@ -43,7 +41,7 @@ def test_speeds_are_tokens_over_medians_of_seconds(monkeypatch):
     engine = load(weights="f32", threads=1)
     seconds = iter([1.0, 10.0, 2.0, 20.0, 9.0, 90.0])
     monkeypatch.setattr(module, "seconds_of", lambda work: next(seconds))
-    found = measure(engine, 1, Effort(prompt_tokens=100, new_tokens=40, repeats=3))
+    found = measure(engine, 1, prompt_tokens=100, new_tokens=40, repeats=3)
     assert found.prefill_tokens_per_second == 50
     assert found.decode_tokens_per_second == 2
 
@@ -61,7 +59,7 @@ def test_everything_that_is_timed_is_done(monkeypatch):
             yield piece
 
     monkeypatch.setattr(engine, "stream", listen)
-    measure(engine, 1, Effort(prompt_tokens=3, new_tokens=7, repeats=2))
+    measure(engine, 1, prompt_tokens=3, new_tokens=7, repeats=2)
     assert len(pieces) == 2 * 7
 
 

@@ -1,10 +1,6 @@
 """`anymamba score`: how well a text is predicted."""
 
-from __future__ import annotations
-
-import io
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -38,11 +34,11 @@ def test_a_table_for_people(tiny, tmp_path, anymamba):
     assert done.err == ""
 
 
-def test_the_bundled_model_knows_shakespeare(monkeypatch, anymamba):
+def test_the_bundled_model_knows_shakespeare(typed, anymamba):
     """Bits per byte of its kind of text are far from those of noise, which are 8 and more."""
 
     def bits(text):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        typed(text)
         return anymamba("score", "-", "--json").json["bits_per_byte"]
 
     assert bits(b"ROMEO:\nWhat is thy name, good lady?\n") < 3
@@ -88,10 +84,3 @@ def test_a_loss_beyond_all_floats(tiny, tmp_path, anymamba):
     assert figures["perplexity"] is None
     assert figures["nats_per_token"] > 710
     assert anymamba(*options, model).out.startswith("perplexity      inf\n")
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_model_that_says_no_numbers_is_refused(value, tiny, tmp_path, anymamba):
-    (tmp_path / "a.txt").write_text("To be")
-    model = with_head(tiny, tmp_path / "model", lambda head: np.full_like(head, value))
-    assert "weights are broken" in anymamba("score", tmp_path / "a.txt", "--model", model).complaint

@@ -1,7 +1,5 @@
 """`anymamba score --by-position`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`anymamba convert`: other layouts, and GGUF."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

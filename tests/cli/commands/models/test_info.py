@@ -1,11 +1,8 @@
 """`anymamba info`: what it says about models and machines, and that it needs no torch."""
 
-from __future__ import annotations
-
 import json
 import platform
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -17,6 +14,7 @@ from anymamba.cli.describe import machine as about_machine
 from anymamba.cli.terminal.sizes import size
 from anymamba.errors import CheckpointError
 from anymamba.ops import available_backends
+from tests.support import processes
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -120,8 +118,7 @@ def run_without_torch(*arguments):
         "slow = {'transformers', 'numpy', 'tokenizers'} & set(sys.modules)\n"
         "sys.exit(f'imported {slow}' if slow else status)\n"
     )
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return processes.python("-c", program, *arguments)
 
 
 def test_models_are_described_without_torch(tiny):

@@ -1,7 +1,5 @@
 """Known checkpoints, their sizes, and downloading one from a stand-in for the hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from anymamba.checkpoint import expected_shapes
 from anymamba.cli.describe.known_models import KNOWN_MODELS, KnownModel
 from anymamba.cli.main import build_parser
 from tests.support.cli import Command
-from tests.support.hub import Hub, serve
+from tests.support.hub import Hub
 from tests.support.layouts import write_model
 
 
@@ -66,16 +64,6 @@ def test_the_list_names_each_model_once_with_a_command(anymamba: Command) -> Non
             words = command.replace('"Mamba is"', "prompt").split()[1:]
             assert build_parser(words[:1]).parse_args(words).command == words[0]
     assert "none was run" in shown
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with serve() as hub:
-        monkeypatch.setenv("HF_ENDPOINT", hub.url)
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-        yield hub
 
 
 def test_a_download_is_found_by_name_afterwards(

@@ -1,7 +1,5 @@
 """`anymamba quantize`: fewer bits on disk, once."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,8 +1,5 @@
 """`anymamba chat`: a conversation, its state, its forks."""
 
-from __future__ import annotations
-
-import io
 import json
 import os
 import shutil
@@ -21,12 +18,12 @@ from tests.support.reference import greedy
 
 
 @pytest.fixture
-def chat(tiny, monkeypatch, anymamba):
+def chat(tiny, typed, anymamba):
     """Types lines; the answers are objects, each of six greedy tokens."""
 
     def run(*lines, options=(), model=tiny):
         data = "".join(line + "\n" for line in lines).encode()
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        typed(data)
         always = ("--model", model, "--temperature", 0, "--max-new-tokens", 6, "--json")
         return anymamba("chat", *always, *options)
 
@@ -36,10 +33,6 @@ def chat(tiny, monkeypatch, anymamba):
 def answers(done):
     assert done.status == 0, done.err
     return [json.loads(line)["new_tokens"] for line in done.out.splitlines()]
-
-
-def text_of(tokens):
-    return bytes(tokens).decode("latin-1")
 
 
 def reading(folder, data, length=6):
@@ -59,8 +52,8 @@ def test_what_is_typed_continues_the_text_on_a_new_line(tiny, chat):
     assert second == reading(tiny, b"To be" + bytes(first) + joint + b"or not")
 
 
-def test_answers_are_shown_as_they_come_and_end_their_line(tiny, monkeypatch, anymamba):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ROMEO:\n")))
+def test_answers_are_shown_as_they_come_and_end_their_line(tiny, typed, anymamba):
+    typed(b"ROMEO:\n")
     done = anymamba("chat", "--temperature", 0, "--max-new-tokens", 20)
     whole = anymamba("generate", "ROMEO:", "--temperature", 0, "--max-new-tokens", 20)
     assert done.out == whole.out
@@ -146,9 +139,9 @@ def test_a_terminal_is_told_and_the_chat_goes_on(tiny, monkeypatch, anymamba):
     assert "anymamba: there is no command /fly" in done.err
 
 
-def test_a_seed_repeats_the_conversation(tiny, monkeypatch, anymamba):
+def test_a_seed_repeats_the_conversation(tiny, typed, anymamba):
     def run(seed):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\n")))
+        typed(b"a\nb\n")
         return anymamba("chat", "--model", tiny, "--seed", seed, "--max-new-tokens", 9).out
 
     assert run(1) == run(1) != run(2)
@@ -398,16 +391,16 @@ def test_a_system_message_comes_first(with_template, chat):
     assert "needs a chat template" in chat("To be", options=system).complaint
 
 
-def test_an_answer_that_was_cut_off_is_marked(tiny, monkeypatch, anymamba):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n")))
+def test_an_answer_that_was_cut_off_is_marked(tiny, typed, anymamba):
+    typed(b"To be\n")
     done = anymamba("chat", "--model", tiny, "--temperature", 0, "-n", 6)
     assert done.err == "[cut off after 6 tokens; -n allows more]\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n")))
+    typed(b"To be\n")
     end = greedy(tiny, "To be", 1)[0]
     done = anymamba("chat", "--model", tiny, "--temperature", 0, "-n", 6, "--stop-id", end)
     assert done.err == ""
 
 
-def test_the_bundled_model_says_that_it_continues_plays(monkeypatch, anymamba):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+def test_the_bundled_model_says_that_it_continues_plays(typed, anymamba):
+    typed(b"")
     assert "only continues plays" in anymamba("chat").err.splitlines()[0]

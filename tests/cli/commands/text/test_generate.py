@@ -1,8 +1,5 @@
 """`anymamba generate`: what it writes, and what it refuses."""
 
-from __future__ import annotations
-
-import io
 import json
 import re
 import shutil
@@ -15,16 +12,6 @@ from anymamba.assets import bundled_model
 from anymamba.cli.load_engine import open_engine
 from tests.support.files import write_model
 from tests.support.reference import greedy
-
-
-@pytest.fixture
-def typed(monkeypatch):
-    """Sets what stands on standard input."""
-
-    def type_in(data):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-
-    return type_in
 
 
 def test_temperature_0_takes_the_likeliest_tokens(tiny, anymamba):
@@ -304,17 +291,8 @@ def test_a_text_can_be_cut_anywhere_and_gone_on_from(tiny, tmp_path, anymamba):
     # What is written in between is part of the text, so that the bias writes what stands there.
     done = anymamba("generate", "To be", *options, *begin, "--logit-bias", f"{ord(',')}=1000")
     assert done.json["text"] == ","
-    done = anymamba(
-        "generate",
-        " or not",
-        *options,
-        "--state",
-        first,
-        "--max-new-tokens",
-        5,
-        "--save-state",
-        second,
-    )
+    places = ("--state", first, "--save-state", second)
+    done = anymamba("generate", " or not", *options, *places, "--max-new-tokens", 5)
     assert done.json["new_tokens"] == whole[:5]
     # With a state no prompt is needed.
     done = anymamba("generate", "", *options, "--state", second, "--max-new-tokens", 7)

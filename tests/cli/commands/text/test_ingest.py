@@ -1,10 +1,6 @@
 """`anymamba ingest`: texts of any length become a state."""
 
-from __future__ import annotations
-
-import io
 import random
-import sys
 
 import pytest
 from safetensors.numpy import load_file
@@ -43,21 +39,12 @@ def test_what_was_read_is_known_afterwards(tiny, tmp_path, anymamba):
     done = anymamba("ingest", *files, "--save-state", state, *options, "--json")
     assert done.json["figures"]["tokens"] == done.json["figures"]["bytes"] == 13
     assert done.json["state"] == str(state)
-    done = anymamba(
-        "generate",
-        "",
-        "--state",
-        state,
-        *options,
-        "--temperature",
-        0,
-        "--max-new-tokens",
-        9,
-        "--json",
-    )
+    few = ("--temperature", 0, "--max-new-tokens", 9, "--json")
+    done = anymamba("generate", "", "--state", state, *options, *few)
     assert done.json["new_tokens"] == greedy(tiny, "To be, or not", 9)
 
 
+@pytest.mark.slow
 def test_a_long_text_is_read_as_one(book, tmp_path, anymamba):
     assert anymamba("ingest", book, "--save-state", tmp_path / "a.state").status == 0
     engine = load()
@@ -67,12 +54,13 @@ def test_a_long_text_is_read_as_one(book, tmp_path, anymamba):
     assert_same_states(tmp_path / "a.state", tmp_path / "b.state")
 
 
-def test_reading_can_go_on(book, tmp_path, monkeypatch, anymamba):
+@pytest.mark.slow
+def test_reading_can_go_on(book, tmp_path, typed, anymamba):
     text = book.read_bytes()
     half = tmp_path / "half.txt"
     half.write_bytes(text[:5_000])
     assert anymamba("ingest", half, "--save-state", tmp_path / "half.state").status == 0
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text[5_000:])))
+    typed(text[5_000:])
     options = ("--state", tmp_path / "half.state", "--save-state", tmp_path / "a.state")
     done = anymamba("ingest", "-", *options, "--json").json
     assert done["figures"]["bytes"] == len(text) - 5_000
@@ -101,6 +89,7 @@ def test_the_mark_of_the_beginning_stands_there_once(tmp_path, anymamba):
     assert done["figures"]["tokens"] == 5
 
 
+@pytest.mark.slow
 def test_figures_and_progress_go_to_standard_error(book, tmp_path, monkeypatch, anymamba):
     monkeypatch.setattr("anymamba.cli.terminal.progress.SECONDS_IN_FILE", 0.0)
     state = tmp_path / "a.state"

@@ -1,7 +1,5 @@
 """`anymamba inspect`: the figures, and the pictures of them."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`anymamba generate --prompts`: each line's answer is the one that its prompt gets by itself."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

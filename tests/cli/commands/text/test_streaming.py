@@ -1,7 +1,5 @@
 """`anymamba generate` as a process of its own: text comes while it is made, and ends cleanly."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal

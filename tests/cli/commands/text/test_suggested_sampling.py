@@ -1,7 +1,5 @@
 """A model's generation_config.json: its sampling is used and told, and options come first."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`anymamba generate` through PyTorch: on another device, or without the native core."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,9 +1,6 @@
 """`anymamba finetune`, then `merge` and `generate --adapter`: from examples to answers."""
 
-from __future__ import annotations
-
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.support import processes
 from tests.support.files import with_head
 
 pytestmark = pytest.mark.slow
@@ -89,12 +87,7 @@ def test_a_conversation_is_continued_by_its_template(sharp, tmp_path, anymamba):
     facts = anymamba("finetune", talk, "--output", adapter, *options, *OPTIONS).json
     assert facts["examples"] == 2  # one an answer
     script = [sys.executable, "-m", "anymamba", "chat", "--adapter", str(adapter), "--json"]
-    done = subprocess.run(
-        [*script, "--temperature", "0", "--max-new-tokens", "20"],
-        input="hi\nso\n",
-        capture_output=True,
-        text=True,
-    )
+    done = processes.run(*script, "--temperature", "0", "--max-new-tokens", "20", input="hi\nso\n")
     assert done.returncode == 0, done.stderr
     replies = [json.loads(line) for line in done.stdout.splitlines()]
     assert [reply["text"].strip() for reply in replies] == ["xyz", "uvw"]

@@ -1,7 +1,5 @@
 """`anymamba train`, from a text to a model that `generate` takes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.fields import flag, offline_flag, option
+from anymamba.cli.options.fields import flag, integer_option, offline_flag, option
 from anymamba.cli.options.model import WEIGHTS
-from anymamba.cli.terminal.output import say, tell
+from anymamba.cli.terminal.output import json_line, say, tell
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import ConfigError
 from anymamba.runtime.native import MOST_THREADS
+
+if TYPE_CHECKING:
+    from anymamba.cli.speed import Speed
 
 DESCRIPTION = """\
 Measure how fast a model reads a prompt (prefill) and writes tokens (decode), for each kind of
@@ -42,33 +44,25 @@ class Options:
         choices=WEIGHTS,
         help="weight types; default: all, of a quantized model its own",
     )
-    threads: Sequence[int] | None = option(
+    threads: Sequence[int] | None = integer_option(
         "--threads",
         nargs="+",
-        type=integer(1, MOST_THREADS),
-        metavar="N",
+        high=MOST_THREADS,
         help="numbers of threads; default: 1 and one a core",
     )
-    prompt_tokens: int = option(
-        "--prompt-tokens", type=integer(1), default=512, metavar="N", help="default 512"
-    )
-    new_tokens: int = option(
-        "--new-tokens", type=integer(1), default=64, metavar="N", help="default 64"
-    )
-    repeats: int = option(
-        "--repeats", type=integer(1), default=3, metavar="N", help="default 3; the median counts"
-    )
+    prompt_tokens: int = integer_option("--prompt-tokens", default=512, help="default 512")
+    new_tokens: int = integer_option("--new-tokens", default=64, help="default 64")
+    repeats: int = integer_option("--repeats", default=3, help="default 3; the median counts")
     offline: bool = offline_flag()
     json: bool = flag("--json", "print one JSON object")
 
 
 def run(options: Options) -> None:
     """Measure one combination after the other, and print."""
-    from anymamba.cli.speed import Effort, Speed, measure
+    from anymamba.cli.speed import measure
     from anymamba.cli.terminal.table import columns
     from anymamba.runtime.loading import load
 
-    effort = Effort(options.prompt_tokens, options.new_tokens, options.repeats)
     speeds: list[Speed] = []
     for kind in kinds(options):
         for threads in dict.fromkeys(options.threads or default_threads()):
@@ -76,10 +70,17 @@ def run(options: Options) -> None:
                 tell(f"measuring {kind} with {threads} threads")
             with silence():
                 engine = load(options.model, weights=kind, threads=threads, offline=options.offline)
-                speeds.append(measure(engine, threads, effort))
+                speed = measure(
+                    engine,
+                    threads,
+                    prompt_tokens=options.prompt_tokens,
+                    new_tokens=options.new_tokens,
+                    repeats=options.repeats,
+                )
+                speeds.append(speed)
     if options.json:
         model = "bundled" if options.model is None else options.model
-        print(json.dumps({"model": model, "speeds": [speed.as_json() for speed in speeds]}))
+        print(json_line({"model": model, "speeds": [speed.as_json() for speed in speeds]}))
         return
     head = ("weights", "threads", "size", "prefill", "decode", "limit", "of the limit")
     say(columns([head, *map(row, speeds)]))
@@ -87,11 +88,7 @@ def run(options: Options) -> None:
 
 
 def kinds(options: Options) -> list[str]:
-    """The kinds to measure, once it is sure that all of them can be had.
-
-    Raises:
-        ConfigError: the model is stored in other bits than a kind that was asked for.
-    """
+    """The weight types to measure, once it is sure that the model can be had in all of them."""
     from anymamba.runtime.loading import load
 
     asked = list(dict.fromkeys(options.weights or KINDS))
@@ -112,12 +109,10 @@ def kinds(options: Options) -> list[str]:
     return asked
 
 
-def row(speed: object) -> tuple[str, ...]:
+def row(speed: Speed) -> tuple[str, ...]:
     """A line of the table."""
-    from anymamba.cli.speed import Speed
     from anymamba.cli.terminal.sizes import size
 
-    assert isinstance(speed, Speed)
     return (
         speed.weights,
         str(speed.threads),

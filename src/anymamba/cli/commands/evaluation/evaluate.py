@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.cli.load_engine import model_name
-from anymamba.cli.options.argument_types import finite, integer
-from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import AdapterOptions
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.errors import InputError
 
 DESCRIPTION = """\
@@ -37,30 +35,20 @@ class Options(AdapterOptions):
     """What `anymamba evaluate` is asked for."""
 
     tasks: Sequence[str] = option(nargs="+", metavar="TASK", help="a task's name, or a YAML file")
-    include: str | None = option(
-        "--include", metavar="FOLDER", help="where more tasks are described"
-    )
-    few_shots: int | None = option(
+    include: str | None = option("--include", metavar="FOLDER", help="a folder with more tasks")
+    few_shots: int | None = integer_option(
         "--few-shots",
-        type=integer(0),
-        metavar="N",
+        low=0,
         help="solved examples before each question (default: as the task says)",
     )
-    limit: int | None = option(
-        "--limit", type=integer(1), metavar="N", help="take the first N questions of a task only"
-    )
-    batch_size: int = option(
-        "--batch-size", type=integer(1), default=8, metavar="N", help="questions at once; default 8"
-    )
-    max_length: int | None = option(
+    limit: int | None = integer_option("--limit", help="take the first N questions of a task only")
+    batch_size: int = integer_option("--batch-size", default=8, help="questions at once; default 8")
+    max_length: int | None = integer_option(
         "--max-length",
-        type=integer(2),
-        metavar="N",
+        low=2,
         help="tokens that the model reads at once; longer texts are cut (default 2048)",
     )
-    device: str | None = option(
-        "--device", help="where to compute (default: a GPU if there is one)"
-    )
+    device: str | None = option("--device", help="where to compute (default: a GPU if any)")
     dtype: str | None = option(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -100,11 +88,7 @@ def report(options: Options, results: dict[str, dict[str, Any]]) -> None:
     from anymamba.cli.terminal.table import table
 
     if options.json:
-        tasks = {
-            task: {metric: finite(value) for metric, value in figures.items()}
-            for task, figures in results.items()
-        }
-        print(json.dumps({"model": model_name(options), "tasks": tasks}))
+        print(json_line({"model": model_name(options), "tasks": results}))
         return
     for task, figures in results.items():
         say(task)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.load_engine import beginning_tokens, model_name, open_engine
-from anymamba.cli.options.argument_types import finite, integer
-from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import EngineOptions
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from anymamba.cli.terminal.progress import Progress
     from anymamba.cli.text.passages import Passage
     from anymamba.runtime.engine import Engine
 
@@ -42,9 +39,7 @@ class Options(EngineOptions):
     """What `anymamba lambada` is asked for."""
 
     file: str = option(metavar="FILE", help="JSON lines; - is standard input")
-    limit: int | None = option(
-        "--limit", type=integer(1), metavar="N", help="take the first N passages only"
-    )
+    limit: int | None = integer_option("--limit", help="take the first N passages only")
     json: bool = flag("--json", "print one JSON object")
     quiet: bool = flag("--quiet", "show no progress")
 
@@ -56,33 +51,21 @@ def run(options: Options) -> None:
     from anymamba.cli.text.files import read_blocks, size_of
     from anymamba.cli.text.passages import passages_in
 
-    reader = Counter()
     total = size_of([options.file]) if options.limit is None else None
-    passages = islice(
-        passages_in(read_blocks(options.file, reader.add), options.file), options.limit
-    )
+    sizes: list[int] = []
+    blocks = read_blocks(options.file, sizes.append)
+    passages = islice(passages_in(blocks, options.file), options.limit)
     with silence():
         engine = open_engine(options)
         with Progress(total, visible=not options.quiet) as progress:
-            result = test(engine, passages, progress, reader)
+            result = test(engine, passages, lambda tokens: progress.show(sum(sizes), tokens))
     facts = {"model": model_name(options), "weights": engine.weights_kind} | result.as_json()
     if options.json:
-        print(json.dumps(facts))
+        print(json_line(facts))
         return
     right = f"{facts['accuracy']:.4f} ({result.right:,} of {result.passages:,})"
     rows = [("accuracy", right), ("perplexity", f"{result.perplexity:.2f}")]
     say(table(rows))
-
-
-@dataclass
-class Counter:
-    """How many bytes of the file were read."""
-
-    count: int = 0
-
-    def add(self, more: int) -> None:
-        """Count more."""
-        self.count += more
 
 
 @dataclass
@@ -106,18 +89,12 @@ class Result:
             "passages": self.passages,
             "right": self.right,
             "accuracy": self.right / self.passages,
-            "perplexity": finite(self.perplexity),
+            "perplexity": self.perplexity,
         }
 
 
-def test(
-    engine: Engine, passages: Iterable[Passage], progress: Progress, reader: Counter
-) -> Result:
-    """Let the model predict the last word of each passage.
-
-    Raises:
-        InputError: there are no passages.
-    """
+def test(engine: Engine, passages: Iterable[Passage], show: Callable[[int], object]) -> Result:
+    """Let the model predict the last word of each passage; tell how many tokens it has read."""
     result = Result()
     tokens = 0
     for passage in passages:
@@ -126,7 +103,7 @@ def test(
         result.right += known
         result.nats += nats
         tokens += length
-        progress.show(reader.count, tokens)
+        show(tokens)
     if not result.passages:
         raise InputError("there are no passages to test on")
     return result

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.by_position import PositionOptions, refuse_alone, run_by_position
 from anymamba.cli.load_engine import model_name, open_engine
-from anymamba.cli.options.argument_types import finite
 from anymamba.cli.options.fields import option
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
@@ -55,8 +53,7 @@ def run(options: Options) -> None:
         figures = score_text(engine, text)
     if options.json:
         facts = {"model": model_name(options), "weights": engine.weights_kind}
-        figures["perplexity"] = finite(figures["perplexity"])
-        print(json.dumps(facts | figures))
+        print(json_line(facts | figures))
         return
     per_byte = figures["bits_per_byte"]
     rows = [
@@ -70,11 +67,7 @@ def run(options: Options) -> None:
 
 
 def score_text(engine: Engine, text: str) -> dict[str, Any]:
-    """A model's figures for a text.
-
-    Raises:
-        InputError: the text is too short for any token to be predicted.
-    """
+    """A model's figures for a text."""
     score = engine.score(text)
     predicted = len(score.logprobs)
     if not predicted:

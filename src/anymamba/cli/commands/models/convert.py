@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from anymamba.cli.options.fields import option
 from anymamba.cli.options.places import Places, places_of
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 
 DESCRIPTION = """\
@@ -57,7 +56,5 @@ def run(options: Options) -> None:
             offline=options.offline,
         )
     count = bytes_in(written)
-    if options.json:
-        print(json.dumps({"destination": str(written), "layout": layout, "bytes": count}))
-    else:
-        say(f"{written}: {layout}, {size(count)}")
+    facts = {"destination": str(written), "layout": layout, "bytes": count}
+    say(json_line(facts) if options.json else f"{written}: {layout}, {size(count)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 
@@ -37,7 +36,7 @@ class Options:
 def run(options: Options) -> None:
     """Download, and say where it is."""
     from anymamba.checkpoint import open_checkpoint, resolve
-    from anymamba.cli.terminal.output import say, tell
+    from anymamba.cli.terminal.output import json_line, say, tell
     from anymamba.cli.terminal.sizes import bytes_in, size
 
     if not options.json:
@@ -53,18 +52,14 @@ def run(options: Options) -> None:
         "pickled": checkpoint.pickled,
     }
     if options.json:
-        print(json.dumps(facts))
+        print(json_line(facts))
         return
     say(f"{folder}: {size(count)}")
     if checkpoint.pickled:
+        local_name = options.model.rstrip("/").rpartition("/")[2]
         tell(
             "its weights are pickled; make a folder that loads at once: "
-            f"anymamba convert {options.model} ./{folder_name(options.model)}"
+            f"anymamba convert {options.model} ./{local_name}"
         )
     else:
         tell(f'try it: anymamba generate "Mamba is" -m {options.model}')
-
-
-def folder_name(model: str) -> str:
-    """A local name for a model on the hub."""
-    return model.rstrip("/").rpartition("/")[2]

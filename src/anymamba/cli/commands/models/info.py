@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from anymamba.cli.options.fields import flag, offline_flag, option
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 
 DESCRIPTION = """\
@@ -40,7 +39,7 @@ def run(options: Options) -> None:
     """Describe, and print."""
     with silence():
         facts, as_text = describe(options.model, options.offline)
-    say(json.dumps(facts) if options.json else as_text(facts))
+    say(json_line(facts) if options.json else as_text(facts))
 
 
 def describe(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anymamba.cli.options.fields import option
 from anymamba.cli.options.places import Places, places_of
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 
 DESCRIPTION = """\
@@ -59,7 +58,5 @@ def run(options: Options) -> None:
             offline=options.offline,
         )
     count = bytes_in(written)
-    if options.json:
-        print(json.dumps({"destination": str(written), "bytes": count}))
-    else:
-        say(f"{written}: merged, {size(count)}")
+    facts = {"destination": str(written), "bytes": count}
+    say(json_line(facts) if options.json else f"{written}: merged, {size(count)}")

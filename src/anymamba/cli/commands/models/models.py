@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from anymamba.cli.describe.known_models import KNOWN_MODELS, KnownModel
 from anymamba.cli.options.fields import flag
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.sizes import size
 from anymamba.cli.terminal.table import columns
 
@@ -37,7 +36,7 @@ class Options:
 def run(options: Options) -> None:
     """Print the list."""
     if options.json:
-        print(json.dumps({"models": [facts_of(model) for model in KNOWN_MODELS]}))
+        print(json_line({"models": [facts_of(model) for model in KNOWN_MODELS]}))
         return
     say(columns([("model", "use", "size", "licence", *TYPES), *map(row_of, KNOWN_MODELS)]))
     for model in KNOWN_MODELS:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from anymamba.cli.options.argument_types import finite
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import threads_option
 from anymamba.cli.options.places import Places, places_of
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 
 DESCRIPTION = """\
@@ -138,9 +136,7 @@ def report(options: Options, written: Path, figures: dict[str, Any]) -> None:
 
     if options.json:
         facts = {"destination": str(written), "weights": options.weights}
-        for name in figures.keys() & {"perplexity_before", "perplexity_after"}:
-            figures[name] = finite(figures[name])
-        print(json.dumps(facts | figures))
+        print(json_line(facts | figures))
         return
     before, after = figures["source_bytes"], figures["destination_bytes"]
     rows: list[tuple[str, object]] = [

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from anymamba.cli.load_engine import (
-    beginning_state,
-    check_writable,
-    model_name,
-    open_engine,
-    tokenizer_place,
-)
+from anymamba.checkpoint.io import check_writable
+from anymamba.cli.load_engine import beginning_state, model_name, open_engine, tokenizer_place
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import AdapterOptions, EngineOptions
 from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
-from anymamba.cli.terminal.output import tell, tell_error, write
+from anymamba.cli.terminal.output import json_line, tell, tell_error, write
 from anymamba.cli.terminal.silence import silence
-from anymamba.errors import AnyMambaError, InputError
+from anymamba.errors import AnyMambaError, InputError, StateError
 
 if TYPE_CHECKING:
     from anymamba.cli.chat.conversation import Conversation, Reply
@@ -173,7 +167,7 @@ class Chat:
         """End an answer's line, and mark one that was cut off."""
         if self._json_lines:
             facts = {"text": reply.text, "new_tokens": reply.ids, "ended_by": reply.ended_by}
-            print(json.dumps(facts), flush=True)
+            print(json_line(facts), flush=True)
         elif not reply.text.endswith("\n"):
             write("\n")
         if reply.ended_by == "length" and not self._json_lines:
@@ -182,8 +176,8 @@ class Chat:
             raise KeyboardInterrupt
 
     def _save(self, file: str) -> None:
-        file = need_file(file, "/save")
-        check_writable(file)
+        need_file(file, "/save")
+        check_writable(file, StateError)
         self._conversation.save(file)
         tell(f"saved {self._conversation.token_count} tokens in {file}")
 

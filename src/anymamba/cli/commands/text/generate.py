@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from anymamba.cli.load_engine import beginning_state, check_writable, model_name, open_engine
-from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.fields import flag, option
+from anymamba.checkpoint.io import check_writable
+from anymamba.cli.load_engine import beginning_state, model_name, open_engine
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import WEIGHTS, AdapterOptions, EngineOptions
 from anymamba.cli.options.sampling import SamplingOptions, sampling_settings
-from anymamba.cli.summary import figures_line, figures_of
-from anymamba.cli.terminal.output import Output, tell
+from anymamba.cli.summary import Continuation, ended_by, figures_line, figures_of
+from anymamba.cli.terminal.output import Output, json_line, tell
 from anymamba.cli.terminal.silence import silence
-from anymamba.cli.text.continuation import Continuation, ended_by
 from anymamba.cli.text.prompt import prompt_from
-from anymamba.errors import InputError, MissingDependencyError
+from anymamba.errors import InputError, MissingDependencyError, StateError
 
 if TYPE_CHECKING:
     from anymamba.runtime.generation import TokenOutput
@@ -56,11 +54,8 @@ class Options(AdapterOptions, EngineOptions, SamplingOptions):
         help="continue many prompts: JSON lines, each a text or an object with a prompt; one JSON "
         "line comes out for each; - is standard input",
     )
-    batch: int | None = option(
-        "--batch",
-        type=integer(1, 4096),
-        metavar="N",
-        help="how many of --prompts are continued side by side; default 16",
+    batch: int | None = integer_option(
+        "--batch", high=4096, help="how many of --prompts are continued side by side; default 16"
     )
     echo: bool = flag("--echo", "print the prompt before its continuation")
     json: bool = flag("--json", "print one JSON object at the end")
@@ -71,14 +66,13 @@ class Options(AdapterOptions, EngineOptions, SamplingOptions):
     device: str = option(
         "--device", default="cpu", help="cpu, or where PyTorch is to compute, such as cuda"
     )
-    dtype: str | None = option(
-        "--dtype", choices=DTYPES, help="the type of the weights, in PyTorch's names"
-    )
+    dtype: str | None = option("--dtype", choices=DTYPES, help="weight type, as PyTorch names it")
 
 
 def run(options: Options) -> None:
     """Load the model, continue the prompt, and print."""
-    check_writable(options.save_state)
+    if options.save_state is not None:
+        check_writable(options.save_state, StateError)
     if options.prompts is not None:
         from anymamba.cli.text.prompt_lines import continue_prompts
 
@@ -101,11 +95,7 @@ def run(options: Options) -> None:
 
 
 def through_torch(options: Options) -> bool:
-    """Whether PyTorch computes: where it was asked to, or where there is no native core.
-
-    Raises:
-        MissingDependencyError: there is neither the core nor PyTorch.
-    """
+    """Whether PyTorch computes: where it was asked to, or where there is no native core."""
     if options.device != "cpu":
         return True
     if find_spec("anymamba._core") is not None:
@@ -182,4 +172,4 @@ def report(options: Options, prompt: str, continuation: Continuation) -> None:
         "seed": continuation.seed,
         "figures": figures,
     }
-    print(json.dumps(result))
+    print(json_line(result))

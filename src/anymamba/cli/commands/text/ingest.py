@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from anymamba.cli.load_engine import (
-    beginning_state,
-    beginning_tokens,
-    check_writable,
-    model_name,
-    open_engine,
-)
+from anymamba.checkpoint.io import check_writable
+from anymamba.cli.load_engine import beginning_state, beginning_tokens, model_name, open_engine
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import EngineOptions
 from anymamba.cli.summary import peak_memory, rate
-from anymamba.cli.terminal.output import tell
+from anymamba.cli.terminal.output import json_line, tell
 from anymamba.cli.terminal.silence import silence
+from anymamba.errors import StateError
 
 if TYPE_CHECKING:
     from anymamba.cli.terminal.progress import Progress
@@ -60,7 +55,7 @@ def run(options: Options) -> None:
     from anymamba.cli.terminal.progress import Progress
     from anymamba.cli.text.files import read_once, size_of
 
-    check_writable(options.save_state)
+    check_writable(options.save_state, StateError)
     read_once(options.files)
     total = size_of(options.files)
     with silence():
@@ -129,7 +124,7 @@ def report(options: Options, figures: dict[str, float | int | None]) -> None:
     """Tell what was read and where it is."""
     if options.json:
         result = {"model": model_name(options), "state": options.save_state}
-        print(json.dumps(result | {"figures": figures}))
+        print(json_line(result | {"figures": figures}))
         return
     speed, memory = figures["tokens_per_second"], figures["peak_memory_bytes"]
     parts = [f"read: {figures['tokens']} tokens" + (f", {speed:.1f} tokens/s" if speed else "")]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anymamba.cli.load_engine import model_name, open_engine
-from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.fields import flag, option
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import EngineOptions
-from anymamba.cli.terminal.output import say
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import InputError
 
@@ -44,10 +42,8 @@ class Options(EngineOptions):
     text: str | None = option(
         nargs="?", metavar="TEXT", help="the text (default: from standard input)"
     )
-    after: int | None = option(
+    after: int | None = integer_option(
         "--after",
-        type=integer(1),
-        metavar="N",
         help="look at what is left N tokens later "
         f"(default {DEFAULT_AFTER}, of a short text a quarter of its length)",
     )
@@ -62,6 +58,7 @@ class Options(EngineOptions):
 
 def run(options: Options) -> None:
     """Look, draw, and print."""
+    from anymamba.checkpoint.io import write_atomically
     from anymamba.cli.text.prompt import prompt_from
 
     picture = picture_file(options)
@@ -69,21 +66,18 @@ def run(options: Options) -> None:
     with silence():
         inspected = look(options, text)
         if picture is not None:
-            write_picture(inspected, picture)
+            drawing = drawing_of(inspected, picture)
+            write_atomically(picture, lambda place: place.write_bytes(drawing))
     if options.json:
         facts = {"model": model_name(options), "picture": picture and str(picture)}
-        print(json.dumps(facts | inspected.as_json()))
+        print(json_line(facts | inspected.as_json()))
         return
     say(as_text(inspected))
     say(f"\npicture: {picture}")
 
 
 def look(options: Options, text: str) -> Inspected:
-    """Let the model read the text.
-
-    Raises:
-        InputError: the text is too short or too long.
-    """
+    """Let the model read the text."""
     from anymamba.cli.inspection.result import Inspected, names_of
     from anymamba.cli.terminal.progress import Steps
     from anymamba.runtime.analysis import inspect
@@ -102,11 +96,7 @@ def look(options: Options, text: str) -> Inspected:
 
 
 def picture_file(options: Options) -> Path | None:
-    """Where the picture goes; a mistake shows before anything is computed.
-
-    Raises:
-        InputError: the file cannot be written, or is none of the kinds.
-    """
+    """Where the picture goes; a mistake shows before anything is computed."""
     from anymamba.cli.terminal.plot_file import check_picture
 
     if options.json and options.picture is None:
@@ -116,18 +106,15 @@ def picture_file(options: Options) -> Path | None:
     return check_picture(name, drawn=[".png"], written=[".html"])
 
 
-def write_picture(inspected: Inspected, file: Path) -> None:
-    """Draw what was found, in the way that the file's name says."""
-    from anymamba.cli.terminal.plot_file import write_file
-
+def drawing_of(inspected: Inspected, file: Path) -> bytes:
+    """The picture, in the format that the file's name says."""
     if file.suffix == ".html":
         from anymamba.cli.inspection.page import page_of
 
-        write_file(file, page_of(inspected).encode())
-    else:
-        from anymamba.cli.inspection.figure import figure_of
+        return page_of(inspected).encode()
+    from anymamba.cli.inspection.figure import figure_of
 
-        write_file(file, figure_of(inspected))
+    return figure_of(inspected)
 
 
 def as_text(inspected: Inspected) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from anymamba.cli.commands.evaluation.evaluate import network_allowed
 from anymamba.cli.openmp import let_waiting_threads_sleep
-from anymamba.cli.options.argument_types import integer
-from anymamba.cli.options.fields import flag, offline_flag, option, settings
-from anymamba.cli.terminal.output import say
+from anymamba.cli.options.fields import flag, integer_option, offline_flag, option, settings
+from anymamba.cli.terminal.output import json_line, say
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import MissingDependencyError
 from anymamba.training.finetune.settings import FinetuneSettings
@@ -49,9 +47,7 @@ class Options:
     dataset_split: str = option(
         "--dataset-split", default="train", metavar="NAME", help="which split; default train"
     )
-    output: str = option(
-        *("--output", "-o"), required=True, metavar="DST", help="the folder to write"
-    )
+    output: str = option("--output", "-o", required=True, metavar="DST", help="the folder to write")
     model: str | None = option(
         *("--model", "-m"),
         metavar="FOLDER",
@@ -64,10 +60,9 @@ class Options:
         metavar="FILE",
         help="examples to measure the loss on, before and after",
     )
-    save_every: int | None = option(
+    save_every: int | None = integer_option(
         "--save-every",
-        type=integer(1, MOST),
-        metavar="N",
+        high=MOST,
         help="keep checkpoints every N steps in DST.checkpoints, until all is done",
     )
     resume: bool = flag("--resume", "go on from the last checkpoint")
@@ -105,11 +100,7 @@ def run(options: Options) -> None:
 
 
 def import_finetune() -> Callable[..., dict[str, Any]]:
-    """The function that trains; the libraries below are kept from drawing on standard error.
-
-    Raises:
-        MissingDependencyError: one of them is not installed.
-    """
+    """The function that trains; the libraries below are kept from drawing on standard error."""
     try:
         import datasets
         import peft  # noqa: F401
@@ -142,7 +133,7 @@ def report(options: Options, figures: dict[str, Any]) -> None:
     from anymamba.cli.terminal.table import table
 
     if options.json:
-        print(json.dumps(figures))
+        print(json_line(figures))
         return
     share = figures["trained_parameters"] / figures["parameters"]
     steps = f"{figures['steps']} in {figures['seconds']} s, {figures['examples']} examples"

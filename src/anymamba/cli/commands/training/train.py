@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from anymamba.cli.openmp import let_waiting_threads_sleep
-from anymamba.cli.options.argument_types import finite
 from anymamba.cli.options.fields import flag, option, settings
 from anymamba.cli.terminal.silence import silence
 from anymamba.training.settings import PRESETS, Settings, settings_from
@@ -92,21 +90,17 @@ def settings_of(options: Options) -> Settings:
 
 def report(options: Options, outcome: Any) -> None:
     """Print the figures, once for all processes; end as the signal that stopped the run would."""
-    from anymamba.cli.terminal.output import say, tell
+    from anymamba.cli.terminal.output import json_line, say, tell
     from anymamba.cli.terminal.table import table
 
     if not outcome.first:
         if outcome.stopped_by is not None:
             raise SystemExit(128 + outcome.stopped_by)
         return
-    figures = {
-        name: finite(value) if isinstance(value, float) else value
-        for name, value in outcome.figures.items()
-    }
-    stopped = outcome.stopped_by
+    figures, stopped = outcome.figures, outcome.stopped_by
     if options.json:
         name = None if stopped is None else stopped.name
-        print(json.dumps({"output": str(outcome.folder), **figures, "stopped_by": name}))
+        print(json_line({"output": str(outcome.folder), **figures, "stopped_by": name}))
     elif stopped is None:
         say(table([("written", outcome.folder), *figures.items()]))
     if figures.get("picture") is False and not options.json:

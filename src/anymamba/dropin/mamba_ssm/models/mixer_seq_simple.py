@@ -167,20 +167,10 @@ class MixerModel(nn.Module):
         self.residual_in_fp32 = residual_in_fp32
         self.fused_add_norm = fused_add_norm
         self.embedding = nn.Embedding(vocab_size, d_model, **factory)
+        mixers = (ssm_cfg, attn_layer_idx, attn_cfg)
+        shared = (*mixers, norm_epsilon, rms_norm, residual_in_fp32, fused_add_norm)
         self.layers = nn.ModuleList(
-            create_block(
-                d_model,
-                d_intermediate,
-                ssm_cfg,
-                attn_layer_idx,
-                attn_cfg,
-                norm_epsilon,
-                rms_norm,
-                residual_in_fp32,
-                fused_add_norm,
-                layer_idx,
-                **factory,
-            )
+            create_block(d_model, d_intermediate, *shared, layer_idx, **factory)
             for layer_idx in range(n_layer)
         )
         self.norm_f = _norm_class(rms_norm)(d_model, eps=norm_epsilon, **factory)
@@ -368,11 +358,7 @@ class MambaLMHeadModel(nn.Module, GenerationMixin):
         write_atomically(
             folder / "pytorch_model.bin", lambda path: torch.save(self.state_dict(), path)
         )
-        write_atomically(folder / "config.json", partial(_write, config))
-
-
-def _write(text: str, path: Path) -> None:
-    path.write_text(text)
+        write_atomically(folder / "config.json", lambda path: path.write_text(config))
 
 
 def _config_of(stored: dict[str, Any], where: str) -> MambaConfig:

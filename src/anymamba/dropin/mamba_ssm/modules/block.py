@@ -100,32 +100,22 @@ class Block(nn.Module):
 def add_norm(
     settings: Any, norm: Any, hidden_states: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Add the residual and norm the sum.
+    """Add the residual, if any, and norm the sum; return that in the norm's type, and the sum.
 
-    Args:
-        settings: what says `fused_add_norm` and `residual_in_fp32`: a block or a model.
-        norm: LayerNorm or RMSNorm.
-        hidden_states: (b, l, d).
-        residual: (b, l, d), or None where there is nothing to add.
-
-    Returns:
-        The normed sum in the norm's type, and the sum.
+    `settings` is a block or a model, which says `fused_add_norm` and `residual_in_fp32`.
     """
     if settings.fused_add_norm:
-        normed, total = cast(
-            tuple[Tensor, Tensor],
-            layer_norm_fn(
-                hidden_states,
-                norm.weight,
-                norm.bias,
-                residual=residual,
-                prenorm=True,
-                residual_in_fp32=settings.residual_in_fp32,
-                eps=norm.eps,
-                is_rms_norm=isinstance(norm, RMSNorm),
-            ),
+        both = layer_norm_fn(
+            hidden_states,
+            norm.weight,
+            norm.bias,
+            residual=residual,
+            prenorm=True,
+            residual_in_fp32=settings.residual_in_fp32,
+            eps=norm.eps,
+            is_rms_norm=isinstance(norm, RMSNorm),
         )
-        return normed, total
+        return cast("tuple[Tensor, Tensor]", both)
     total = hidden_states if residual is None else hidden_states + residual
     normed = norm(total.to(norm.weight.dtype))
     return normed, total.to(torch.float32) if settings.residual_in_fp32 else total

@@ -16,8 +16,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anymamba.dropin.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
-from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.common.layer_states import CachedStates, all_plain, one_token
+from anymamba.dropin.common.layers import (
+    CachedStates,
+    all_plain,
+    check_sizes,
+    depthwise,
+    inner_width,
+    not_decayed,
+    one_token,
+)
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
@@ -28,7 +35,6 @@ from anymamba.dropin.mamba_ssm.ops.triton.ssd_combined import (
 from anymamba.errors import ConfigError, InputError, NotIncludedError
 from anymamba.layers import (
     HeadSizes,
-    States,
     at_least_float32,
     convolve,
     convolve_step,
@@ -174,11 +180,10 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
     """The state space layer whose heads each decay at one rate, computed by matrix products.
 
     Args:
-        d_model: the width of input and output.
+        d_model, d_conv, expand, dt_min, dt_max, dt_init_floor, bias, conv_bias, layer_idx, device,
+            dtype: as in `Mamba`.
         d_state: the size of the state, of each of a head's channels.
-        d_conv: the width of the convolution.
         conv_init: the convolution's weights start between -conv_init and conv_init.
-        expand: the inner width, in multiples of d_model.
         headdim: the channels of a head.
         d_ssm: how many inner channels go through the state space; the rest is a gated MLP. By
             default all.
@@ -187,16 +192,12 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
         D_has_hdim: whether D has a value for each channel rather than for each head.
         rmsnorm: whether gate and RMSNorm stand before the output; else the gate alone.
         norm_before_gate: which of the two comes first.
-        dt_min, dt_max, dt_init_floor: the range of step sizes at initialization.
         dt_limit: the least and the largest step size ever used.
-        bias, conv_bias: whether the projections, and the convolution, have a bias.
         chunk_size: how the scan is cut; changes speed, not results.
         use_mem_eff_path: whether `forward` may run as one operator. It does so only while every
             projection is untouched, so adapters and hooks count in either case.
-        layer_idx: this layer's key in an inference cache.
         process_group: must be None: one process runs the whole layer.
         sequence_parallel: without a process_group it does nothing.
-        device, dtype: of the weights.
 
     Raises:
         ConfigError: the sizes do not divide, or the range of A makes no sense.
@@ -328,18 +329,9 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the layer over one more token. Has no gradient.
+        """Run the layer over one more token, as `Mamba.step` does.
 
-        Args:
-            hidden_states: (b, 1, d).
-            conv_state: the convolution's last inputs, (b, c, k); changed in place.
-            ssm_state: (b, h, p, n); changed in place.
-
-        Returns:
-            The output, (b, 1, d), and the two states.
-
-        Raises:
-            InputError: there is not exactly one token a row.
+        Its states, which change in place, are (b, c, k) and (b, h, p, n).
         """
         h, p, n = self.nheads, self.headdim, self.d_state
 
@@ -362,34 +354,17 @@ class Mamba2(CachedStates, HeadsLayer, PyTorchModelHubMixin):
         out = self._by_modules(zxbcdt, convolution, scan)
         return out.unsqueeze(1), conv_state, ssm_state
 
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> States:
-        """States for `step`, all zero.
+    @property
+    def _state_sizes(self) -> tuple[int, ...]:
+        return self.nheads, self.headdim, self.d_state
 
-        Args:
-            batch_size: the number of rows.
-            max_seqlen: does not matter: the states have one size for any length.
-            dtype: of both states; by default the weights' for the convolution's, and float32 for
-                the recurrence's, which sums over the whole past.
-            kwargs: not used.
-
-        Returns:
-            conv_state (b, c, k), of which c is contiguous, and ssm_state (b, h, p, n).
-        """
-        weight = self.conv1d.weight
-        conv_state = weight.new_zeros(batch_size, self.d_conv, weight.shape[0], dtype=dtype)
-        state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-        sizes = (batch_size, self.nheads, self.headdim, self.d_state)
-        return conv_state.transpose(1, 2), weight.new_zeros(sizes, dtype=state_dtype)
+    def _empty_window(self, weight: Tensor, b: int, dtype: torch.dtype | None) -> Tensor:
+        # In this layer channels are contiguous, as in the original.
+        return weight.new_zeros(b, self.d_conv, weight.shape[0], dtype=dtype).transpose(1, 2)
 
 
 def check_heads(width: int, headdim: int, ngroups: int) -> None:
-    """Check that heads fill the width, and groups the heads.
-
-    Raises:
-        ConfigError: they do not.
-    """
+    """Check that heads fill the width, and groups the heads."""
     if width % headdim or (width // headdim) % ngroups:
         raise ConfigError(
             f"{width} inner channels cannot be split into heads of headdim={headdim} in "
@@ -398,34 +373,13 @@ def check_heads(width: int, headdim: int, ngroups: int) -> None:
         )
 
 
-def depthwise(
-    width: int, d_conv: int, bias: bool, init: float | None, factory: dict[str, Any]
-) -> nn.Conv1d:
-    """A causal convolution of each channel with its own kernel."""
-    conv1d = nn.Conv1d(width, width, d_conv, groups=width, padding=d_conv - 1, bias=bias, **factory)
-    if init is not None:
-        nn.init.uniform_(conv1d.weight, -init, init)
-    return conv1d
-
-
 def log_rates(nheads: int, init_range: tuple[float, float], device: Any) -> Tensor:
-    """Draw the logarithms of the heads' rates of decay, in float32.
-
-    Raises:
-        ConfigError: the range is empty, or goes below zero.
-    """
+    """Draw the logarithms of the heads' rates of decay, in float32."""
     low, high = init_range
     if not 0 < low <= high:
         raise ConfigError(f"A_init_range is {init_range}, expected 0 < low <= high")
     rates = torch.empty(nheads, dtype=torch.float32, device=device).uniform_(low, high)
     return torch.log(rates)
-
-
-def not_decayed(tensor: Tensor) -> nn.Parameter:
-    """A parameter that asks optimizers for no weight decay."""
-    parameter = nn.Parameter(tensor)
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
 
 
 def _numbered(cu_seqlens: Tensor, l: int) -> Tensor:

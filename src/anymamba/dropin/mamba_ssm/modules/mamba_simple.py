@@ -18,8 +18,15 @@ from anymamba.dropin.causal_conv1d.causal_conv1d_interface import (  # noqa: F40
     causal_conv1d_update,
 )
 from anymamba.dropin.common.borrowed import rearrange, repeat  # noqa: F401
-from anymamba.dropin.common.layer_sizes import check_sizes, inner_width
-from anymamba.dropin.common.layer_states import CachedStates, all_plain, one_token
+from anymamba.dropin.common.layers import (
+    CachedStates,
+    all_plain,
+    check_sizes,
+    depthwise,
+    inner_width,
+    not_decayed,
+    one_token,
+)
 from anymamba.dropin.forks import explained
 from anymamba.dropin.mamba_ssm.modules.block import Block as BlockWithMLP
 from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
@@ -29,7 +36,7 @@ from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import (
 from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn  # noqa: F401
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update  # noqa: F401
 from anymamba.errors import ConfigError
-from anymamba.layers import MambaLayer, States, at_least_float32, draw_step_bias, s4d_real
+from anymamba.layers import MambaLayer, at_least_float32, draw_step_bias, s4d_real
 from anymamba.ops.fusable import project
 
 if TYPE_CHECKING:
@@ -95,9 +102,7 @@ class Mamba(CachedStates, MambaLayer):
         self.layer_idx = layer_idx
         # The order of what is drawn is the original's: one seed gives the same weights in both.
         self.in_proj = nn.Linear(d_model, 2 * e, bias=bias, **factory)
-        self.conv1d = nn.Conv1d(
-            e, e, d_conv, groups=e, padding=d_conv - 1, bias=conv_bias, **factory
-        )
+        self.conv1d = depthwise(e, d_conv, conv_bias, None, factory)
         self.activation = "silu"
         self.act = nn.SiLU()
         self.x_proj = nn.Linear(e, r + 2 * d_state, bias=False, **factory)
@@ -106,10 +111,8 @@ class Mamba(CachedStates, MambaLayer):
         with torch.no_grad():
             self.dt_proj.bias.copy_(draw_step_bias(e, dt_min, dt_max, dt_init_floor, **factory))
         self.dt_proj.bias._no_reinit = True  # type: ignore[attr-defined]
-        self.A_log = nn.Parameter(s4d_real(e, d_state, device))
-        self.A_log._no_weight_decay = True  # type: ignore[attr-defined]
-        self.D = nn.Parameter(torch.ones(e, device=device))
-        self.D._no_weight_decay = True  # type: ignore[attr-defined]
+        self.A_log = not_decayed(s4d_real(e, d_state, device))
+        self.D = not_decayed(torch.ones(e, device=device))
         self.out_proj = nn.Linear(e, d_model, bias=bias, **factory)
 
     def forward(
@@ -173,28 +176,6 @@ class Mamba(CachedStates, MambaLayer):
         """
         y_bd = self._step(one_token(hidden_states), (conv_state, ssm_state))
         return y_bd.unsqueeze(1), conv_state, ssm_state
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> States:
-        """States for `step`, all zero.
-
-        Args:
-            batch_size: the number of rows.
-            max_seqlen: does not matter: the states have one size for any length.
-            dtype: of both states; by default the weights' for the convolution's, and float32 for
-                the recurrence's, which sums over the whole past.
-            kwargs: not used.
-
-        Returns:
-            conv_state (b, e, k) and ssm_state (b, e, n).
-        """
-        weight = self.conv1d.weight
-        conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype)
-        state_dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
-        return conv_state, weight.new_zeros(
-            batch_size, self.d_inner, self.d_state, dtype=state_dtype
-        )
 
 
 class Block(BlockWithMLP):

@@ -14,7 +14,7 @@ __all__ = ["segsum", "segsum_unstable", "ssd_minimal_discrete"]
 
 
 def segsum_unstable(x: Tensor) -> Tensor:
-    """Sums over stretches as differences of sums from the start, which round off small ones.
+    """Sums over segments as differences of sums from the start, which round off small ones.
 
     Args:
         x: (..., T).
@@ -31,13 +31,7 @@ def segsum_unstable(x: Tensor) -> Tensor:
 
 
 def segsum(x: Tensor) -> Tensor:
-    """Sums over stretches, each summed by itself.
-
-    Args:
-        x: (..., T).
-
-    Returns:
-        (..., T, T): at [i, j] the sum of x[j + 1] to x[i]; minus infinity where j > i.
+    """`segsum_unstable` with each sum taken by itself.
 
     Example:
         >>> segsum(torch.tensor([1.0, 2.0, 4.0])).tolist()

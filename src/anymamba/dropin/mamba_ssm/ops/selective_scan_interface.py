@@ -6,8 +6,7 @@ letters in comments: b batch, e channels ("dim"), l length, n states ("dstate"),
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -79,15 +78,13 @@ def selective_scan_fn(
     Models" (arXiv 2206.11893), section 3.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import selective_scan_fn
         >>> u, delta = torch.ones(1, 2, 3), torch.ones(1, 2, 3)
         >>> A, B, C = torch.zeros(2, 4), torch.ones(1, 4, 3), torch.ones(1, 4, 3)
         >>> selective_scan_fn(u, delta, A, B, C)[0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
     inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    out, last_state = _scan(*inputs, backend=None)
+    out, last_state = scan_with_state(*inputs, backend=None)
     return (out, last_state) if return_last_state else out
 
 
@@ -105,7 +102,7 @@ def selective_scan_ref(
 ) -> Output:
     """`selective_scan_fn` in plain PyTorch."""
     inputs = (u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    out, last_state = _scan(*inputs, backend="reference")
+    out, last_state = scan_with_state(*inputs, backend="reference")
     return (out, last_state) if return_last_state else out
 
 
@@ -166,8 +163,6 @@ def mamba_inner_fn(
         InputError: a shape does not fit the others, or a norm is asked for where it cannot be.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.selective_scan_interface import mamba_inner_fn
         >>> out = mamba_inner_fn(
         ...     torch.randn(2, 12, 7), torch.randn(6, 1, 4), None, torch.randn(2 + 3 + 3, 6),
         ...     torch.randn(6, 2), torch.randn(5, 6), None, -torch.rand(6, 3),
@@ -220,24 +215,7 @@ class MambaInnerFn:
     apply = staticmethod(mamba_inner_fn)
 
 
-def scan_from(
-    state: Tensor | None, *inputs: Any, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """`selective_scan_fn` from an earlier state on.
-
-    Args:
-        state: (batch, dim, dstate); zeros when None.
-        inputs: those of `selective_scan_fn` up to delta_softplus.
-        backend: a choice for this call alone.
-
-    Returns:
-        The output and the last state.
-    """
-    scan: Callable[..., tuple[Tensor, Tensor]] = _scan
-    return scan(*inputs, backend=backend, initial_state=state)
-
-
-def _scan(
+def scan_with_state(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -250,6 +228,7 @@ def _scan(
     backend: str | None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The output and the last state of `selective_scan_fn`, from an earlier state on."""
     if u.ndim != 3 or A.ndim != 2:
         raise InputError(
             "selective_scan_fn: expected u of shape (batch, dim, seqlen) and A of shape "

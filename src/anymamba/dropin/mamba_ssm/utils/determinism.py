@@ -9,7 +9,6 @@ def use_deterministic_mode() -> bool:
     """True: results do not depend on the run, nor on the number of threads.
 
     Example:
-        >>> from anymamba.dropin.mamba_ssm.utils.determinism import use_deterministic_mode
         >>> use_deterministic_mode()
         True
     """

@@ -263,9 +263,6 @@ def update_graph_cache(
 ) -> DecodingCGCache:
     """Make the cache of a generation. Records no CUDA graph, as a warning says.
 
-    CUDA graphs save the time that a GPU's kernels take to be launched. Here the step calls the
-    model, so that programs that ask for graphs run, with the same results.
-
     Args:
         model: what generates.
         cache: what an earlier call returned, or None.

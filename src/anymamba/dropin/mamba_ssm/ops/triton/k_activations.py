@@ -25,8 +25,6 @@ def swiglu(xy: Tensor) -> Tensor:
     Source: "GLU Variants Improve Transformer" (arXiv 2002.05202), equation 6.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.k_activations import swiglu
         >>> swiglu(torch.tensor([50.0, 2.0])).tolist()
         [100.0]
     """

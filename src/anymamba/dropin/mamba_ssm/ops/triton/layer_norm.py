@@ -78,8 +78,6 @@ def layer_norm_fn(
         InputError: a shape does not fit the others, or x1 comes with rowscale.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import layer_norm_fn
         >>> x, residual = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 4.0]])
         >>> out, total = layer_norm_fn(
         ...     x, torch.ones(2), torch.zeros(2), residual, eps=0.0, prenorm=True
@@ -123,8 +121,6 @@ def rms_norm_fn(
     """`layer_norm_fn` with `is_rms_norm`: all else is said there.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import rms_norm_fn
         >>> rms_norm_fn(torch.tensor([[1.0, -1.0]]), 3 * torch.ones(2), None, eps=0.0).tolist()
         [[3.0, -3.0]]
     """
@@ -166,8 +162,6 @@ def layer_norm_linear_fn(
         InputError: a shape does not fit the others.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import layer_norm_linear_fn
         >>> x, ones = torch.tensor([[2.0, 6.0]]), torch.ones(2)
         >>> layer_norm_linear_fn(x, ones, None, torch.tensor([[1.0, 3.0]]), None, eps=0.0).tolist()
         [[2.0]]
@@ -205,8 +199,6 @@ class RMSNorm(nn.Module):
         device, dtype: of the weight.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layer_norm import RMSNorm
         >>> RMSNorm(2, eps=0.0)(torch.tensor([[1.0, -1.0]])).tolist()
         [[1.0, -1.0]]
     """

@@ -39,21 +39,11 @@ def layer_norm_fn(
     is_rms_norm: bool = False,
     **later: Any,
 ) -> Output:
-    """Add a residual and norm the sum: `layer_norm.layer_norm_fn` with the older order.
-
-    Args:
-        x, weight, bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm: as there.
-        later: arguments that version 2 added, by their names.
-
-    Returns:
-        As there.
-
-    Raises:
-        InputError: a shape does not fit the others.
+    """`layer_norm.layer_norm_fn` with the older order of arguments; `later` are those that version
+    2 added, by their names.
 
     Example:
         >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm import layer_norm_fn
         >>> x = torch.tensor([[1.0, 3.0]])
         >>> layer_norm_fn(x, torch.ones(2), torch.zeros(2), None, 0.0).tolist()
         [[-1.0, 1.0]]
@@ -79,7 +69,6 @@ def rms_norm_fn(
 
     Example:
         >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm import rms_norm_fn
         >>> rms_norm_fn(torch.tensor([[1.0, -1.0]]), 3 * torch.ones(2), None, eps=0.0).tolist()
         [[3.0, -3.0]]
     """

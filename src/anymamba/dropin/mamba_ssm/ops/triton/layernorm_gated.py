@@ -50,8 +50,6 @@ def layernorm_fn(
     Source: "Transformers are SSMs" (arXiv 2405.21060), section 7.1.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import layernorm_fn
         >>> x = torch.tensor([[1.0, 3.0, 10.0, 30.0]])
         >>> layernorm_fn(x, torch.ones(4), None, eps=0.0, group_size=2).tolist()
         [[-1.0, 1.0, -1.0, 1.0]]
@@ -72,8 +70,6 @@ def rmsnorm_fn(
     """`layernorm_fn` with `is_rms_norm`: all else is said there.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import rmsnorm_fn
         >>> x = torch.tensor([[1.0, -1.0, 10.0, -10.0]])
         >>> rmsnorm_fn(x, torch.ones(4), None, eps=0.0, group_size=2).tolist()
         [[1.0, -1.0, 1.0, -1.0]]
@@ -167,14 +163,10 @@ class LayerNorm(_Gated):
 
     Args:
         hidden_size: d, the number of channels.
-        eps: added to the variance.
-        group_size: how many neighbouring channels are normed together; all when None.
-        norm_before_gate: whether the gate comes after the norm.
+        eps, group_size, norm_before_gate: as in `layernorm_fn`.
         device, dtype: of weight and bias.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import LayerNorm
         >>> LayerNorm(2, eps=0.0)(torch.tensor([[2.0, 4.0]])).tolist()
         [[-1.0, 1.0]]
     """
@@ -186,8 +178,6 @@ class RMSNorm(_Gated):
     """RMSNorm with a gate; arguments as in `LayerNorm`, without a bias.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.layernorm_gated import RMSNorm
         >>> RMSNorm(2, eps=0.0)(torch.tensor([[2.0, -2.0]])).tolist()
         [[1.0, -1.0]]
     """

@@ -53,10 +53,6 @@ def selective_state_update(
         InputError: a shape does not fit the others.
 
     Example:
-        >>> import torch
-        >>> from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import (
-        ...     selective_state_update,
-        ... )
         >>> state, one = torch.zeros(1, 2, 3), torch.ones(1, 2)
         >>> B, C = torch.ones(1, 3), torch.ones(1, 3)
         >>> selective_state_update(state, one, one, -torch.ones(2, 3), B, C).tolist()
@@ -66,7 +62,19 @@ def selective_state_update(
         out = scan_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
         if out is not None:
             return out
-    return _update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+    step = _step_of_heads if _one_decay_a_head(A, dt, dt_bias) else _step_of_channels
+
+    def update(
+        state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None
+    ) -> Tensor:
+        inputs = _in_heads(_Inputs(state, x, dt, A, B, C, D, z, dt_bias))
+        return step(inputs, dt_softplus).view(x.shape)
+
+    inputs = (x, dt, B, C, z)
+    with torch.no_grad():
+        if state_batch_indices is None:
+            return update(state, *inputs)
+        return update_rows("selective_state_update", state, state_batch_indices, inputs, update)
 
 
 @torch.no_grad()
@@ -83,41 +91,13 @@ def selective_state_update_ref(
     dt_softplus: bool = False,
 ) -> Tensor:
     """`selective_state_update` in plain PyTorch, without state_batch_indices as in the original."""
-    inputs = _in_heads(state, x, dt, A, B, C, D, z, dt_bias)
+    inputs = _in_heads(_Inputs(state, x, dt, A, B, C, D, z, dt_bias))
     return _step_of_channels(inputs, dt_softplus, backend="reference").view(x.shape)
 
 
-@torch.no_grad()
-def _update(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    rows: Tensor | None,
-) -> Tensor:
-    """Any call of `selective_state_update`."""
-    step = _step_of_heads if _one_decay_a_head(A, dt, dt_bias) else _step_of_channels
-
-    def update(
-        state: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor | None
-    ) -> Tensor:
-        return step(_in_heads(state, x, dt, A, B, C, D, z, dt_bias), dt_softplus).view(x.shape)
-
-    inputs = (x, dt, B, C, z)
-    if rows is None:
-        return update(state, *inputs)
-    return update_rows("selective_state_update", state, rows, inputs, update)
-
-
 class _Inputs(NamedTuple):
-    """A step's tensors, all with heads. The letters: b batch, h heads, p channels of a head
-    ("dim"), n states, g groups of heads."""
+    """A step's tensors, with their shapes where there are heads. The letters: b batch, h heads,
+    p channels of a head ("dim"), n states, g groups of heads."""
 
     state: Tensor  # (b, h, p, n)
     x: Tensor  # (b, h, p)
@@ -130,18 +110,9 @@ class _Inputs(NamedTuple):
     dt_bias: Tensor | None  # (h, p)
 
 
-def _in_heads(
-    state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-) -> _Inputs:
+def _in_heads(inputs: _Inputs) -> _Inputs:
     """The same tensors; without heads, all channels are those of one head."""
+    state, x, dt, A, B, C, D, z, dt_bias = inputs
 
     def with_heads(tensor: Tensor | None, ndim: int, axis: int) -> Tensor | None:
         return tensor.unsqueeze(axis) if tensor is not None and tensor.ndim == ndim else tensor

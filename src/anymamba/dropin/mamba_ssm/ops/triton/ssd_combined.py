@@ -7,10 +7,10 @@ Space Duality" (arXiv 2405.21060).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,12 +22,12 @@ from anymamba.dropin.chunk_scan_passes import (
     _mamba_chunk_scan_combined_fwd as _mamba_chunk_scan_combined_fwd,
 )
 from anymamba.dropin.common.ssd_parts import (
+    ANY_SIZE,
     NO_LIMIT,
     convolution_of,
     norm_of,
     project_out,
     restart_at,
-    scan_channels,
     sizes_of,
     step_sizes,
     width_of_a_head,
@@ -101,13 +101,11 @@ def mamba_chunk_scan_combined(
         InputError: a shape does not fit the others, or cu_seqlens is missing.
 
     Example:
-        >>> import torch
         >>> x, dt, A = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1), torch.zeros(1)
         >>> B = C = torch.ones(1, 3, 1, 4)
         >>> mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-
     scan = partial(
         ops.ssd,
         *(x, dt, A, B, C, D, z, dt_bias, dt_softplus),
@@ -149,17 +147,13 @@ def mamba_chunk_scan(
     Returns:
         The output like x.
 
-    Raises:
-        InputError: a shape does not fit the others.
-
     Example:
-        >>> import torch
         >>> x, dt, A = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1), torch.zeros(1)
         >>> B = C = torch.ones(1, 3, 1, 4)
         >>> mamba_chunk_scan(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-    y = ops.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=(-math.inf, math.inf))
+    y = ops.ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit=ANY_SIZE)
     assert isinstance(y, Tensor)
     return y
 
@@ -176,22 +170,15 @@ def ssd_chunk_scan_combined_ref(
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """`mamba_chunk_scan` by its recurrence, step by step: slow, for comparison.
-
-    Args:
-        x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus: as in `mamba_chunk_scan`.
-
-    Returns:
-        The output like x.
+    """`mamba_chunk_scan`, whose arguments these are, step by step: slow, for comparison.
 
     Example:
-        >>> import torch
         >>> x, dt, A = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1), torch.zeros(1)
         >>> B = C = torch.ones(1, 3, 1, 4)
         >>> ssd_chunk_scan_combined_ref(x, dt, A, B, C, chunk_size=256)[0, :, 0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-    steps = step_sizes(dt, dt_bias, dt_softplus, (-math.inf, math.inf))
+    steps = step_sizes(dt, dt_bias, dt_softplus)
     D = D[:, None] if D is not None and D.ndim == 1 else D
     y, _ = ssd_sequential(x, steps, A, B, C, D, None, None)
     return y if z is None else (y * F.silu(z)).to(x.dtype)
@@ -213,15 +200,10 @@ def ssd_selective_scan(
     """The scan with steps and decays of its own for each channel, by Mamba-1's kernels.
 
     Args:
-        x: (batch, seqlen, nheads, headdim).
+        x, B, C, D, z, dt_softplus, dt_limit: as in `mamba_chunk_scan_combined`.
         dt: (batch, seqlen, nheads) or (batch, seqlen, nheads, headdim).
         A: (nheads,) or (dim, dstate).
-        B, C: (batch, seqlen, ngroups, dstate).
-        D: (nheads,) or (nheads, headdim).
-        z: a gate like x; the output is multiplied by silu(z).
         dt_bias: (nheads,) or (nheads, headdim).
-        dt_softplus: whether dt goes through softplus after the bias.
-        dt_limit: the smallest and the largest step size; the default limits nothing.
 
     Returns:
         The output like x.
@@ -230,13 +212,42 @@ def ssd_selective_scan(
         InputError: a shape does not fit the others.
 
     Example:
-        >>> import torch
         >>> x, dt, A = torch.ones(1, 3, 1, 2), torch.ones(1, 3, 1), torch.zeros(1)
         >>> B = C = torch.ones(1, 3, 1, 4)
         >>> ssd_selective_scan(x, dt, A, B, C)[0, :, 0, 0].tolist()
         [4.0, 8.0, 12.0]
     """
-    return scan_channels(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
+    # b batch, l length, h heads, p channels of a head
+    b, l, h, p = x.shape
+    check_shape("ssd_selective_scan", "dt", dt, (b, l, h), (b, l, h, p))
+
+    def each_channel(tensor: Tensor | None, axis: int) -> Tensor | None:
+        """Heads at the axis, and channels of a head behind it or not yet, as one axis."""
+        if tensor is None:
+            return None
+        wide = tensor if tensor.ndim > axis + 1 else tensor[..., None].expand(*tensor.shape, p)
+        return wide.flatten(axis)
+
+    steps, bias = each_channel(dt, 2), each_channel(dt_bias, 0)
+    assert steps is not None
+    if dt_limit != NO_LIMIT:
+        steps = step_sizes(steps, bias, dt_softplus, dt_limit).to(x.dtype)
+        bias, dt_softplus = None, False
+    A = A.to(torch.promote_types(A.dtype, torch.float32))
+    rates = A if A.ndim == 2 else A.repeat_interleave(p)[:, None]
+    y = ops.selective_scan(
+        x.flatten(2),
+        steps,
+        rates.expand(-1, B.shape[-1]),
+        B,
+        C,
+        each_channel(D, 0),
+        None if z is None else z.flatten(2),
+        bias,
+        dt_softplus,
+    )
+    assert isinstance(y, Tensor)
+    return y.view(x.shape)
 
 
 @by_device
@@ -275,7 +286,6 @@ def mamba_conv1d_scan_ref(
         InputError: the width of a head cannot be told.
 
     Example:
-        >>> import torch
         >>> xBC, dt, A = torch.ones(1, 3, 2 + 4 + 4), torch.ones(1, 3, 1), torch.zeros(1)
         >>> weight = torch.ones(10, 1)
         >>> out = mamba_conv1d_scan_ref(
@@ -346,7 +356,6 @@ def mamba_split_conv1d_scan_combined(
         InputError: a shape does not fit the others, or headdim is missing.
 
     Example:
-        >>> import torch
         >>> zxbcdt = torch.ones(1, 3, 2 * 2 + 2 * 4 + 1)
         >>> weight, one = torch.ones(10, 1), torch.ones(1)
         >>> out = mamba_split_conv1d_scan_combined(
@@ -399,20 +408,10 @@ def mamba_split_conv1d_scan_ref(
 ) -> Tensor:
     """`mamba_split_conv1d_scan_combined` by Mamba-1's kernels: for comparison.
 
-    Args:
-        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, chunk_size, dt_limit, activation,
-            rmsnorm_weight, rmsnorm_eps, outproj_weight, outproj_bias, headdim, ngroups,
-            norm_before_gate: as in `mamba_split_conv1d_scan_combined`, without an MLP. As in the
-            original, the norm takes all groups together.
-
-    Returns:
-        (batch, seqlen, out_dim), or (batch, seqlen, dim) without outproj_weight.
-
-    Raises:
-        InputError: a shape does not fit the others, or headdim is missing.
+    All arguments are as there, without an MLP. As in the original, the norm takes all groups
+    together.
 
     Example:
-        >>> import torch
         >>> zxbcdt = torch.ones(1, 3, 2 * 2 + 2 * 4 + 1)
         >>> weight, one = torch.ones(10, 1), torch.ones(1)
         >>> mamba_split_conv1d_scan_ref(

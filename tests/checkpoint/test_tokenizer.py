@@ -1,7 +1,5 @@
 """Tokenizers of hostile files: what they make of a text, how long they take, and Ctrl-C."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -11,8 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from anymamba.checkpoint.tokenizer.limits import MOST_GROWTH, MOST_TOKEN_CHARACTERS
-from anymamba.checkpoint.tokenizer.reader import tokenizer_from_json
+from anymamba.checkpoint.tokenizer import MOST_GROWTH, MOST_TOKEN_CHARACTERS, tokenizer_from_json
 from anymamba.errors import CheckpointError, InputError
 from anymamba.runtime import tokenizer as module
 from anymamba.runtime.tokenizer import TextCodec
@@ -101,7 +98,7 @@ def sleeping(codec, monkeypatch):
         decode_batch = encode_batch_fast
 
     assert codec.tokenizer
-    monkeypatch.setattr(codec, "_tokenizer", Sleeping())
+    monkeypatch.setattr(codec, "tokenizer", Sleeping())
 
 
 CALLS = [

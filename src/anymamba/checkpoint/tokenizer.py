@@ -1,4 +1,4 @@
-"""How much a tokenizer may make of a text, and of tokens.
+"""Reading a tokenizer.json, within limits, because it comes from a stranger.
 
 The rules of a tokenizer.json rewrite a text one after the other, each what the one before it has
 made: thirty rules that double a letter make a thousand million letters of one. A file is refused
@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
+from anymamba.checkpoint.io import escaped, user_path
 from anymamba.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+HELP = (
+    "Name a folder that has a tokenizer.json (tokenizer=, on the command line --tokenizer; the "
+    "state-spaces/mamba models use that of EleutherAI/gpt-neox-20b), or give tokens, not text"
+)
+"""What to do where a model comes without a tokenizer."""
+
+_MOST_BYTES = 1 << 28
 
 MOST_GROWTH = 256
 """How many characters or tokens may come of one. Those in use make fewer than ten."""
@@ -23,13 +33,89 @@ MOST_TOKEN_CHARACTERS = 4096
 """How long the text of a single token may be. The longest in use are rows of 128 spaces."""
 
 
+def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
+    """Read a tokenizer of the `tokenizers` library: a tokenizer.json, or the one in a folder.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> read_tokenizer(bundled_model()).get_vocab_size()
+        256
+    """
+    given = user_path(place)
+    path = given / "tokenizer.json" if given.is_dir() else given
+    if not path.is_file():
+        raise CheckpointError(f"there is no tokenizer: {path} is missing. {HELP}")
+    try:
+        size = path.stat().st_size
+        if size > _MOST_BYTES:
+            raise CheckpointError(
+                f"{str(path)!r} has {size:,} bytes, which no tokenizer of a Mamba has (at most "
+                f"{_MOST_BYTES:,}); is it the right file?"
+            )
+        text = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    return tokenizer_from_json(text, str(path))
+
+
+def tokenizer_from_json(text: str | bytes, where: str) -> Tokenizer:
+    """Make a tokenizer of the text of a tokenizer.json; `where` is what messages call it.
+
+    Raises:
+        CheckpointError: it cannot be read.
+
+    Example:
+        >>> tokenizer_from_json("{}", "an empty one")
+        Traceback (most recent call last):
+            ...
+        anymamba.errors.CheckpointError: an empty one is no tokenizer that can be read: ...
+    """
+    from tokenizers import Tokenizer
+
+    make: Any = Tokenizer.from_buffer if isinstance(text, bytes) else Tokenizer.from_str
+    try:
+        tokenizer: Tokenizer = make(text)
+    except BaseException as error:
+        raise_if_foreign(error)
+        raise CheckpointError(
+            f"{where} is no tokenizer that can be read: {reason_of(error)}"
+        ) from None
+    check_limits(tokenizer, text if isinstance(text, bytes) else text.encode(), where)
+    # What trainers set would cut long texts off in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def raise_if_foreign(error: BaseException) -> None:
+    """Raise again what does not come from the `tokenizers` library.
+
+    It raises nothing narrower than Exception, and where it panics, what is no Exception at all.
+
+    Example:
+        >>> raise_if_foreign(ValueError("from the library"))
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+        raise error
+
+
+def reason_of(error: BaseException) -> str:
+    """What the library says, on one line that a terminal can show.
+
+    Example:
+        >>> reason_of(ValueError("two\\nlines"))
+        'two lines'
+    """
+    return escaped(" ".join(str(error).split()), 200)
+
+
 def check_limits(tokenizer: Tokenizer, source: bytes, where: str) -> None:
     """Refuse a tokenizer that can make gigabytes of a short text or of a few tokens.
 
-    Args:
-        tokenizer: what was read.
-        source: the JSON that it was read from.
-        where: what it is, for the message.
+    `source` is the JSON that it was read from.
 
     Raises:
         CheckpointError: it can.
