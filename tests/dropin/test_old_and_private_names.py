@@ -41,30 +41,21 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 def test_the_norms_of_version_1_take_their_arguments_in_its_order() -> None:
     x, residual, weight, bias = draw(2, 3, 8), draw(2, 3, 8, seed=1), draw(8), draw(8, seed=2)
-    new = partial(layer_norm.layer_norm_fn, x, weight, bias, residual)
-    for one, other in zip(
-        layernorm.layer_norm_fn(x, weight, bias, residual, 0.3, True, True, True),
-        new(eps=0.3, prenorm=True, residual_in_fp32=True, is_rms_norm=True),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
-    for one, other in zip(
-        layernorm.rms_norm_fn(x, weight, None, residual, True, False, 0.3),
-        layer_norm.rms_norm_fn(x, weight, None, residual, eps=0.3, prenorm=True),
-        strict=True,
-    ):
-        assert torch.equal(one, other)
+    found = layernorm.layer_norm_fn(x, weight, bias, residual, 0.3, True, True, True)
+    options = {"eps": 0.3, "prenorm": True, "residual_in_fp32": True, "is_rms_norm": True}
+    expected = layer_norm.layer_norm_fn(x, weight, bias, residual, **options)
+    assert_each(torch.equal, found, expected)
+    found = layernorm.rms_norm_fn(x, weight, None, residual, True, False, 0.3)
+    expected = layer_norm.rms_norm_fn(x, weight, None, residual, eps=0.3, prenorm=True)
+    assert_each(torch.equal, found, expected)
     # Arguments of version 2 count by their names, and unknown ones are refused.
     twice, other = layernorm.layer_norm_fn(x, weight, bias, weight1=2 * weight, bias1=2 * bias)
     assert torch.allclose(2 * twice, other)
     with pytest.raises(ArgumentError, match="no_such"):
         layernorm.rms_norm_fn(x, weight, None, no_such=1)
-    assert_contract(layernorm.layer_norm_ref(x, weight, bias, None, 0.3), new_reference(x, weight))
+    plain = F.layer_norm(x, x.shape[-1:], weight, bias, 0.3)
+    assert_contract(layernorm.layer_norm_ref(x, weight, bias, None, 0.3), plain)
     assert layernorm.RMSNorm is layer_norm.RMSNorm
-
-
-def new_reference(x: Tensor, weight: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, draw(8, seed=2), 0.3)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -117,7 +118,7 @@ def change_somewhere(value: Any, rng: Random) -> None:
         elif what < 0.35:
             value[key] = value[rng.choice(keys)] if isinstance(value, dict) else [value[key]]
         else:
-            value[key] = rng.choice(WILD)
+            value[key] = deepcopy(rng.choice(WILD))
         return
 
 

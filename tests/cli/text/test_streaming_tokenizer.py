@@ -55,11 +55,8 @@ def newer():
     return trained(tokenizer)
 
 
-def of_bytes():
-    return Tokenizer.from_file(str(bundled_model() / "tokenizer.json"))
-
-
-TOKENIZERS = {"older": older(), "newer": newer(), "bytes": of_bytes()}
+BYTES = Tokenizer.from_file(str(bundled_model() / "tokenizer.json"))
+TOKENIZERS = {"older": older(), "newer": newer(), "bytes": BYTES}
 PIECES = [
     *("the ", "theory", " of", "mother's", "We'll", "isn't", " ", "  ", "        ", "\n", "\r\n"),
     *("\n\n", "\t", ", ", ",\n", "!\n", "déjà", "e\u0301", "\u0301", "1234567", "<|end|>", "end|>"),

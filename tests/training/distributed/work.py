@@ -43,11 +43,6 @@ def batch(step: int, rows: int = 4, length: int = 17) -> Tensor:
     return torch.randint(0, 19, (rows, length), generator=source)
 
 
-def share_of_rows(whole: Tensor) -> Tensor:
-    """This process's rows."""
-    return whole.chunk(processes())[rank()]
-
-
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -66,7 +61,7 @@ def train(
     """The loss of each step, over the global batch."""
     losses = []
     for step in range(first, stop):
-        rows = share_of_rows(batch(step))
+        rows = batch(step).chunk(processes())[rank()]  # this process's
         loss = model(input_ids=rows, labels=rows).loss
         optimizer.zero_grad()
         loss.backward()
