@@ -25,9 +25,15 @@ from common.results import finish
 from common.tables import NAME, NOTE, Column, Row, Table
 
 CONFIG = {
-    "model_type": "falcon_mamba", "vocab_size": 65024, "hidden_size": 4096,
-    "num_hidden_layers": 64, "state_size": 16, "tie_word_embeddings": False,
-    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    "model_type": "falcon_mamba",
+    "vocab_size": 65024,
+    "hidden_size": 4096,
+    "num_hidden_layers": 64,
+    "state_size": 16,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
 QUICK = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2}
 STEPS = 32

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         MambaModel,
         MambaOutput,
         MambaPreTrainedModel,
+        load_causal_lm,
         register,
         unregister,
     )
@@ -58,6 +59,7 @@ _HOME_OF = {
     "Sampling": "anymamba.runtime.generation.sampling",
     "State": "anymamba.runtime.state.state",
     "load": "anymamba.runtime.loading",
+    "load_causal_lm": "anymamba.modeling",
     "register": "anymamba.modeling",
     "unregister": "anymamba.modeling",
 }
@@ -83,6 +85,7 @@ __all__ = [
     "State",
     "__version__",
     "load",
+    "load_causal_lm",
     "register",
     "unregister",
 ]

@@ -134,7 +134,7 @@ def test_every_character_that_a_terminal_obeys_is_escaped():
 
 
 def test_commands_print_through_say_or_as_json():
-    """json.dumps escapes by itself; all else may hold what came out of a file."""
+    """json_line escapes by itself; all else may hold what came out of a file."""
     for file in sorted(Path(anymamba.cli.__path__[0]).rglob("*.py")):
         if file.name == "output.py":
             continue
@@ -142,6 +142,6 @@ def test_commands_print_through_say_or_as_json():
             called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
             assert called not in ("sys.stdout.write", "sys.stderr.write"), file.name
             if called == "print":
-                assert ast.unparse(node.args[0]).startswith("json.dumps("), (
+                assert ast.unparse(node.args[0]).startswith("json_line("), (
                     f"{file.name}, line {node.lineno}: use say or tell"
                 )

@@ -384,6 +384,6 @@ def test_the_modules_hold_what_the_table_names() -> None:
         norm_native: ("rms_norm",),
         linear_native: ("linear",),
     }.items():
-        assert set(module.__all__) == set(names)
         for name in names:
+            assert callable(getattr(module, name))
             assert getattr(OPERATORS, name).default is not None

@@ -56,7 +56,7 @@ def test_the_first_token_does_not_wait_for_what_it_does_not_use() -> None:
 TO_ENCODE = """
 from anymamba.assets import bundled_model
 from anymamba.runtime.tokenizer import TextCodec
-from anymamba.checkpoint.tokenizer.reader import read_tokenizer
+from anymamba.checkpoint.tokenizer import read_tokenizer
 codec = TextCodec(lambda: read_tokenizer(bundled_model()))
 assert codec.exists and 'tokenizers' not in sys.modules
 codec.encode('a', special=True)

@@ -70,8 +70,8 @@ def refuse_others(options: Options) -> None:
 
 def load_model(folder: Path, device_name: str, dtype: str) -> MambaForCausalLM:
     """The model, on the device and in the type asked for, ready to generate."""
+    from anymamba import load_causal_lm
     from anymamba.devices import find_device
-    from anymamba.modeling.auto import load_causal_lm
 
     device = find_device(device_name)
     if dtype == "auto" and device.type == "cpu":

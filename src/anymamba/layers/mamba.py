@@ -105,10 +105,6 @@ class MambaLayer(nn.Module):
         """What x_proj gave, as dt_proj and the scan take it: a place for norms."""
         return delta, B, C
 
-    def norm_weights(self) -> dict[str, Tensor]:
-        """The gains of these norms, by the core's names."""
-        return {}
-
     def _A(self) -> Tensor:
         return -torch.exp(at_least_float32(self.A_log))
 

@@ -1,5 +1,6 @@
 """Mamba with the API of Hugging Face Transformers."""
 
+from anymamba.modeling.auto import load_causal_lm
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import FalconMambaConfig, Mamba2Config, MambaConfig
 from anymamba.modeling.falcon_mamba import (
@@ -34,6 +35,7 @@ __all__ = [
     "MambaModel",
     "MambaOutput",
     "MambaPreTrainedModel",
+    "load_causal_lm",
     "register",
     "unregister",
     "why_not_native_loop",

@@ -166,7 +166,7 @@ def harness_model(
     from lm_eval.models.huggingface import HFLM
     from transformers.utils.logging import disable_progress_bar
 
-    from anymamba.modeling.auto import load_causal_lm
+    from anymamba.modeling import load_causal_lm
     from anymamba.training.data import stored_tokenizer
     from anymamba.training.load_trainable import check_weights
 

@@ -10,8 +10,7 @@ from torch import nn
 from anymamba.checkpoint.architecture import role_of
 from anymamba.checkpoint.finite import broken_tensor
 from anymamba.errors import ConfigError
-from anymamba.modeling import MambaForCausalLM
-from anymamba.modeling.auto import load_causal_lm
+from anymamba.modeling import MambaForCausalLM, load_causal_lm
 
 
 def open_trainable(model: str | os.PathLike[str]) -> MambaForCausalLM:

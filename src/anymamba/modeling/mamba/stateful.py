@@ -48,6 +48,10 @@ class StatefulMixer(nn.Module):
             cu_seqlens: Tensor | None = None,
         ) -> tuple[Tensor, Tensor | None]: ...
 
+    def norm_weights(self) -> dict[str, Tensor]:
+        """The gains of the norms inside the mixer, by the core's names."""
+        return {}
+
     @takes_cache_params
     def forward(
         self,

@@ -18,8 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError, InputError
-from anymamba.modeling import MambaConfig, MambaForCausalLM
-from anymamba.modeling.auto import load_causal_lm
+from anymamba.modeling import MambaConfig, MambaForCausalLM, load_causal_lm
 from anymamba.renamed import old_names
 from anymamba.training.data import TokenRow, open_tokenizer, texts_of, tokenize
 from anymamba.training.lifecycle import (
