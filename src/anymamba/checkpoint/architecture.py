@@ -9,6 +9,7 @@ Shapes are written in the letters of `anymamba.minimal`:
     v  vocabulary      d  model width     e  inner width
     n  states          r  rank of dt      k  convolution width
     h  heads           p  head's width    m  B's width in all groups, g n
+    g  groups          w  group's width, e / g
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class TensorRow:
         core: the native core's name.
         gguf: GGUF's name, or None where llama.cpp has no such tensor.
         flag: the field of `ModelShape` that says whether a model has it; None for always.
+        gguf_shape: its shape in GGUF, where that is another one of as many numbers.
     """
 
     name: str
@@ -54,6 +56,7 @@ class TensorRow:
     core: str
     gguf: str | None
     flag: str | None = None
+    gguf_shape: str | None = None
 
     @property
     def module(self) -> str:
@@ -119,15 +122,34 @@ class Architecture:
             (16, 1, 4)
         """
 
+        return self._of_all(shape, lambda row: row.dimensions(shape.sizes))
+
+    def gguf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+        """The shapes that a model's tensors have in GGUF, by Transformers' names.
+
+        Args:
+            shape: the model's.
+
+        Example:
+            >>> from anymamba.checkpoint import model_shape
+            >>> shapes = MAMBA.gguf_shapes(model_shape({"hidden_size": 8, "num_hidden_layers": 1}))
+            >>> shapes["backbone.layers.0.mixer.conv1d.weight"]
+            (16, 4)
+        """
+        return self._of_all(shape, lambda r: _dimensions(r.gguf_shape or r.shape, shape.sizes))
+
+    def _of_all(
+        self, shape: ModelShape, shape_of: Callable[[TensorRow], tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
         def has(row: TensorRow) -> bool:
             return row.flag is None or bool(getattr(shape, row.flag))
 
-        layer = {row.name: row.dimensions(shape.sizes) for row in self.layer if has(row)}
-        shapes = {EMBEDDINGS: self.embeddings.dimensions(shape.sizes)}
+        layer = {row.name: shape_of(row) for row in self.layer if has(row)}
+        shapes = {EMBEDDINGS: shape_of(self.embeddings)}
         for index in range(shape.n_layer):
             shapes |= {in_layer(index, name): numbers for name, numbers in layer.items()}
         rest = (row for row in (self.norm, self.head) if has(row))
-        return shapes | {row.name: row.dimensions(shape.sizes) for row in rest}
+        return shapes | {row.name: shape_of(row) for row in rest}
 
     def states(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of a layer's window and state.
@@ -181,7 +203,8 @@ MAMBA = Architecture(
         TensorRow("mixer.in_proj.bias", "2e", "vector", "in_proj_bias", None, "bias"),
         # One filter a channel.
         TensorRow(
-            "mixer.conv1d.weight", "e 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"
+            *("mixer.conv1d.weight", "e 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"),
+            gguf_shape="e k",
         ),
         TensorRow("mixer.conv1d.bias", "e", "vector", "conv_bias", "ssm_conv1d.bias", "conv_bias"),
         # What the step size is made of, B and C.
@@ -228,15 +251,18 @@ MAMBA2 = replace(
         TensorRow("mixer.in_proj.bias", "2e+2m+h", "vector", "in_proj_bias", None, "bias"),
         # One filter a channel of x, B and C.
         TensorRow(
-            "mixer.conv1d.weight", "e+2m 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"
+            *("mixer.conv1d.weight", "e+2m 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"),
+            gguf_shape="e+2m k",
         ),
         TensorRow(
             "mixer.conv1d.bias", "e+2m", "vector", "conv_bias", "ssm_conv1d.bias", "conv_bias"
         ),
         TensorRow("mixer.dt_bias", "h", "vector", "dt_bias", "ssm_dt.bias"),
-        TensorRow("mixer.A_log", "h", "decay", "A_log", "ssm_a"),
-        TensorRow("mixer.D", "h", "vector", "D", "ssm_d"),
-        TensorRow("mixer.norm.weight", "e", "vector", "gated_norm", "ssm_norm.weight"),
+        TensorRow("mixer.A_log", "h", "decay", "A_log", "ssm_a", gguf_shape="h 1"),
+        TensorRow("mixer.D", "h", "vector", "D", "ssm_d", gguf_shape="h 1"),
+        TensorRow(
+            *("mixer.norm.weight", "e", "vector", "gated_norm", "ssm_norm.weight"), gguf_shape="g w"
+        ),
         TensorRow("mixer.out_proj.weight", "d e", "large matrix", "out_proj", "ssm_out.weight"),
         TensorRow("mixer.out_proj.bias", "d", "vector", "out_proj_bias", None, "bias"),
     ),
