@@ -6,7 +6,6 @@ convolution, A, D and biases. A matrix whose rows are no whole number of blocks 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -22,7 +21,8 @@ from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
 from anymamba.checkpoint.gguf.names import MIXER_EPSILON, to_gguf_name
-from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_rule, llama_tokenizer
+from anymamba.checkpoint.gguf.token_lists import PREFIX
+from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_tokenizer
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.tokenizer import tokenizer_from_json
 from anymamba.errors import ConfigError
@@ -165,6 +165,11 @@ def _add_tokenizer(
     text: str | None,
     chat_template: str | None,
 ) -> None:
+    header: dict[str, Any] = {}
+    for name in ("bos", "eos", "pad"):
+        number = config.get(f"{name}_token_id")
+        if type(number) is int and 0 <= number < shape.vocab_size:
+            header[f"{'padding' if name == 'pad' else name}_token_id"] = number
     lists = None
     if text:
         tokenizer_from_json(text, "tokenizer.json")  # refuses what is none
@@ -172,19 +177,10 @@ def _add_tokenizer(
         lists = llama_tokenizer(text, shape.vocab_size)
     if chat_template:
         writer.add_chat_template(chat_template)
-    for name in ("bos", "eos", "pad"):
-        number = config.get(f"{name}_token_id")
-        if type(number) is int and 0 <= number < shape.vocab_size:
-            getattr(writer, f"add_{name}_token_id")(number)
-    if lists is None:
-        writer.add_tokenizer_model("no_vocab")  # what llama.cpp calls a file of numbers alone
-        return
-    tokens, types, merges = lists
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(llama_rule(json.loads(text or "")))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    # "no_vocab" is what llama.cpp calls a file of numbers alone.
+    for name, value in (header | (lists or {"model": "no_vocab"})).items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        add.get(type(value), writer.add_array)(PREFIX + name, value)
 
 
 def _write_tensors(
