@@ -92,6 +92,7 @@ class Architecture:
         head: the language model's head.
         window, state: the shapes of what a layer carries from token to token.
         defaults: Transformers' values of the fields that decide the shapes.
+        special_tokens: Transformers' values of the tokens that begin, end and fill texts.
         norms_maps: whether each mixer norms dt, B and C, without a gain.
     """
 
@@ -105,6 +106,7 @@ class Architecture:
     window: str
     state: str
     defaults: Mapping[str, int | bool]
+    special_tokens: Mapping[str, int]
     norms_maps: bool = False
 
     @property
@@ -231,6 +233,7 @@ MAMBA = Architecture(
         "use_conv_bias": True,
         "tie_word_embeddings": True,
     },
+    special_tokens={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
 )
 """Mamba-1, as Transformers names its tensors."""
 
@@ -279,6 +282,7 @@ MAMBA2 = replace(
         "n_groups": 8,
         "tie_word_embeddings": False,
     },
+    special_tokens={"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
 )
 """Mamba-2. Its state has heads, each with one decay."""
 
@@ -319,6 +323,23 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         known = " or ".join(map(repr, ARCHITECTURES))
         raise ConfigError(f"model_type is {shown(name)}, expected {known}")
     return ARCHITECTURES[name]
+
+
+def special_token(config: Mapping[str, Any], name: str) -> Any:
+    """The token that begins, ends or fills texts.
+
+    Args:
+        config: fields in Transformers' names.
+        name: "bos_token_id", "eos_token_id" or "pad_token_id".
+
+    Returns:
+        What the config has, or what Transformers takes where it says nothing.
+
+    Example:
+        >>> special_token({"model_type": "mamba2"}, "eos_token_id")
+        2
+    """
+    return config.get(name, architecture_of(config).special_tokens[name])
 
 
 def in_layer(index: int | str, name: str) -> str:
