@@ -9,6 +9,7 @@ Shapes are written in the letters of `anymamba.minimal`:
     v  vocabulary      d  model width     e  inner width
     n  states          r  rank of dt      k  convolution width
     h  heads           p  head's width    m  B's width in all groups, g n
+    g  groups          w  group's width, e / g
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class TensorRow:
         core: the native core's name.
         gguf: GGUF's name, or None where llama.cpp has no such tensor.
         flag: the field of `ModelShape` that says whether a model has it; None for always.
+        gguf_shape: its shape in GGUF, where that is another one of as many numbers.
     """
 
     name: str
@@ -54,6 +56,7 @@ class TensorRow:
     core: str
     gguf: str | None
     flag: str | None = None
+    gguf_shape: str | None = None
 
     @property
     def module(self) -> str:
@@ -89,6 +92,7 @@ class Architecture:
         head: the language model's head.
         window, state: the shapes of what a layer carries from token to token.
         defaults: Transformers' values of the fields that decide the shapes.
+        special_tokens: Transformers' values of the tokens that begin, end and fill texts.
         norms_maps: whether each mixer norms dt, B and C, without a gain.
     """
 
@@ -102,6 +106,7 @@ class Architecture:
     window: str
     state: str
     defaults: Mapping[str, int | bool]
+    special_tokens: Mapping[str, int]
     norms_maps: bool = False
 
     @property
@@ -119,15 +124,34 @@ class Architecture:
             (16, 1, 4)
         """
 
+        return self._of_all(shape, lambda row: row.dimensions(shape.sizes))
+
+    def gguf_shapes(self, shape: ModelShape) -> dict[str, tuple[int, ...]]:
+        """The shapes that a model's tensors have in GGUF, by Transformers' names.
+
+        Args:
+            shape: the model's.
+
+        Example:
+            >>> from anymamba.checkpoint import model_shape
+            >>> shapes = MAMBA.gguf_shapes(model_shape({"hidden_size": 8, "num_hidden_layers": 1}))
+            >>> shapes["backbone.layers.0.mixer.conv1d.weight"]
+            (16, 4)
+        """
+        return self._of_all(shape, lambda r: _dimensions(r.gguf_shape or r.shape, shape.sizes))
+
+    def _of_all(
+        self, shape: ModelShape, shape_of: Callable[[TensorRow], tuple[int, ...]]
+    ) -> dict[str, tuple[int, ...]]:
         def has(row: TensorRow) -> bool:
             return row.flag is None or bool(getattr(shape, row.flag))
 
-        layer = {row.name: row.dimensions(shape.sizes) for row in self.layer if has(row)}
-        shapes = {EMBEDDINGS: self.embeddings.dimensions(shape.sizes)}
+        layer = {row.name: shape_of(row) for row in self.layer if has(row)}
+        shapes = {EMBEDDINGS: shape_of(self.embeddings)}
         for index in range(shape.n_layer):
             shapes |= {in_layer(index, name): numbers for name, numbers in layer.items()}
         rest = (row for row in (self.norm, self.head) if has(row))
-        return shapes | {row.name: row.dimensions(shape.sizes) for row in rest}
+        return shapes | {row.name: shape_of(row) for row in rest}
 
     def states(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of a layer's window and state.
@@ -181,7 +205,8 @@ MAMBA = Architecture(
         TensorRow("mixer.in_proj.bias", "2e", "vector", "in_proj_bias", None, "bias"),
         # One filter a channel.
         TensorRow(
-            "mixer.conv1d.weight", "e 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"
+            *("mixer.conv1d.weight", "e 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"),
+            gguf_shape="e k",
         ),
         TensorRow("mixer.conv1d.bias", "e", "vector", "conv_bias", "ssm_conv1d.bias", "conv_bias"),
         # What the step size is made of, B and C.
@@ -208,6 +233,7 @@ MAMBA = Architecture(
         "use_conv_bias": True,
         "tie_word_embeddings": True,
     },
+    special_tokens={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0},
 )
 """Mamba-1, as Transformers names its tensors."""
 
@@ -228,15 +254,18 @@ MAMBA2 = replace(
         TensorRow("mixer.in_proj.bias", "2e+2m+h", "vector", "in_proj_bias", None, "bias"),
         # One filter a channel of x, B and C.
         TensorRow(
-            "mixer.conv1d.weight", "e+2m 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"
+            *("mixer.conv1d.weight", "e+2m 1 k", "convolution", "conv_weight", "ssm_conv1d.weight"),
+            gguf_shape="e+2m k",
         ),
         TensorRow(
             "mixer.conv1d.bias", "e+2m", "vector", "conv_bias", "ssm_conv1d.bias", "conv_bias"
         ),
         TensorRow("mixer.dt_bias", "h", "vector", "dt_bias", "ssm_dt.bias"),
-        TensorRow("mixer.A_log", "h", "decay", "A_log", "ssm_a"),
-        TensorRow("mixer.D", "h", "vector", "D", "ssm_d"),
-        TensorRow("mixer.norm.weight", "e", "vector", "gated_norm", "ssm_norm.weight"),
+        TensorRow("mixer.A_log", "h", "decay", "A_log", "ssm_a", gguf_shape="h 1"),
+        TensorRow("mixer.D", "h", "vector", "D", "ssm_d", gguf_shape="h 1"),
+        TensorRow(
+            *("mixer.norm.weight", "e", "vector", "gated_norm", "ssm_norm.weight"), gguf_shape="g w"
+        ),
         TensorRow("mixer.out_proj.weight", "d e", "large matrix", "out_proj", "ssm_out.weight"),
         TensorRow("mixer.out_proj.bias", "d", "vector", "out_proj_bias", None, "bias"),
     ),
@@ -253,6 +282,7 @@ MAMBA2 = replace(
         "n_groups": 8,
         "tie_word_embeddings": False,
     },
+    special_tokens={"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},
 )
 """Mamba-2. Its state has heads, each with one decay."""
 
@@ -293,6 +323,23 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
         known = " or ".join(map(repr, ARCHITECTURES))
         raise ConfigError(f"model_type is {shown(name)}, expected {known}")
     return ARCHITECTURES[name]
+
+
+def special_token(config: Mapping[str, Any], name: str) -> Any:
+    """The token that begins, ends or fills texts.
+
+    Args:
+        config: fields in Transformers' names.
+        name: "bos_token_id", "eos_token_id" or "pad_token_id".
+
+    Returns:
+        What the config has, or what Transformers takes where it says nothing.
+
+    Example:
+        >>> special_token({"model_type": "mamba2"}, "eos_token_id")
+        2
+    """
+    return config.get(name, architecture_of(config).special_tokens[name])
 
 
 def in_layer(index: int | str, name: str) -> str:

@@ -2,7 +2,8 @@
 
 Three kinds of config.json describe the same model. Transformers' says `model_type: mamba`. The
 original one has `d_model`, with the layers' settings under `ssm_cfg`. That of `minimal.py` holds
-the fields of its `ModelArgs`, all at the top.
+the fields of its `ModelArgs`, all at the top. In Mistral's own form of Codestral-Mamba there is a
+`params.json` in its place, with fields of their own around the original's model.
 """
 
 from __future__ import annotations
@@ -48,18 +49,39 @@ _MAMBA2_FIELDS = {name: LAYER_FIELDS[name] for name in _SHARED} | {
     "chunk_size": "chunk_size",
     "dt_limit": "time_step_limit",
 }
-# What the original's layer takes where nothing is said, and Transformers' config does not.
-_MAMBA2_DEFAULTS = {"n_groups": 1, "head_dim": 64, "tie_word_embeddings": True}
+# What the original's layer takes where nothing is said, and Transformers' config does not; and the
+# end of text of GPT-NeoX's tokenizer, which the authors' models have.
+_MAMBA2_DEFAULTS = {
+    "n_groups": 1,
+    "head_dim": 64,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
 # What Transformers' config has no field for.
 _MAMBA2_FIXED = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
 # They pick between kernels of the same result, or the weights before training.
 _WITHOUT_EFFECT = ("use_fast_path", "use_mem_eff_path", "A_init_range", "conv_init")
 _REQUIRED = ("d_model", "n_layer", "vocab_size")
+PARAMS = "params.json"
+"""The config in Mistral's form."""
+
+# The original's fields by those of Mistral's form. The layer is always Mamba-2's.
+_OF_PARAMS = {
+    "dim": "d_model",
+    "n_layers": "n_layer",
+    "n_groups": "ngroups",
+    **{name: name for name in ("vocab_size", "pad_vocab_size_multiple", "tie_embeddings")},
+    **{name: name for name in ("rms_norm", "residual_in_fp32", "fused_add_norm")},
+}
+# Of Mistral's tokenizer, in which 0 is the unknown token.
+_TOKENS_OF_PARAMS = {"bos_token_id": 1, "eos_token_id": 2}
 _PURE_MAMBA = "of the original layout AnyMamba reads Mamba and Mamba-2 models with RMSNorm alone"
 
 
 def read_config(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any]]:
-    """Read a folder's config.json, whichever layout it has.
+    """Read a folder's config.json, whichever layout it has, or its params.json.
 
     Args:
         folder: the model's folder.
@@ -82,12 +104,48 @@ def read_config(folder: str | os.PathLike[str]) -> tuple[Layout, dict[str, Any]]
         >>> layout, config["hidden_size"], config["state_size"], config["vocab_size"]
         ('original', 32, 8, 56)
     """
-    path = Path(folder) / "config.json"
+    path = config_file(folder)
     fields = read_json_object(path)
     try:
-        return translate_config(fields)
+        return _translate_params(fields) if path.name == PARAMS else translate_config(fields)
     except ConfigError as error:
         raise CheckpointError(f"{str(path)!r}: {error}") from error
+
+
+def config_file(folder: str | os.PathLike[str]) -> Path:
+    """The file of a model's folder that describes the model.
+
+    Args:
+        folder: the model's folder.
+
+    Returns:
+        Its config.json; its params.json where only that is there.
+
+    Example:
+        >>> config_file("model").name
+        'config.json'
+    """
+    params = Path(folder) / PARAMS
+    path = params.with_name("config.json")
+    return params if params.is_file() and not path.is_file() else path
+
+
+def _translate_params(params: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]:
+    """As `translate_config`, of the fields of a params.json."""
+    kind = params.get("model_type", "mamba")
+    if kind != "mamba":
+        raise ConfigError(f"model_type is {shown(kind)}, expected 'mamba'")
+    missing = [name for name in ("dim", "n_layers", "n_groups", "vocab_size") if name not in params]
+    unknown = [shown(name) for name in params.keys() - _OF_PARAMS.keys() - {"model_type"}]
+    if missing or unknown:
+        problem = (
+            f"lacks {listed(missing)}" if missing else f"has unknown {listed(sorted(unknown))}"
+        )
+        raise ConfigError(f"this describes no model of the form of Codestral-Mamba: it {problem}")
+    fields = {new: params[old] for old, new in _OF_PARAMS.items() if old in params}
+    layer = {"layer": "Mamba2", "ngroups": fields.pop("ngroups")}
+    layout, config = translate_config({**fields, "ssm_cfg": layer})
+    return layout, config | _TOKENS_OF_PARAMS
 
 
 def translate_config(fields: Mapping[str, Any]) -> tuple[Layout, dict[str, Any]]:

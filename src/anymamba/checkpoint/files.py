@@ -9,8 +9,13 @@ from pathlib import Path
 from anymamba.checkpoint.io import listed, read_json_object, shown
 from anymamba.errors import CheckpointError
 
-# Whole or in shards; safetensors first, since reading a pickle needs torch and care.
-SAFETENSORS_NAMES = ("model.safetensors", "model.safetensors.index.json")
+# Whole or in shards; safetensors first, since reading a pickle needs torch and care. Codestral has
+# its weights twice: `consolidated` has the names of Mistral's own program.
+SAFETENSORS_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "consolidated.safetensors",
+)
 _PICKLE_NAMES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 WEIGHT_NAMES = (*SAFETENSORS_NAMES, *_PICKLE_NAMES)
 """The files that are looked for, in this order, where no variant is named."""

@@ -74,7 +74,8 @@ class ModelShape:
         """The numbers by the letters of `anymamba.checkpoint.architecture`."""
         numbers = (self.vocab_size, self.d_model, self.d_inner, self.d_state, self.dt_rank)
         heads = (self.heads, self.head_dim, self.groups * self.d_state)
-        return dict(zip("vdenrkhpm", (*numbers, self.d_conv, *heads), strict=True))
+        groups = (self.groups, self.d_inner // max(self.groups, 1))
+        return dict(zip("vdenrkhpmgw", (*numbers, self.d_conv, *heads, *groups), strict=True))
 
 
 def model_shape(config: Mapping[str, Any]) -> ModelShape:

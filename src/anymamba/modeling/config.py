@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from anymamba.checkpoint.architecture import architecture_of
-from anymamba.checkpoint.config import translate_config
+from anymamba.checkpoint.config import PARAMS, config_file, read_config, translate_config
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError
 from anymamba.modeling.config_checks import SETTINGS, check_together, shown_value
@@ -394,6 +394,10 @@ def read_config_dict(
     if path is not None:
         left = {key: value for key, value in kwargs.items() if key not in _PLACE}
         return gguf_config(path), left
+    if config_file(user_path(name)).name == PARAMS:
+        left = {key: value for key, value in kwargs.items() if key not in _PLACE}
+        fields = read_config(user_path(name))[1]
+        return fields | {"architectures": [architecture_of(fields).causal_lm]}, left
     fields, left = read(name, **kwargs)
     if "model_type" not in fields and {"d_model", "n_layer"} <= fields.keys():
         config = translate_config(fields)[1]

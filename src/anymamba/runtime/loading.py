@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from anymamba.arithmetic import check_matmul_dtype
 from anymamba.checkpoint import open_checkpoint, resolve
+from anymamba.checkpoint.architecture import special_token
 from anymamba.checkpoint.gguf import find_gguf
 from anymamba.checkpoint.io import read_json_object, user_path
 from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
@@ -122,8 +123,7 @@ _Opened: TypeAlias = tuple[Weights, Callable[[], "Tokenizer"] | None, object]
 def _open_folder(folder: Path, weights: str) -> _Opened:
     checkpoint, tokenizer = open_checkpoint(folder), folder / "tokenizer.json"
     open_tokenizer = partial(read_tokenizer, tokenizer) if tokenizer.is_file() else None
-    # Transformers' default for a Mamba that says nothing is token 0.
-    ends = checkpoint.config.get("eos_token_id", 0)
+    ends = special_token(checkpoint.config, "eos_token_id")
     return load_weights(checkpoint, weights), open_tokenizer, ends
 
 

@@ -37,7 +37,7 @@ def test_a_missing_tensor_is_named(name: str, file: Path) -> None:
     assert name in message or from_gguf_name(name) in message
 
 
-@pytest.mark.parametrize("architecture", ["mamba2", "llama", "jamba"])
+@pytest.mark.parametrize("architecture", ["mamba3", "llama", "jamba"])
 def test_other_architectures_are_named(architecture: str, file: Path) -> None:
     gguf_files.write(file, architecture=architecture)
     assert repr(architecture) in refusal(file)

@@ -73,7 +73,7 @@ def test_no_tokenizer(name: str | None, file: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
-        ({"model": "llama"}, "'llama'"),
+        ({"model": "t5"}, "'t5'"),
         ({"model": 3}, "kind is 3"),
         ({"model": [1, 2]}, "kind is (1, 2)"),
         ({"pre": "llama-bpe"}, "'llama-bpe'"),

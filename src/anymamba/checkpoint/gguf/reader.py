@@ -13,6 +13,7 @@ import math
 import mmap
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from anymamba.checkpoint.architecture import (
     FALCON_MAMBA,
     HEAD,
     MAMBA,
+    MAMBA2,
+    Architecture,
     in_layer,
     is_matrix,
     role_of,
@@ -40,16 +43,19 @@ from anymamba.checkpoint.quantization import Tensor
 from anymamba.checkpoint.safetensors.mmap import StoredTensors, check_whole
 from anymamba.errors import CheckpointError, ConfigError
 
-# Transformers' fields by GGUF's. All of them must be there.
+# Transformers' fields by GGUF's, behind the architecture's name. All of them must be there.
 _COUNTS = {
-    "mamba.embedding_length": "hidden_size",
-    "mamba.block_count": "num_hidden_layers",
-    "mamba.ssm.conv_kernel": "conv_kernel",
-    "mamba.ssm.state_size": "state_size",
-    "mamba.ssm.time_step_rank": "time_step_rank",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "ssm.conv_kernel": "conv_kernel",
+    "ssm.state_size": "state_size",
 }
-_INNER = "mamba.ssm.inner_size"
-_EPSILON = "mamba.attention.layer_norm_rms_epsilon"
+_OWN_COUNTS = {
+    MAMBA.gguf: {"ssm.time_step_rank": "time_step_rank"},
+    MAMBA2.gguf: {"ssm.time_step_rank": "num_heads", "ssm.group_count": "n_groups"},
+}
+_INNER = "ssm.inner_size"
+_EPSILON = "attention.layer_norm_rms_epsilon"
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 
 
@@ -100,18 +106,20 @@ def read_gguf(
     """
     header = read_gguf_files(path)
     where = repr(str(header.file))
-    records = _by_our_names(header)
     try:
-        config = _config(header, records)
-        expected = expected_shapes(config)
+        architecture = _architecture(header)
+        records = {from_gguf_name(n, architecture): r for n, r in header.tensors.items()}
+        config = _config(header.metadata, architecture, records)
+        stored = architecture.gguf_shapes(model_shape(config))
     except ConfigError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    found = {name: _our_shape(name, record.shape) for name, record in records.items()}
-    check_tensors(found, expected, where)
+    found = {name: _padded(record.shape, stored.get(name, ())) for name, record in records.items()}
+    check_tensors(found, stored, where)
+    records = {name: replace(records[name], shape=stored[name]) for name in stored}
     template = header.metadata.get(CHAT_TEMPLATE)
     return GgufModel(
         config,
-        GgufTensors({name: records[name] for name in expected}, header.data, keep_blocks),
+        GgufTensors(records, expected_shapes(config), header.data, keep_blocks),
         tokenizer_json(header.metadata, where) if tokenizer else None,
         template if isinstance(template, str) else None,
     )
@@ -122,6 +130,7 @@ class GgufTensors(StoredTensors):
 
     Args:
         records: where the tensors are, by Transformers' names.
+        shapes: Transformers' shapes of them.
         data: by the file, its bytes, mapped.
         keep_blocks: as in `read_gguf`.
 
@@ -130,17 +139,19 @@ class GgufTensors(StoredTensors):
         MissingDependencyError: when `blocks.widened` needs the `gguf` package for it.
 
     Example:
-        >>> len(GgufTensors({}, {}, keep_blocks=True))
+        >>> len(GgufTensors({}, {}, {}, keep_blocks=True))
         0
     """
 
     def __init__(
         self,
         records: Mapping[str, TensorRecord],
+        shapes: Mapping[str, tuple[int, ...]],
         data: Mapping[Path, memoryview],
         keep_blocks: bool,
     ) -> None:
         super().__init__(records)
+        self._shapes = shapes
         self._data = data
         self._keep_blocks = keep_blocks
 
@@ -152,7 +163,7 @@ class GgufTensors(StoredTensors):
             values = _plain(record, data)
         else:
             values = widened(record.dtype, data, record.shape)
-        values = values.reshape(_our_shape(name, record.shape))
+        values = values.reshape(self._shapes[name])
         return _a_log(record, values) if role_of(name) == "decay" else values
 
     def bytes_of(self, name: str) -> memoryview:
@@ -168,34 +179,47 @@ class GgufTensors(StoredTensors):
                 check_whole(file, data.obj)
 
 
-def _by_our_names(header: GgufHeader) -> dict[str, TensorRecord]:
-    """The tensors' places by Transformers' names, if the file is of a Mamba at all."""
-    architecture = header.metadata.get("general.architecture")
-    if architecture != MAMBA.gguf:
-        raise CheckpointError(
-            f"{str(header.file)!r} is a model of architecture {shown(architecture)}, expected "
-            f"{MAMBA.gguf!r}: AnyMamba reads Mamba and Falcon-Mamba"
+def _architecture(header: GgufHeader) -> Architecture:
+    """The architecture that a file is of, if it is one of AnyMamba's.
+
+    Raises:
+        ConfigError: a value of the header is none that it can have.
+    """
+    name = header.metadata.get("general.architecture")
+    if name == MAMBA2.gguf:
+        return MAMBA2
+    if name != MAMBA.gguf:
+        raise ConfigError(
+            f"this is a model of architecture {shown(name)}, expected {MAMBA.gguf!r} or "
+            f"{MAMBA2.gguf!r}: AnyMamba reads Mamba, Falcon-Mamba and Mamba-2"
         )
-    return {from_gguf_name(name): record for name, record in header.tensors.items()}
+    norms_maps = header.metadata.get(NORMS_MAPS, False)
+    if type(norms_maps) is not bool:
+        raise ConfigError(f"{NORMS_MAPS} is {shown(norms_maps)}, expected true or false")
+    return FALCON_MAMBA if norms_maps else MAMBA
 
 
-def _config(header: GgufHeader, records: Mapping[str, TensorRecord]) -> dict[str, Any]:
-    metadata = header.metadata
-    missing = [key for key in (*_COUNTS, _INNER, _EPSILON) if key not in metadata]
+def _config(
+    metadata: Mapping[str, Any], architecture: Architecture, records: Mapping[str, TensorRecord]
+) -> dict[str, Any]:
+    def key(name: str) -> str:
+        return f"{architecture.gguf}.{name}"
+
+    counts = _COUNTS | _OWN_COUNTS[architecture.gguf]
+    missing = [key(name) for name in (*counts, _INNER, _EPSILON) if key(name) not in metadata]
     if missing or EMBEDDINGS not in records:
         what = ", ".join(missing) or "the tensor token_embd.weight"
         raise ConfigError(f"it lacks {what}; convert the model anew")
-    norms_maps = metadata.get(NORMS_MAPS, False)
-    if type(norms_maps) is not bool:
-        raise ConfigError(f"{NORMS_MAPS} is {shown(norms_maps)}, expected true or false")
-    config: dict[str, Any] = {"model_type": (FALCON_MAMBA if norms_maps else MAMBA).name}
-    config |= {ours: metadata[theirs] for theirs, ours in _COUNTS.items()}
-    config["expand"] = _expand(metadata)
-    config["layer_norm_epsilon"] = _epsilon(_EPSILON, metadata[_EPSILON])
-    if norms_maps:  # llama.cpp has one epsilon for all norms
-        key = MIXER_EPSILON if MIXER_EPSILON in metadata else _EPSILON
-        config["mixer_rms_eps"] = _epsilon(key, metadata[key])
-    config["vocab_size"] = metadata.get("mamba.vocab_size", records[EMBEDDINGS].shape[0])
+    config: dict[str, Any] = {"model_type": architecture.name}
+    config |= {ours: metadata[key(theirs)] for theirs, ours in counts.items()}
+    config["expand"] = _quotient(metadata, key(_INNER), key("embedding_length"))
+    if architecture is MAMBA2:
+        config["head_dim"] = _quotient(metadata, key(_INNER), key("ssm.time_step_rank"))
+    config["layer_norm_epsilon"] = _epsilon(metadata, key(_EPSILON))
+    if architecture.norms_maps:  # llama.cpp has one epsilon for all norms
+        own = MIXER_EPSILON if MIXER_EPSILON in metadata else key(_EPSILON)
+        config["mixer_rms_eps"] = _epsilon(metadata, own)
+    config["vocab_size"] = metadata.get(key("vocab_size"), records[EMBEDDINGS].shape[0])
     config["use_bias"] = False
     config["use_conv_bias"] = in_layer(0, "mixer.conv1d.bias") in records
     config["tie_word_embeddings"] = HEAD not in records
@@ -205,17 +229,17 @@ def _config(header: GgufHeader, records: Mapping[str, TensorRecord]) -> dict[str
     return config | _special_tokens(metadata, vocab_size)
 
 
-def _expand(metadata: Mapping[str, Any]) -> int:
-    inner, width = metadata[_INNER], metadata["mamba.embedding_length"]
-    if type(inner) is not int or type(width) is not int or width < 1 or inner % width:
+def _quotient(metadata: Mapping[str, Any], key: str, divisor: str) -> int:
+    number, by = metadata[key], metadata[divisor]
+    if type(number) is not int or type(by) is not int or by < 1 or number % by:
         raise ConfigError(
-            f"{_INNER} is {shown(inner)}, expected a multiple of mamba.embedding_length, "
-            f"{shown(width)}"
+            f"{key} is {shown(number)}, expected a multiple of {divisor}, {shown(by)}"
         )
-    return inner // width
+    return number // by
 
 
-def _epsilon(key: str, value: Any) -> float:
+def _epsilon(metadata: Mapping[str, Any], key: str) -> float:
+    value = metadata[key]
     if not isinstance(value, float) or not math.isfinite(value) or value < 0:
         raise ConfigError(f"{key} is {shown(value)}, expected a number of at least 0")
     return float(str(np.float32(value)))  # the 1e-05 that was meant, not its float32
@@ -234,10 +258,9 @@ def _special_tokens(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, i
     return config
 
 
-def _our_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if role_of(name) == "convolution" and len(shape) == 2:
-        return (shape[0], 1, shape[1])
-    return shape
+def _padded(shape: tuple[int, ...], expected: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape with the 1s before it that llama.cpp's programs leave out."""
+    return (1,) * (len(expected) - len(shape)) + shape
 
 
 def _plain(record: TensorRecord, data: memoryview) -> NDArray[Any]:

@@ -6,7 +6,7 @@ convolution, A, D and biases. A matrix whose rows are no whole number of blocks 
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint import ModelShape, expected_shapes, model_shape, write_atomically
+from anymamba.checkpoint import ModelShape, model_shape, write_atomically
 from anymamba.checkpoint.architecture import MAMBA2, architecture_of, is_matrix, role_of
 from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_float32
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
 from anymamba.checkpoint.gguf.names import MIXER_EPSILON, to_gguf_name
-from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_rule, llama_tokenizer
+from anymamba.checkpoint.gguf.token_lists import PREFIX
+from anymamba.checkpoint.gguf.tokenizer import WHOLE, llama_tokenizer
 from anymamba.checkpoint.io import shown
 from anymamba.checkpoint.tokenizer import tokenizer_from_json
 from anymamba.errors import ConfigError
@@ -30,6 +31,14 @@ GGUF_WEIGHTS = ("f32", "f16", "bf16", "q8_0", "q4_0")
 """The types that matrices can have."""
 
 _FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32}  # llama.cpp's numbers
+_UNLIMITED = [0.0, math.inf]
+_NEEDED = {
+    "expand": 2,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "hidden_act": "silu",
+    "time_step_limit": _UNLIMITED,
+}
 _CONTEXT = 1 << 20  # a Mamba has no limit; llama.cpp refuses to go beyond this
 _EPSILON, _MIXER_EPSILON = 1e-5, 1e-6  # where the config says nothing
 _PROBE_BYTES = 1 << 20
@@ -64,6 +73,7 @@ def write_gguf(
 
     Example:
         >>> import tempfile
+        >>> from anymamba.checkpoint import expected_shapes
         >>> config = {"vocab_size": 8, "hidden_size": 32, "num_hidden_layers": 1}
         >>> tensors = {n: np.ones(s, np.float32) for n, s in expected_shapes(config).items()}
         >>> file = Path(tempfile.mkdtemp()) / "model.gguf"
@@ -79,7 +89,7 @@ def write_gguf(
         try:
             _add_settings(writer, config, shape, weights)
             _add_tokenizer(writer, config, shape, tokenizer_json, chat_template)
-            _write_tensors(writer, config, tensors, weights)
+            _write_tensors(writer, config, shape, tensors, weights)
         except OSError as error:
             if error.errno is None:  # numpy says how much it wrote, and not why it was no more
                 _write_in_vain(unfinished)
@@ -101,18 +111,27 @@ def _checked(config: Mapping[str, Any], weights: str) -> ModelShape:
         raise ConfigError(
             f"weights of a GGUF file must be one of {', '.join(GGUF_WEIGHTS)}, got {weights!r}"
         )
-    if architecture_of(config) is MAMBA2:
-        raise ConfigError("AnyMamba does not write Mamba-2 as GGUF; keep the layout 'transformers'")
     shape = model_shape(config)
-    plain = shape.d_inner == 2 * shape.d_model and not shape.bias and shape.conv_bias
-    if not plain or config.get("hidden_act", "silu") != "silu":
+    found = {
+        "use_bias": shape.bias,
+        "use_conv_bias": shape.conv_bias,
+        "hidden_act": config.get("hidden_act", "silu"),
+    }
+    if architecture_of(config) is MAMBA2:
+        found["time_step_limit"] = list(config.get("time_step_limit", _UNLIMITED))
+    else:
+        found["expand"] = shape.d_inner // shape.d_model
+    needed = {name: _NEEDED[name] for name in found}
+    if found != needed:
         raise ConfigError(
-            "llama.cpp reads Mambas with expand=2, use_bias=False, use_conv_bias=True and "
-            f"hidden_act='silu' only, this one has expand={shape.d_inner // shape.d_model}, "
-            f"use_bias={shape.bias}, use_conv_bias={shape.conv_bias} and "
-            f"hidden_act={shown(config.get('hidden_act', 'silu'))}"
+            f"llama.cpp reads {architecture_of(config).name} models with {_spelt(needed)} only, "
+            f"and this one has {_spelt(found)}"
         )
     return shape
+
+
+def _spelt(fields: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={shown(value)}" for name, value in fields.items())
 
 
 def _add_settings(writer: Any, config: Mapping[str, Any], shape: ModelShape, weights: str) -> None:
@@ -129,9 +148,11 @@ def _add_settings(writer: Any, config: Mapping[str, Any], shape: ModelShape, wei
     writer.add_ssm_conv_kernel(shape.d_conv)
     writer.add_ssm_inner_size(shape.d_inner)
     writer.add_ssm_state_size(shape.d_state)
-    writer.add_ssm_time_step_rank(shape.dt_rank)
+    writer.add_ssm_time_step_rank(shape.heads or shape.dt_rank)
     writer.add_layer_norm_rms_eps(config.get("layer_norm_epsilon", _EPSILON))
     writer.add_vocab_size(shape.vocab_size)
+    if shape.heads:
+        writer.add_ssm_group_count(shape.groups)
     if architecture.norms_maps:
         writer.add_ssm_dt_b_c_rms(True)
         writer.add_float32(MIXER_EPSILON, config.get("mixer_rms_eps", _MIXER_EPSILON))
@@ -144,6 +165,11 @@ def _add_tokenizer(
     text: str | None,
     chat_template: str | None,
 ) -> None:
+    header: dict[str, Any] = {}
+    for name in ("bos", "eos", "pad"):
+        number = config.get(f"{name}_token_id")
+        if type(number) is int and 0 <= number < shape.vocab_size:
+            header[f"{'padding' if name == 'pad' else name}_token_id"] = number
     lists = None
     if text:
         tokenizer_from_json(text, "tokenizer.json")  # refuses what is none
@@ -151,29 +177,24 @@ def _add_tokenizer(
         lists = llama_tokenizer(text, shape.vocab_size)
     if chat_template:
         writer.add_chat_template(chat_template)
-    for name in ("bos", "eos", "pad"):
-        number = config.get(f"{name}_token_id")
-        if type(number) is int and 0 <= number < shape.vocab_size:
-            getattr(writer, f"add_{name}_token_id")(number)
-    if lists is None:
-        writer.add_tokenizer_model("no_vocab")  # what llama.cpp calls a file of numbers alone
-        return
-    tokens, types, merges = lists
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(llama_rule(json.loads(text or "")))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    # "no_vocab" is what llama.cpp calls a file of numbers alone.
+    for name, value in (header | (lists or {"model": "no_vocab"})).items():
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+        add.get(type(value), writer.add_array)(PREFIX + name, value)
 
 
 def _write_tensors(
-    writer: Any, config: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]], weights: str
+    writer: Any,
+    config: Mapping[str, Any],
+    shape: ModelShape,
+    tensors: Mapping[str, NDArray[Any]],
+    weights: str,
 ) -> None:
     gguf = import_gguf()
+    shapes = architecture_of(config).gguf_shapes(shape)
     dtypes = {}
-    for name, shape in expected_shapes(config).items():
-        dtype = dtypes[name] = _dtype(gguf, name, shape, weights)
-        stored = _stored_shape(name, shape)
+    for name, stored in shapes.items():
+        dtype = dtypes[name] = _dtype(gguf, name, stored, weights)
         if dtype not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16):
             stored = gguf.quant_shape_to_byte_shape(stored, dtype)
         numpy_dtype = np.dtype({"F32": np.float32, "F16": np.float16}.get(dtype.name, np.uint8))
@@ -183,7 +204,7 @@ def _write_tensors(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, dtype in dtypes.items():
-        values = _values(name, tensors[name], dtype.name)
+        values = _values(name, tensors[name], dtype.name).reshape(shapes[name])
         writer.write_tensor_data(gguf.quantize(values, dtype))
 
 
@@ -193,10 +214,6 @@ def _dtype(gguf: Any, name: str, shape: tuple[int, ...], weights: str) -> Any:
         return types.F32
     wanted = types[weights.upper()]
     return types.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
-
-
-def _stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], shape[2]) if role_of(name) == "convolution" else shape
 
 
 def _values(name: str, tensor: NDArray[Any], dtype: str) -> NDArray[np.float32]:
@@ -210,4 +227,4 @@ def _values(name: str, tensor: NDArray[Any], dtype: str) -> NDArray[np.float32]:
             f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}, which {dtype} cannot "
             "keep; write it as f32 or bf16"
         )
-    return values.reshape(_stored_shape(name, values.shape))
+    return values

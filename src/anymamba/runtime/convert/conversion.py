@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint import Layout, expected_shapes, model_shape
-from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, is_matrix
+from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, is_matrix, special_token
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
 from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_dtype, as_float32, dtype_of
 from anymamba.checkpoint.finite import check_finite
@@ -129,8 +129,7 @@ def _special_tokens(model: Source) -> dict[str, Any]:
     generation = {} if data is None else parse_json_object(data, file)
     found = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        # Transformers' default for a Mamba that says nothing is token 0.
-        value = generation.get(name, model.config.get(name, 0))
+        value = generation.get(name, special_token(model.config, name))
         found[name] = value[0] if isinstance(value, list) and value else value
     return found
 
