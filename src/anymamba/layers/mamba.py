@@ -109,6 +109,10 @@ class MambaLayer(nn.Module):
         """The gains of these norms, by the core's names."""
         return {}
 
+    def core_settings(self) -> dict[str, Any]:
+        """What the core must know of the layer beside its tensors, as it names them."""
+        return {}
+
     def _A(self) -> Tensor:
         return -torch.exp(at_least_float32(self.A_log))
 
