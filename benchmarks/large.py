@@ -72,17 +72,18 @@ def main() -> None:
         arguments = [sys.executable, "-c", DECODE, quantized, str(STEPS)]
         done = subprocess.run(arguments, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout)
-    rows: list[Row] = [
-        {"name": "quantizing to 4 bits", "value": f"{seconds:.0f} s"},
-        {"name": "weights in memory", "value": f"{found['weights'] / 1e9:.2f} GB"},
-        {"name": "loading and the first token", "value": f"{found['load']:.2f} s"},
-        {"name": "reading 32 tokens", "value": f"{32 / found['read']:.1f} tokens/s"},
-        {"name": "decoding", "value": f"{STEPS / found['write']:.2f} tokens/s"},
-        {"name": "peak memory of the process", "value": f"{found['peak'] / 1e9:.2f} GB"},
-    ]
+    figures = {
+        "quantizing to 4 bits, s": seconds,
+        "weights in memory, GB": found["weights"] / 1e9,
+        "loading and the first token, s": found["load"],
+        "reading 32 tokens, tokens/s": 32 / found["read"],
+        "decoding, tokens/s": STEPS / found["write"],
+        "peak memory of the process, GB": found["peak"] / 1e9,
+    }
+    rows: list[Row] = [{"name": name, "value": value} for name, value in figures.items()]
     weights = sum(int(np.prod(shape)) for shape in expected_shapes(config).values())
     title = f"falcon-mamba-7b's sizes, random weights ({weights / 1e9:.2f} billion), 4 bits"
-    columns = (NAME, Column("value", ""), NOTE)
+    columns = (NAME, Column("value", "measured", "{:.4g}"), NOTE)
     finish("large", options, machine, [Table(title, columns=columns, rows=rows)])
 
 

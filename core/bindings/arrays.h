@@ -5,11 +5,13 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernels.h"
@@ -24,12 +26,17 @@ using Out = nb::ndarray<nb::device::cpu>;
 using MaybeIn = std::optional<In>;
 using MaybeOut = std::optional<Out>;
 using Shape = std::initializer_list<std::int64_t>;
+using Limits = std::pair<float, float>;  // the least and the largest step size
 
 constexpr std::int64_t kAny = -1;  // an extent that is not checked
 constexpr std::int64_t kMostRows = 1 << 24;
 
 [[noreturn]] inline void refuse(const std::string& message) {
   throw nb::value_error(message.c_str());
+}
+
+inline void check_limits(Limits limits) {
+  if (!(limits.first <= limits.second)) refuse("dt_limit must be the least and the largest step size");
 }
 
 template <class Array>

@@ -1,4 +1,5 @@
 // A whole model: reading prompts, and decoding token by token.
+#include <limits>
 #include <vector>
 
 #include "bindings/arrays.h"
@@ -9,6 +10,8 @@
 
 namespace anymamba::bindings {
 namespace {
+
+constexpr Limits kAnyStep{0.0f, std::numeric_limits<float>::infinity()};
 
 // Weights as one table of checked pointers, which keeps the arrays alive.
 class WeightTable {
@@ -52,22 +55,60 @@ class WeightTable {
     return found;
   }
 
+  // What the layers' arrays do not tell of a Mamba-2.
+  void take_heads(std::int64_t groups, Limits dt_limit) {
+    if (groups < 1) refuse("groups is " + std::to_string(groups) + ", expected 1 or more");
+    check_limits(dt_limit);
+    model_.g = groups;
+    model_.dt_low = dt_limit.first;
+    model_.dt_high = dt_limit.second;
+  }
+
   void add(const nb::dict& given, bool with_norm) {
+    if (model_.layers.empty()) take_sizes(given);
+    const std::int64_t d = model_.d, e = model_.e, rates = model_.rates();
     Layer layer;
-    if (model_.layers.empty()) {
-      model_.e = extent(array(given, "A_log"), 0);
-      model_.n = extent(array(given, "A_log"), 1);
-      model_.k = extent(array(given, "conv_weight"), 1);
-      if (!given.contains("x_proj")) refuse("x_proj is missing");
-      model_.r = rows_of(nb::borrow(given["x_proj"])) - 2 * model_.n;
-      if (model_.r < 0) refuse("x_proj has fewer rows than two for each state");
-    }
-    const std::int64_t d = model_.d, e = model_.e, n = model_.n, r = model_.r;
     if (with_norm) layer.norm = small("norm", array(given, "norm"), {d});
-    layer.in_proj = weight(given, "in_proj", 2 * e, d);
-    layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {2 * e});
-    layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {e, model_.k});
-    layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {e});
+    layer.in_proj = weight(given, "in_proj", model_.projected(), d);
+    layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {model_.projected()});
+    layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {model_.conv_channels(), model_.k});
+    layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {model_.conv_channels()});
+    layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {rates});
+    layer.D = small("D", array(given, "D"), {rates});
+    layer.out_proj = weight(given, "out_proj", d, e);
+    layer.out_proj_bias = small("out_proj_bias", maybe(given, "out_proj_bias"), {d});
+    model_.has_heads() ? add_heads(given, layer) : add_scan(given, layer);
+    model_.layers.push_back(layer);
+  }
+
+ private:
+  void take_sizes(const nb::dict& given) {
+    const In A_log = array(given, "A_log"), conv_weight = array(given, "conv_weight");
+    model_.k = extent(conv_weight, 1);
+    if (A_log.ndim() == 1) return take_sizes_of_heads(A_log, conv_weight, array(given, "gated_norm"));
+    model_.e = extent(A_log, 0);
+    model_.n = extent(A_log, 1);
+    if (!given.contains("x_proj")) refuse("x_proj is missing");
+    model_.r = rows_of(nb::borrow(given["x_proj"])) - 2 * model_.n;
+    if (model_.r < 0) refuse("x_proj has fewer rows than two for each state");
+  }
+
+  void take_sizes_of_heads(const In& A_log, const In& conv_weight, const In& gated_norm) {
+    const std::int64_t e = extent(gated_norm, 0), h = extent(A_log, 0), g = model_.g;
+    if (h < 1 || e < 1 || e % h != 0)
+      refuse(std::to_string(h) + " heads of A_log do not divide the " + std::to_string(e) + " channels");
+    if (h % g != 0) refuse(std::to_string(g) + " groups do not divide the " + std::to_string(h) + " heads");
+    const std::int64_t maps = extent(conv_weight, 0) - e;
+    if (maps < 1 || maps % (2 * g) != 0)
+      refuse("conv_weight of shape " + shape_of(conv_weight) + " does not have B and C of " +
+             std::to_string(g) + " groups behind the " + std::to_string(e) + " channels");
+    model_.e = e;
+    model_.h = h;
+    model_.n = maps / (2 * g);
+  }
+
+  void add_scan(const nb::dict& given, Layer& layer) {
+    const std::int64_t e = model_.e, n = model_.n, r = model_.r;
     layer.x_proj = weight(given, "x_proj", r + 2 * n, e);
     if (given.contains("dt_norm")) {
       layer.dt_norm = small("dt_norm", array(given, "dt_norm"), {r});
@@ -75,14 +116,15 @@ class WeightTable {
       layer.C_norm = small("C_norm", array(given, "C_norm"), {n});
     }
     layer.dt_proj = weight(given, "dt_proj", e, r);
-    layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {e});
     layer.A_log = small("A_log", array(given, "A_log"), {e, n});
-    layer.D = small("D", array(given, "D"), {e});
-    layer.out_proj = weight(given, "out_proj", d, e);
-    layer.out_proj_bias = small("out_proj_bias", maybe(given, "out_proj_bias"), {d});
-    model_.layers.push_back(layer);
   }
 
+  void add_heads(const nb::dict& given, Layer& layer) {
+    layer.A_log = small("A_log", array(given, "A_log"), {model_.h});
+    layer.gated_norm = small("gated_norm", array(given, "gated_norm"), {model_.e});
+  }
+
+ protected:
   States states_of(const Out& conv, const Out& ssm, Shape conv_shape, Shape ssm_shape) const {
     check_shape("conv", conv, conv_shape);
     if (!is_contiguous(conv)) refuse("conv must be contiguous");
@@ -96,7 +138,9 @@ class WeightTable {
 class PyModel : WeightTable {
  public:
   PyModel(const nb::object& embeddings, const nb::object& head, const In& norm, float eps,
-          const nb::list& layers, bool constant, float mixer_eps) {
+          const nb::list& layers, bool constant, float mixer_eps, std::int64_t groups,
+          Limits dt_limit) {
+    take_heads(groups, dt_limit);
     model_.d = extent(norm, 0);
     model_.mixer_eps = mixer_eps;
     model_.v = rows_of(embeddings);
@@ -113,7 +157,8 @@ class PyModel : WeightTable {
     if (constant) keep_A();
   }
 
-  // tokens (b,) int64 or hidden (b, d); conv (layers, b, e, k), ssm (layers, b, e, n); logits (b, v).
+  // tokens (b,) int64 or hidden (b, d); conv (layers, b, channels, k), ssm (layers, b, e, n) or (layers,
+  // b, h, p, n); logits (b, v).
   void step(const MaybeIn& tokens, const MaybeIn& hidden, const Out& conv,
             const Out& ssm, const Out& logits, bool bf16_products) const {
     const std::int64_t b = extent(logits, 0);
@@ -163,7 +208,10 @@ class PyModel : WeightTable {
  private:
   States all_states(const Out& conv, const Out& ssm, std::int64_t b) const {
     const auto n_layer = static_cast<std::int64_t>(model_.layers.size());
-    return states_of(conv, ssm, {n_layer, b, model_.e, model_.k}, {n_layer, b, model_.e, model_.n});
+    const std::int64_t channels = model_.conv_channels(), h = model_.h, e = model_.e, n = model_.n;
+    const Shape windows = {n_layer, b, channels, model_.k};
+    if (model_.has_heads()) return states_of(conv, ssm, windows, {n_layer, b, h, e / h, n});
+    return states_of(conv, ssm, windows, {n_layer, b, e, n});
   }
 
   static void check_offsets(const std::vector<std::int64_t>& offsets, std::int64_t l) {
@@ -185,7 +233,7 @@ class PyModel : WeightTable {
 
   // A of all layers, once and for all.
   void keep_A() {
-    const std::int64_t size = model_.e * model_.n;
+    const std::int64_t size = model_.rates() * model_.rates_width();
     A_.resize(model_.layers.size() * size);
     float* A = A_.data();
     for (Layer& layer : model_.layers) {
@@ -201,18 +249,22 @@ class PyModel : WeightTable {
 // One layer's mixer, for models that are not ours throughout.
 class PyMixer : WeightTable {
  public:
-  PyMixer(const nb::dict& layer, std::int64_t d, float eps) {
+  PyMixer(const nb::dict& layer, std::int64_t d, float eps, std::int64_t groups,
+          Limits dt_limit) {
+    take_heads(groups, dt_limit);
     model_.d = d;
     model_.mixer_eps = eps;
     add(layer, false);
   }
 
-  // x and y (b, d); conv (b, e, k), ssm (b, e, n).
+  // x and y (b, d); conv (b, channels, k), ssm (b, e, n) or (b, h, p, n).
   void step(const In& x, const Out& conv, const Out& ssm, const Out& y, bool bf16_products) const {
     const std::int64_t b = extent(x, 0);
     const Rows given = rows("x", x, {b, model_.d}), wanted = rows("y", y, {b, model_.d});
-    const States states =
-        states_of(conv, ssm, {b, model_.e, model_.k}, {b, model_.e, model_.n});
+    const std::int64_t channels = model_.conv_channels(), h = model_.h, e = model_.e, n = model_.n;
+    const Shape windows = {b, channels, model_.k};
+    const States states = h > 0 ? states_of(conv, ssm, windows, {b, h, e / h, n})
+                                : states_of(conv, ssm, windows, {b, e, n});
     const WithoutGil unlocked;
     mixer_step(model_, states, given, wanted, b, bf16_products);
   }
@@ -224,11 +276,13 @@ void add_model(nb::module_& m) {
   using namespace nb::literals;
   nb::class_<PyModel>(m, "Model", "A model's weights as one table of checked pointers.")
       .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&, bool,
-                    float>(),
+                    float, std::int64_t, Limits>(),
            "embeddings"_a, "head"_a, "norm"_a, "eps"_a, "layers"_a, "constant"_a = false,
-           "mixer_eps"_a = 0.0f,
+           "mixer_eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep,
            "With `constant` the weights never change, and what follows from them is kept. "
-           "`mixer_eps` is that of dt_norm, B_norm and C_norm, which layers may have.")
+           "`mixer_eps` is that of dt_norm, B_norm and C_norm, which layers may have, or of gated_norm. "
+           "A_log of one number a head makes it a Mamba-2 with `groups` of B and C, whose step sizes "
+           "stay within `dt_limit`.")
       .def("step", &PyModel::step, "tokens"_a.none(), "hidden"_a.none(), "conv"_a, "ssm"_a,
            "logits"_a, "bf16_products"_a = false,
            "One token for each row; the states advance in place.")
@@ -236,8 +290,9 @@ void add_model(nb::module_& m) {
            "positions"_a, "conv"_a, "ssm"_a, "logits"_a, "bf16_products"_a = false,
            "The tokens of several sequences; the states advance in place.");
   nb::class_<PyMixer>(m, "Mixer", "The weights of one layer's mixer as one table of checked pointers.")
-      .def(nb::init<const nb::dict&, std::int64_t, float>(), "layer"_a, "d"_a, "eps"_a = 0.0f,
-           "`eps` is that of dt_norm, B_norm and C_norm, which a layer may have.")
+      .def(nb::init<const nb::dict&, std::int64_t, float, std::int64_t, Limits>(), "layer"_a, "d"_a,
+           "eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep,
+           "`eps`, `groups` and `dt_limit` are as for `Model`.")
       .def("step", &PyMixer::step, "x"_a, "conv"_a, "ssm"_a, "y"_a, "bf16_products"_a = false,
            "One token for each row; the states advance in place.");
 }

@@ -1,4 +1,5 @@
 // The kernels as functions on arrays.
+#include <algorithm>
 #include <vector>
 
 #include "bindings/arrays.h"
@@ -151,6 +152,26 @@ void py_scan_backward(const In& x, const In& delta, const In& A, const In& B, co
   kernels().scan_backward(scan, gradients);
 }
 
+// One step of B or C, (b, g, n).
+Projection one_projection(const char* name, const In& array, std::int64_t b, std::int64_t g, std::int64_t n) {
+  check_shape(name, array, {b, g, n});
+  return {pointer(array), type_of(name, array), array.stride(0), 0, array.stride(1), array.stride(2)};
+}
+
+// Calls body(first, last) for channels of a step. Few states take less time than waking a thread, which
+// would also take a processor from PyTorch's own threads where those work before and after: the caller
+// does them alone.
+template <class Body>
+void spread_channels(std::int64_t b, std::int64_t e, std::int64_t n, const Body& body) {
+  constexpr std::int64_t kAlone = 1 << 16;  // states
+  constexpr std::int64_t kBlock = 256;      // channels a work item
+  const std::int64_t block = b * e * n <= kAlone ? std::max(e, kBlock) : kBlock;
+  const std::int64_t scratch = 2 * 4 * (n + 16);
+  parallel_for((e + block - 1) / block, in_arena(scratch), [&](std::int64_t item) {
+    body(item * block, std::min(e, (item + 1) * block));
+  });
+}
+
 void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, const In& B,
                   const In& C, const MaybeIn& D, const MaybeIn& z, const MaybeIn& delta_bias,
                   bool softplus, const Out& y) {
@@ -160,24 +181,72 @@ void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, c
   step.delta = one_step("delta", delta, {step.b, step.e});
   if (z) step.z = one_step("z", *z, {step.b, step.e});
   step.y = one_step("y", y, {step.b, step.e});
-  check_shape("B", B, {step.b, step.groups, step.n});
-  check_shape("C", C, {step.b, step.groups, step.n});
-  step.B = {pointer(B), type_of("B", B), B.stride(0), 0, B.stride(1), B.stride(2)};
-  step.C = {pointer(C), type_of("C", C), C.stride(0), 0, C.stride(1), C.stride(2)};
+  step.B = one_projection("B", B, step.b, step.groups, step.n);
+  step.C = one_projection("C", C, step.b, step.groups, step.n);
   check_shape("state", state, {step.b, step.e, step.n});
   if (type_of("state", state) != DType::f32 || !is_contiguous(state, 1))
     refuse("state must be float32 with contiguous rows");
   step.state = static_cast<float*>(pointer(state));
   step.state_row_stride = state.stride(0);
   const WithoutGil unlocked;
-  // Few states take less time than waking a thread, which would also take a processor from
-  // PyTorch's own threads where those work before and after: the caller does them alone.
-  constexpr std::int64_t kAlone = 1 << 16;  // states
-  constexpr std::int64_t kBlock = 256;      // channels a work item
-  const std::int64_t block = step.b * step.e * step.n <= kAlone ? std::max(step.e, kBlock) : kBlock;
-  const std::int64_t scratch = 2 * 4 * (step.n + 16);
-  parallel_for((step.e + block - 1) / block, in_arena(scratch), [&](std::int64_t item) {
-    kernels().scan_step(step, item * block, std::min(step.e, (item + 1) * block));
+  spread_channels(step.b, step.e, step.n, [&](std::int64_t first, std::int64_t last) {
+    kernels().scan_step(step, first, last);
+  });
+}
+
+// What the state space duality and a step of it read besides activations, checked. x and z have the
+// channels of all heads side by side.
+SsdInputs ssd_parameters(const In& A, const MaybeIn& D, const MaybeIn& dt_bias, bool softplus,
+                         Limits limits, std::int64_t e, std::int64_t groups, std::int64_t n) {
+  const std::int64_t heads = extent(A, 0);
+  if (heads < 1 || e % heads != 0) refuse("the heads of A must divide the channels");
+  if (groups < 1 || heads % groups != 0) refuse("the groups of B must divide the heads");
+  if (e < 1 || n < 1) refuse("heads need at least one channel and B one state");
+  check_limits(limits);
+  return {heads, e / heads, n, groups, {}, {}, {}, {}, {}, floats("A", A, {heads}), floats("D", D, {heads}),
+          floats("dt_bias", dt_bias, {heads}), softplus, limits.first, limits.second};
+}
+
+void py_ssd(const In& x, const In& dt, const In& A, const In& B, const In& C, const MaybeIn& D,
+            const MaybeIn& z, const MaybeIn& dt_bias, bool softplus, Limits dt_limit,
+            const MaybeIn& initial, const MaybeIn& segments, std::int64_t n_states, bool reverse,
+            const Out& y, const MaybeOut& last) {
+  const std::int64_t b = extent(x, 0), l = extent(x, 1), e = extent(x, 2);
+  const SegmentList list(segments, b, l, n_states, reverse);
+  Ssd ssd = {ssd_parameters(A, D, dt_bias, softplus, dt_limit, e, extent(B, 2), extent(B, 3)), list.view,
+             nullptr};
+  ssd.x = tensor3("x", x, {b, l, e});
+  ssd.dt = tensor3("dt", dt, {b, l, ssd.heads});
+  if (z) ssd.z = tensor3("z", *z, {b, l, e});
+  ssd.B = projection("B", B, b, l, ssd.groups, ssd.n);
+  ssd.C = projection("C", C, b, l, ssd.groups, ssd.n);
+  ssd.initial = floats("initial", initial, {list.n_states, ssd.heads, ssd.p, ssd.n});
+  const SsdResult result = {tensor3("y", y, {b, l, e}),
+                            floats("last", last, {list.n_states, ssd.heads, ssd.p, ssd.n})};
+  const WithoutGil unlocked;
+  kernels().ssd(ssd, result);
+}
+
+void py_ssd_step(const Out& state, const In& x, const In& dt, const In& A, const In& B, const In& C,
+                 const MaybeIn& D, const MaybeIn& z, const MaybeIn& dt_bias,
+                 bool softplus, Limits dt_limit, const Out& y) {
+  const std::int64_t b = extent(x, 0), e = extent(x, 1);
+  SsdStep step = {ssd_parameters(A, D, dt_bias, softplus, dt_limit, e, extent(B, 1), extent(B, 2)), b, {},
+                  nullptr, 0};
+  step.x = one_step("x", x, {b, e});
+  step.dt = one_step("dt", dt, {b, step.heads});
+  if (z) step.z = one_step("z", *z, {b, e});
+  step.y = one_step("y", y, {b, e});
+  step.B = one_projection("B", B, b, step.groups, step.n);
+  step.C = one_projection("C", C, b, step.groups, step.n);
+  check_shape("state", state, {b, step.heads, step.p, step.n});
+  if (type_of("state", state) != DType::f32 || !is_contiguous(state, 1))
+    refuse("state must be float32 with contiguous rows");
+  step.state = static_cast<float*>(pointer(state));
+  step.state_row_stride = state.stride(0);
+  const WithoutGil unlocked;
+  spread_channels(b, e, step.n, [&](std::int64_t first, std::int64_t last) {
+    kernels().ssd_step(step, first, last);
   });
 }
 
@@ -351,6 +420,11 @@ void add_operators(nb::module_& m) {
         "dinitial"_a.none());
   m.def("scan_step", py_scan_step, "state"_a, "x"_a, "delta"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(),
         "z"_a.none(), "delta_bias"_a.none(), "softplus"_a, "y"_a);
+  m.def("ssd", py_ssd, "x"_a, "dt"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(), "dt_bias"_a.none(),
+        "softplus"_a, "dt_limit"_a, "initial"_a.none(), "segments"_a.none(), "n_states"_a, "reverse"_a,
+        "y"_a, "last"_a.none());
+  m.def("ssd_step", py_ssd_step, "state"_a, "x"_a, "dt"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(),
+        "z"_a.none(), "dt_bias"_a.none(), "softplus"_a, "dt_limit"_a, "y"_a);
   m.def("conv", py_conv, "x"_a, "weight"_a, "bias"_a.none(), "silu"_a, "initial"_a.none(),
         "segments"_a.none(), "n_states"_a, "reverse"_a, "y"_a, "final"_a.none());
   m.def("conv_backward", py_conv_backward, "x"_a, "weight"_a, "bias"_a.none(), "silu"_a,

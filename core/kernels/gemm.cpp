@@ -43,6 +43,7 @@ struct Job {
   Matrix c;
   const float* bias;  // (columns,) or null
   bool accumulate;
+  int64_t most_tasks;
   bool pairs = false;
 };
 
@@ -344,7 +345,7 @@ Block first_block(const Job& job, int64_t tasks) {
 
 void run_blocks(const Job& job) {
   const int64_t worth = 2 * job.rows * job.columns * job.depth / kTaskFlops;
-  const int64_t tasks = larger(1, smaller(2 * Threads::count(), worth));
+  const int64_t tasks = larger(1, smaller(job.most_tasks, worth));
   const Block size = first_block(job, tasks);
   const int64_t row_blocks = ceil_div(job.rows, size.last_row);
   const int64_t blocks = row_blocks * ceil_div(job.columns, size.last_column);
@@ -402,7 +403,7 @@ void run_gemv(const Job& job) {
   const Scratch<float> converted(are_floats(job.left) ? 0 : job.rows * job.depth);
   const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth, converted);
   const int64_t worth = job.columns * job.depth / kTaskWeights;
-  const int64_t most = larger(1, smaller(2 * Threads::count(), worth));
+  const int64_t most = larger(1, smaller(job.most_tasks, worth));
   const int64_t width = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kGemvRows);
   const int64_t tasks = ceil_div(job.columns, width);
   const auto run = [&](int64_t task) {
@@ -420,7 +421,7 @@ void gemm(const Gemm& p) {
   const Job job = {p.m, p.n, p.k,
                    {p.a.data, p.a.type, p.a.row_stride, p.a.column_stride},
                    {p.b.data, p.b.type, p.b.column_stride, p.b.row_stride},
-                   p.c, p.bias, p.accumulate};
+                   p.c, p.bias, p.accumulate, p.alone ? 1 : 2 * Threads::count()};
   if (p.k <= 0) run_empty(job);
   else if (suits_gemv(job)) run_gemv(job);
   else run_blocks(multiplies_pairs(job.left, job.right, job.depth) ? as_pairs(job) : job);

@@ -20,6 +20,7 @@ struct Gemm {
   Matrix a, b, c;
   const float* bias = nullptr;
   bool accumulate = false;
+  bool alone = false;  // on the calling thread, as a part of its work
 };
 
 // The most scratch memory that a worker needs for a product whose c is rows of floats.

@@ -6,6 +6,7 @@
 #include "kernels/norm.h"
 #include "kernels/quantized.h"
 #include "kernels/scan.h"
+#include "kernels/ssd.h"
 
 namespace anymamba {
 

@@ -3,125 +3,39 @@
 #include <algorithm>
 
 #include "model/layer_inputs.h"
+#include "model/vectors.h"
 
 namespace anymamba {
 namespace {
 
-constexpr int kMostVectors = 16;        // that gemv takes at once
 constexpr std::int64_t kScanBlock = 64;  // channels
-constexpr std::int64_t kWeightRows = 32;  // read from memory once, then used for all vectors
 constexpr std::int64_t kBarriers = 4;     // of a layer
 // What a worker should have to do between two barriers, in bytes read from memory: a barrier takes
 // as long as reading some thousand.
 constexpr std::int64_t kWorkBetweenBarriers = 24 << 10;
 
-// The weight rows that a worker will read next. They are prefetched into its second cache while it
-// waits for others or computes, when memory would stand idle.
-class Prefetch {
- public:
-  Prefetch(const Weight& weight, std::int64_t k, RowRange rows) {
-    const QuantizedWeight& quantized = weight.quantized;
-    const bool is_quantized = quantized.bits != 0;
-    const void* const data = is_quantized ? quantized.q : weight.data;
-    const std::int64_t row =
-        is_quantized ? k * quantized.bits / 8 : weight.row_stride * size_of(weight.type);
-    next_ = static_cast<const char*>(data) + rows.first * row;
-    end_ = next_ + std::min((rows.last - rows.first) * row, kMost);
-  }
-  void fetch_line() {
-    if (next_ < end_) __builtin_prefetch(next_, 0, 2), next_ += 64;
-  }
-
- private:
-  static constexpr std::int64_t kMost = 128 << 10;
-  const char *next_, *end_;
-};
-
-// A worker's room for its vectors as weights want them: rounded to 8 bits, or to bfloat16.
-struct VectorRounding {
-  static constexpr int kSmallestGroup = 32;
-  const bool bf16_products;
-  std::int8_t* q;
-  float* scales;
-  std::int32_t* sums;
-  std::uint16_t* narrow;
-  float* wide;
-
-  // Room for b vectors (k,) of `most` numbers at most.
-  VectorRounding(std::int64_t b, std::int64_t most, bool bf16_products, Arena& memory)
-      : bf16_products(bf16_products), q(static_cast<std::int8_t*>(memory.take(b * most))),
-        scales(memory.floats(b * most / kSmallestGroup)),
-        sums(static_cast<std::int32_t*>(memory.take(b * most / kSmallestGroup * 4))),
-        narrow(static_cast<std::uint16_t*>(memory.take(bf16_products ? most * 2 : 0))),
-        wide(memory.floats(bf16_products ? b * most : 0)) {}
-
-  // x (b, k) rounded to bfloat16, as floats without gaps.
-  const float* to_bf16(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k) {
-    for (std::int64_t row = 0; row < b; ++row) {
-      kernels().convert(x + row * stride, DType::f32, narrow, DType::bf16, k);
-      kernels().to_float32(narrow, DType::bf16, wide + row * k, k);
-    }
-    return wide;
-  }
-
-  QuantizedActivations quantize(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k, int group) {
-    const QuantizedActivations rows = {b, k, group, q, scales, sums};
-    kernels().quantize_activations(x, stride, rows, 0, b);
-    return rows;
-  }
-};
-
-// Vectors x (b, k), and the worker's room for rounding them.
-struct Vectors {
-  const float* data;
-  std::int64_t b, k, stride;
-  VectorRounding& rounding;
-};
-
-// y (b, .) = x weight^T + bias for the weight's rows [first, last).
-void project(const Weight& weight, const Vectors& x, const float* bias, float* y,
-             std::int64_t y_stride, RowRange rows) {
-  if (const QuantizedWeight& quantized = weight.quantized; quantized.bits != 0) {
-    const QuantizedActivations quantized_x =
-        x.rounding.quantize(x.data, x.stride, x.b, x.k, quantized.group);
-    return kernels().quantized_gemv({quantized, quantized_x, bias, y, y_stride}, rows.first, rows.last);
-  }
-  const bool rounds = operand_type(weight, x.rounding.bf16_products) == DType::bf16;
-  const float* const data = rounds ? x.rounding.to_bf16(x.data, x.stride, x.b, x.k) : x.data;
-  const std::int64_t stride = rounds ? x.k : x.stride;
-  const std::int64_t block = x.b <= kMostVectors ? rows.last - rows.first : kWeightRows;
-  for (std::int64_t first = rows.first; first < rows.last; first += block) {
-    const std::int64_t last = std::min(rows.last, first + block);
-    for (std::int64_t row = 0; row < x.b; row += kMostVectors) {
-      const auto m = static_cast<int>(std::min<std::int64_t>(kMostVectors, x.b - row));
-      kernels().gemv({x.k, weight.data, weight.type, weight.row_stride, bias, data + row * stride,
-                      stride, y + row * y_stride, y_stride, m},
-                     first, last);
-    }
-  }
-}
-
 // The activations of one step, shared by the workers.
 struct Buffers {
-  std::vector<float> hidden, xz, x, rBC, delta, y, change;
+  std::vector<float> hidden, projected, convolved, rBC, delta, y, change;
   Buffers(const Model& m, std::int64_t b)
-      : hidden(b * m.d), xz(b * 2 * m.e), x(b * m.e), rBC(b * (m.r + 2 * m.n)), delta(b * m.e),
-        y(b * m.e), change(b * m.d) {}
+      : hidden(b * m.d), projected(b * m.projected()), convolved(b * m.conv_channels()),
+        rBC(b * m.x_projected()), delta(b * m.dt_projected()), y(b * m.e), change(b * m.d) {}
 };
 
 // A worker's own memory: float32 forms of a layer's small tensors, of which it fills its own rows,
 // normed vectors of its own, which are cheaper than waiting for another's, and rounded ones.
 struct WorkerScratch {
-  float *normed, *rBC;  // (b, d) and (b, r + 2n)
+  float *normed, *rBC, *normed_y;  // (b, d), (b, r + 2n), and with heads (b, e)
   SmallTensors small;
   VectorRounding rounding;
 
   WorkerScratch(const Model& m, std::int64_t b, bool bf16_products, Arena& memory)
-      : normed(memory.floats(b * m.d)), rBC(memory.floats(b * (m.r + 2 * m.n))), small(m, memory),
+      : normed(memory.floats(b * m.d)), rBC(memory.floats(b * m.x_projected())),
+        normed_y(memory.floats(m.has_heads() ? b * m.e : 0)), small(m, memory),
         rounding(b, widest(m), bf16_products, memory) {}
 
   // What a worker needs, the scratch memory of the kernels included that it calls: norm,
-  // quantized_gemv and scan_step.
+  // quantized_gemv, and scan_step or ssd_step.
   static std::int64_t bytes(const Model& m, std::int64_t b, bool bf16_products) {
     constexpr std::int64_t kVector = 16, kNormRows = 16;
     Arena counted;
@@ -144,12 +58,12 @@ std::int64_t bytes_of(const Weight& weight, std::int64_t n, std::int64_t k) {
 // As many workers as have enough to do between two barriers. Each vector beyond the first is
 // reckoned as a byte for each weight.
 int workers_worth(const Model& m, std::int64_t b) {
-  const std::int64_t wide = m.r + 2 * m.n;
+  const std::int64_t wide = m.x_projected(), delta = m.dt_projected();
   std::int64_t bytes = bytes_of(m.head, m.v, m.d), weights = m.v * m.d;
   for (const Layer& layer : m.layers) {
-    bytes += bytes_of(layer.in_proj, 2 * m.e, m.d) + bytes_of(layer.x_proj, wide, m.e) +
-             bytes_of(layer.dt_proj, m.e, m.r) + bytes_of(layer.out_proj, m.d, m.e);
-    weights += m.e * (3 * m.d + wide + m.r);
+    bytes += bytes_of(layer.in_proj, m.projected(), m.d) + bytes_of(layer.x_proj, wide, m.e) +
+             bytes_of(layer.dt_proj, delta, m.r) + bytes_of(layer.out_proj, m.d, m.e);
+    weights += m.d * (m.projected() + m.e) + m.e * wide + delta * m.r;
   }
   const auto barriers = kBarriers * static_cast<std::int64_t>(m.layers.size()) + 1;
   const std::int64_t between = (bytes + weights * (b - 1)) / barriers;
@@ -189,26 +103,60 @@ class DecodeStep {
   // `change` (b, d): a layer's mixer of `normed`, of which this worker computes its own columns.
   void mix(std::int64_t index, int worker, int workers, Barrier& barrier, WorkerScratch& own) {
     const Layer& layer = m_.layers[index];
+    const RowRange rows = share(m_.d, worker, workers);
+    Prefetch to_out_proj(layer.out_proj, m_.e, rows);
+    const float* const y = m_.has_heads() ? mix_heads(index, worker, workers, barrier, own, to_out_proj)
+                                          : mix_channels(index, worker, workers, barrier, own, to_out_proj);
+    const float* bias = floats(layer.out_proj_bias, own.small.out_proj_bias, rows);
+    project(layer.out_proj, {y, b_, m_.e, m_.e, own.rounding}, bias, buf_.change.data(), m_.d, rows);
+  }
+
+ private:
+  std::int64_t wide() const { return m_.x_projected(); }
+
+  // y (b, e) of Mamba: what goes into out_proj, which `to_out_proj` prefetches meanwhile.
+  const float* mix_channels(std::int64_t index, int worker, int workers, Barrier& barrier, WorkerScratch& own,
+                            Prefetch& to_out_proj) {
+    const Layer& layer = m_.layers[index];
     const RowRange channels = share(m_.e, worker, workers);
+    // x and z of the same channels.
+    in_project(layer, own, channels);
+    in_project(layer, own, {m_.e + channels.first, m_.e + channels.last});
     convolve(layer, index, own, channels);
     const RowRange narrow = share(wide(), worker, workers, 4);
     Prefetch to_x_proj(layer.x_proj, m_.e, narrow);
     barrier.wait([&] { to_x_proj.fetch_line(); });
-    project(layer.x_proj, {buf_.x.data(), b_, m_.e, m_.e, own.rounding}, nullptr, buf_.rBC.data(),
+    project(layer.x_proj, {buf_.convolved.data(), b_, m_.e, m_.e, own.rounding}, nullptr, buf_.rBC.data(),
             wide(), narrow);
     Prefetch to_dt_proj(layer.dt_proj, m_.r, channels);
     barrier.wait([&] { to_dt_proj.fetch_line(); });
-    const RowRange rows = share(m_.d, worker, workers);
-    Prefetch to_out_proj(layer.out_proj, m_.e, rows);
     scan(layer, index, own, channels, normed_rBC(layer, own));
     barrier.wait([&] { to_out_proj.fetch_line(); });
-    const float* bias = floats(layer.out_proj_bias, own.small.out_proj_bias, rows);
-    project(layer.out_proj, {buf_.y.data(), b_, m_.e, m_.e, own.rounding}, bias,
-            buf_.change.data(), m_.d, rows);
+    return buf_.y.data();
   }
 
- private:
-  std::int64_t wide() const { return m_.r + 2 * m_.n; }
+  // The same of Mamba-2. Its convolution has all that is between z and the step sizes.
+  const float* mix_heads(std::int64_t index, int worker, int workers, Barrier& barrier, WorkerScratch& own,
+                         Prefetch& to_out_proj) {
+    const Layer& layer = m_.layers[index];
+    const RowRange channels = share(m_.e, worker, workers);
+    const RowRange convolved = share(m_.conv_channels(), worker, workers);
+    const RowRange heads = share(m_.h, worker, workers);
+    const std::int64_t steps = m_.e + m_.conv_channels();
+    in_project(layer, own, channels);
+    in_project(layer, own, {m_.e + convolved.first, m_.e + convolved.last});
+    in_project(layer, own, {steps + heads.first, steps + heads.last});
+    convolve(layer, index, own, convolved);
+    const SsdStep step = {ssd_of(m_, layer, own.small, activations(nullptr)), b_, rows_of(buf_.y.data(), m_.e),
+                          states_of(m_, state_, b_, index), m_.e * m_.n};
+    Prefetch to_state(step.state + channels.first * m_.n, (channels.last - channels.first) * m_.n);
+    barrier.wait([&] { to_state.fetch_line(); });
+    kernels_.ssd_step(step, channels.first, channels.last);
+    barrier.wait([&] { to_out_proj.fetch_line(); });
+    // Of all channels: a group's norm needs them, and computing is cheaper than waiting again.
+    norm_groups(m_, layer, own.small, b_, buf_.y.data(), {own.normed_y, DType::f32, m_.e});
+    return own.normed_y;
+  }
 
   // What x_proj gave, (b, r + 2n); after the layer's norms, where it has them.
   float* normed_rBC(const Layer& layer, WorkerScratch& own) {
@@ -217,16 +165,18 @@ class DecodeStep {
     return own.rBC;
   }
 
-  // x and z of this worker's channels, then the convolution of x.
+  // Rows of what in_proj gives.
+  void in_project(const Layer& layer, WorkerScratch& own, RowRange rows) {
+    const float* bias = floats(layer.in_proj_bias, own.small.in_proj_bias, rows);
+    project(layer.in_proj, {own.normed, b_, m_.d, m_.d, own.rounding}, bias, buf_.projected.data(),
+            m_.projected(), rows);
+  }
+
+  // Channels of the convolution, of which this worker has computed the inputs.
   void convolve(const Layer& layer, std::int64_t index, WorkerScratch& own, RowRange channels) {
-    for (const std::int64_t half : {std::int64_t{0}, m_.e}) {
-      const RowRange rows{half + channels.first, half + channels.last};
-      const float* bias = floats(layer.in_proj_bias, own.small.in_proj_bias, rows);
-      project(layer.in_proj, {own.normed, b_, m_.d, m_.d, own.rounding}, bias, buf_.xz.data(), 2 * m_.e,
-              rows);
-    }
-    const ConvStep conv = {conv_of(m_, layer, own.small, activations(buf_.rBC.data()), channels), b_,
-                           rows_of(buf_.x.data(), m_.e), window_of(m_, state_, b_, index)};
+    const ConvStep conv = {conv_of(m_, layer, own.small, activations(nullptr), channels), b_,
+                           rows_of(buf_.convolved.data(), m_.conv_channels()),
+                           window_of(m_, state_, b_, index)};
     kernels_.conv_step(conv, channels.first, channels.last);
   }
 
@@ -251,7 +201,8 @@ class DecodeStep {
   }
 
   Activations activations(float* rBC) const {
-    return {rows_of(buf_.xz.data(), 2 * m_.e), rows_of(buf_.x.data(), m_.e), rows_of(rBC, wide()),
+    return {rows_of(buf_.projected.data(), m_.projected()),
+            rows_of(buf_.convolved.data(), m_.conv_channels()), rows_of(rBC, wide()),
             rows_of(buf_.delta.data(), m_.e)};
   }
 

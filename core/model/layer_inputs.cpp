@@ -11,10 +11,11 @@ Tensor3 from_channel(Tensor3 tensor, std::int64_t first) {
   return tensor;
 }
 
-// n columns of rBC from `first` on: B or C of the only group.
-Projection projection(const Tensor3& rBC, std::int64_t first) {
-  const Tensor3 part = from_channel(rBC, first);
-  return {part.data, part.type, part.row_stride, part.step_stride, 0, part.channel_stride};
+// B or C, the columns of `rows` from `first` on: n for each group.
+Projection projection(const Model& m, const Tensor3& rows, std::int64_t first) {
+  const Tensor3 part = from_channel(rows, first);
+  return {part.data,           part.type, part.row_stride, part.step_stride, m.n * part.channel_stride,
+          part.channel_stride};
 }
 
 }  // namespace
@@ -36,9 +37,10 @@ void embed(const Model& m, const std::int64_t* tokens, const float* given, std::
 
 SmallTensors::SmallTensors(const Model& m, Arena& memory)
     : norm(memory.floats(m.d)), dt_norm(memory.floats(m.r)), B_norm(memory.floats(m.n)),
-      C_norm(memory.floats(m.n)), in_proj_bias(memory.floats(2 * m.e)),
-      conv_weight(memory.floats(m.e * m.k)), conv_bias(memory.floats(m.e)),
-      dt_bias(memory.floats(m.e)), A(memory.floats(m.e * m.n)), D(memory.floats(m.e)),
+      C_norm(memory.floats(m.n)), in_proj_bias(memory.floats(m.projected())),
+      conv_weight(memory.floats(m.conv_channels() * m.k)), conv_bias(memory.floats(m.conv_channels())),
+      dt_bias(memory.floats(m.rates())), A(memory.floats(m.rates() * m.rates_width())),
+      D(memory.floats(m.rates())), gated_norm(memory.floats(m.has_heads() ? m.e : 0)),
       out_proj_bias(memory.floats(m.d)) {}
 
 const float* floats(Array array, float* buffer, RowRange rows, std::int64_t width) {
@@ -49,18 +51,19 @@ const float* floats(Array array, float* buffer, RowRange rows, std::int64_t widt
   return buffer;
 }
 
-void compute_A(const Model& m, const Layer& layer, const SmallTensors& small, RowRange channels) {
+void compute_A(const Model& m, const Layer& layer, const SmallTensors& small, RowRange rates) {
   if (layer.A != nullptr) return;
-  const std::int64_t first = channels.first * m.n, count = channels.last * m.n - first;
+  const std::int64_t width = m.rates_width();
+  const std::int64_t first = rates.first * width, count = rates.last * width - first;
   kernels().negative_exp(at(layer.A_log, first), layer.A_log.type, small.A + first, count);
 }
 
 ConvInputs conv_of(const Model& m, const Layer& layer, const SmallTensors& small,
                    const Activations& activations, RowRange channels) {
   ConvInputs conv;
-  conv.e = m.e;
+  conv.e = m.conv_channels();
   conv.k = m.k;
-  conv.x = activations.xz;
+  conv.x = from_channel(activations.projected, m.first_conv_channel());
   conv.weight = floats(layer.conv_weight, small.conv_weight, channels, m.k);
   conv.bias = floats(layer.conv_bias, small.conv_bias, channels);
   conv.silu = true;
@@ -72,16 +75,39 @@ ScanInputs scan_of(const Model& m, const Layer& layer, const SmallTensors& small
   ScanInputs scan;
   scan.e = m.e;
   scan.n = m.n;
-  scan.x = activations.x;
+  scan.x = activations.convolved;
   scan.delta = activations.delta;
-  scan.z = from_channel(activations.xz, m.e);
-  scan.B = projection(activations.rBC, m.r);
-  scan.C = projection(activations.rBC, m.r + m.n);
+  scan.z = from_channel(activations.projected, m.e);
+  scan.B = projection(m, activations.rBC, m.r);
+  scan.C = projection(m, activations.rBC, m.r + m.n);
   scan.A = layer.A != nullptr ? layer.A : small.A;
   scan.D = floats(layer.D, small.D, channels);
   scan.delta_bias = floats(layer.dt_bias, small.dt_bias, channels);
   scan.softplus = true;
   return scan;
+}
+
+SsdInputs ssd_of(const Model& m, const Layer& layer, const SmallTensors& small,
+                 const Activations& activations) {
+  const RowRange heads{0, m.h};
+  SsdInputs ssd;
+  ssd.heads = m.h;
+  ssd.p = m.e / m.h;
+  ssd.n = m.n;
+  ssd.groups = m.g;
+  ssd.x = activations.convolved;
+  ssd.B = projection(m, activations.convolved, m.e);
+  ssd.C = projection(m, activations.convolved, m.e + m.g * m.n);
+  ssd.z = activations.projected;
+  ssd.dt = from_channel(activations.projected, m.e + m.conv_channels());
+  compute_A(m, layer, small, heads);
+  ssd.A = layer.A != nullptr ? layer.A : small.A;
+  ssd.D = floats(layer.D, small.D, heads);
+  ssd.dt_bias = floats(layer.dt_bias, small.dt_bias, heads);
+  ssd.softplus = true;
+  ssd.low = m.dt_low;
+  ssd.high = m.dt_high;
+  return ssd;
 }
 
 void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
@@ -103,8 +129,19 @@ void norm_rBC(const Model& m, const Layer& layer, const SmallTensors& small, std
   norm_part(m.r + m.n, m.n, layer.C_norm, small.C_norm);
 }
 
+void norm_groups(const Model& m, const Layer& layer, const SmallTensors& small, std::int64_t count,
+                 float* y, const Rows& normed) {
+  const std::int64_t width = m.e / m.g;
+  for (std::int64_t first = 0; first < m.e; first += width) {
+    const Array weight = {at(layer.gated_norm, first), layer.gated_norm.type};
+    void* const to = static_cast<char*>(normed.data) + first * size_of(normed.type);
+    rms_norm(count, width, {y + first, DType::f32, m.e}, weight, small.gated_norm + first, m.mixer_eps,
+             {to, normed.type, normed.row_stride});
+  }
+}
+
 Window window_of(const Model& m, const States& states, std::int64_t b, std::int64_t layer) {
-  const std::int64_t size = m.e * m.k;
+  const std::int64_t size = m.conv_channels() * m.k;
   char* const data = static_cast<char*>(states.conv) + layer * b * size * size_of(states.conv_type);
   return {data, states.conv_type, size, m.k, 1, m.k};
 }

@@ -1,5 +1,6 @@
 // What the layers' kernels read, for a step and for a prompt: the first layer's input, a layer's
-// small tensors as float32, and the arguments of its norms, its convolution and its scan.
+// small tensors as float32, and the arguments of its norms, its convolution, and its scan or its
+// heads' state space.
 #pragma once
 
 #include "base/arena.h"
@@ -15,7 +16,7 @@ void embed(const Model& model, const std::int64_t* tokens, const float* given, s
 // Buffers for the float32 forms of a layer's small tensors, indexed as these.
 struct SmallTensors {
   float *norm, *dt_norm, *B_norm, *C_norm;
-  float *in_proj_bias, *conv_weight, *conv_bias, *dt_bias, *A, *D, *out_proj_bias;
+  float *in_proj_bias, *conv_weight, *conv_bias, *dt_bias, *A, *D, *gated_norm, *out_proj_bias;
   SmallTensors(const Model& model, Arena& memory);
 };
 
@@ -23,20 +24,24 @@ struct SmallTensors {
 // converted into `buffer`. Indexed from row 0 either way; null where the tensor is absent.
 const float* floats(Array array, float* buffer, RowRange rows, std::int64_t width = 1);
 
-// Makes these channels of A of A_log, unless the layer has A.
-void compute_A(const Model& model, const Layer& layer, const SmallTensors& small, RowRange channels);
+// Makes A of A_log for these channels, or heads, unless the layer has A.
+void compute_A(const Model& model, const Layer& layer, const SmallTensors& small, RowRange rates);
 
-// A layer's activations as float32, (rows, steps, .): x and z beside each other, x behind the
-// convolution, what x_proj gave, and the step size.
+// A layer's activations as float32, (rows, steps, .): what in_proj gave, the convolution's channels
+// behind it, what x_proj gave, and the step size.
 struct Activations {
-  Tensor3 xz, x, rBC, delta;
+  Tensor3 projected, convolved, rBC, delta;
 };
 
-// For these channels, from xz; and from x, rBC, delta and z, with D, gate and softplus.
+// For these channels of the convolution; and with D, gate and softplus for these of the scan, or for
+// all heads.
 ConvInputs conv_of(const Model& model, const Layer& layer, const SmallTensors& small,
                    const Activations& activations, RowRange channels);
 ScanInputs scan_of(const Model& model, const Layer& layer, const SmallTensors& small,
                    const Activations& activations, RowRange channels);
+
+SsdInputs ssd_of(const Model& model, const Layer& layer, const SmallTensors& small,
+                 const Activations& activations);
 
 // normed (count, width) from x; `buffer` is for the weight.
 void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
@@ -47,10 +52,14 @@ void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weigh
 void norm_rBC(const Model& model, const Layer& layer, const SmallTensors& small, std::int64_t count,
               float* rBC, float* normed);
 
+// normed (count, e), of any type, from y (count, e): each group's channels by themselves.
+void norm_groups(const Model& model, const Layer& layer, const SmallTensors& small, std::int64_t count,
+                 float* y, const Rows& normed);
+
 // The convolution windows of a layer, as the cache lays them out.
 Window window_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
 
-// Its states (b, e, n).
+// Its states (b, e, n) or (b, h, p, n).
 float* states_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
 
 }  // namespace anymamba

@@ -51,16 +51,17 @@ class MappedMemory {
 
 // l tokens' activations, of which `wanted` get logits, and room for copies of the states.
 struct Buffers {
-  Buffer hidden, normed, xz, x, rBC, rounded_rBC, delta, y, chosen, chosen_normed;
+  Buffer hidden, normed, projected, convolved, rBC, rounded_rBC, delta, y, chosen, chosen_normed;
   Buffer conv_before, ssm_before;
   SmallTensors small;
 
   Buffers(const Model& m, std::int64_t l, std::int64_t wanted, std::int64_t conv_bytes,
           std::int64_t ssm_bytes, Arena& memory)
       : hidden(memory.floats(l * m.d)), normed(memory.floats(l * m.d)),
-        xz(memory.floats(l * 2 * m.e)), x(memory.floats(l * m.e)),
-        rBC(memory.floats(l * (m.r + 2 * m.n))), rounded_rBC(memory.floats(l * (m.r + 2 * m.n))),
-        delta(memory.floats(l * m.e)), y(memory.floats(l * m.e)), chosen(memory.floats(wanted * m.d)),
+        projected(memory.floats(l * m.projected())), convolved(memory.floats(l * m.conv_channels())),
+        rBC(memory.floats(l * m.x_projected())), rounded_rBC(memory.floats(l * m.x_projected())),
+        delta(memory.floats(l * m.dt_projected())), y(memory.floats(l * m.e)),
+        chosen(memory.floats(wanted * m.d)),
         chosen_normed(memory.floats(wanted * m.d)), conv_before(memory.take(conv_bytes)),
         ssm_before(memory.take(ssm_bytes)), small(m, memory) {}
 };
@@ -92,16 +93,16 @@ class Prefill {
       if (copies_) keep_or_stop(static_cast<std::int64_t>(index));
       norm(layer.norm, buf_.hidden.floats(), l_, operand_for(layer.in_proj, buf_.normed));
       convolve(layer, static_cast<std::int64_t>(index));
-      scan(layer, static_cast<std::int64_t>(index));
+      const Buffer y = m_.has_heads() ? mix_heads(layer, static_cast<std::int64_t>(index))
+                                      : scan(layer, static_cast<std::int64_t>(index));
       const float* bias = floats(layer.out_proj_bias, buf_.small.out_proj_bias, {0, m_.d});
-      multiply(operand_for(layer.out_proj, buf_.y), m_.e, l_, m_.e, layer.out_proj, m_.d, bias,
-               buf_.hidden.floats(), true);
+      multiply(y, m_.e, l_, m_.e, layer.out_proj, m_.d, bias, buf_.hidden.floats(), true);
     }
     if (prompt_.wanted > 0) write_logits(logits);
   }
 
  private:
-  std::int64_t wide() const { return m_.r + 2 * m_.n; }
+  std::int64_t wide() const { return m_.x_projected(); }
 
   // A buffer of activations, in the type that the product with this weight reads.
   Buffer operand_for(const Weight& weight, const Buffer& activations) const {
@@ -136,7 +137,7 @@ class Prefill {
 
   // Of a layer's states.
   std::int64_t conv_bytes() const {
-    return prompt_.sequences * m_.e * m_.k * size_of(states_.conv_type);
+    return prompt_.sequences * m_.conv_channels() * m_.k * size_of(states_.conv_type);
   }
   std::int64_t ssm_bytes() const { return prompt_.sequences * m_.e * m_.n * 4; }
 
@@ -148,14 +149,18 @@ class Prefill {
   // What the kernels below take together: workers, and this thread for itself.
   std::int64_t scratch_bytes() const {
     const std::int64_t widest = std::max({m_.d, m_.e, wide()});
-    const std::int64_t worker =
-        std::max({kGemmScratch, quantized_worker_scratch(widest), scan_worker_scratch(m_.n),
-                  conv_worker_scratch(m_.k), norm_worker_scratch(std::max({m_.d, m_.r, m_.n}))});
+    const std::int64_t mixer =
+        m_.has_heads() ? std::max(ssd_worker_scratch(m_.n), norm_worker_scratch(m_.e / m_.g))
+                       : std::max(scan_worker_scratch(m_.n), norm_worker_scratch(std::max(m_.r, m_.n)));
+    const std::int64_t worker = std::max({kGemmScratch, quantized_worker_scratch(widest), mixer,
+                                          conv_worker_scratch(m_.k), norm_worker_scratch(m_.d)});
     constexpr std::int64_t kGemvRows = 16, kLists = 4;  // rows that become float32; of all sequences
     const std::int64_t converted = std::min(l_, kGemvRows) * widest * 4;
     const std::int64_t lists = kLists * in_arena((prompt_.sequences + 1) * 8);
+    const std::int64_t scores =
+        m_.has_heads() ? ssd_caller_scratch(l_, prompt_.sequences, m_.g) : 0;
     return Threads::count() * in_arena(worker) + quantized_caller_scratch(l_, widest) +
-           in_arena(converted) + lists;
+           in_arena(converted) + lists + scores;
   }
 
   // Copies a layer's states before it changes them. If this is to stop, those of the layers before
@@ -190,8 +195,8 @@ class Prefill {
   }
 
   Activations activations() const {
-    return {rows(buf_.xz, 2 * m_.e), rows(buf_.x, m_.e), rows(buf_.rBC, wide()),
-            rows(buf_.delta, m_.e)};
+    return {rows(buf_.projected, m_.projected()), rows(buf_.convolved, m_.conv_channels()),
+            rows(buf_.rBC, wide()), rows(buf_.delta, m_.e)};
   }
 
   // c (m, n) = a (m, k) weight^T + bias, or the same added to c; `stride` between rows of a.
@@ -209,20 +214,21 @@ class Prefill {
                     bias, accumulate});
   }
 
-  // x and z, then x through the convolution.
+  // What in_proj gives, then the convolution's channels of it through the convolution.
   void convolve(const Layer& layer, std::int64_t index) {
-    const float* bias = floats(layer.in_proj_bias, buf_.small.in_proj_bias, {0, 2 * m_.e});
-    multiply(operand_for(layer.in_proj, buf_.normed), m_.d, l_, m_.d, layer.in_proj, 2 * m_.e, bias,
-             buf_.xz.floats());
+    const std::int64_t width = m_.projected(), channels = m_.conv_channels();
+    const float* bias = floats(layer.in_proj_bias, buf_.small.in_proj_bias, {0, width});
+    multiply(operand_for(layer.in_proj, buf_.normed), m_.d, l_, m_.d, layer.in_proj, width, bias,
+             buf_.projected.floats());
     const Window window = window_of(m_, states_, prompt_.sequences, index);
-    kernels().conv({conv_of(m_, layer, buf_.small, activations(), {0, m_.e}), segments(), window},
-                   {rows(buf_.x, m_.e), window});
+    kernels().conv({conv_of(m_, layer, buf_.small, activations(), {0, channels}), segments(), window},
+                   {rows(buf_.convolved, channels), window});
   }
 
-  // Step size, B and C from x, then the scan with D and gate.
-  void scan(const Layer& layer, std::int64_t index) {
+  // y of Mamba, as out_proj reads it: step size, B and C from x, then the scan with D and gate.
+  Buffer scan(const Layer& layer, std::int64_t index) {
     // y is not written yet: until then its memory holds x as x_proj reads it.
-    multiply(rounded_for(layer.x_proj, buf_.x, m_.e, buf_.y), m_.e, l_, m_.e, layer.x_proj, wide(),
+    multiply(rounded_for(layer.x_proj, buf_.convolved, m_.e, buf_.y), m_.e, l_, m_.e, layer.x_proj, wide(),
              nullptr, buf_.rBC.floats());
     if (layer.dt_norm.data != nullptr)
       norm_rBC(m_, layer, buf_.small, l_, buf_.rBC.floats(), buf_.rBC.floats());
@@ -230,8 +236,21 @@ class Prefill {
              layer.dt_proj, m_.e, nullptr, buf_.delta.floats());
     compute_A(m_, layer, buf_.small, {0, m_.e});
     float* const state = states_of(m_, states_, prompt_.sequences, index);
+    const Buffer y = operand_for(layer.out_proj, buf_.y);
     kernels().scan({scan_of(m_, layer, buf_.small, activations(), {0, m_.e}), segments(), state},
-                   {rows(operand_for(layer.out_proj, buf_.y), m_.e), state, nullptr});
+                   {rows(y, m_.e), state, nullptr});
+    return y;
+  }
+
+  // The same of Mamba-2: its heads' state space with D and gate, then the norm.
+  Buffer mix_heads(const Layer& layer, std::int64_t index) {
+    float* const state = states_of(m_, states_, prompt_.sequences, index);
+    kernels().ssd({ssd_of(m_, layer, buf_.small, activations()), segments(), state},
+                  {rows(buf_.y, m_.e), state});
+    // What the convolution gave is spent: its memory holds the normed y.
+    const Buffer normed = operand_for(layer.out_proj, buf_.convolved);
+    norm_groups(m_, layer, buf_.small, l_, buf_.y.floats(), {normed.data(), normed.type(), m_.e});
+    return normed;
   }
 
   void write_logits(float* logits) {

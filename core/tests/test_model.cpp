@@ -11,6 +11,11 @@ using namespace anymamba::test;
 
 namespace {
 
+// Of Mamba-2: heads, their width, groups of them.
+struct Heads {
+  std::int64_t h, p, g;
+};
+
 // A model of small random numbers, with its memory.
 struct Example {
   Model model;
@@ -53,27 +58,45 @@ struct Example {
           bool normed = false) {
     Model& m = model;
     m.v = 41, m.d = d, m.e = e, m.n = n, m.r = r, m.k = 4, m.eps = 1e-5f, m.mixer_eps = 1e-6f;
-    m.embeddings = weight(type, m.v, d);
-    m.head = m.embeddings;
-    m.norm = array(type, d);
-    for (int i = 0; i < 2; ++i) {
-      Layer layer;
-      layer.norm = array(type, d);
-      layer.in_proj = weight(type, 2 * e, d);
-      layer.conv_weight = array(type, e * m.k);
-      layer.conv_bias = array(type, e);
+    add_layers(type);
+    for (Layer& layer : m.layers) {
       layer.x_proj = weight(type, m.r + 2 * n, e);
       layer.dt_proj = weight(type, e, m.r);
-      layer.dt_bias = array(type, e);
-      layer.A_log = array(type, e * n);
-      layer.D = array(type, e);
-      layer.out_proj = weight(type, d, e);
-      if (i == 1) layer.out_proj_bias = array(type, d);
       if (normed) {
         layer.dt_norm = array(type, m.r);
         layer.B_norm = array(type, n);
         layer.C_norm = array(type, n);
       }
+    }
+  }
+
+  // A Mamba-2.
+  Example(DType type, std::int64_t d, std::int64_t n, const Heads& heads) {
+    Model& m = model;
+    m.v = 41, m.d = d, m.e = heads.h * heads.p, m.n = n, m.k = 4, m.eps = 1e-5f, m.mixer_eps = 1e-6f;
+    m.h = heads.h, m.g = heads.g, m.dt_low = 0.2f, m.dt_high = 1.5f;
+    add_layers(type);
+    for (Layer& layer : m.layers) layer.gated_norm = array(type, m.e);
+  }
+
+  // What both architectures have.
+  void add_layers(DType type) {
+    Model& m = model;
+    m.embeddings = weight(type, m.v, m.d);
+    m.head = m.embeddings;
+    m.norm = array(type, m.d);
+    for (int i = 0; i < 2; ++i) {
+      Layer layer;
+      layer.norm = array(type, m.d);
+      layer.in_proj = weight(type, m.projected(), m.d);
+      layer.conv_weight = array(type, m.conv_channels() * m.k);
+      layer.conv_bias = array(type, m.conv_channels());
+      layer.dt_bias = array(type, m.rates());
+      layer.A_log = array(type, m.rates() * m.rates_width());
+      layer.D = array(type, m.rates());
+      layer.out_proj = weight(type, m.d, m.e);
+      if (i == 1) layer.in_proj_bias = array(type, m.projected());
+      if (i == 1) layer.out_proj_bias = array(type, m.d);
       m.layers.push_back(layer);
     }
   }
@@ -83,7 +106,7 @@ struct Memories {
   std::vector<float> conv, ssm;
   States view;
   Memories(const Model& m, std::int64_t b)
-      : conv(m.layers.size() * b * m.e * m.k), ssm(m.layers.size() * b * m.e * m.n) {
+      : conv(m.layers.size() * b * m.conv_channels() * m.k), ssm(m.layers.size() * b * m.e * m.n) {
     view.conv = conv.data();
     view.ssm = ssm.data();
   }
@@ -133,13 +156,18 @@ void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n, boo
   test_prompt_of(example, 1e-4);
 }
 
+void test_prompt(DType type, std::int64_t d, std::int64_t n, const Heads& heads) {
+  Example example(type, d, n, heads);
+  test_prompt_of(example, 1e-4);
+}
+
 // Each matrix has a storage type of its own. Rounded activations may fall on either side of a
 // border, which moves logits by some hundredths; an operand of the wrong type moves them by all.
 void test_mixtures() {
   Random random{11};
-  for (int i = 0; i < 12; ++i)
+  for (int i = 0; i < 16; ++i)
     for (const bool bf16_products : {false, true}) {
-      Example example(DType::f32, 32, 64, 5, 32);
+      Example example = i < 12 ? Example(DType::f32, 32, 64, 5, 32) : Example(DType::f32, 32, 5, {4, 16, 2});
       Model& m = example.model;
       const auto any = [&](std::int64_t n, std::int64_t k) {
         return example.any_weight(static_cast<int>(random.below(5)), n, k);
@@ -147,17 +175,18 @@ void test_mixtures() {
       m.embeddings = any(m.v, m.d);
       m.head = any(m.v, m.d);
       for (Layer& layer : m.layers) {
-        layer.in_proj = any(2 * m.e, m.d);
-        layer.x_proj = any(m.r + 2 * m.n, m.e);
-        layer.dt_proj = any(m.e, m.r);
+        layer.in_proj = any(m.projected(), m.d);
+        if (!m.has_heads()) {
+          layer.x_proj = any(m.r + 2 * m.n, m.e);
+          layer.dt_proj = any(m.e, m.r);
+        }
         layer.out_proj = any(m.d, m.e);
       }
       test_prompt_of(example, 0.3, bf16_products);
     }
 }
 
-void test_batch_of_steps() {
-  Example example(DType::f32, 17, 35, 16);
+void test_batch_of_steps(Example example) {
   const Model& m = example.model;
   const std::int64_t b = 5;
   const std::vector<std::int64_t> tokens = {1, 2, 3, 4, 5};
@@ -173,8 +202,7 @@ void test_batch_of_steps() {
 }
 
 // A kept beside A_log changes nothing, in a step or in a prompt.
-void test_kept_A(DType type) {
-  Example example(type, 16, 35, 5);
+void test_kept_A(Example example) {
   Model& m = example.model;
   const std::vector<std::int64_t> tokens = {3, 1, 4, 1, 5}, offsets = {0, 5}, positions = {4};
   std::vector<std::vector<float>> kept;
@@ -185,8 +213,9 @@ void test_kept_A(DType type) {
     prefill(m, memories.view, {1, offsets.data(), tokens.data(), nullptr, 1, positions.data()}, logits.data());
     decode_step(m, memories.view, 1, tokens.data(), nullptr, logits.data() + m.v);
     for (Layer& layer : m.layers) {
-      kept.emplace_back(m.e * m.n);
-      kernels().negative_exp(layer.A_log.data, layer.A_log.type, kept.back().data(), m.e * m.n);
+      const std::int64_t size = m.rates() * m.rates_width();
+      kept.emplace_back(size);
+      kernels().negative_exp(layer.A_log.data, layer.A_log.type, kept.back().data(), size);
       layer.A = kept.back().data();
     }
   }
@@ -196,8 +225,9 @@ void test_kept_A(DType type) {
 }  // namespace
 
 int main() {
-  test_kept_A(DType::f32);
-  test_kept_A(DType::bf16);
+  test_kept_A(Example(DType::f32, 16, 35, 5));
+  test_kept_A(Example(DType::bf16, 16, 35, 5));
+  test_kept_A(Example(DType::bf16, 16, 5, {3, 7, 1}));
   test_prompt(DType::f32, 16, 32, 16);
   test_prompt(DType::f32, 13, 21, 5);
   test_prompt(DType::f32, 13, 21, 5, true);
@@ -205,7 +235,13 @@ int main() {
   test_prompt(DType::bf16, 16, 32, 16);
   test_prompt(DType::bf16, 16, 32, 16, true);
   test_prompt(DType::f16, 16, 32, 16);
+  test_prompt(DType::f32, 16, 16, {4, 8, 2});
+  test_prompt(DType::f32, 13, 5, {3, 7, 1});    // nothing fits a vector
+  test_prompt(DType::f32, 3, 130, {2, 3, 2});   // more states than the model is wide
+  test_prompt(DType::bf16, 16, 16, {2, 16, 1});
+  test_prompt(DType::f16, 8, 16, {24, 1, 3});   // heads of width one
   test_mixtures();
-  test_batch_of_steps();
+  test_batch_of_steps(Example(DType::f32, 17, 35, 16));
+  test_batch_of_steps(Example(DType::f32, 17, 16, {5, 7, 1}));
   return finish("model");
 }

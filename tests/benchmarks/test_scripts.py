@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 TOOLS = ("chart", "report", "gguf_export")
 SCRIPTS = sorted({script.stem for script in FOLDER.glob("*.py")} - {*TOOLS})
-NUMBERS = ("ms", "bytes", "reading", "peak_megabytes")
+NUMBERS = ("ms", "bytes", "reading", "peak_megabytes", "value")
 
 Run = Callable[..., tuple[int, str, str]]
 

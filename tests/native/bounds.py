@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from anymamba import _core
-from tests.native.calls import CALLS, Array, make, mixer, model
+from tests.native.calls import CALLS, Array, make
 from tests.native.fence import Side
+from tests.native.model_calls import mixer, model
 
 
 def behind_fences(call: dict[str, Any], rng: Random) -> dict[str, Any]:

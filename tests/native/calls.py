@@ -1,6 +1,5 @@
 """Valid calls of every function of the core, with random sizes, types and strides."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -80,7 +79,7 @@ def segments(rng: Random, b: int, l: int) -> tuple[Array | None, int]:
     return Array(tuple(table.shape), (torch.int64,), "any", table), len(states)
 
 
-def _maybe(rng: Random, value: Any) -> Any:
+def maybe(rng: Random, value: Any) -> Any:
     return value if rng.random() < 0.6 else None
 
 
@@ -95,17 +94,17 @@ def scan(rng: Random) -> Call:
         "A": dense(e, n),
         "B": Array((b, l, groups, n)),
         "C": Array((b, l, groups, n)),
-        "D": _maybe(rng, dense(e)),
-        "z": _maybe(rng, Array((b, l, e))),
-        "delta_bias": _maybe(rng, dense(e)),
+        "D": maybe(rng, dense(e)),
+        "z": maybe(rng, Array((b, l, e))),
+        "delta_bias": maybe(rng, dense(e)),
         "softplus": rng.random() < 0.5,
-        "initial": _maybe(rng, dense(n_states, e, n)),
+        "initial": maybe(rng, dense(n_states, e, n)),
         "segments": table,
         "n_states": n_states,
         "reverse": rng.random() < 0.5,
         "y": Array((b, l, e)),
-        "last": _maybe(rng, dense(n_states, e, n)),
-        "checkpoints": _maybe(rng, dense(_floats(b, l, e, n, table, n_states))),
+        "last": maybe(rng, dense(n_states, e, n)),
+        "checkpoints": maybe(rng, dense(_floats(b, l, e, n, table, n_states))),
     }
 
 
@@ -123,7 +122,7 @@ def scan_backward(rng: Random) -> Call:
     return call | {
         "checkpoints": dense(_floats(b, l, e, n, call["segments"], n_states)),
         "dy": Array((b, l, e)),
-        "dlast": _maybe(rng, dense(n_states, e, n)),
+        "dlast": maybe(rng, dense(n_states, e, n)),
         "dx": Array((b, l, e)),
         "ddelta": Array((b, l, e)),
         "dA": dense(e, n),
@@ -146,11 +145,61 @@ def scan_step(rng: Random) -> Call:
         "A": dense(e, n),
         "B": Array((b, groups, n)),
         "C": Array((b, groups, n)),
-        "D": _maybe(rng, dense(e)),
-        "z": _maybe(rng, Array((b, e))),
-        "delta_bias": _maybe(rng, dense(e)),
+        "D": maybe(rng, dense(e)),
+        "z": maybe(rng, Array((b, e))),
+        "delta_bias": maybe(rng, dense(e)),
         "softplus": rng.random() < 0.5,
         "y": Array((b, e)),
+    }
+
+
+def ssd(rng: Random) -> Call:
+    b, l, groups, n = (
+        rng.randint(0, 3),
+        rng.choice([0, 1, 7, 64, 70]),
+        rng.randint(1, 3),
+        rng.randint(1, 20),
+    )
+    h, p, n = groups * rng.randint(1, 3), rng.choice([1, 5, 16, 70]), rng.choice([n, n, 16, 33])
+    table, n_states = segments(rng, b, l)
+    return {
+        "x": Array((b, l, h * p)),
+        "dt": Array((b, l, h)),
+        **_of_heads(rng, h),
+        "B": Array((b, l, groups, n)),
+        "C": Array((b, l, groups, n)),
+        "z": maybe(rng, Array((b, l, h * p))),
+        "initial": maybe(rng, dense(n_states, h, p, n)),
+        "segments": table,
+        "n_states": n_states,
+        "reverse": rng.random() < 0.5,
+        "y": Array((b, l, h * p)),
+        "last": maybe(rng, dense(n_states, h, p, n)),
+    }
+
+
+def ssd_step(rng: Random) -> Call:
+    b, groups, n = rng.randint(0, 5), rng.randint(1, 3), rng.choice([1, 3, 8, 16, 17, 40])
+    h, p = groups * rng.randint(1, 3), rng.choice([1, 5, 16, 33, 100])
+    return {
+        "state": Array((b, h, p, n), WIDE, "tail"),
+        "x": Array((b, h * p)),
+        "dt": Array((b, h)),
+        **_of_heads(rng, h),
+        "B": Array((b, groups, n)),
+        "C": Array((b, groups, n)),
+        "z": maybe(rng, Array((b, h * p))),
+        "y": Array((b, h * p)),
+    }
+
+
+def _of_heads(rng: Random, h: int) -> Call:
+    return {
+        "A": dense(h),
+        "D": maybe(rng, dense(h)),
+        "dt_bias": maybe(rng, dense(h)),
+        "softplus": rng.random() < 0.5,
+        "dt_limit": rng.choice([(0.0, float("inf")), (0.1, 0.4)]),
     }
 
 
@@ -161,14 +210,14 @@ def conv(rng: Random) -> Call:
     return {
         "x": Array((b, l, e)),
         "weight": dense(e, k),
-        "bias": _maybe(rng, dense(e)),
+        "bias": maybe(rng, dense(e)),
         "silu": rng.random() < 0.5,
-        "initial": _maybe(rng, Array((n_states, e, columns))),
+        "initial": maybe(rng, Array((n_states, e, columns))),
         "segments": table,
         "n_states": n_states,
         "reverse": rng.random() < 0.5,
         "y": Array((b, l, e)),
-        "final": _maybe(rng, Array((n_states, e, columns))),
+        "final": maybe(rng, Array((n_states, e, columns))),
     }
 
 
@@ -182,7 +231,7 @@ def conv_backward(rng: Random) -> Call:
         "dfinal": None if final is None else Array(final.shape, WIDE),
         "dx": Array((b, l, e)),
         "dweight": dense(e, k),
-        "dbias": _maybe(rng, dense(e)),
+        "dbias": maybe(rng, dense(e)),
         "dinitial": None if call["initial"] is None else Array(call["initial"].shape, WIDE),
     }
 
@@ -193,7 +242,7 @@ def conv_step(rng: Random) -> Call:
         "x": Array((b, e)),
         "window": Array((b, e, k)),
         "weight": dense(e, k),
-        "bias": _maybe(rng, dense(e)),
+        "bias": maybe(rng, dense(e)),
         "silu": rng.random() < 0.5,
         "y": Array((b, e)),
     }
@@ -203,12 +252,12 @@ def norm(rng: Random) -> Call:
     rows, d = rng.randint(0, 20), rng.randint(1, 70)
     return {
         "x": Array((rows, d), order="rows"),
-        "residual": _maybe(rng, Array((rows, d), order="rows")),
+        "residual": maybe(rng, Array((rows, d), order="rows")),
         "weight": dense(d),
         "eps": 1e-5,
         "normed": Array((rows, d), order="rows"),
-        "total": _maybe(rng, Array((rows, d), order="rows")),
-        "scale": _maybe(rng, dense(rows)),
+        "total": maybe(rng, Array((rows, d), order="rows")),
+        "scale": maybe(rng, dense(rows)),
     }
 
 
@@ -220,7 +269,7 @@ def norm_backward(rng: Random) -> Call:
         "eps": 1e-5,
         "scale": dense(rows),
         "dnormed": Array((rows, d), order="rows"),
-        "dtotal": _maybe(rng, Array((rows, d), order="rows")),
+        "dtotal": maybe(rng, Array((rows, d), order="rows")),
         "dx": Array((rows, d), order="rows"),
         "dweight": dense(d),
     }
@@ -231,7 +280,7 @@ def product(rng: Random) -> Call:
     return {
         "a": Array((m, k)),
         "b": Array((k, n)),
-        "bias": _maybe(rng, dense(n)),
+        "bias": maybe(rng, dense(n)),
         "c": Array((m, n)),
         "accumulate": rng.random() < 0.3,
     }
@@ -242,7 +291,7 @@ def few_rows(rng: Random) -> Call:
     return {
         "x": dense(m, k),
         "weight": Array((n, k), order="rows"),
-        "bias": _maybe(rng, dense(n)),
+        "bias": maybe(rng, dense(n)),
         "y": dense(m, n),
     }
 
@@ -253,7 +302,7 @@ def quantized_weight(rng: Random, n: int, k: int) -> Call:
     width = rng.choice([k, k // 2])
     scales = Array((n, k // group), (torch.bfloat16,), "dense")
     q = Array((n, width), (torch.uint8,), "dense", torch.randint(256, (n, width)))
-    return {"q": q, "scales": scales, "minima": _maybe(rng, scales)}
+    return {"q": q, "scales": scales, "minima": maybe(rng, scales)}
 
 
 def quantized_product(rng: Random) -> Call:
@@ -265,7 +314,7 @@ def quantized_product(rng: Random) -> Call:
     return {
         "x": dense(m, k),
         **quantized_weight(rng, n, k),
-        "bias": _maybe(rng, dense(n)),
+        "bias": maybe(rng, dense(n)),
         "y": dense(m, n),
         "few": rng.random() < 0.5,
     }
@@ -292,6 +341,8 @@ CALLS: dict[str, Callable[[Random], Call]] = {
         scan,
         scan_backward,
         scan_step,
+        ssd,
+        ssd_step,
         conv,
         conv_backward,
         conv_step,
@@ -304,106 +355,3 @@ CALLS: dict[str, Callable[[Random], Call]] = {
         scan_checkpoint_floats,
     )
 }
-
-
-@dataclass
-class _Sizes:
-    """Those of a model's layers, some of which may be quantized."""
-
-    rng: Random
-
-    def __post_init__(self) -> None:
-        rng = self.rng
-        self.d, self.e, self.n = rng.randint(1, 20), rng.randint(1, 40), rng.randint(1, 17)
-        self.quantized = rng.random() < 0.4
-        if self.quantized:
-            self.d, self.e = rng.choice([32, 64]), rng.choice([32, 96, 128])
-        self.r, self.k, self.b = rng.randint(1, 5), rng.randint(1, 5), rng.randint(0, 20)
-
-    def weight(self, rows: int, columns: int) -> Array | Call:
-        if self.quantized and columns % 32 == 0 and self.rng.random() < 0.8:
-            return quantized_weight(self.rng, rows, columns)
-        return Array((rows, columns), order="rows")
-
-    def mixer(self) -> Call:
-        rng, d, e, n, r = self.rng, self.d, self.e, self.n, self.r
-        return {
-            "in_proj": self.weight(2 * e, d),
-            "in_proj_bias": _maybe(rng, dense(2 * e)),
-            "conv_weight": dense(e, self.k),
-            "conv_bias": _maybe(rng, dense(e)),
-            "x_proj": self.weight(r + 2 * n, e),
-            "dt_proj": Array((e, r), order="rows"),
-            "dt_bias": _maybe(rng, dense(e)),
-            "A_log": dense(e, n),
-            "D": dense(e),
-            "out_proj": self.weight(d, e),
-            "out_proj_bias": _maybe(rng, dense(d)),
-        }
-
-
-def mixer(rng: Random) -> Call:
-    """The arguments of `Mixer`, in "step" those of one step."""
-    sizes = _Sizes(rng)
-    b, d, e, n, r = sizes.b, sizes.d, sizes.e, sizes.n, sizes.r
-    layer = sizes.mixer()
-    if rng.random() < 0.5:
-        layer |= {"dt_norm": dense(r), "B_norm": dense(n), "C_norm": dense(n)}
-    return {
-        "layer": layer,
-        "d": d,
-        "eps": 1e-5,
-        "step": {
-            "x": Array((b, d), order="rows"),
-            "conv": Array((b, e, sizes.k), order="dense"),
-            "ssm": dense(b, e, n),
-            "y": Array((b, d), order="rows"),
-            "bf16_products": rng.random() < 0.3,
-        },
-    }
-
-
-def model(rng: Random) -> Call:
-    """The arguments of `Model`, in "step" those of one step, in "read" those of a prompt."""
-    sizes = _Sizes(rng)
-    b, d, e, n, k = sizes.b, sizes.d, sizes.e, sizes.n, sizes.k
-    v, n_layer = rng.randint(1, 40), rng.randint(1, 3)
-    tokens = _whole(rng.choices(range(v), k=b))
-    hidden = rng.random() < 0.3
-    return {
-        "embeddings": sizes.weight(v, d),
-        "head": sizes.weight(v, d),
-        "norm": dense(d),
-        "eps": 1e-5,
-        "layers": [{"norm": dense(d), **sizes.mixer()} for _ in range(n_layer)],
-        "step": {
-            "tokens": None if hidden else tokens,
-            "hidden": dense(b, d) if hidden else None,
-            "conv": Array((n_layer, b, e, k), order="dense"),
-            "ssm": dense(n_layer, b, e, n),
-            "logits": dense(b, v),
-        },
-        "read": _prompt(rng, v, d, (n_layer, rng.randint(0, 4), e, k, n)),
-    }
-
-
-def _prompt(rng: Random, v: int, d: int, shape: tuple[int, int, int, int, int]) -> Call:
-    n_layer, b, e, k, n = shape
-    lengths = [rng.choice([0, 1, 2, 5, 20]) for _ in range(b)]
-    total, wanted = sum(lengths), rng.randint(0, 5)
-    positions = [rng.randrange(total) for _ in range(wanted)] if total else []
-    hidden = rng.random() < 0.3
-    return {
-        "tokens": None if hidden else _whole([rng.randrange(v) for _ in range(total)]),
-        "hidden": dense(total, d) if hidden else None,
-        "offsets": _whole([0, *itertools.accumulate(lengths)]),
-        "positions": _whole(positions),
-        "conv": Array((n_layer, b, e, k), order="dense"),
-        "ssm": dense(n_layer, b, e, n),
-        "logits": dense(len(positions), v),
-    }
-
-
-def _whole(numbers: list[int]) -> Array:
-    values = torch.tensor(numbers, dtype=torch.int64)
-    return Array((len(numbers),), (torch.int64,), "dense", values)

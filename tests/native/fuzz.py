@@ -19,8 +19,8 @@ from torch import Tensor
 
 from anymamba import _core
 from tests.native.calls import CALLS, Array, make
-from tests.native.calls import mixer as valid_mixer
-from tests.native.calls import model as valid_model
+from tests.native.model_calls import mixer as valid_mixer
+from tests.native.model_calls import model as valid_model
 
 ALLOWED = (TypeError, ValueError, BufferError)
 # A call that asks for this much more memory than a test needs is a failure, not a slow machine.

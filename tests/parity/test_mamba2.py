@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.parity.test_three_way import run_anymamba, run_transformers, with_gradients
+from tests.support.operators import ISAS
 from tests.support.tolerance import assert_same, naming
 from torch import Tensor
 
 import anymamba
-from anymamba import minimal_mamba2
-from anymamba.errors import ConfigError, InputError, StateError
+from anymamba import _core, minimal_mamba2, ops
+from anymamba.checkpoint.architecture import MAMBA2
+from anymamba.errors import CheckpointError, ConfigError, InputError, StateError
+from anymamba.layers.native import core_tensors
 from anymamba.modeling.fused import why_not_fused
 
 # Every size is another, and chunks are shorter than the texts.
@@ -235,8 +239,6 @@ def test_files_there_and_back(tmp_path: Path) -> None:
 
 
 def test_the_original_layout_loads(tmp_path: Path) -> None:
-    import json
-
     from safetensors.torch import save_file
 
     args = minimal_mamba2.ModelArgs(
@@ -254,11 +256,78 @@ def test_the_original_layout_loads(tmp_path: Path) -> None:
     assert_same(ours(tokens(2, 9)).logits, model(tokens(2, 9)))
 
 
-def test_what_does_not_compute_it_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "another activation"])
+@torch.no_grad()
+def test_the_native_core_computes_the_same(name: str, isa: str) -> None:
+    _, ours = pair(**SHAPES[name])
+    ids = tokens(2, 83)
+    with ops.backend("reference"):
+        expected = ours(ids, use_cache=True)
+    before = _core.isa()
+    _core.use_isa(isa)
+    try:
+        assert why_not_fused(ours) is None
+        prompt = ours(ids[:, :75], use_cache=True)
+        parts = [prompt.logits]
+        for step in range(75, 83):
+            parts.append(ours(ids[:, step : step + 1], cache=prompt.cache).logits)
+    finally:
+        _core.use_isa(before)
+    assert_same(torch.cat(parts, 1), expected.logits)
+    assert_same(prompt.cache.ssm_states, expected.cache.ssm_states)
+    assert_same(prompt.cache.conv_states, expected.cache.conv_states)
+
+
+@pytest.mark.parametrize("batch", [3, 70])  # more rows than a step takes are a prompt of one each
+@torch.no_grad()
+def test_native_steps_of_a_batch(batch: int) -> None:
     _, ours = pair()
-    assert why_not_fused(ours) == "the native core does not compute its architecture"
+    ids, row = tokens(batch, 4), batch // 2
+    cache = anymamba.MambaCache.for_model(ours, batch)
+    together = torch.cat([ours(ids[:, i : i + 1], cache=cache).logits for i in range(4)], 1)
+    assert_same(together[row], ours(ids[row : row + 1]).logits[0])
+
+
+@torch.no_grad()
+def test_a_mixer_steps_alone() -> None:
+    _, ours = pair(**SHAPES["limited steps"])
+    mixer, cache = ours.backbone.layers[1].mixer, anymamba.MambaCache.for_model(ours, 3)
+    native = _core.Mixer(
+        core_tensors(mixer, architecture=MAMBA2), *(24, *mixer.core_settings().values())
+    )
+    window, state, y = cache.conv_states[0].clone(), cache.ssm_states[0].clone(), torch.empty(3, 24)
+    for x in torch.randn(4, 3, 24):
+        native.step(x, window, state, y)
+        assert_same(y, mixer(x[:, None], cache.layer(1))[:, 0])
+    assert_same(state, cache.ssm_states[1])
+
+
+@pytest.mark.parametrize("change", ["group_size", "variance_epsilon", "a hook"])
+@torch.no_grad()
+def test_a_changed_mixer_goes_through_its_modules(change: str) -> None:
+    _, ours = pair()
+    ids = tokens(1, 5)
+    before, norm = ours(ids).logits, ours.backbone.layers[1].mixer.norm
+    if change == "a hook":
+        norm.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        setattr(norm, change, {"group_size": 8, "variance_epsilon": 1.0}[change])
+    assert why_not_fused(ours) is not None
+    assert float((ours(ids).logits - before).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_the_runtime_computes_the_same(tmp_path: Path) -> None:
+    _, ours = pair(**SHAPES["limited steps"], layer_norm_epsilon=0.1)
     ours.save_pretrained(tmp_path)
-    with pytest.raises(anymamba.errors.AnyMambaError, match="does not compute Mamba-2"):
+    ids = tokens(1, 83)
+    with ops.backend("reference"):
+        expected = ours(ids).logits[0]
+    assert_same(anymamba.load(tmp_path).logits(ids[0].tolist()), expected.numpy())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"time_step_limit": [2, 1]}))
+    with pytest.raises(CheckpointError, match="time_step_limit"):
         anymamba.load(tmp_path)
 
 

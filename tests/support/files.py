@@ -40,28 +40,47 @@ CONFIG: dict[str, Any] = {
 TEXT = "It's a long way, isn't it?  To be   or not to be 1234\n\n\tis THE question. " * 8
 
 
+# What of a Mamba-2 is another. e is 4 heads of 16, and conv1d has 84 channels.
+CONFIG2: dict[str, Any] = CONFIG | {
+    "model_type": "mamba2",
+    "num_heads": 4,
+    "head_dim": 16,
+    "n_groups": 2,
+    "time_step_limit": [0.0, 0.75],
+}
+
+
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Each tensor's shape in Transformers' names, spelt out; sizes are fields of `config`."""
-    v, d, n, r = (
-        config[name] for name in ("vocab_size", "hidden_size", "state_size", "time_step_rank")
-    )
+    v, d, n = (config[name] for name in ("vocab_size", "hidden_size", "state_size"))
     e, k = config.get("expand", 2) * d, config.get("conv_kernel", 4)
     found: dict[str, tuple[int, ...]] = {"backbone.embeddings.weight": (v, d)}
     for layer in range(config["num_hidden_layers"]):
+        h, r = config.get("num_heads", 0), config.get("time_step_rank", 0)
+        channels = e + 2 * config.get("n_groups", 0) * n
         of_layer: dict[str, tuple[int, ...]] = {
             "norm.weight": (d,),
-            "mixer.in_proj.weight": (2 * e, d),
-            "mixer.in_proj.bias": (2 * e,),
-            "mixer.conv1d.weight": (e, 1, k),
-            "mixer.conv1d.bias": (e,),
-            "mixer.x_proj.weight": (r + 2 * n, e),
-            "mixer.dt_proj.weight": (e, r),
-            "mixer.dt_proj.bias": (e,),
-            "mixer.A_log": (e, n),
-            "mixer.D": (e,),
-            "mixer.out_proj.weight": (d, e),
-            "mixer.out_proj.bias": (d,),
+            "mixer.in_proj.weight": (e + channels + h, d),
+            "mixer.in_proj.bias": (e + channels + h,),
+            "mixer.conv1d.weight": (channels, 1, k),
+            "mixer.conv1d.bias": (channels,),
         }
+        if h:
+            of_layer |= {
+                "mixer.dt_bias": (h,),
+                "mixer.A_log": (h,),
+                "mixer.D": (h,),
+                "mixer.norm.weight": (e,),
+            }
+        else:
+            of_layer |= {
+                "mixer.x_proj.weight": (r + 2 * n, e),
+                "mixer.dt_proj.weight": (e, r),
+                "mixer.dt_proj.bias": (e,),
+                "mixer.A_log": (e, n),
+                "mixer.D": (e,),
+            }
+        of_layer |= {"mixer.out_proj.weight": (d, e), "mixer.out_proj.bias": (d,)}
         if not config.get("use_bias", False):
             del of_layer["mixer.in_proj.bias"], of_layer["mixer.out_proj.bias"]
         if not config.get("use_conv_bias", True):
@@ -75,8 +94,11 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def tensors(tied: bool = True, layers: int = 2) -> dict[str, NDArray[Any]]:
     """Random weights of the model above in Transformers' names."""
+    return _random(CONFIG | {"tie_word_embeddings": tied, "num_hidden_layers": layers})
+
+
+def _random(config: dict[str, Any]) -> dict[str, NDArray[Any]]:
     rng = np.random.default_rng(0)
-    config = CONFIG | {"tie_word_embeddings": tied, "num_hidden_layers": layers}
     return {n: 0.3 * rng.standard_normal(s).astype(np.float32) for n, s in shapes(config).items()}
 
 
@@ -99,8 +121,9 @@ def write_folder(
 ) -> Path:
     """A whole model's folder in Transformers' layout, with a tokenizer."""
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    save_file(tensors() if stored is None else stored, folder / "model.safetensors")
+    config = CONFIG2 if changes.get("model_type") == "mamba2" else CONFIG
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    save_file(_random(config) if stored is None else stored, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(tokenizer().to_str())
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
     return folder

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from anymamba.checkpoint.architecture import MAMBA
 from anymamba.layers.native import PROJECTIONS, Part, core_tensors, mixer_parts
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS, native_is_chosen
@@ -247,7 +248,7 @@ class Table:
 
 def _layer(mixer: Any) -> dict[str, Any]:
     """A mixer's tensors as the core names them, the model's own memory every one of them."""
-    tensors = core_tensors(mixer)
+    tensors = core_tensors(mixer, MAMBA)
     if _has_norms(mixer):
         widths = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
         for (name, name_in_core), width in zip(_NORMS.items(), widths, strict=True):

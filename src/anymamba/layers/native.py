@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from anymamba.ops.fusable import why_not_fusable
+
+if TYPE_CHECKING:
+    from anymamba.checkpoint.architecture import Architecture
 
 PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 
@@ -71,22 +75,33 @@ def mixer_parts(
 
 
 def core_tensors(
-    mixer: Any, matrix_of: Callable[[Any], Any] = lambda linear: linear.weight.detach()
+    mixer: Any,
+    architecture: Architecture,
+    matrix_of: Callable[[Any], Any] = lambda linear: linear.weight.detach(),
 ) -> dict[str, Any]:
-    """A layer's tensors by the core's names, without its norms: the model's own memory.
+    """A layer's tensors by the core's names: the model's own memory.
 
     Args:
-        mixer: as for `mixer_parts`.
+        mixer: a module whose parts have Transformers' names.
+        architecture: whose mixer it is.
         matrix_of: gives the matrix of a projection, as the core takes it.
+
+    Returns:
+        The tensors, None for those that it lacks; without the norm before the mixer.
     """
-    small = {
-        "in_proj_bias": mixer.in_proj.bias,
-        "conv_weight": mixer.conv1d.weight[:, 0],
-        "conv_bias": mixer.conv1d.bias,
-        "dt_bias": mixer.dt_proj.bias,
-        "A_log": mixer.A_log,
-        "D": mixer.D,
-        "out_proj_bias": mixer.out_proj.bias,
-    }
-    tensors = {name: None if tensor is None else tensor.detach() for name, tensor in small.items()}
-    return tensors | {name: matrix_of(getattr(mixer, name)) for name in PROJECTIONS}
+
+    matrices = {row.name for row in architecture.layer if row.role.endswith("matrix")}
+
+    def tensor(name: str) -> Any:
+        owner, *path = name.split(".")
+        if owner != "mixer":
+            return None
+        module = reduce(getattr, path[:-1], mixer)
+        if name in matrices:
+            return matrix_of(module)
+        found = getattr(module, path[-1])
+        return None if found is None else found.detach()
+
+    tensors = architecture.core_layer(tensor)
+    del tensors["norm"]
+    return tensors

@@ -42,7 +42,6 @@ class FusableModel(Protocol):
     """A language model that says what it consists of."""
 
     config: Any
-    is_native: bool
 
     def fused_parts(self) -> Iterable[Part]:
         """The head, the embeddings, the final norm, the layers, and everything in them."""
@@ -91,8 +90,6 @@ def why_not_fused(model: FusableModel) -> str | None:
         >>> why_not_fused(model)
         'lm_head: it has hooks'
     """
-    if not model.is_native:
-        return "the native core does not compute its architecture"
     chosen = backend()
     if chosen not in ("auto", "cpu"):
         return f"the backend {chosen!r} is chosen"
@@ -140,7 +137,7 @@ class Table:
             norm.weight.detach(),
             norm.variance_epsilon,
             [_layer(block) for block in blocks],
-            mixer_eps=getattr(blocks[0].mixer, "rms_eps", 0.0),
+            **blocks[0].mixer.core_settings(),
         )
 
     def is_current(self) -> bool:
@@ -235,7 +232,7 @@ def _rounds_to_bfloat16() -> bool:
 def _layer(block: Any) -> dict[str, Any]:
     """One layer's tensors, the model's own memory every one of them."""
     norms = {"norm": block.norm.weight, **block.mixer.norm_weights()}
-    tensors = core_tensors(block.mixer, _weight_of)
+    tensors = core_tensors(block.mixer, block.mixer.architecture, _weight_of)
     return tensors | {name: weight.detach() for name, weight in norms.items()}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from anymamba.arithmetic import load_core
+from anymamba.checkpoint import model_shape
 from anymamba.checkpoint.architecture import MAMBA2, architecture_of
 from anymamba.errors import BackendError, ConfigError, InputError, MissingDependencyError
 from anymamba.processors import available_processors
@@ -54,11 +56,6 @@ def epsilon_of(
         >>> epsilon_of({"hidden_act": "silu"})
         1e-05
     """
-    if architecture_of(config) is MAMBA2:
-        raise ConfigError(
-            "the native core does not compute Mamba-2; run the model in PyTorch, with "
-            "Mamba2ForCausalLM (pip install 'anymamba[torch]')"
-        )
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConfigError(
@@ -69,7 +66,7 @@ def epsilon_of(
 
 
 def mixer_epsilon_of(config: Mapping[str, Any]) -> float | None:
-    """The epsilon of the norms of dt, B and C, or None where the model has none.
+    """The epsilon of the norms inside a mixer, or None where the model has none.
 
     Args:
         config: fields in Transformers' names.
@@ -81,9 +78,37 @@ def mixer_epsilon_of(config: Mapping[str, Any]) -> float | None:
         >>> mixer_epsilon_of({"model_type": "falcon_mamba"}), mixer_epsilon_of({})
         (1e-06, None)
     """
-    if not architecture_of(config).norms_maps:
-        return None
-    return _epsilon(config, "mixer_rms_eps", 1e-6)
+    architecture = architecture_of(config)
+    if architecture is MAMBA2:
+        return epsilon_of(config)
+    return _epsilon(config, "mixer_rms_eps", 1e-6) if architecture.norms_maps else None
+
+
+def head_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the native core must know of a model's heads beside its tensors, as it names them.
+
+    Args:
+        config: fields in Transformers' names.
+
+    Raises:
+        ConfigError: the limits of the step size make no sense.
+
+    Example:
+        >>> head_settings({"model_type": "mamba2", "n_groups": 2}), head_settings({})
+        ({'groups': 2, 'dt_limit': (0.0, inf)}, {})
+    """
+    if architecture_of(config) is not MAMBA2:
+        return {}
+    limits = config.get("time_step_limit", (0.0, math.inf))
+    is_pair = isinstance(limits, list | tuple) and len(limits) == 2
+    if not is_pair or not all(type(limit) in (int, float) for limit in limits):
+        raise ConfigError(f"the config has time_step_limit {limits!r}, expected two numbers")
+    low, high = map(float, limits)
+    if not 0 <= low <= high:
+        raise ConfigError(
+            f"the config has time_step_limit {limits!r}, expected the least and the largest step"
+        )
+    return {"groups": model_shape(config).groups, "dt_limit": (low, high)}
 
 
 def _epsilon(config: Mapping[str, Any], name: str, default: float) -> float:

@@ -29,7 +29,13 @@ from anymamba.checkpoint.architecture import (
 from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.errors import CheckpointError, ConfigError
-from anymamba.runtime.native import core, epsilon_of, mixer_epsilon_of, wanted_threads
+from anymamba.runtime.native import (
+    core,
+    epsilon_of,
+    head_settings,
+    mixer_epsilon_of,
+    wanted_threads,
+)
 from anymamba.runtime.state import BatchState
 from anymamba.runtime.tokenizer import check_vocabulary
 
@@ -195,11 +201,12 @@ def _table(weights: Weights) -> dict[str, Any]:
     config, tensors = weights.config, weights.tensors
     try:
         eps, mixer_eps = epsilon_of(config), mixer_epsilon_of(config)
+        heads = head_settings(config)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    shape = model_shape(config)
-    norms = {} if mixer_eps is None else weightless_norms(shape)
-    core_layer, layers = architecture_of(config).core_layer, range(shape.n_layer)
+    architecture, shape = architecture_of(config), model_shape(config)
+    norms = weightless_norms(shape) if architecture.norms_maps else {}
+    core_layer, layers = architecture.core_layer, range(shape.n_layer)
     return {
         "embeddings": _given(tensors[EMBEDDINGS]),
         "head": _given(tensors.get(HEAD, tensors[EMBEDDINGS])),
@@ -207,6 +214,7 @@ def _table(weights: Weights) -> dict[str, Any]:
         "eps": eps,
         "mixer_eps": mixer_eps or 0.0,
         "layers": [core_layer(partial(_of_layer, tensors, index)) | norms for index in layers],
+        **heads,
     }
 
 

@@ -14,7 +14,7 @@ section 2. The classes add nothing else to those of `anymamba.modeling.mamba`.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -47,6 +47,10 @@ class FalconMambaMixer(MambaMixer):
         n, r = self.ssm_state_size, self.time_step_rank
         widths = {"dt_norm": r, "B_norm": n, "C_norm": n}
         return {name: self.D.new_ones(width) for name, width in widths.items()}
+
+    def core_settings(self) -> dict[str, Any]:
+        """The epsilon of these norms."""
+        return {"mixer_eps": self.rms_eps}
 
 
 @fusable

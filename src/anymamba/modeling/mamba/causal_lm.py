@@ -70,7 +70,6 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
     """
 
     backbone_class: type[MambaModel] = MambaModel
-    is_native = True  # whether the core computes the whole model
     _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: MambaConfig) -> None:

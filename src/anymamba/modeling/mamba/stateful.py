@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from anymamba.checkpoint.architecture import MAMBA
 from anymamba.layers import convolve
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.packing import Layout, pack_batch
@@ -24,10 +25,12 @@ class StatefulMixer(nn.Module):
     and `_scan_from`, which gets what `_scan` was given.
 
     Attributes:
+        architecture: whose tensors it has.
         layer_idx: which layer of a `MambaCache` a call of the mixer itself reads and overwrites.
         conv1d, act: the causal convolution, and its activation.
     """
 
+    architecture = MAMBA
     layer_idx: int
     conv1d: nn.Conv1d
     act: nn.Module
@@ -50,6 +53,10 @@ class StatefulMixer(nn.Module):
 
     def norm_weights(self) -> dict[str, Tensor]:
         """The gains of the norms inside the mixer, by the core's names."""
+        return {}
+
+    def core_settings(self) -> dict[str, Any]:
+        """What the core must know of the mixer beside its tensors, as it names them."""
         return {}
 
     @takes_cache_params

@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from anymamba import ops
+from anymamba.checkpoint.architecture import MAMBA2
 from anymamba.layers import HeadSizes, at_least_float32, draw_step_bias, gated_norm, mix_heads
 from anymamba.modeling.config import Mamba2Config
 from anymamba.modeling.mamba.stateful import StatefulMixer
@@ -59,6 +60,8 @@ class Mamba2Mixer(StatefulMixer):
         layer_idx: which layer of a `MambaCache` a call of the mixer itself reads and overwrites.
         initialize_mixer_weights: whether to draw initial weights; a model draws them itself.
     """
+
+    architecture = MAMBA2
 
     def __init__(
         self, config: Mamba2Config, layer_idx: int, initialize_mixer_weights: bool = True
@@ -105,6 +108,16 @@ class Mamba2Mixer(StatefulMixer):
         init.ones_(self.norm.weight)
         steps = (config.time_step_min, config.time_step_max, config.time_step_floor)
         init.copy_(self.dt_bias, draw_step_bias(self.num_heads, *steps, dtype=torch.float32))
+
+    def norm_weights(self) -> dict[str, Tensor]:
+        """The gains of norms that the mixer's tensors do not have: none."""
+        return {}
+
+    def core_settings(self) -> dict[str, Any]:
+        """What the core must know of the mixer beside its tensors, as it names them."""
+        low, high = self.time_step_limit
+        eps, groups = self.norm.variance_epsilon, self.n_groups
+        return {"mixer_eps": eps, "groups": groups, "dt_limit": (float(low), float(high))}
 
     def _mix(self, hidden_bld: Tensor, state: LayerState | None, packed: Layout | None) -> Tensor:
         sizes = HeadSizes(self.num_heads, self.head_dim, self.n_groups, self.ssm_state_size)

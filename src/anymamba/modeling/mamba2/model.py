@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from anymamba.layers.native import Part
 from anymamba.modeling.config import Mamba2Config
 from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
 from anymamba.modeling.mamba.mixer import MambaMixer
 from anymamba.modeling.mamba.model import MambaBlock, MambaModel, MambaPreTrainedModel
+from anymamba.modeling.mamba.parts import parts_of
 from anymamba.modeling.mamba2.mixer import Mamba2Mixer, MambaRMSNormGated
+from anymamba.modeling.mamba2.parts import parts_of_mixer
 from anymamba.ops.fusable import fusable
 
 
@@ -71,4 +75,9 @@ class Mamba2ForCausalLM(Mamba2PreTrainedModel, MambaForCausalLM):
     """
 
     backbone_class = Mamba2Model
-    is_native = False
+
+    def fused_parts(self) -> Iterator[Part]:
+        """The modules that one call of the native core stands in for."""
+        return parts_of(
+            self.config, self.backbone, self.lm_head, self.backbone_class, parts_of_mixer
+        )

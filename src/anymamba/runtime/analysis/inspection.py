@@ -25,7 +25,7 @@ from anymamba.checkpoint import model_shape
 from anymamba.checkpoint.architecture import EMBEDDINGS
 from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.errors import InputError
-from anymamba.runtime.analysis.layerwise import Layer, Selected
+from anymamba.runtime.analysis.layerwise import Layer, Written
 from anymamba.runtime.native import core
 from anymamba.runtime.tokenizer import check_vocabulary
 from anymamba.runtime.weights import to_weight_type
@@ -135,7 +135,7 @@ def inspect(
     for index in range(count):
         layer = Layer.read(index, get, engine.config)
         selected = layer.selected(layer.normed(hidden_bld))
-        found.append(_inspect_layer(layer, selected, looked))
+        found.append(_inspect_layer(layer.written(selected), looked))
         hidden_bld = layer.added(hidden_bld, layer.scanned(selected))
         if not np.isfinite(hidden_bld).all():
             raise say_what_is_broken(float(hidden_bld.max()), engine.weights.tensors)
@@ -169,37 +169,35 @@ def _getter(weights: Weights) -> Callable[[str], Any]:
 
 
 def _inspect_layer(
-    layer: Layer, selected: Selected, ages: tuple[int, ...]
+    written: Written, ages: tuple[int, ...]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """A layer's step sizes (l,), what is left at each age (a, l), and at the end (l,)."""
-    dt_le = selected.dt_ble[0].astype(np.float64) + layer.dt_bias
-    delta_le = np.logaddexp(0.0, dt_le)  # softplus
-    length = len(delta_le)
+    delta_lr = written.delta_lr
+    length = len(delta_lr)
     left_al = np.zeros((len(ages), length))
     final_l = np.zeros(length)
-    e, n = layer.A.shape
+    r, n = written.A_rn.shape
     width = max(1, _BLOCK // (length * n))
-    for first in range(0, e, width):
-        channels = slice(first, first + width)
-        A_en = layer.A[channels]
+    for first in range(0, r, width):
+        rates = slice(first, first + width)
+        A_rn = written.A_rn[rates]
         # When each token came, in the model's own time: decay between two depends on that alone.
-        time_le = delta_le[:, channels].cumsum(axis=0)
-        scale_le = np.abs(delta_le[:, channels] * selected.x_ble[0][:, channels])
-        written_len = scale_le[:, :, None] * np.abs(selected.B_bln[0])[:, None, :]
+        time_lr = delta_lr[:, rates].cumsum(axis=0)
+        written_lrn = written.size_lr[:, rates, None] * written.size_ln[:, None, :]
         for index, age in enumerate(ages):
             seen = length - age
-            passed_le = time_le[age:] - time_le[:seen]
-            left_al[index, :seen] += _left(written_len[:seen], passed_le, A_en)
-        final_l += _left(written_len, time_le[-1] - time_le, A_en)
+            passed_lr = time_lr[age:] - time_lr[:seen]
+            left_al[index, :seen] += _left(written_lrn[:seen], passed_lr, A_rn)
+        final_l += _left(written_lrn, time_lr[-1] - time_lr, A_rn)
     for index, age in enumerate(ages):
         left_al[index, length - age :] = np.nan
-    return delta_le.mean(axis=1), left_al, final_l
+    return delta_lr.mean(axis=1), left_al, final_l
 
 
 def _left(
-    written_len: NDArray[np.float64], passed_le: NDArray[np.float64], A_en: NDArray[np.float32]
+    written_lrn: NDArray[np.float64], passed_lr: NDArray[np.float64], A_rn: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """What is left of what was written, after so much of the model's time has passed."""
-    decay_len = np.exp(passed_le[:, :, None] * A_en)
-    left_l: NDArray[np.float64] = np.einsum("len,len->l", written_len, decay_len)
+    decay_lrn = np.exp(passed_lr[:, :, None] * A_rn)
+    left_l: NDArray[np.float64] = np.einsum("lrn,lrn->l", written_lrn, decay_lrn)
     return left_l

@@ -341,6 +341,7 @@ def _calibrate_layer(
 ) -> Iterator[tuple[str, QuantizedArray]]:
     """Quantize a layer's two large matrices, and let `hidden` go through it."""
     reads = [layer.normed(batch) for batch in hidden]
+    # Every architecture has these two, and calls them so.
     first, last = (row for row in MAMBA.layer if row.role == "large matrix")
     for row in (first, last):
         if row is last:

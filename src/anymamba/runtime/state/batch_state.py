@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from anymamba.checkpoint.state_file import state_shapes
 from anymamba.renamed import old_names
 
 
@@ -17,7 +18,8 @@ class BatchState:
 
     Args:
         conv: (n_layer, b, e, k) float32, the last k inputs of each layer's convolution.
-        ssm: (n_layer, b, e, n) float32, the state of each channel.
+        ssm: (n_layer, b, e, n) float32, the state of each channel. `state_shapes` has the shapes of
+            other architectures.
         counts: (b,) int64, how many tokens of each text were read.
         logits: (b, v) float32, what the model says of each next token; None before the first.
     """
@@ -30,11 +32,10 @@ class BatchState:
     @classmethod
     def empty(cls, sizes: Mapping[str, str | int], rows: int) -> BatchState:
         """The memory of texts of which nothing was read, by the `state_identity` of the model."""
-        e = sizes["intermediate_size"]
-        shape = (int(sizes["num_hidden_layers"]), rows, int(e))
+        shape, (window, state) = (int(sizes["num_hidden_layers"]), rows), state_shapes(sizes)
         return cls(
-            conv=np.zeros((*shape, int(sizes["conv_kernel"])), np.float32),
-            ssm=np.zeros((*shape, int(sizes["state_size"])), np.float32),
+            conv=np.zeros((*shape, *window), np.float32),
+            ssm=np.zeros((*shape, *state), np.float32),
             counts=np.zeros(rows, np.int64),
         )
 

@@ -1,0 +1,102 @@
+// Products of a few vectors with weights, on one worker: what a decoding step consists of.
+#pragma once
+
+#include <algorithm>
+
+#include "base/arena.h"
+#include "base/threads.h"
+#include "model/model.h"
+
+namespace anymamba {
+
+// The weight rows, or other memory, that a worker will read next. They are prefetched into its second
+// cache while it waits for others or computes, when memory would stand idle.
+class Prefetch {
+ public:
+  Prefetch(const float* data, std::int64_t count)
+      : next_(reinterpret_cast<const char*>(data)), end_(next_ + std::min(count * 4, kMost)) {}
+  Prefetch(const Weight& weight, std::int64_t k, RowRange rows) {
+    const QuantizedWeight& quantized = weight.quantized;
+    const bool is_quantized = quantized.bits != 0;
+    const void* const data = is_quantized ? quantized.q : weight.data;
+    const std::int64_t row =
+        is_quantized ? k * quantized.bits / 8 : weight.row_stride * size_of(weight.type);
+    next_ = static_cast<const char*>(data) + rows.first * row;
+    end_ = next_ + std::min((rows.last - rows.first) * row, kMost);
+  }
+  void fetch_line() {
+    if (next_ < end_) __builtin_prefetch(next_, 0, 2), next_ += 64;
+  }
+
+ private:
+  static constexpr std::int64_t kMost = 128 << 10;
+  const char *next_, *end_;
+};
+
+// A worker's room for its vectors as weights want them: rounded to 8 bits, or to bfloat16.
+struct VectorRounding {
+  static constexpr int kSmallestGroup = 32;
+  const bool bf16_products;
+  std::int8_t* q;
+  float* scales;
+  std::int32_t* sums;
+  std::uint16_t* narrow;
+  float* wide;
+
+  // Room for b vectors (k,) of `most` numbers at most.
+  VectorRounding(std::int64_t b, std::int64_t most, bool bf16_products, Arena& memory)
+      : bf16_products(bf16_products), q(static_cast<std::int8_t*>(memory.take(b * most))),
+        scales(memory.floats(b * most / kSmallestGroup)),
+        sums(static_cast<std::int32_t*>(memory.take(b * most / kSmallestGroup * 4))),
+        narrow(static_cast<std::uint16_t*>(memory.take(bf16_products ? most * 2 : 0))),
+        wide(memory.floats(bf16_products ? b * most : 0)) {}
+
+  // x (b, k) rounded to bfloat16, as floats without gaps.
+  const float* to_bf16(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k) {
+    for (std::int64_t row = 0; row < b; ++row) {
+      kernels().convert(x + row * stride, DType::f32, narrow, DType::bf16, k);
+      kernels().to_float32(narrow, DType::bf16, wide + row * k, k);
+    }
+    return wide;
+  }
+
+  QuantizedActivations quantize(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k, int group) {
+    const QuantizedActivations rows = {b, k, group, q, scales, sums};
+    kernels().quantize_activations(x, stride, rows, 0, b);
+    return rows;
+  }
+};
+
+// Vectors x (b, k), and the worker's room for rounding them.
+struct Vectors {
+  const float* data;
+  std::int64_t b, k, stride;
+  VectorRounding& rounding;
+};
+
+// y (b, .) = x weight^T + bias for the weight's rows [first, last).
+inline void project(const Weight& weight, const Vectors& x, const float* bias, float* y,
+             std::int64_t y_stride, RowRange rows) {
+  if (const QuantizedWeight& quantized = weight.quantized; quantized.bits != 0) {
+    const QuantizedActivations quantized_x =
+        x.rounding.quantize(x.data, x.stride, x.b, x.k, quantized.group);
+    return kernels().quantized_gemv({quantized, quantized_x, bias, y, y_stride}, rows.first, rows.last);
+  }
+  constexpr int kMostVectors = 16;          // that gemv takes at once
+  constexpr std::int64_t kWeightRows = 32;  // read from memory once, then used for all vectors
+  const bool rounds = operand_type(weight, x.rounding.bf16_products) == DType::bf16;
+  const float* const data = rounds ? x.rounding.to_bf16(x.data, x.stride, x.b, x.k) : x.data;
+  const std::int64_t stride = rounds ? x.k : x.stride;
+  const std::int64_t block = x.b <= kMostVectors ? rows.last - rows.first : kWeightRows;
+  for (std::int64_t first = rows.first; first < rows.last; first += block) {
+    const std::int64_t last = std::min(rows.last, first + block);
+    for (std::int64_t row = 0; row < x.b; row += kMostVectors) {
+      const auto m = static_cast<int>(std::min<std::int64_t>(kMostVectors, x.b - row));
+      kernels().gemv({x.k, weight.data, weight.type, weight.row_stride, bias, data + row * stride,
+                      stride, y + row * y_stride, y_stride, m},
+                     first, last);
+    }
+  }
+}
+
+}  // namespace anymamba
