@@ -107,7 +107,7 @@ def state_shapes(identity: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[in
     sizes = {letter: identity.get(name, 0) for name, letter in letters.items()}
     sizes["m"] = identity.get("n_groups", 0) * sizes["n"]
     # A user's own class may have a name of its own, and is a Mamba.
-    return ARCHITECTURES.get(identity["model_type"], MAMBA).states(sizes)
+    return ARCHITECTURES.get(identity.get("model_type", MAMBA.name), MAMBA).states(sizes)
 
 
 def state_metadata(

@@ -137,6 +137,10 @@ def is_sentencepiece(fields: Mapping[str, Any]) -> bool:
 
     Args:
         fields: the tokenizer.json's.
+
+    Example:
+        >>> is_sentencepiece({"model": {"type": "BPE", "byte_fallback": False}})
+        False
     """
     model = fields["model"]
     changes = ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")

@@ -18,6 +18,10 @@ def texts_of(metadata: Mapping[str, Any], name: str, where: str) -> list[str]:
 
     Raises:
         CheckpointError: it is missing, or another list.
+
+    Example:
+        >>> texts_of({"tokenizer.ggml.tokens": ["a", "b"]}, "tokens", "the example")
+        ['a', 'b']
     """
     value = metadata.get(PREFIX + name)
     if not isinstance(value, list):  # of texts: those of numbers are tuples
@@ -30,6 +34,10 @@ def types_of(metadata: Mapping[str, Any], count: int, where: str) -> list[int]:
 
     Raises:
         CheckpointError: there are not as many types as tokens.
+
+    Example:
+        >>> types_of({"tokenizer.ggml.token_type": (1, 3)}, 2, "the example")
+        [1, 3]
     """
     value = metadata.get(PREFIX + "token_type")
     if value is None:
