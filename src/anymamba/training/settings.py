@@ -108,11 +108,18 @@ class Settings:
 
     # The model.
     model: str | None = setting(None, "a model to go on from, in place of random weights")
+    architecture: str = setting(
+        "mamba", "kind of model", choices=("mamba", "falcon_mamba", "mamba2")
+    )
     hidden_size: int = setting(128, "width", low=1)
     layers: int = setting(4, "layers", low=1)
     state_size: int = setting(16, "states of a channel", low=1)
     expand: int = setting(2, "the inner width over the width", low=1)
     conv_kernel: int = setting(4, "width of the convolution", low=1)
+    head_dim: int | None = setting(None, "channels of a head of Mamba-2; default 64", low=1)
+    groups: int | None = setting(
+        None, "groups of heads of Mamba-2 with B and C of their own; default 1", low=1
+    )
     tie_embeddings: bool = setting(True, "use the embeddings as the head")
     initializer_range: float = setting(0.02, "how widely embeddings are drawn", low=0.0)
     rescale_residual: bool = setting(True, "draw out_proj smaller, the deeper the model")
@@ -187,6 +194,38 @@ class Settings:
                 f"final_learning_rate={self.final_learning_rate:g} must not exceed "
                 f"learning_rate={self.learning_rate:g}"
             )
+
+        self._check_heads()
+
+    def _check_heads(self) -> None:
+        if self.architecture != "mamba2":
+            for name in ("head_dim", "groups"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name} is for Mamba-2, and the architecture is {self.architecture!r}: "
+                        "set architecture to 'mamba2' or leave it out"
+                    )
+        elif self.model is None:
+            count, size, groups = self.heads.values()
+            inner = self.expand * self.hidden_size
+            if inner % size:
+                raise ConfigError(f"head_dim={size} must divide expand * hidden_size = {inner}")
+            if count % groups:
+                raise ConfigError(f"groups={groups} must divide the {count} heads")
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        """The heads of a Mamba-2 in Transformers' fields; none of another architecture.
+
+        Example:
+            >>> Settings(architecture="mamba2").heads
+            {'num_heads': 4, 'head_dim': 64, 'n_groups': 1}
+        """
+        if self.architecture != "mamba2":
+            return {}
+        size = self.head_dim or 64
+        count = self.expand * self.hidden_size // size
+        return {"num_heads": count, "head_dim": size, "n_groups": self.groups or 1}
 
     def to_yaml(self) -> str:
         """Every setting, in the order of the fields, as a file that `read_yaml` reads.

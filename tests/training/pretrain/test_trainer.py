@@ -10,6 +10,7 @@ from transformers import MambaForCausalLM as TransformersMamba
 
 from anymamba import MambaForCausalLM
 from anymamba.errors import ConfigError, InputError, TrainingError
+from anymamba.modeling.auto import load_causal_lm
 from anymamba.training.data.documents import held_out, tokenize
 from anymamba.training.data.tokenizers import open_tokenizer
 from anymamba.training.lifecycle.report import read_metrics
@@ -106,6 +107,25 @@ def test_the_loss_falls(order: str, tmp_path: Path) -> None:
     assert len(seen) == 40
     assert sum(seen[-5:]) < 0.8 * sum(seen[:5])
     assert outcome.figures["validation_loss_windows"] < seen[0]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes"), [("falcon_mamba", {}), ("mamba2", {"head_dim": 8, "groups": 2})]
+)
+def test_every_architecture_learns(
+    architecture: str, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    """With its state carried on from batch to batch."""
+    given = {"architecture": architecture, "order": "carried", **sizes}
+    settings = small(tmp_path, **given, steps=24, learning_rate=1e-2)
+    train(settings)
+    found = losses(tmp_path)
+    assert found[-1] < found[0] - 0.3
+    result = load_causal_lm(tmp_path / "run")
+    assert result.config.model_type == architecture
+    if architecture == "mamba2":
+        fields = (result.config.num_heads, result.config.head_dim, result.config.n_groups)
+        assert fields == (4, 8, 2)
 
 
 def test_dropout_leaves_no_trace(tmp_path: Path) -> None:

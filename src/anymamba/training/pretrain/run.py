@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import ConfigError, InputError
-from anymamba.modeling import MambaConfig, MambaForCausalLM, load_causal_lm
+from anymamba.modeling import MambaForCausalLM, load_causal_lm
+from anymamba.modeling.auto import CLASSES, new_causal_lm
 from anymamba.renamed import old_names
 from anymamba.training.data import TokenRow, open_tokenizer, texts_of, tokenize
 from anymamba.training.lifecycle import (
@@ -170,13 +171,15 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> MambaFo
             )
         return found
     end = tokenizer.eos_token_id
-    config = MambaConfig(
+    new: Any = CLASSES[settings.architecture].config
+    config = new(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
         num_hidden_layers=settings.layers,
         state_size=settings.state_size,
         expand=settings.expand,
         conv_kernel=settings.conv_kernel,
+        **settings.heads,
         tie_word_embeddings=settings.tie_embeddings,
         initializer_range=settings.initializer_range,
         rescale_prenorm_residual=settings.rescale_residual,
@@ -184,7 +187,7 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> MambaFo
         eos_token_id=end,
         pad_token_id=end,
     )
-    model = MambaForCausalLM(config)
+    model = new_causal_lm(config)
     # Transformers' class draws out_proj anew when it loads a model whose config asks for this.
     model.config.rescale_prenorm_residual = False
     return model
