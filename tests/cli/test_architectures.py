@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.files import write_model
+from tests.support.tolerance import assert_same
 
 ARCHITECTURES = ("mamba", "falcon_mamba")
 NEW = ("--max-new-tokens", 4, "--temperature", 0, "--json")
@@ -81,3 +82,36 @@ def test_finetune_and_merge(folder, name, tmp_path, anymamba):
     assert done.status == 0, done.err
     assert anymamba("generate", "ab=", "--model", merged, *NEW).json["text"] == with_adapter
     assert json.loads((merged / "config.json").read_text())["model_type"] == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "sizes"), [("falcon_mamba", ()), ("mamba2", ("--head-dim", 8, "--groups", 2))]
+)
+def test_train_finetune_merge_and_convert(architecture, sizes, text, tmp_path, anymamba):
+    """From nothing, through PyTorch, to files."""
+    pytest.importorskip("trl")
+    model, adapter, merged = (tmp_path / name for name in ("model", "adapter", "merged"))
+    small = ("--hidden-size", 32, "--layers", 1, "--window", 16, "--batch", 2, "--steps", 2)
+    given = ("--architecture", architecture, *sizes, *small, "--no-plot")
+    done = anymamba("train", "--data", text, "--output", model, *given, "--json")
+    assert done.json["steps"] == 2
+    assert json.loads((model / "config.json").read_text())["model_type"] == architecture
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "ab=", "completion": "xyz"}\n')
+    few = ("--rank", 2, "--max-steps", 1, "--batch-size", 1, "--max-length", 16)
+    done = anymamba("finetune", pairs, "--output", adapter, "--model", model, *few)
+    assert done.status == 0, done.err
+    assert anymamba("merge", adapter, merged, "--model", model).status == 0
+    expected = logits_of(merged)
+    for name in ("merged.gguf", "copy"):
+        assert anymamba("convert", merged, tmp_path / name).status == 0
+        assert_same(logits_of(tmp_path / name), expected)
+
+
+def logits_of(model):
+    torch = pytest.importorskip("torch")
+    from anymamba.modeling.auto import load_causal_lm
+
+    with torch.no_grad():
+        return load_causal_lm(model)(torch.arange(3, 20)[None]).logits
