@@ -293,9 +293,7 @@ def test_native_steps_of_a_batch(batch: int) -> None:
 def test_a_mixer_steps_alone() -> None:
     _, ours = pair(**SHAPES["limited steps"])
     mixer, cache = ours.backbone.layers[1].mixer, anymamba.MambaCache.for_model(ours, 3)
-    native = _core.Mixer(
-        core_tensors(mixer, architecture=MAMBA2), *(24, *mixer.core_settings().values())
-    )
+    native = _core.Mixer(core_tensors(mixer, MAMBA2), *(24, *mixer.core_settings().values()))
     window, state, y = cache.conv_states[0].clone(), cache.ssm_states[0].clone(), torch.empty(3, 24)
     for x in torch.randn(4, 3, 24):
         native.step(x, window, state, y)

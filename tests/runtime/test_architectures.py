@@ -58,11 +58,7 @@ def test_a_folder(folder: Path, model: Any) -> None:
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("f32", 1e-4), ("f16", 2e-2), ("bf16", 2e-2)])
-def test_gguf(
-    folder: Path, name: str, model: Any, tmp_path: Path, weights: str, tolerance: float
-) -> None:
-    if name == "mamba2":
-        pytest.skip("GGUF files of Mamba-2 are refused by name")
+def test_gguf(folder: Path, model: Any, tmp_path: Path, weights: str, tolerance: float) -> None:
     file = convert(folder, tmp_path / "model.gguf", "gguf", weights)
     assert_same(anymamba.load(file).logits(IDS), logits_of(model), tolerance)
     assert_same(logits_of(load_causal_lm(file)), logits_of(model), tolerance)
@@ -70,10 +66,8 @@ def test_gguf(
     assert_same(anymamba.load(again).logits(IDS), logits_of(model), tolerance)
 
 
-def test_llama_cpp_computes_the_same(folder: Path, name: str, tmp_path: Path) -> None:
+def test_llama_cpp_computes_the_same(folder: Path, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
-    if name == "mamba2":
-        pytest.skip("GGUF files of Mamba-2 are refused by name")
     config = json.loads((folder / "config.json").read_text())
     # llama.cpp takes the epsilon of the layers' norms for those of dt, B and C too.
     config["layer_norm_epsilon"] = config.get("mixer_rms_eps", 1e-5)

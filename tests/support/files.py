@@ -46,7 +46,6 @@ CONFIG2: dict[str, Any] = CONFIG | {
     "num_heads": 4,
     "head_dim": 16,
     "n_groups": 2,
-    "time_step_limit": [0.0, 0.75],
 }
 
 

@@ -89,7 +89,6 @@ def core_tensors(
     Returns:
         The tensors, None for those that it lacks; without the norm before the mixer.
     """
-
     matrices = {row.name for row in architecture.layer if row.role.endswith("matrix")}
 
     def tensor(name: str) -> Any:

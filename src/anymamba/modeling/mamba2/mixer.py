@@ -109,12 +109,8 @@ class Mamba2Mixer(StatefulMixer):
         steps = (config.time_step_min, config.time_step_max, config.time_step_floor)
         init.copy_(self.dt_bias, draw_step_bias(self.num_heads, *steps, dtype=torch.float32))
 
-    def norm_weights(self) -> dict[str, Tensor]:
-        """The gains of norms that the mixer's tensors do not have: none."""
-        return {}
-
     def core_settings(self) -> dict[str, Any]:
-        """What the core must know of the mixer beside its tensors, as it names them."""
+        """The epsilon of its norm, its groups and the limits of its step sizes."""
         low, high = self.time_step_limit
         eps, groups = self.norm.variance_epsilon, self.n_groups
         return {"mixer_eps": eps, "groups": groups, "dt_limit": (float(low), float(high))}
