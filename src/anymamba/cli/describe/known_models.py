@@ -22,6 +22,7 @@ class KnownModel:
         vocabulary: v, with padding.
         pickled: whether its weights are a pickle, which `anymamba convert` reads once.
         note: what else to know, in a line.
+        groups: of a Mamba-2, whose heads are 64 wide and have 128 states; 0 for the others.
     """
 
     name: str
@@ -33,6 +34,7 @@ class KnownModel:
     vocabulary: int = 50280
     pickled: bool = False
     note: str = ""
+    groups: int = 0
 
     @property
     def parameters(self) -> int:
@@ -59,14 +61,14 @@ class KnownModel:
         return f"anymamba convert {self.name} {folder} && anymamba {use} -m {folder} --weights int8"
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return expected_shapes(
-            {
-                "hidden_size": self.width,
-                "num_hidden_layers": self.layers,
-                "vocab_size": self.vocabulary,
-                "tie_word_embeddings": self.tied,
-            }
-        )
+        sizes = {
+            "hidden_size": self.width,
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": self.tied,
+        }
+        heads = {"num_heads": self.width * 2 // 64, "head_dim": 64, "n_groups": self.groups}
+        return expected_shapes({**sizes, **heads, "model_type": "mamba2"} if self.groups else sizes)
 
 
 _FALCON_LICENCE = "TII Falcon-Mamba License 2.0"
@@ -89,6 +91,29 @@ KNOWN_MODELS = (
         tied=False,
         vocabulary=65024,
         note="Falcon-Mamba, trained on 5.5 trillion tokens, mainly English",
+    ),
+    *(
+        KnownModel(
+            *(f"state-spaces/mamba2-{size}", "base", "apache-2.0", width, layers),
+            vocabulary=50288,
+            pickled=True,
+            note="Mamba-2",
+            groups=1,
+        )
+        for size, width, layers in (
+            ("130m", 768, 24),
+            ("370m", 1024, 48),
+            ("780m", 1536, 48),
+            ("1.3b", 2048, 48),
+            ("2.7b", 2560, 64),
+        )
+    ),
+    KnownModel(
+        *("mistralai/Mamba-Codestral-7B-v0.1", "base", "apache-2.0", 4096, 64),
+        tied=False,
+        vocabulary=32768,
+        note="Mamba-2 for code",
+        groups=8,
     ),
     KnownModel(
         *("havenhq/mamba-chat", "chat", "apache-2.0", 2560, 64),

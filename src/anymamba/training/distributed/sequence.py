@@ -44,7 +44,10 @@ def sequence_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:
     check_started("sequence_parallel")
     mixers = [module for module in model.modules() if type(module) is MambaMixer]
     if not mixers:
-        raise InputError("sequence_parallel: the model has no Mamba layer, or is parallel already")
+        raise InputError(
+            "sequence_parallel: the model has no layer of Mamba (those of Falcon-Mamba and Mamba-2 "
+            "cannot be split yet), or is parallel already"
+        )
     for mixer in mixers:
         # As FSDP2 does it: whatever asks for the class sees that this is no plain mixer.
         mixer.__class__ = _SequenceParallelMixer

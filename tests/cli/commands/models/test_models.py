@@ -33,6 +33,7 @@ def config_of(model: KnownModel) -> dict[str, Any]:
         ("state-spaces/mamba-1.4b-hf", 1_372_178_432),
         ("state-spaces/mamba-2.8b-hf", 2_768_345_600),
         ("tiiuae/falcon-mamba-7b", 7_272_665_088),
+        ("mistralai/Mamba-Codestral-7B-v0.1", 7_285_403_648),
     ],
 )
 def test_parameters_are_the_published_ones(name: str, parameters: int) -> None:
