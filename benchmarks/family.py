@@ -159,10 +159,11 @@ def training(name: str, source: Any, options: Options) -> Table:
     seconds = partial(seconds_at_peak, 3 * products.operations)
     cases = [Case(limit, seconds, own_clock=True), step("AnyMamba", AnyMamba(source), ids_bl)]
     missing: list[Row] = []
-    if options.peers:
+    if options.peers and options.quick:
         cases.append(step("Transformers", theirs(source), ids_bl, rounds=1))
     else:
-        missing.append(not_measured("Transformers", "not measured: --no-peers"))
+        why = "a step takes minutes" if options.peers else "--no-peers"
+        missing.append(not_measured("Transformers", f"not measured: {why}"))
     timings = interleave(cases, options.rounds or 3)
     title = f"{name}: training step, {batch} x {length} tokens, float32"
     return Table(title, rows=rows_of(timings, ids_bl.numel(), limit) + missing)
