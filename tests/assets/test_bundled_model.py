@@ -15,7 +15,7 @@ import anymamba
 from anymamba import assets
 from anymamba.assets import bundled_model
 from anymamba.errors import CheckpointError
-from anymamba.training.settings import settings_from
+from anymamba.training.settings import Settings, settings_from
 from tests.support.processes import imported_by
 from tests.support.tolerance import assert_same
 
@@ -84,7 +84,10 @@ def test_it_was_trained_by_the_recipe():
     recipe = Path(__file__).parents[2] / "examples" / "shakespeare" / "recipe.yaml"
     told = asdict(settings_from(recipe, data=["tinyshakespeare.txt"]))
     training = json.loads((bundled_model() / "training.json").read_text(encoding="utf-8"))
-    assert training["settings"] == told
+    # Settings that came later, as they are where nothing is said of them.
+    later = {name: value for name, value in told.items() if name not in training["settings"]}
+    assert later == {name: value for name, value in asdict(Settings()).items() if name in later}
+    assert training["settings"] | later == told
 
 
 def test_the_parameters_are_as_many_as_the_card_says(model):
