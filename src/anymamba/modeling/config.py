@@ -44,6 +44,7 @@ class StateSpaceConfig(PreTrainedConfig):
     num_hidden_layers: int
     expand: int | float
     conv_kernel: int
+    time_step_rank: int | str
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Transformers makes a dataclass of each config, which would compare declared fields only.
@@ -51,6 +52,8 @@ class StateSpaceConfig(PreTrainedConfig):
         super().__init_subclass__(**kwargs)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
         # Warns of token ids outside the vocabulary. They are no error: files on the hub have
         # them, and so has every model whose embedding was cut down.
@@ -245,11 +248,6 @@ class MambaConfig(StateSpaceConfig):
     use_associative_scan: bool = True
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.time_step_rank == "auto":
-            self.time_step_rank = math.ceil(self.hidden_size / 16)
-        super().__post_init__(**kwargs)
-
 
 class FalconMambaConfig(MambaConfig):
     """The configuration of a Falcon-Mamba model: a Mamba that norms dt, B and C in each mixer.
@@ -334,8 +332,6 @@ class Mamba2Config(StateSpaceConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.time_step_rank == "auto":
-            self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
         self.validate_architecture()
 

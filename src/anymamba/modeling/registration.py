@@ -50,7 +50,7 @@ _undo: list[ExitStack] = []
 
 
 def register() -> None:
-    """Let Transformers and PEFT treat the model types "mamba" and "falcon_mamba" as AnyMamba's.
+    """Let Transformers and PEFT treat the model types of `auto.CLASSES` as AnyMamba's.
 
     From then on `AutoConfig`, `AutoModel`, `AutoModelForCausalLM` and
     `pipeline("text-generation")` build AnyMamba's classes, with the tokenizers they would use

@@ -5,8 +5,6 @@ Shapes: see the legend in `anymamba.modeling.mamba.model`.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -58,18 +56,8 @@ class MambaMixer(StatefulMixer, MambaLayer):  # type: ignore[misc]
     @torch.no_grad()
     def init_mamba_weights(self) -> None:
         """Draw the initial weights; docs/configuration.md has the table."""
-        self._init_projections()
+        self._init_projections(self.in_proj, self.x_proj, self.out_proj, self.conv1d)
         self._init_state_space()
-
-    def _init_projections(self) -> None:
-        for layer in (self.in_proj, self.x_proj, self.out_proj, self.conv1d):
-            init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-            if layer.bias is not None:
-                init.zeros_(layer.bias)
-        if self.config.rescale_prenorm_residual:
-            # GPT-2's rule: the variance of the residual sum must not grow with depth.
-            bound = 1 / math.sqrt(self.out_proj.in_features * self.config.num_hidden_layers)
-            init.uniform_(self.out_proj.weight, -bound, bound)
 
     def _init_state_space(self) -> None:
         """S4D-real A, D of ones, and step sizes log-uniform in [time_step_min, time_step_max]."""

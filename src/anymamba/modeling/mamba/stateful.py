@@ -5,10 +5,12 @@ Shapes: see the legend in `anymamba.modeling.mamba.model`.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from anymamba.checkpoint.architecture import MAMBA
 from anymamba.layers import convolve
@@ -31,7 +33,9 @@ class StatefulMixer(nn.Module):
     """
 
     architecture = MAMBA
+    config: Any
     layer_idx: int
+    out_proj: nn.Linear
     conv1d: nn.Conv1d
     act: nn.Module
 
@@ -50,6 +54,16 @@ class StatefulMixer(nn.Module):
             return_last_state: bool,
             cu_seqlens: Tensor | None = None,
         ) -> tuple[Tensor, Tensor | None]: ...
+
+    def _init_projections(self, *layers: nn.Linear | nn.Conv1d) -> None:
+        for layer in layers:
+            init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            if layer.bias is not None:
+                init.zeros_(layer.bias)
+        if self.config.rescale_prenorm_residual:
+            # GPT-2's rule: the variance of the residual sum must not grow with depth.
+            bound = 1 / math.sqrt(self.out_proj.in_features * self.config.num_hidden_layers)
+            init.uniform_(self.out_proj.weight, -bound, bound)
 
     def norm_weights(self) -> dict[str, Tensor]:
         """The gains of the norms inside the mixer, by the core's names."""

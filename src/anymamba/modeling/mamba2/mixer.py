@@ -8,7 +8,6 @@ Models and Efficient Algorithms Through Structured State Space Duality" (arXiv 2
 
 from __future__ import annotations
 
-import math
 from typing import Any, cast
 
 import torch
@@ -94,14 +93,7 @@ class Mamba2Mixer(StatefulMixer):
     def init_mamba_weights(self) -> None:
         """Draw the initial weights; docs/configuration.md has the table."""
         config = self.config
-        for layer in (self.in_proj, self.out_proj, self.conv1d):
-            init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-            if layer.bias is not None:
-                init.zeros_(layer.bias)
-        if config.rescale_prenorm_residual:
-            # GPT-2's rule: the variance of the residual sum must not grow with depth.
-            bound = 1 / math.sqrt(self.intermediate_size * config.num_hidden_layers)
-            init.uniform_(self.out_proj.weight, -bound, bound)
+        self._init_projections(self.in_proj, self.out_proj, self.conv1d)
         # Rates from 1 to 16, as the authors draw them.
         init.copy_(self.A_log, torch.empty(self.num_heads).uniform_(1, 16).log())
         init.ones_(self.D)
