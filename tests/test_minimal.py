@@ -101,40 +101,6 @@ def test_gradients_equal_differences_of_scalar_loops(name: str) -> None:
         assert actual == pytest.approx(expected, abs=WHOLE_MODEL * max(1.0, abs(expected))), tensor
 
 
-# --- against Transformers --------------------------------------------------------------------
-
-
-def transformers_twin(model: Mamba) -> transformers.MambaForCausalLM:
-    args = model.args
-    config = transformers.MambaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.d_model,
-        state_size=args.d_state,
-        num_hidden_layers=args.n_layer,
-        expand=args.expand,
-        conv_kernel=args.d_conv,
-        time_step_rank=args.dt_rank,
-        use_bias=args.bias,
-        use_conv_bias=args.conv_bias,
-    )
-    twin = transformers.MambaForCausalLM(config).eval()
-    renamed = {}
-    for name, value in model.state_dict().items():
-        name = name.replace("embedding.", "embeddings.")
-        renamed[name if name.startswith("lm_head") else f"backbone.{name}"] = value
-    twin.load_state_dict(renamed, strict=True)
-    return twin
-
-
-# Transformers' configuration takes whole multiples of the width alone.
-@pytest.mark.parametrize("name", [name for name in SHAPES if name != "half as wide again"])
-def test_forward_equals_transformers(name: str) -> None:
-    model = random_model(SHAPES[name])
-    tokens = random_tokens(model.args, batch=3, length=17)
-    with torch.no_grad():
-        assert_same(model(tokens), transformers_twin(model)(tokens, use_cache=False).logits)
-
-
 # --- what it promises ------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
-"""The specification of Mamba-2 against loops in float64, Transformers' class, and its promises."""
+"""The specification of Mamba-2 against loops in float64, and its promises; the contract of
+`tests/parity` holds it to Transformers' class."""
 
 from __future__ import annotations
 
@@ -21,20 +22,6 @@ from anymamba.minimal_mamba2 import Mamba2, ModelArgs, chunked, recurrence
 from tests.support.tolerance import assert_same
 
 BASE = ModelArgs(d_model=16, n_layer=2, vocab_size=32, d_state=8, headdim=8)
-SHAPES = {
-    "plain": BASE,
-    "odd": replace(BASE, d_model=9, d_state=5, headdim=3, vocab_size=33, d_conv=3),
-    "groups": replace(BASE, ngroups=2),
-    "a group for each head": replace(BASE, ngroups=4),
-    "one head": replace(BASE, headdim=32),
-    "heads of width one": replace(BASE, headdim=1),
-    "biases": replace(BASE, bias=True),
-    "no biases": replace(BASE, conv_bias=False),
-    "limited steps": replace(BASE, dt_limit=(0.02, 0.05)),
-    "short chunks": replace(BASE, chunk_size=4),
-    "chunks of one": replace(BASE, chunk_size=1),
-    "wide": replace(BASE, expand=3, headdim=6, d_state=20, d_conv=6),
-}
 
 
 def random_model(args: ModelArgs) -> Mamba2:
@@ -133,23 +120,6 @@ def twin(model: Mamba2) -> transformers.Mamba2ForCausalLM:
         }
     )
     return theirs
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_transformers_computes_the_same(name: str) -> None:
-    model = random_model(SHAPES[name])
-    theirs = twin(model)
-    tokens = random_tokens(model.args, 2, 11)
-    expected = theirs(tokens).logits
-    logits = model(tokens)
-    assert_same(logits, expected)
-    pull = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)) / 10
-    (expected * pull).sum().backward()
-    (logits * pull).sum().backward()
-    gradients = {name: weight.grad for name, weight in theirs.named_parameters()}
-    for tensor, weight in model.named_parameters():
-        expected_gradient = gradients[f"backbone.{tensor.replace('ding.', 'dings.')}"]
-        assert_same(weight.grad, expected_gradient)
 
 
 @pytest.mark.parametrize("tied", [True, False])

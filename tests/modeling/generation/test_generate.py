@@ -32,18 +32,6 @@ def test_greedy_equals_the_loop() -> None:
     assert torch.equal(generated, greedy(ids, 9))
 
 
-@pytest.mark.parametrize("side", ["left", "right", "middle"])
-def test_each_row_of_a_masked_batch_continues_as_if_alone(side: str) -> None:
-    ids, mask = words(3, 8), torch.ones(3, 8, dtype=torch.long)
-    for row, count in enumerate([0, 3, 6]):
-        start = {"left": 0, "right": 8 - count, "middle": 1}[side]
-        mask[row, start : start + count] = 0
-    generated = MODEL.generate(ids, attention_mask=mask, max_new_tokens=6, **GREEDY)
-    for row in range(3):
-        alone = greedy(ids[row, mask[row].bool()][None], 6)
-        assert torch.equal(generated[row, -6:], alone[0, -6:])
-
-
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
 def test_beams_with_and_without_a_cache(options: dict[str, int]) -> None:
     ids = words(2, 5)

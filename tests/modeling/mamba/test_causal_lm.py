@@ -1,13 +1,10 @@
-"""The language model: cuts, masks, packing, losses, and what its arguments mean."""
+"""The language model: losses, what its arguments mean, and what it refuses."""
 
-import itertools
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from anymamba import MambaCache, MambaConfig, MambaModel
@@ -18,73 +15,6 @@ from tests.support.tolerance import assert_same
 
 MODEL = small_model(use_bias=True)
 LENGTH = 14
-
-
-@pytest.mark.slow
-@given(cuts=st.lists(st.integers(0, LENGTH), max_size=5))
-@settings(max_examples=40)
-def test_any_cut_gives_what_one_pass_gives(cuts: list[int]) -> None:
-    ids = words(2, LENGTH)
-    whole = MODEL(ids)
-    cache = MambaCache(MODEL.config, 2, dtype=torch.float32)
-    borders = [0, *sorted(cuts), LENGTH]
-    logits = [
-        MODEL(ids[:, start:stop], cache=cache).logits for start, stop in itertools.pairwise(borders)
-    ]
-    assert_same(torch.cat(logits, 1), whole.logits)
-    assert_same(cache.ssm_states, whole.cache.ssm_states)
-    assert_same(cache.conv_states, whole.cache.conv_states)
-    assert cache.token_counts.tolist() == [LENGTH, LENGTH]
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@settings(max_examples=40)
-def test_a_masked_position_counts_as_deleted(data: st.DataObject) -> None:
-    ids = words(3, LENGTH)
-    mask = torch.tensor(
-        data.draw(st.lists(st.integers(0, 1), min_size=3 * LENGTH, max_size=3 * LENGTH))
-    ).view(3, LENGTH)
-    cut = data.draw(st.integers(0, LENGTH))
-    cache = MambaCache(MODEL.config, 3, dtype=torch.float32)
-    first = MODEL(ids[:, :cut], attention_mask=mask[:, :cut], cache=cache).logits
-    # The second piece gets the whole mask, of which the last columns count.
-    second = MODEL(ids[:, cut:], attention_mask=mask, cache=cache).logits
-    logits = torch.cat([first, second], 1)
-    for row in range(3):
-        kept = mask[row].bool()
-        assert not logits[row, ~kept].any()
-        alone = MODEL(ids[row, kept][None], use_cache=True)
-        assert_same(logits[row, kept], alone.logits[0])
-        assert_same(cache.ssm_states[:, row], alone.cache.ssm_states[:, 0])
-        assert_same(cache.conv_states[:, row], alone.cache.conv_states[:, 0])
-        assert cache.token_counts[row] == kept.sum()
-
-
-@pytest.mark.slow
-@given(
-    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=5),
-    how=st.sampled_from(["seq_idx", "cu_seq_lens_q", "position_ids"]),
-)
-@settings(max_examples=40)
-def test_packed_documents_do_not_see_each_other(lengths: list[int], how: str) -> None:
-    documents = [words(1, length, seed=length) for length in lengths]
-    marks = {
-        "seq_idx": torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None],
-        "cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-    }
-    row = torch.cat(documents, 1)
-    packed = MODEL(row, labels=row, **{how: marks[how]})
-    alone = [MODEL(document).logits for document in documents]
-    assert_same(packed.logits, torch.cat(alone, 1))
-    losses = [
-        nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum")
-        for logits, ids in zip(alone, documents, strict=True)
-    ]
-    predicted = sum(lengths) - len(lengths)
-    if predicted:
-        assert_same(packed.loss, sum(losses, torch.zeros(())) / predicted)
 
 
 def test_the_loss_shifts_after_the_deletion() -> None:
@@ -160,35 +90,6 @@ def test_tuples_and_embeddings_as_input() -> None:
 def test_empty_and_shortest_inputs(shape: tuple[int, int]) -> None:
     outputs = MODEL(words(*shape), attention_mask=torch.ones(shape))
     assert outputs.logits.shape == (*shape, 61)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_keep_the_state_space_in_float32(dtype: torch.dtype) -> None:
-    model, exact = small_model().to(dtype), small_model()
-    for weight, rounded in zip(exact.parameters(), model.parameters(), strict=True):
-        weight.data.copy_(rounded.data)
-    ids = words(2, 30)
-    outputs, expected = model(ids), exact(ids)
-    # The contract's tolerance for half precision storage.
-    bound = 2e-2 * max(1.0, float(expected.logits.abs().max()))
-    assert float((outputs.logits - expected.logits).abs().max()) <= bound
-    assert outputs.cache.ssm_states.dtype == torch.float32
-    assert outputs.cache.conv_states.dtype == dtype
-
-
-def test_checkpointing_gives_the_same_gradients() -> None:
-    ids = words(2, 20)
-
-    def gradients(checkpointing: bool) -> dict[str, Tensor]:
-        model = small_model().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(ids, labels=ids).loss.backward()
-        return {name: weight.grad for name, weight in model.named_parameters()}
-
-    expected = gradients(False)
-    for name, gradient in gradients(True).items():
-        assert_same(gradient, expected[name])
 
 
 def test_training_on_a_cache_reads_it_and_does_not_follow_it_back() -> None:
