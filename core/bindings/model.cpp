@@ -56,12 +56,13 @@ class WeightTable {
   }
 
   // What the layers' arrays do not tell of a Mamba-2.
-  void take_heads(std::int64_t groups, Limits dt_limit) {
+  void take_heads(std::int64_t groups, Limits dt_limit, bool norm_before_gate) {
     if (groups < 1) refuse("groups is " + std::to_string(groups) + ", expected 1 or more");
     check_limits(dt_limit);
     model_.g = groups;
     model_.dt_low = dt_limit.first;
     model_.dt_high = dt_limit.second;
+    model_.norm_before_gate = norm_before_gate;
   }
 
   void add(const nb::dict& given, bool with_norm) {
@@ -85,7 +86,10 @@ class WeightTable {
   void take_sizes(const nb::dict& given) {
     const In A_log = array(given, "A_log"), conv_weight = array(given, "conv_weight");
     model_.k = extent(conv_weight, 1);
-    if (A_log.ndim() == 1) return take_sizes_of_heads(A_log, conv_weight, array(given, "gated_norm"));
+    if (A_log.ndim() == 1) {
+      if (!given.contains("in_proj")) refuse("in_proj is missing");
+      return take_sizes_of_heads(A_log, conv_weight, rows_of(nb::borrow(given["in_proj"])));
+    }
     model_.e = extent(A_log, 0);
     model_.n = extent(A_log, 1);
     if (!given.contains("x_proj")) refuse("x_proj is missing");
@@ -93,8 +97,9 @@ class WeightTable {
     if (model_.r < 0) refuse("x_proj has fewer rows than two for each state");
   }
 
-  void take_sizes_of_heads(const In& A_log, const In& conv_weight, const In& gated_norm) {
-    const std::int64_t e = extent(gated_norm, 0), h = extent(A_log, 0), g = model_.g;
+  // in_proj gives z of e channels, the convolution's, and a step size for each head.
+  void take_sizes_of_heads(const In& A_log, const In& conv_weight, std::int64_t projected) {
+    const std::int64_t h = extent(A_log, 0), g = model_.g, e = projected - extent(conv_weight, 0) - h;
     if (h < 1 || e < 1 || e % h != 0)
       refuse(std::to_string(h) + " heads of A_log do not divide the " + std::to_string(e) + " channels");
     if (h % g != 0) refuse(std::to_string(g) + " groups do not divide the " + std::to_string(h) + " heads");
@@ -121,7 +126,7 @@ class WeightTable {
 
   void add_heads(const nb::dict& given, Layer& layer) {
     layer.A_log = small("A_log", array(given, "A_log"), {model_.h});
-    layer.gated_norm = small("gated_norm", array(given, "gated_norm"), {model_.e});
+    layer.gated_norm = small("gated_norm", maybe(given, "gated_norm"), {model_.e});
   }
 
  protected:
@@ -139,8 +144,8 @@ class PyModel : WeightTable {
  public:
   PyModel(const nb::object& embeddings, const nb::object& head, const In& norm, float eps,
           const nb::list& layers, bool constant, float mixer_eps, std::int64_t groups,
-          Limits dt_limit) {
-    take_heads(groups, dt_limit);
+          Limits dt_limit, bool norm_before_gate) {
+    take_heads(groups, dt_limit, norm_before_gate);
     model_.d = extent(norm, 0);
     model_.mixer_eps = mixer_eps;
     model_.v = rows_of(embeddings);
@@ -250,8 +255,8 @@ class PyModel : WeightTable {
 class PyMixer : WeightTable {
  public:
   PyMixer(const nb::dict& layer, std::int64_t d, float eps, std::int64_t groups,
-          Limits dt_limit) {
-    take_heads(groups, dt_limit);
+          Limits dt_limit, bool norm_before_gate) {
+    take_heads(groups, dt_limit, norm_before_gate);
     model_.d = d;
     model_.mixer_eps = eps;
     add(layer, false);
@@ -276,13 +281,13 @@ void add_model(nb::module_& m) {
   using namespace nb::literals;
   nb::class_<PyModel>(m, "Model", "A model's weights as one table of checked pointers.")
       .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&, bool,
-                    float, std::int64_t, Limits>(),
+                    float, std::int64_t, Limits, bool>(),
            "embeddings"_a, "head"_a, "norm"_a, "eps"_a, "layers"_a, "constant"_a = false,
-           "mixer_eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep,
+           "mixer_eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep, "norm_before_gate"_a = false,
            "With `constant` the weights never change, and what follows from them is kept. "
            "`mixer_eps` is that of dt_norm, B_norm and C_norm, which layers may have, or of gated_norm. "
            "A_log of one number a head makes it a Mamba-2 with `groups` of B and C, whose step sizes "
-           "stay within `dt_limit`.")
+           "stay within `dt_limit`; its gated_norm, which may be absent, comes behind the gate or before it.")
       .def("step", &PyModel::step, "tokens"_a.none(), "hidden"_a.none(), "conv"_a, "ssm"_a,
            "logits"_a, "bf16_products"_a = false,
            "One token for each row; the states advance in place.")
@@ -290,9 +295,9 @@ void add_model(nb::module_& m) {
            "positions"_a, "conv"_a, "ssm"_a, "logits"_a, "bf16_products"_a = false,
            "The tokens of several sequences; the states advance in place.");
   nb::class_<PyMixer>(m, "Mixer", "The weights of one layer's mixer as one table of checked pointers.")
-      .def(nb::init<const nb::dict&, std::int64_t, float, std::int64_t, Limits>(), "layer"_a, "d"_a,
-           "eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep,
-           "`eps`, `groups` and `dt_limit` are as for `Model`.")
+      .def(nb::init<const nb::dict&, std::int64_t, float, std::int64_t, Limits, bool>(), "layer"_a, "d"_a,
+           "eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep, "norm_before_gate"_a = false,
+           "`eps` is that of the norms inside the mixer; the others are as for `Model`.")
       .def("step", &PyMixer::step, "x"_a, "conv"_a, "ssm"_a, "y"_a, "bf16_products"_a = false,
            "One token for each row; the states advance in place.");
 }

@@ -1,12 +1,13 @@
-// RMSNorm over rows, with the residual addition before it, forward and backward.
+// RMSNorm over rows, with the residual addition before it, forward and backward; forward with a gate.
 //
-//   s = x + residual        normed = s r weight,  r = 1 / sqrt(mean(s^2) + eps)
+//   s = x + residual        normed = s r weight silu(gate),  r = 1 / sqrt(mean(s^2) + eps)
 //
 // Each row passes through a buffer of floats, so that any type is read and written once, and the
 // outputs may lie where the inputs did.
 #include "kernels/norm.h"
 
 #include "kernels/kernels.h"
+#include "simd/math.h"
 #include "simd/scratch.h"
 #include "simd/simd.h"
 
@@ -66,8 +67,8 @@ float dot(const float* a, const float* b, std::int64_t count) {
   return sum((s0 + s1) + (s2 + s3));
 }
 
-// s (padded(d),) is overwritten; weight (padded(d),).
-void norm_row(const Norm& norm, const NormResult& result, float* s, const float* weight,
+// s and, with a gate, g (padded(d),) are overwritten; weight (padded(d),).
+void norm_row(const Norm& norm, const NormResult& result, float* s, float* g, const float* weight,
               std::int64_t row) {
   const std::int64_t d = norm.d, whole = padded(d);
   load_row(s, norm.x, row, d);
@@ -78,6 +79,10 @@ void norm_row(const Norm& norm, const NormResult& result, float* s, const float*
   if (result.scale != nullptr) result.scale[row] = scale;
   for (std::int64_t i = 0; i < whole; i += kLanes)
     store(s + i, load(s + i) * splat(scale) * load(weight + i));
+  if (norm.gate.data != nullptr) {
+    load_row(g, norm.gate, row, d);
+    for (std::int64_t i = 0; i < whole; i += kLanes) store(s + i, load(s + i) * silu_of(load(g + i)));
+  }
   store_row(s, result.normed, row, d);
 }
 
@@ -109,10 +114,10 @@ void norm(const Norm& norm, const NormResult& result) {
   if (norm.d == 0) return;
   const std::int64_t items = ceil_div(norm.rows, kRows);
   parallel_for(items, norm_worker_scratch(norm.d), [&](std::int64_t item) {
-    const Scratch<float> s(whole), weight(whole);
+    const Scratch<float> s(whole), g(norm.gate.data != nullptr ? whole : 0), weight(whole);
     load_row(weight, {const_cast<float*>(norm.weight), DType::f32, 0}, 0, norm.d);
     for (std::int64_t row = item * kRows; row < smaller((item + 1) * kRows, norm.rows); ++row)
-      norm_row(norm, result, s, weight, row);
+      norm_row(norm, result, s, g, weight, row);
   });
 }
 

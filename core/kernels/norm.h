@@ -1,4 +1,5 @@
-// RMSNorm over rows, with the residual addition before it, forward and backward.
+// RMSNorm over rows, with the residual addition before it and a gate behind it, forward; and backward
+// without a gate.
 #pragma once
 
 #include "base/types.h"
@@ -17,6 +18,7 @@ struct Norm {
   Rows x, residual;               // residual may be absent
   const float* weight = nullptr;  // (d,)
   float eps = 0;
+  Rows gate;                      // may be absent: what is normed is multiplied by its silu
 };
 
 struct NormResult {
@@ -35,6 +37,6 @@ struct NormGradients {
 };
 
 // The scratch memory of a worker in the forward pass.
-constexpr std::int64_t norm_worker_scratch(std::int64_t d) { return 2 * 4 * (d + 16) + 128; }
+constexpr std::int64_t norm_worker_scratch(std::int64_t d) { return 3 * 4 * (d + 16) + 192; }
 
 }  // namespace anymamba

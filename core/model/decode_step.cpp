@@ -40,7 +40,7 @@ struct WorkerScratch {
     constexpr std::int64_t kVector = 16, kNormRows = 16;
     Arena counted;
     WorkerScratch(m, b, bf16_products, counted);
-    for (std::int64_t row = 0; row < b; row += kNormRows) counted.floats(2 * (widest(m) + 2 * kVector));
+    for (std::int64_t row = 0; row < b; row += kNormRows) counted.floats(3 * (widest(m) + 2 * kVector));
     counted.floats(2 * b * (widest(m) / VectorRounding::kSmallestGroup + kVector));
     counted.floats(2 * (m.n + kVector));
     return counted.used();
@@ -153,8 +153,10 @@ class DecodeStep {
     barrier.wait([&] { to_state.fetch_line(); });
     kernels_.ssd_step(step, channels.first, channels.last);
     barrier.wait([&] { to_out_proj.fetch_line(); });
+    if (layer.gated_norm.data == nullptr) return buf_.y.data();
     // Of all channels: a group's norm needs them, and computing is cheaper than waiting again.
-    norm_groups(m_, layer, own.small, b_, buf_.y.data(), {own.normed_y, DType::f32, m_.e});
+    norm_groups(m_, layer, own.small, b_, buf_.projected.data(), buf_.y.data(),
+                {own.normed_y, DType::f32, m_.e});
     return own.normed_y;
   }
 

@@ -98,7 +98,7 @@ SsdInputs ssd_of(const Model& m, const Layer& layer, const SmallTensors& small,
   ssd.x = activations.convolved;
   ssd.B = projection(m, activations.convolved, m.e);
   ssd.C = projection(m, activations.convolved, m.e + m.g * m.n);
-  ssd.z = activations.projected;
+  if (layer.gated_norm.data == nullptr || !m.norm_before_gate) ssd.z = activations.projected;
   ssd.dt = from_channel(activations.projected, m.e + m.conv_channels());
   compute_A(m, layer, small, heads);
   ssd.A = layer.A != nullptr ? layer.A : small.A;
@@ -111,10 +111,10 @@ SsdInputs ssd_of(const Model& m, const Layer& layer, const SmallTensors& small,
 }
 
 void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
-              float eps, const Rows& normed) {
+              float eps, const Rows& normed, const Rows& gate) {
   NormResult result;
   result.normed = normed;
-  kernels().norm({count, width, x, {}, floats(weight, buffer, {0, width}), eps}, result);
+  kernels().norm({count, width, x, {}, floats(weight, buffer, {0, width}), eps, gate}, result);
 }
 
 void norm_rBC(const Model& m, const Layer& layer, const SmallTensors& small, std::int64_t count,
@@ -130,13 +130,15 @@ void norm_rBC(const Model& m, const Layer& layer, const SmallTensors& small, std
 }
 
 void norm_groups(const Model& m, const Layer& layer, const SmallTensors& small, std::int64_t count,
-                 float* y, const Rows& normed) {
+                 float* projected, float* y, const Rows& normed) {
   const std::int64_t width = m.e / m.g;
   for (std::int64_t first = 0; first < m.e; first += width) {
     const Array weight = {at(layer.gated_norm, first), layer.gated_norm.type};
     void* const to = static_cast<char*>(normed.data) + first * size_of(normed.type);
+    Rows gate;
+    if (m.norm_before_gate) gate = {projected + first, DType::f32, m.projected()};
     rms_norm(count, width, {y + first, DType::f32, m.e}, weight, small.gated_norm + first, m.mixer_eps,
-             {to, normed.type, normed.row_stride});
+             {to, normed.type, normed.row_stride}, gate);
   }
 }
 

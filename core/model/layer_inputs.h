@@ -40,21 +40,23 @@ ConvInputs conv_of(const Model& model, const Layer& layer, const SmallTensors& s
 ScanInputs scan_of(const Model& model, const Layer& layer, const SmallTensors& small,
                    const Activations& activations, RowRange channels);
 
+// With the gate unless it comes behind the norm.
 SsdInputs ssd_of(const Model& model, const Layer& layer, const SmallTensors& small,
                  const Activations& activations);
 
-// normed (count, width) from x; `buffer` is for the weight.
+// normed (count, width) from x, and a gate if there is one; `buffer` is for the weight.
 void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
-              float eps, const Rows& normed);
+              float eps, const Rows& normed, const Rows& gate = {});
 
 // normed (count, r + 2n) from what x_proj gave, which may be the same memory: each of its three parts
 // through its norm. Only for a layer that has these norms.
 void norm_rBC(const Model& model, const Layer& layer, const SmallTensors& small, std::int64_t count,
               float* rBC, float* normed);
 
-// normed (count, e), of any type, from y (count, e): each group's channels by themselves.
+// normed (count, e), of any type, from y (count, e): each group's channels by themselves; with the
+// gate in what in_proj gave, if it comes behind the norm. Only for a layer that has this norm.
 void norm_groups(const Model& model, const Layer& layer, const SmallTensors& small, std::int64_t count,
-                 float* y, const Rows& normed);
+                 float* projected, float* y, const Rows& normed);
 
 // The convolution windows of a layer, as the cache lays them out.
 Window window_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);

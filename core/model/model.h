@@ -41,7 +41,7 @@ struct Layer {                //  Mamba                    Mamba-2
   Array A_log;                //  (e, n)                   (h,)
   const float* A = nullptr;   //  negative_exp of A_log, or null
   Array D;                    //  (e,)                     (h,)
-  Array gated_norm;           //                           (e,): RMSNorms of groups, behind the gate
+  Array gated_norm;           //                           (e,): RMSNorms of groups, or absent
   Weight out_proj;            //  (d, e)                   (d, e)
   Array out_proj_bias;  // (d,) or absent
 };
@@ -52,6 +52,7 @@ struct Model {
   float dt_low = 0, dt_high = __builtin_inff();  // limits of a head's step size
   float eps = 0;
   float mixer_eps = 0;                 // of dt_norm, B_norm and C_norm, or of gated_norm
+  bool norm_before_gate = false;       // gated_norm's result is multiplied by the gate, not its input
   Weight embeddings;                   // (v, d)
   Weight head;                         // (v, d)
   Array norm;                          // (d,)

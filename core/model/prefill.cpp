@@ -242,14 +242,18 @@ class Prefill {
     return y;
   }
 
-  // The same of Mamba-2: its heads' state space with D and gate, then the norm.
+  // The same of Mamba-2: its heads' state space with D, then the norm, with the gate before one of the two.
   Buffer mix_heads(const Layer& layer, std::int64_t index) {
     float* const state = states_of(m_, states_, prompt_.sequences, index);
+    const bool has_norm = layer.gated_norm.data != nullptr;
+    const Buffer y = has_norm ? buf_.y : operand_for(layer.out_proj, buf_.y);
     kernels().ssd({ssd_of(m_, layer, buf_.small, activations()), segments(), state},
-                  {rows(buf_.y, m_.e), state});
+                  {rows(y, m_.e), state});
+    if (!has_norm) return y;
     // What the convolution gave is spent: its memory holds the normed y.
     const Buffer normed = operand_for(layer.out_proj, buf_.convolved);
-    norm_groups(m_, layer, buf_.small, l_, buf_.y.floats(), {normed.data(), normed.type(), m_.e});
+    norm_groups(m_, layer, buf_.small, l_, buf_.projected.floats(), y.floats(),
+                {normed.data(), normed.type(), m_.e});
     return normed;
   }
 

@@ -159,6 +159,10 @@ void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n, boo
 void test_prompt(DType type, std::int64_t d, std::int64_t n, const Heads& heads) {
   Example example(type, d, n, heads);
   test_prompt_of(example, 1e-4);
+  example.model.norm_before_gate = true;
+  test_prompt_of(example, 1e-4);
+  for (Layer& layer : example.model.layers) layer.gated_norm = {};
+  test_prompt_of(example, 1e-4);
 }
 
 // Each matrix has a storage type of its own. Rounded activations may fall on either side of a

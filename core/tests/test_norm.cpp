@@ -25,7 +25,7 @@ struct Matrix {
 struct Case {
   int64_t rows, d, gap;
   DType x_type, residual_type, normed_type, total_type;
-  bool residual, total;
+  bool residual, total, gate;
   double size;  // of the numbers
   float eps;
 };
@@ -33,13 +33,14 @@ struct Case {
 struct Problem {
   Case c;
   char name[200];
-  Matrix x, residual, dnormed, dtotal;
+  Matrix x, residual, gate, dnormed, dtotal;
   std::vector<float> weight;
 
   Problem(const Case& chosen, Random& random)
       : c(chosen),
         x(c.x_type, c.rows, c.d, c.gap),
         residual(c.residual_type, c.rows, c.d, c.gap + 1),
+        gate(c.total_type, c.rows, c.d, 1),
         dnormed(c.normed_type, c.rows, c.d, c.gap),
         dtotal(c.total_type, c.rows, c.d, 0) {
     std::snprintf(name, sizeof name, "rows %d d %d types %d%d%d%d%s%s size %g", int(c.rows),
@@ -47,6 +48,7 @@ struct Problem {
                   int(c.total_type), c.residual ? " residual" : "", c.total ? " total" : "", c.size);
     x.fill(c.size, random);
     residual.fill(c.size, random);
+    gate.fill(4, random);
     dnormed.fill(1, random);
     dtotal.fill(1, random);
     for (int64_t i = 0; i < c.d; ++i) weight.push_back(static_cast<float>(random.number()));
@@ -58,6 +60,7 @@ struct Problem {
     if (c.residual) norm.residual = residual.view();
     norm.weight = weight.data();
     norm.eps = c.eps;
+    if (c.gate) norm.gate = gate.view();
     return norm;
   }
 };
@@ -112,7 +115,8 @@ void check_forward(const Problem& problem, const Result& r) {
     CHECK(std::fabs(found / scale - 1) < 2e-6, "%s: scale %g, not %g", problem.name, found, scale);
     for (int64_t i = 0; i < c.d; ++i) {
       const double s = sum[i];
-      const double right = s * scale * problem.weight[i];
+      const double z = problem.gate.get(row, i), gate = c.gate ? z / (1 + std::exp(-z)) : 1;
+      const double right = s * scale * problem.weight[i] * gate;
       const double y = r.normed.get(row, i);
       CHECK(std::fabs(y - right) <= 1e-5 + rounding(c.normed_type) * std::fabs(right),
             "%s: normed %g, not %g", problem.name, y, right);
@@ -174,6 +178,7 @@ void check_cases() {
     c.total_type = kTypes[random.below(3)];
     c.residual = random.below(2) == 0;
     c.total = random.below(3) != 0;
+    c.gate = random.below(3) == 0;
     const double scales[] = {1, 1, 1e-2, 100};
     c.size = scales[random.below(4)];
     c.eps = random.below(2) == 0 ? 1e-5f : 1e-2f;
@@ -190,7 +195,7 @@ void check_cases() {
 void check_in_place() {
   Random random(2);
   for (const DType type : kTypes) {
-    Problem problem({20, 77, 1, type, type, type, type, true, true, 1, 1e-5f}, random);
+    Problem problem({20, 77, 1, type, type, type, type, true, true, true, 1, 1e-5f}, random);
     const Result apart = run_forward(problem);
     std::vector<float> scale(20);
     kernels().norm(problem.norm(), {problem.x.view(), problem.residual.view(), scale.data()});
@@ -206,7 +211,7 @@ void check_in_place() {
 void check_special() {
   Random random(3);
   constexpr DType f32 = DType::f32;
-  Problem problem({3, 40, 0, f32, f32, f32, f32, false, false, 1, 1e-4f}, random);
+  Problem problem({3, 40, 0, f32, f32, f32, f32, false, false, false, 1, 1e-4f}, random);
   for (int64_t i = 0; i < 40; ++i) problem.x.memory.set(problem.x.index(0, i), 0);
   problem.x.memory.set_bits(problem.x.index(1, 5), 0x7fc00000u);
   const Result r = run_forward(problem);

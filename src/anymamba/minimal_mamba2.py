@@ -45,6 +45,7 @@ class ModelArgs:
         d_conv: width of the causal convolution, k.
         chunk_size: positions that one matrix product takes together. Results do not depend on it.
         dt_limit: the least and the largest step size.
+        rmsnorm: whether a block has a norm beside its gate.
         norm_before_gate: whether the norm comes before the gate rather than after it.
         pad_vocab_size_multiple: what the vocabulary is rounded up to.
         conv_bias: whether the convolution has a bias.
@@ -69,6 +70,7 @@ class ModelArgs:
     d_conv: int = 4
     chunk_size: int = 256
     dt_limit: tuple[float, float] = (0.0, math.inf)
+    rmsnorm: bool = True
     norm_before_gate: bool = False
     pad_vocab_size_multiple: int = 16
     conv_bias: bool = True
@@ -204,14 +206,14 @@ class Mamba2Block(nn.Module):
         self.conv1d = nn.Conv1d(
             channels, channels, k, groups=channels, padding=k - 1, bias=args.conv_bias
         )
-        # Step sizes start between 0.001 and 0.1, spread evenly on a log scale. The bias is what
-        # softplus turns into them.
+        # Step sizes, softplus of the bias, start between 0.001 and 0.1, evenly on a log scale.
         delta_h = torch.empty(h).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_bias = nn.Parameter(delta_h + torch.log(-torch.expm1(-delta_h)))  # softplus⁻¹
         # One decay a head. Its logarithm is learned: A = -exp(A_log) stays negative.
         self.A_log = nn.Parameter(torch.empty(h).uniform_(1, 16).log())
         self.D = nn.Parameter(torch.ones(h))
-        self.norm = RMSNorm(e, args.eps, args.ngroups, args.norm_before_gate)
+        norm = (e, args.eps, args.ngroups, args.norm_before_gate)
+        self.norm = RMSNorm(*norm) if args.rmsnorm else None
         self.out_proj = nn.Linear(e, d, bias=args.bias)
 
     def forward(self, hidden_bld: Tensor) -> Tensor:
@@ -221,7 +223,8 @@ class Mamba2Block(nn.Module):
         z_ble, xBC, dt_blh = self.in_proj(hidden_bld).split(sizes, dim=-1)
         xBC = F.silu(self.conv1d(xBC.transpose(1, 2))[:, :, :length].transpose(1, 2))
         y_ble = self.ssm(xBC, dt_blh)
-        mixed_bld: Tensor = self.out_proj(self.norm(y_ble, z_ble))
+        gated_ble = self.norm(y_ble, z_ble) if self.norm is not None else y_ble * F.silu(z_ble)
+        mixed_bld: Tensor = self.out_proj(gated_ble)
         return mixed_bld
 
     def ssm(self, xBC: Tensor, dt_blh: Tensor) -> Tensor:
@@ -330,8 +333,7 @@ def chunked(
     to_end_bcqh = torch.exp(passed_bcqh[:, :, -1:] - passed_bcqh)
     left_bchpn = torch.einsum("bcqhn,bcqh,bcqhp->bchpn", B, to_end_bcqh, written_bcqhp)
 
-    # 3. From chunk to chunk: the states before each of them (the middle factors: A). It is the same
-    # recurrence again, with l / q steps.
+    # 3. The states before each chunk, by the same recurrence in l / q steps (middle factors: A).
     through_bch = torch.exp(passed_bcqh[:, :, -1])
     state_bhpn = torch.zeros_like(left_bchpn[:, 0])
     before = []
@@ -341,15 +343,13 @@ def chunked(
     before_bchpn = torch.stack(before, dim=1)
 
     # 4. What a chunk's positions read of the state before it (the left factors: C).
-    from_start_bcqh = torch.exp(passed_bcqh)
-    y_bcqhp = y_bcqhp + torch.einsum("bcqhn,bcqh,bchpn->bcqhp", C, from_start_bcqh, before_bchpn)
-    return y_bcqhp.flatten(1, 2)[:, :length]
+    read_bcqhp = torch.einsum("bcqhn,bcqh,bchpn->bcqhp", C, torch.exp(passed_bcqh), before_bchpn)
+    return (y_bcqhp + read_bcqhp).flatten(1, 2)[:, :length]
 
 
 def _in_chunks(tensor: Tensor, q: int) -> Tensor:
     """(b, l, ...) as (b, c, q, ...), zeros behind the last position."""
-    missing = -tensor.shape[1] % q
-    padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, missing))
+    padded = F.pad(tensor, (0, 0) * (tensor.dim() - 2) + (0, -tensor.shape[1] % q))
     return padded.view(padded.shape[0], -1, q, *padded.shape[2:])
 
 
@@ -395,8 +395,8 @@ class RMSNorm(nn.Module):
         groups = y.reshape(*y.shape[:-1], self.ngroups, -1)
         rms = torch.sqrt(groups.square().mean(dim=-1, keepdim=True) + self.eps)
         normed = (groups / rms).reshape(y.shape)
-        normed = normed * gate if self.norm_before_gate else normed
-        return self.weight * normed.to(self.weight.dtype)
+        gated = normed * gate if self.norm_before_gate else normed
+        return self.weight * gated.to(self.weight.dtype)
 
 
 def args_of(config: dict[str, Any]) -> ModelArgs:
@@ -408,10 +408,8 @@ def args_of(config: dict[str, Any]) -> ModelArgs:
     """
     fields = config | (config.get("ssm_cfg") or {})  # the original keeps a block's fields apart
     kind = config.get("model_type") or fields.get("layer")
-    plain = config.get("hidden_act", "silu") in ("silu", "swish") and not config.get(
-        "attn_layer_idx"
-    )
-    if kind not in ("mamba2", "Mamba2") or not plain:
+    plain = config.get("hidden_act", "silu") in ("silu", "swish")
+    if kind not in ("mamba2", "Mamba2") or not plain or config.get("attn_layer_idx"):
         raise ValueError("config.json must describe a Mamba-2 with silu and without attention")
     if "hidden_size" in config:
         renamed = {
@@ -425,9 +423,11 @@ def args_of(config: dict[str, Any]) -> ModelArgs:
             "layer_norm_epsilon": "eps",
             "use_conv_bias": "conv_bias",
             "use_bias": "bias",
+            "use_gated_norm": "rmsnorm",
+            "gate_after_norm": "norm_before_gate",
+            "norm_before_gate": "",  # Transformers writes it and ignores it
         }
-        fields = {renamed.get(name, name): value for name, value in config.items()}
-        fields["pad_vocab_size_multiple"] = 1
+        fields = {renamed.get(n, n): v for n, v in config.items()} | {"pad_vocab_size_multiple": 1}
         limits = fields.get("dt_limit", (0, math.inf))  # JSON has no infinity, and writes an object
         fields["dt_limit"] = [v["__float__"] if isinstance(v, dict) else v for v in limits]
     return ModelArgs(**{n: v for n, v in fields.items() if n in ModelArgs.__dataclass_fields__})

@@ -48,7 +48,7 @@ class _Sizes:
             "out_proj_bias": maybe(rng, dense(d)),
         }
         if self.h:
-            return shared | {"A_log": dense(self.h), "gated_norm": dense(e)}
+            return shared | {"A_log": dense(self.h), "gated_norm": maybe(rng, dense(e))}
         return shared | {
             "x_proj": self.weight(r + 2 * n, e),
             "dt_proj": Array((e, r), order="rows"),
@@ -56,7 +56,10 @@ class _Sizes:
         }
 
     def settings(self) -> Call:
-        return {"groups": self.g, "dt_limit": (0.0, float("inf"))} if self.h else {}
+        if not self.h:
+            return {}
+        before = self.rng.random() < 0.5
+        return {"groups": self.g, "dt_limit": (0.0, float("inf")), "norm_before_gate": before}
 
     def states(self, *rows: int) -> Call:
         state = (self.h, self.e // self.h, self.n) if self.h else (self.e, self.n)

@@ -58,7 +58,7 @@ SHAPES_OF_HEADS: Shapes = {
     "biases everywhere": {"use_bias": True, "use_conv_bias": True},
     "no bias at all": {"use_bias": False, "use_conv_bias": False},
     "tied head": {"tie_word_embeddings": True},
-    "limited steps": {"time_step_limit": (0.2, 0.4)},
+    "limited steps": {"time_step_limit": (0.02, 0.4)},
     "chunks longer than the text": {"chunk_size": 256},
     "chunks of one": {"chunk_size": 1},
     "another activation": {"hidden_act": "gelu"},
@@ -86,18 +86,19 @@ class Architecture:
     shapes: Shapes
     specify: Callable[[Any], nn.Module] | None
 
-    def pair(self, **fields: Any) -> tuple[Any, Any]:
-        """Transformers' model and ours: equal weights, no bias zero and no two rows alike."""
+    def model(self, library: Any = anymamba, **fields: Any) -> Any:
+        """A model with random weights: no bias zero and no two rows alike."""
         torch.manual_seed(0)
-        theirs, ours = (
-            getattr(library, f"{self.name}ForCausalLM")(
-                getattr(library, f"{self.name}Config")(**self.base | fields)
-            ).eval()
-            for library in (transformers, anymamba)
-        )
+        config = getattr(library, f"{self.name}Config")(**self.base | fields)
+        model = getattr(library, f"{self.name}ForCausalLM")(config).eval()
         with torch.no_grad():
-            for parameter in theirs.parameters():
+            for parameter in model.parameters():
                 parameter += 0.2 * torch.randn_like(parameter)
+        return model
+
+    def pair(self, **fields: Any) -> tuple[Any, Any]:
+        """Transformers' model and ours with equal weights."""
+        theirs, ours = self.model(transformers, **fields), self.model(**fields)
         ours.load_state_dict(theirs.state_dict(), strict=True)
         return theirs, ours
 
@@ -133,6 +134,13 @@ def _mamba(config: Any) -> minimal.Mamba:
 def _mamba2(config: Any) -> minimal_mamba2.Mamba2:
     return minimal_mamba2.Mamba2(minimal_mamba2.args_of(config.to_dict()))
 
+
+# What only the authors' layout can say, and Transformers' classes do not compute.
+OPTIONS: Shapes = {
+    "norm before the gate": {"gate_after_norm": True},
+    "norm before the gate, one group": {"gate_after_norm": True, "n_groups": 1, "use_bias": True},
+    "no norm in the mixer": {"use_gated_norm": False},
+}
 
 MAMBA = Architecture("Mamba", BASE, SHAPES, _mamba)
 # An epsilon of the norms that no result can be right without.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from tests.parity.architectures import MAMBA2, tokens
+from tests.parity.architectures import MAMBA2, OPTIONS, run_anymamba, run_specification, tokens
 from tests.support.operators import ISAS
 from tests.support.tolerance import assert_same
 
@@ -19,6 +20,8 @@ from anymamba.checkpoint import architecture
 from anymamba.errors import CheckpointError, ConfigError, InputError, StateError
 from anymamba.layers.native import core_tensors
 from anymamba.modeling.fused import why_not_fused
+
+NATIVE = {**MAMBA2.shapes, **OPTIONS}
 
 
 def test_states_are_saved_forked_and_refused(tmp_path: Path) -> None:
@@ -37,27 +40,59 @@ def test_states_are_saved_forked_and_refused(tmp_path: Path) -> None:
         ours(ids, cache=anymamba.MambaCache(other, 2))
 
 
-def test_the_original_layout_loads(tmp_path: Path) -> None:
-    args = minimal_mamba2.ModelArgs(
-        d_model=24, n_layer=2, vocab_size=48, d_state=5, headdim=6, chunk_size=8
-    )
-    model = minimal_mamba2.Mamba2(args)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_original_as_specified(name: str) -> None:
+    ours, ids = MAMBA2.model(**OPTIONS[name]), tokens(2, 19)
+    found = run_anymamba(ours, ids)
+    specified = MAMBA2.specification(ours)
+    found.agrees(run_specification(specified, ids, found.gradients))
+    usual = MAMBA2.model(**OPTIONS[name] | {"gate_after_norm": False, "use_gated_norm": True})
+    usual.load_state_dict(ours.state_dict(), strict=False)
+    with torch.no_grad():
+        assert float((usual(ids).logits - found.logits).abs().max()) > 1e-2
+        mask = torch.tensor([[0] * 4 + [1] * 15, [1] * 19])
+        masked = ours(ids, attention_mask=mask).logits
+        packed = ours(ids.view(1, -1), cu_seq_lens_q=torch.tensor([0, 19, 38])).logits
+        assert_same(masked[0, 4:], ours(ids[:1, 4:]).logits[0])
+        assert_same(packed.view(found.logits.shape), found.logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"norm_before_gate": True}, {"rmsnorm": False}])
+def test_the_original_layout_loads(options: dict[str, bool], tmp_path: Path) -> None:
+    layer = {"d_state": 5, "headdim": 6, "ngroups": 2, "chunk_size": 8, **options}
+    args: Any = {"d_model": 24, "n_layer": 2, "vocab_size": 48, **layer}
+    model = minimal_mamba2.Mamba2(minimal_mamba2.ModelArgs(**args))
     weights = {f"backbone.{n}": w for n, w in model.state_dict().items() if "lm_head" not in n}
     save_file(
         weights | {"lm_head.weight": model.lm_head.weight.clone()}, tmp_path / "model.safetensors"
     )
-    layer = {"layer": "Mamba2", "d_state": 5, "headdim": 6, "chunk_size": 8}
     fields = {"d_model": 24, "n_layer": 2, "vocab_size": 48, "pad_vocab_size_multiple": 16}
-    (tmp_path / "config.json").write_text(json.dumps(fields | {"ssm_cfg": layer}))
+    described = fields | {"ssm_cfg": {"layer": "Mamba2", **layer}}
+    (tmp_path / "config.json").write_text(json.dumps(described))
     ours = anymamba.Mamba2ForCausalLM.from_pretrained(tmp_path)
-    assert_same(ours(tokens(2, 9)).logits, model(tokens(2, 9)))
+    ids = tokens(2, 9)
+    assert_same(ours(ids).logits, model(ids))
+    assert_same(anymamba.load(tmp_path).logits(ids[0].tolist()), model(ids)[0].detach())
+    ours.save_pretrained(tmp_path / "ours")
+    again = anymamba.Mamba2ForCausalLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+    assert_same(minimal_mamba2.Mamba2.from_pretrained(tmp_path / "ours")(ids), model(ids))
+
+
+@pytest.mark.parametrize("option", ["D_has_hdim", "d_ssm"])
+def test_other_options_of_the_original_are_refused(option: str, tmp_path: Path) -> None:
+    layer = {"layer": "Mamba2", "headdim": 6, option: 6}
+    fields = {"d_model": 24, "n_layer": 2, "vocab_size": 48, "ssm_cfg": layer}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=f"ssm_cfg.{option} is 6.*drop-in"):
+        anymamba.load(tmp_path)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", [name for name in MAMBA2.shapes if name != "another activation"])
+@pytest.mark.parametrize("name", [name for name in NATIVE if name != "another activation"])
 @torch.no_grad()
 def test_the_native_core_computes_the_same(name: str, isa: str) -> None:
-    _, ours = MAMBA2.pair(**MAMBA2.shapes[name])
+    ours = MAMBA2.model(**NATIVE[name])
     ids = tokens(2, 83)
     with ops.backend("reference"):
         expected = ours(ids, use_cache=True)
@@ -86,9 +121,10 @@ def test_native_steps_of_a_batch(batch: int) -> None:
     assert_same(together[row], ours(ids[row : row + 1]).logits[0])
 
 
+@pytest.mark.parametrize("name", ["limited steps", *OPTIONS])
 @torch.no_grad()
-def test_a_mixer_steps_alone() -> None:
-    _, ours = MAMBA2.pair(**MAMBA2.shapes["limited steps"])
+def test_a_mixer_steps_alone(name: str) -> None:
+    ours = MAMBA2.model(**NATIVE[name])
     mixer, cache = ours.backbone.layers[1].mixer, anymamba.MambaCache.for_model(ours, 3)
     native = _core.Mixer(
         core_tensors(mixer, architecture.MAMBA2), *(24, *mixer.core_settings().values())
@@ -100,7 +136,7 @@ def test_a_mixer_steps_alone() -> None:
     assert_same(state, cache.ssm_states[1])
 
 
-@pytest.mark.parametrize("change", ["group_size", "variance_epsilon", "a hook"])
+@pytest.mark.parametrize("change", ["group_size", "variance_epsilon", "norm_before_gate", "a hook"])
 @torch.no_grad()
 def test_a_changed_mixer_goes_through_its_modules(change: str) -> None:
     _, ours = MAMBA2.pair()
@@ -109,7 +145,8 @@ def test_a_changed_mixer_goes_through_its_modules(change: str) -> None:
     if change == "a hook":
         norm.register_forward_hook(lambda module, inputs, output: 2 * output)
     else:
-        setattr(norm, change, {"group_size": 8, "variance_epsilon": 1.0}[change])
+        changed = {"group_size": 8, "variance_epsilon": 1.0, "norm_before_gate": True}
+        setattr(norm, change, changed[change])
     assert why_not_fused(ours) is not None
     assert float((ours(ids).logits - before).abs().max()) > 1e-3
 

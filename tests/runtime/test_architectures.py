@@ -13,7 +13,7 @@ import torch
 
 import anymamba
 from anymamba import ops
-from anymamba.errors import StateError
+from anymamba.errors import ConfigError, StateError
 from anymamba.modeling.auto import load_causal_lm
 from anymamba.runtime.analysis import inspect
 from anymamba.runtime.convert import convert, quantize_checkpoint
@@ -26,7 +26,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mamba": {},
     "falcon_mamba": {"mixer_rms_eps": 0.125},
     "mamba2": {"layer_norm_epsilon": 0.125},
+    "mamba2, normed before the gate": {"gate_after_norm": True},
+    "mamba2, not normed": {"use_gated_norm": False},
 }
+NOT_IN_GGUF = ("mamba2, normed before the gate", "mamba2, not normed")
 IDS = words(70)
 
 
@@ -37,7 +40,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    fields = {"model_type": name, **ARCHITECTURES[name]}
+    fields = {"model_type": name.split(",")[0], **ARCHITECTURES[name]}
     return write_folder(tmp_path_factory.mktemp(name) / "model", **fields)
 
 
@@ -58,7 +61,14 @@ def test_a_folder(folder: Path, model: Any) -> None:
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("f32", 1e-4), ("f16", 2e-2), ("bf16", 2e-2)])
-def test_gguf(folder: Path, model: Any, tmp_path: Path, weights: str, tolerance: float) -> None:
+def test_gguf(
+    folder: Path, name: str, model: Any, tmp_path: Path, weights: str, tolerance: float
+) -> None:
+    if name in NOT_IN_GGUF:
+        (option,) = ARCHITECTURES[name]
+        with pytest.raises(ConfigError, match=f"this one has .*{option}"):
+            convert(folder, tmp_path / "model.gguf", "gguf", weights)
+        return
     file = convert(folder, tmp_path / "model.gguf", "gguf", weights)
     assert_same(anymamba.load(file).logits(IDS), logits_of(model), tolerance)
     assert_same(logits_of(load_causal_lm(file)), logits_of(model), tolerance)
@@ -66,8 +76,10 @@ def test_gguf(folder: Path, model: Any, tmp_path: Path, weights: str, tolerance:
     assert_same(anymamba.load(again).logits(IDS), logits_of(model), tolerance)
 
 
-def test_llama_cpp_computes_the_same(folder: Path, tmp_path: Path) -> None:
+def test_llama_cpp_computes_the_same(folder: Path, name: str, tmp_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
+    if name in NOT_IN_GGUF:
+        pytest.skip("llama.cpp has no such model")
     config = json.loads((folder / "config.json").read_text())
     # llama.cpp takes the epsilon of the layers' norms for those of dt, B and C too.
     config["layer_norm_epsilon"] = config.get("mixer_rms_eps", 1e-5)

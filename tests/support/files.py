@@ -84,6 +84,8 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             del of_layer["mixer.in_proj.bias"], of_layer["mixer.out_proj.bias"]
         if not config.get("use_conv_bias", True):
             del of_layer["mixer.conv1d.bias"]
+        if not config.get("use_gated_norm", True):
+            del of_layer["mixer.norm.weight"]
         found |= {f"backbone.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
     found["backbone.norm_f.weight"] = (d,)
     if not config.get("tie_word_embeddings", True):
@@ -120,8 +122,8 @@ def write_folder(
 ) -> Path:
     """A whole model's folder in Transformers' layout, with a tokenizer."""
     folder.mkdir(parents=True)
-    config = CONFIG2 if changes.get("model_type") == "mamba2" else CONFIG
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    config = (CONFIG2 if changes.get("model_type") == "mamba2" else CONFIG) | changes
+    (folder / "config.json").write_text(json.dumps(config))
     save_file(_random(config) if stored is None else stored, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text(tokenizer().to_str())
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')

@@ -91,7 +91,7 @@ class Architecture:
         norm: the scale of the norm after the last layer.
         head: the language model's head.
         window, state: the shapes of what a layer carries from token to token.
-        defaults: Transformers' values of the fields that decide the shapes.
+        defaults: Transformers' values of the fields that decide the tensors, and of other switches.
         special_tokens: Transformers' values of the tokens that begin, end and fill texts.
         norms_maps: whether each mixer norms dt, B and C, without a gain.
     """
@@ -264,7 +264,9 @@ MAMBA2 = replace(
         TensorRow("mixer.A_log", "h", "decay", "A_log", "ssm_a", gguf_shape="h 1"),
         TensorRow("mixer.D", "h", "vector", "D", "ssm_d", gguf_shape="h 1"),
         TensorRow(
-            *("mixer.norm.weight", "e", "vector", "gated_norm", "ssm_norm.weight"), gguf_shape="g w"
+            *("mixer.norm.weight", "e", "vector", "gated_norm", "ssm_norm.weight"),
+            flag="gated_norm",
+            gguf_shape="g w",
         ),
         TensorRow("mixer.out_proj.weight", "d e", "large matrix", "out_proj", "ssm_out.weight"),
         TensorRow("mixer.out_proj.bias", "d", "vector", "out_proj_bias", None, "bias"),
@@ -280,6 +282,8 @@ MAMBA2 = replace(
         "num_heads": 128,
         "head_dim": 64,
         "n_groups": 8,
+        "use_gated_norm": True,
+        "gate_after_norm": False,
         "tie_word_embeddings": False,
     },
     special_tokens={"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1},

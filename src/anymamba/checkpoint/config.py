@@ -48,6 +48,8 @@ _MAMBA2_FIELDS = {name: LAYER_FIELDS[name] for name in _SHARED} | {
     "ngroups": "n_groups",
     "chunk_size": "chunk_size",
     "dt_limit": "time_step_limit",
+    "rmsnorm": "use_gated_norm",
+    "norm_before_gate": "gate_after_norm",
 }
 # What the original's layer takes where nothing is said, and Transformers' config does not; and the
 # end of text of GPT-NeoX's tokenizer, which the authors' models have.
@@ -59,8 +61,8 @@ _MAMBA2_DEFAULTS = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-# What Transformers' config has no field for.
-_MAMBA2_FIXED = {"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
+# What has no field in a config here.
+_MAMBA2_FIXED = {"D_has_hdim": False, "d_ssm": None}
 # They pick between kernels of the same result, or the weights before training.
 _WITHOUT_EFFECT = ("use_fast_path", "use_mem_eff_path", "A_init_range", "conv_init")
 _REQUIRED = ("d_model", "n_layer", "vocab_size")

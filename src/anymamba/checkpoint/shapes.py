@@ -31,6 +31,7 @@ class ModelShape:
         conv_bias: whether the convolution has a bias.
         tied: whether the head is the embedding table.
         heads, head_dim, groups: h, p and g of an architecture with heads, else 0.
+        gated_norm: whether its mixers have a norm beside their gate.
     """
 
     vocab_size: int
@@ -46,6 +47,7 @@ class ModelShape:
     heads: int = 0
     head_dim: int = 0
     groups: int = 0
+    gated_norm: bool = True
 
     @property
     def untied(self) -> bool:
@@ -118,6 +120,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         heads=given.get("num_heads", 0),
         head_dim=given.get("head_dim", 0),
         groups=given.get("n_groups", 0),
+        gated_norm=given.get("use_gated_norm", True),
     )
     _check_heads(shape)
     return shape

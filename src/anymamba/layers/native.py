@@ -96,6 +96,8 @@ def core_tensors(
         if owner != "mixer":
             return None
         module = reduce(getattr, path[:-1], mixer)
+        if module is None:
+            return None
         if name in matrices:
             return matrix_of(module)
         found = getattr(module, path[-1])

@@ -288,6 +288,10 @@ class Mamba2Config(StateSpaceConfig):
             on it.
         time_step_limit: the least and the largest step size.
         time_step_rank: accepted for Transformers' sake.
+        use_gated_norm: whether a mixer has a norm beside its gate: the authors' `rmsnorm`.
+        gate_after_norm: whether that norm comes before the gate rather than behind it: the authors'
+            `norm_before_gate`. Transformers has neither field and computes what the defaults say,
+            also for files that hold a `norm_before_gate`, as Codestral-Mamba's does.
 
     Raises:
         ConfigError: for a value that makes no sense, at construction and at each assignment.
@@ -330,6 +334,8 @@ class Mamba2Config(StateSpaceConfig):
     use_cache: bool = True
     chunk_size: int = 256
     tie_word_embeddings: bool = False
+    use_gated_norm: bool = True
+    gate_after_norm: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

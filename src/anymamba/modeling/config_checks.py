@@ -116,6 +116,8 @@ SETTINGS: Mapping[str, _Setting] = {
         _are_limits,
         lambda value: (float(value[0]), float(value[1])),
     ),
+    "use_gated_norm": _BOOLEAN,
+    "gate_after_norm": _BOOLEAN,
     "use_bias": _BOOLEAN,
     "use_conv_bias": _BOOLEAN,
     "hidden_act": _one_of(ACT2FN),

@@ -94,8 +94,10 @@ def head_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: the limits of the step size make no sense.
 
     Example:
-        >>> head_settings({"model_type": "mamba2", "n_groups": 2}), head_settings({})
-        ({'groups': 2, 'dt_limit': (0.0, inf)}, {})
+        >>> head_settings({"model_type": "mamba2", "n_groups": 2})
+        {'groups': 2, 'dt_limit': (0.0, inf), 'norm_before_gate': False}
+        >>> head_settings({})
+        {}
     """
     if architecture_of(config) is not MAMBA2:
         return {}
@@ -108,7 +110,9 @@ def head_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"the config has time_step_limit {limits!r}, expected the least and the largest step"
         )
-    return {"groups": model_shape(config).groups, "dt_limit": (low, high)}
+    before = config.get("gate_after_norm", False)
+    groups = model_shape(config).groups  # which also refuses other values than true and false
+    return {"groups": groups, "dt_limit": (low, high), "norm_before_gate": before}
 
 
 def _epsilon(config: Mapping[str, Any], name: str, default: float) -> float:

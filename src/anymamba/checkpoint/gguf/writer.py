@@ -38,6 +38,8 @@ _NEEDED = {
     "use_conv_bias": True,
     "hidden_act": "silu",
     "time_step_limit": _UNLIMITED,
+    "use_gated_norm": True,
+    "gate_after_norm": False,
 }
 _CONTEXT = 1 << 20  # a Mamba has no limit; llama.cpp refuses to go beyond this
 _EPSILON, _MIXER_EPSILON = 1e-5, 1e-6  # where the config says nothing
@@ -119,6 +121,8 @@ def _checked(config: Mapping[str, Any], weights: str) -> ModelShape:
     }
     if architecture_of(config) is MAMBA2:
         found["time_step_limit"] = list(config.get("time_step_limit", _UNLIMITED))
+        found["use_gated_norm"] = shape.gated_norm
+        found["gate_after_norm"] = config.get("gate_after_norm", False)
     else:
         found["expand"] = shape.d_inner // shape.d_model
     needed = {name: _NEEDED[name] for name in found}

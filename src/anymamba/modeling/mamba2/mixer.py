@@ -27,25 +27,29 @@ from anymamba.ops.fusable import fusable, project
 
 @fusable
 class MambaRMSNormGated(nn.Module):
-    """RMSNorm of each group's channels, after a gate: norm(y silu(z)).
+    """RMSNorm of each group's channels and a gate: norm(y silu(z)), or norm(y) silu(z).
 
     Args:
         hidden_size: e.
         group_size: how many neighbouring channels are normed together.
         eps: added to the mean square.
+        norm_before_gate: whether the gate multiplies what was normed, rather than what is.
     """
 
-    def __init__(self, hidden_size: int, group_size: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self, hidden_size: int, group_size: int, eps: float = 1e-6, norm_before_gate: bool = False
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
         self.group_size = group_size
+        self.norm_before_gate = norm_before_gate
 
     def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
         """(..., e) twice to (..., e), computed in float32."""
         return gated_norm(
             *(hidden_states, self.weight, None, gate, self.variance_epsilon, self.group_size),
-            norm_before_gate=False,
+            norm_before_gate=self.norm_before_gate,
             is_rms_norm=True,
         )
 
@@ -84,7 +88,8 @@ class Mamba2Mixer(StatefulMixer):
         self.dt_bias = nn.Parameter(torch.empty(h))
         self.A_log = nn.Parameter(torch.empty(h))
         self.D = nn.Parameter(torch.empty(h))
-        self.norm = MambaRMSNormGated(e, e // config.n_groups, config.layer_norm_epsilon)
+        norm = (e, e // config.n_groups, config.layer_norm_epsilon, config.gate_after_norm)
+        self.norm = MambaRMSNormGated(*norm) if config.use_gated_norm else None
         self.out_proj = nn.Linear(e, d, bias=config.use_bias)
         if initialize_mixer_weights and self.A_log.device.type != "meta":
             self.init_mamba_weights()
@@ -97,15 +102,20 @@ class Mamba2Mixer(StatefulMixer):
         # Rates from 1 to 16, as the authors draw them.
         init.copy_(self.A_log, torch.empty(self.num_heads).uniform_(1, 16).log())
         init.ones_(self.D)
-        init.ones_(self.norm.weight)
+        if self.norm is not None:
+            init.ones_(self.norm.weight)
         steps = (config.time_step_min, config.time_step_max, config.time_step_floor)
         init.copy_(self.dt_bias, draw_step_bias(self.num_heads, *steps, dtype=torch.float32))
 
     def core_settings(self) -> dict[str, Any]:
-        """The epsilon of its norm, its groups and the limits of its step sizes."""
+        """Its groups, the limits of its step sizes, and the epsilon and place of its norm."""
         low, high = self.time_step_limit
-        eps, groups = self.norm.variance_epsilon, self.n_groups
-        return {"mixer_eps": eps, "groups": groups, "dt_limit": (float(low), float(high))}
+        return {
+            "mixer_eps": 0.0 if self.norm is None else self.norm.variance_epsilon,
+            "groups": self.n_groups,
+            "dt_limit": (float(low), float(high)),
+            "norm_before_gate": self.norm is not None and self.norm.norm_before_gate,
+        }
 
     def _mix(self, hidden_bld: Tensor, state: LayerState | None, packed: Layout | None) -> Tensor:
         sizes = HeadSizes(self.num_heads, self.head_dim, self.n_groups, self.ssm_state_size)
@@ -131,7 +141,8 @@ class Mamba2Mixer(StatefulMixer):
         x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, gate = inputs
         one = initial_state is not None and x_blhp.shape[1] == 1 and cu_seqlens is None
         if one and initial_state is not None and not torch.is_grad_enabled():
-            step = (x_blhp[:, 0], dt_blh[:, 0], A_h, B_blgn[:, 0], C_blgn[:, 0], D_h, gate)
+            z = None if gate is None else gate[:, 0]
+            step = (x_blhp[:, 0], dt_blh[:, 0], A_h, B_blgn[:, 0], C_blgn[:, 0], D_h, z)
             bias = self.dt_bias
             y_bhp = ops.ssd_state_update(initial_state, *step, bias, softplus, dt_limit=limits)
             return y_bhp[:, None], initial_state

@@ -31,8 +31,13 @@ def parts_of_mixer(
         return
     yield Part(f"{name}.act", mixer.act, nn.SiLU if type(mixer.act) is nn.SiLU else SiLUActivation)
     yield Part(f"{name}.conv1d", mixer.conv1d, nn.Conv1d)
-    norm = {"variance_epsilon": config.layer_norm_epsilon, "group_size": e // config.n_groups}
-    yield Part(f"{name}.norm", mixer.norm, MambaRMSNormGated, settings=norm)
+    if config.use_gated_norm:
+        norm = {
+            "variance_epsilon": config.layer_norm_epsilon,
+            "group_size": e // config.n_groups,
+            "norm_before_gate": config.gate_after_norm,
+        }
+        yield Part(f"{name}.norm", mixer.norm, MambaRMSNormGated, settings=norm)
     for linear, shape in (("in_proj", (e + channels + config.num_heads, d)), ("out_proj", (d, e))):
         module = getattr(mixer, linear)
         yield Part(f"{name}.{linear}", module, usual_class(module, nn.Linear), shape)

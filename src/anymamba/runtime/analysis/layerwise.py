@@ -200,18 +200,20 @@ class LayerWithHeads(Layer):
     """A layer of Mamba-2.
 
     Args:
-        gated_norm: (e,), scale of the norm behind the gate.
+        gated_norm: (e,), scale of the norm beside the gate, or None.
         groups: g.
         dt_limit: the least and the largest step size.
+        norm_before_gate: whether the norm comes first.
     """
 
-    gated_norm: NDArray[np.float32]
+    gated_norm: NDArray[np.float32] | None
     groups: int
     dt_limit: tuple[float, float]
+    norm_before_gate: bool
 
     def selected(self, normed_bld: NDArray[np.float32]) -> Selected:
         """As the base says."""
-        e, channels = len(self.gated_norm), len(self.conv_weight)
+        e, channels = self.out_proj.shape[1], len(self.conv_weight)
         projected = linear(normed_bld, self.in_proj, self.in_proj_bias)
         z_ble, xBC, dt_blh = np.split(projected, [e, e + channels], -1)
         x_ble, B, C = np.split(self.convolved(xBC), [e, (e + channels) // 2], -1)
@@ -221,14 +223,19 @@ class LayerWithHeads(Layer):
         """As the base says."""
         B_blgn, C_blgn = self._in_groups(found.B_bln), self._in_groups(found.C_bln)
         y_ble = np.empty(found.x_ble.shape, np.float32)
+        gated_later = self.gated_norm is not None and self.norm_before_gate
+        z_ble = None if gated_later else found.z_ble
         core().ssd(
-            *(found.x_ble, found.dt_ble, self.A, B_blgn, C_blgn, self.D, found.z_ble),
+            *(found.x_ble, found.dt_ble, self.A, B_blgn, C_blgn, self.D, z_ble),
             *(self.dt_bias, True, self.dt_limit, None, None, 0, False, y_ble, None),
         )
+        if self.gated_norm is None:
+            return y_ble
         ones = np.ones(len(self.gated_norm) // self.groups, np.float32)
         assert self.mixer_epsilon is not None
         normed_blgp = normed(self._in_groups(y_ble), ones, self.mixer_epsilon)
-        return normed_blgp.reshape(found.x_ble.shape) * self.gated_norm
+        normed_ble = normed_blgp.reshape(found.x_ble.shape) * self.gated_norm
+        return normed_ble * _silu(found.z_ble) if gated_later else normed_ble
 
     def written(self, found: Selected) -> Written:
         """As the base says: of all of a head at once, for it decays at one rate."""
@@ -241,6 +248,12 @@ class LayerWithHeads(Layer):
 
     def _in_groups(self, tensor: NDArray[np.float32]) -> NDArray[np.float32]:
         return tensor.reshape(*tensor.shape[:-1], self.groups, -1)
+
+
+def _silu(z: NDArray[np.float32]) -> NDArray[np.float32]:
+    half_z = np.float32(0.5) * z
+    gate: NDArray[np.float32] = half_z * (1 + np.tanh(half_z))  # no number is too large for it
+    return gate
 
 
 def _softplus(dt_lr: NDArray[np.float32], bias_r: NDArray[np.float32]) -> NDArray[np.float64]:
