@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from anymamba.checkpoint.files import ADAPTER_NAMES
+from anymamba.checkpoint.gguf.sentencepiece_file import NAMES
 from anymamba.checkpoint.io import user_path
 from anymamba.errors import CheckpointError, HubError
 
@@ -17,7 +18,7 @@ SMALL_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    *NAMES,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

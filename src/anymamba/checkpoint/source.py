@@ -22,13 +22,14 @@ from anymamba.checkpoint import (
 )
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.dtypes import FLOATS, dtype_of
-from anymamba.checkpoint.gguf import find_gguf
+from anymamba.checkpoint.gguf import find_gguf, sentencepiece_file
 from anymamba.checkpoint.gguf.reader import GgufModel, read_gguf
 from anymamba.checkpoint.hub import SMALL_FILES
 from anymamba.checkpoint.io import MAX_JSON_BYTES, parse_json_object, read_bounded, user_path
 from anymamba.checkpoint.quantized_folder import PARTS, quantized_bits, quantized_shapes
 from anymamba.checkpoint.safetensors.mmap import MappedTensors
 from anymamba.checkpoint.shapes import check_repeated_head
+from anymamba.checkpoint.tokenizer import JSON, tokenizer_file
 from anymamba.checkpoint.torch_weights import to_numpy
 from anymamba.errors import CheckpointError, ConfigError, MissingDependencyError
 
@@ -170,6 +171,8 @@ def _unpickled(checkpoint: Checkpoint) -> dict[str, NDArray[Any]]:
 def companions_in(folder: Path) -> dict[str, bytes]:
     """The other files in a model's or an adapter's folder, such as its tokenizer's, by name.
 
+    A file of SentencePiece's alone gets a tokenizer.json beside it, which other programs read.
+
     Raises:
         CheckpointError: one cannot be read, or is too large.
 
@@ -178,22 +181,30 @@ def companions_in(folder: Path) -> dict[str, bytes]:
         >>> "tokenizer.json" in companions_in(bundled_model())
         True
     """
-    return {
+    found = {
         name: read_bounded(folder / name, _MOST_COMPANION_BYTES)
         for name in SMALL_FILES
         if name != "config.json" and (folder / name).is_file()
+    }
+    path = tokenizer_file(folder)
+    if path is None or path.name == JSON:
+        return found
+    return _tokenizer(sentencepiece_file.to_json(found[path.name], str(path))) | found
+
+
+def _tokenizer(text: str, **settings: Any) -> dict[str, bytes]:
+    """The two files in which Transformers looks for a tokenizer."""
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    return {
+        "tokenizer.json": text.encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
     }
 
 
 def _of_gguf(model: GgufModel) -> Source:
     companions: dict[str, bytes] = {}
     if model.tokenizer_json is not None:
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        if model.chat_template is not None:
-            settings["chat_template"] = model.chat_template
-        companions = {
-            "tokenizer.json": model.tokenizer_json.encode(),
-            "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode(),
-        }
+        template = {"chat_template": model.chat_template} if model.chat_template is not None else {}
+        companions = _tokenizer(model.tokenizer_json, **template)
     dtypes = {name: record.dtype for name, record in model.tensors.records.items()}
     return Source(model.config, model.tensors, dtypes, companions)

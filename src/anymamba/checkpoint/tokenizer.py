@@ -1,4 +1,4 @@
-"""Reading a tokenizer.json, within limits, because it comes from a stranger.
+"""Reading a tokenizer.json, or a file of SentencePiece's, within limits: it comes from a stranger.
 
 The rules of a tokenizer.json rewrite a text one after the other, each what the one before it has
 made: thirty rules that double a letter make a thousand million letters of one. A file is refused
@@ -10,8 +10,10 @@ from __future__ import annotations
 import base64
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anymamba.checkpoint.gguf import sentencepiece_file
 from anymamba.checkpoint.io import escaped, user_path
 from anymamba.errors import CheckpointError
 
@@ -24,6 +26,7 @@ HELP = (
 )
 """What to do where a model comes without a tokenizer."""
 
+JSON = "tokenizer.json"
 _MOST_BYTES = 1 << 28
 
 MOST_GROWTH = 256
@@ -36,6 +39,9 @@ MOST_TOKEN_CHARACTERS = 4096
 def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
     """Read a tokenizer of the `tokenizers` library: a tokenizer.json, or the one in a folder.
 
+    Args:
+        place: the file or the folder; a file of SentencePiece's by the name of one.
+
     Raises:
         CheckpointError: there is none, or it cannot be read.
 
@@ -45,9 +51,10 @@ def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
         256
     """
     given = user_path(place)
-    path = given / "tokenizer.json" if given.is_dir() else given
-    if not path.is_file():
-        raise CheckpointError(f"there is no tokenizer: {path} is missing. {HELP}")
+    path = tokenizer_file(given) if given.is_dir() else given
+    if path is None or not path.is_file():
+        missing = path or given / JSON
+        raise CheckpointError(f"there is no tokenizer: {missing} is missing. {HELP}")
     try:
         size = path.stat().st_size
         if size > _MOST_BYTES:
@@ -58,7 +65,21 @@ def read_tokenizer(place: str | os.PathLike[str]) -> Tokenizer:
         text = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {str(path)!r}: {error.strerror}") from error
+    if path.name in sentencepiece_file.NAMES:
+        return tokenizer_from_json(sentencepiece_file.to_json(text, str(path)), str(path))
     return tokenizer_from_json(text, str(path))
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file of a folder's tokenizer: its tokenizer.json, else one of SentencePiece's, or None.
+
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> tokenizer_file(bundled_model()).name
+        'tokenizer.json'
+    """
+    names = (JSON, *sentencepiece_file.NAMES)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def tokenizer_from_json(text: str | bytes, where: str) -> Tokenizer:

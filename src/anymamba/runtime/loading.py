@@ -13,7 +13,7 @@ from anymamba.checkpoint import open_checkpoint, resolve
 from anymamba.checkpoint.architecture import special_token
 from anymamba.checkpoint.gguf import find_gguf
 from anymamba.checkpoint.io import read_json_object, user_path
-from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_from_json
+from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_file, tokenizer_from_json
 from anymamba.errors import CheckpointError
 from anymamba.runtime.adapters import base_model_of, merge_adapter, read_adapter
 from anymamba.runtime.engine import Engine
@@ -121,8 +121,8 @@ _Opened: TypeAlias = tuple[Weights, Callable[[], "Tokenizer"] | None, object]
 
 
 def _open_folder(folder: Path, weights: str) -> _Opened:
-    checkpoint, tokenizer = open_checkpoint(folder), folder / "tokenizer.json"
-    open_tokenizer = partial(read_tokenizer, tokenizer) if tokenizer.is_file() else None
+    checkpoint, tokenizer = open_checkpoint(folder), tokenizer_file(folder)
+    open_tokenizer = None if tokenizer is None else partial(read_tokenizer, tokenizer)
     ends = special_token(checkpoint.config, "eos_token_id")
     return load_weights(checkpoint, weights), open_tokenizer, ends
 

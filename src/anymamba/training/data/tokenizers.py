@@ -9,7 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from anymamba.checkpoint.gguf import sentencepiece_file
 from anymamba.checkpoint.io import shown
+from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_file
 from anymamba.errors import CheckpointError, ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -45,6 +47,9 @@ def read_by_transformers(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         OSError, ValueError, ImportError: there is none, or it cannot be read.
     """
+    file = tokenizer_file(Path(name))
+    if file is not None and file.name in sentencepiece_file.NAMES:
+        return wrapped(read_tokenizer(file))  # Transformers wants another library for those
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
     # Where a model has no tokenizer, Transformers makes one up, which has no words.
     if not found("a", add_special_tokens=False)["input_ids"]:
