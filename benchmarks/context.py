@@ -1,7 +1,7 @@
 """Do memory and speed of the runtime depend on how much was read before? Draws the answer.
 
 One text is read into one state with the bundled model. At each length stand the memory of the
-process, the bytes of the state, how fast the last stretch was read and how fast text follows.
+process, the bytes of the state, how fast the last chunk was read and how fast text follows.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def step_of(model: nn.Module, ids_bl: Tensor) -> Callable[[], object]:
 
 
 def step_along(model: MambaForCausalLM, ids_bl: Tensor) -> Callable[[], object]:
-    """The same, each process with its stretch."""
+    """The same, each process with its chunk."""
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:

@@ -1,8 +1,8 @@
-"""Train on one long sequence that several processes share, each holding a stretch of it.
+"""Train on one long sequence that several processes share, each holding a chunk of it.
 
     torchrun --standalone --nproc-per-node 2 examples/long_sequence.py
 
-Every process keeps the activations of its own stretch only: that is what does not fit into one
+Every process keeps the activations of its own chunk only: that is what does not fit into one
 machine when a sequence is very long. The weights are whole on each (see docs/distributed.md for
 both at once). The text is one that asks for a memory: the same block over and over.
 """

@@ -63,6 +63,8 @@ def test_old_names_of_methods_and_attributes_warn() -> None:
     with pytest.warns(DeprecationWarning, match="Engine.feed is now Engine.prefill"):
         state = engine.feed(engine.state(), "ROMEO:")
     assert state.token_count == 6
+    with pytest.warns(DeprecationWarning, match="Engine.weights_kind is now Engine.weight_type"):
+        assert engine.weights_kind == engine.weight_type == "bf16"
     for reason, before in ("eos", "end"), ("stop", "stop"), ("length", "length"):
         output = TokenOutput("", (1,), finish_reason=reason)  # type: ignore[arg-type]
         whole = GenerationOutput("", [1], reason, [])  # type: ignore[arg-type]

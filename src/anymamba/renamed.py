@@ -162,6 +162,7 @@ NAMES = {
         "Gradients": "ops.ssd.gradients:Gradients",
         "ssd_blocked": "ops.ssd.chunked:ssd",
     },
+    "runtime.network": {"STRETCH_TOKENS": "runtime.network:CHUNK_TOKENS"},
     "runtime.convert": {
         "FOLDER_WEIGHTS": "runtime.convert.conversion:FOLDER_WEIGHTS",
         "LAYOUTS": "runtime.convert.conversion:LAYOUTS",
@@ -190,6 +191,8 @@ NAMES = {
         "read_dataset": "training.data.documents:read_dataset",
         "read_texts": "training.data.documents:read_texts",
     },
+    "training.distributed": {"stretch_of": "training.distributed:chunk_of"},
+    "training.distributed.sequence": {"stretch_of": "training.distributed:chunk_of"},
     "training.finetune.trainer": {
         "CheckpointingTrainer": "training.finetune.trainer:FinetuneTrainer"
     },

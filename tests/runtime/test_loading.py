@@ -91,7 +91,7 @@ def test_stored_types(tmp_path: Path, dtype: type) -> None:
 def test_kinds(tmp_path: Path, kind: str) -> None:
     """A model whose widths no group divides becomes bfloat16 where it would be quantized."""
     engine = anymamba.load(write_small(tmp_path), weights=kind)
-    assert engine.weights_kind == kind
+    assert engine.weight_type == kind
     tolerance = 1e-4 if kind == "f32" else 2e-2  # the contract's for float32 and bfloat16
     assert_same(engine.logits(IDS), expected(), tolerance)
 

@@ -46,7 +46,7 @@ def torch_logits(model: Any, ids: list[int]) -> np.ndarray:
 def test_logits(tmp_path: Path, dtype: str, fields: dict[str, Any]) -> None:
     folder = stored(tmp_path, dtype, **fields)
     engine = anymamba.load(folder)
-    assert engine.weights_kind == {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    assert engine.weight_type == {"float32": "f32", "bfloat16": "bf16"}[dtype]
     logits = engine.logits(IDS)
     ours = MambaForCausalLM.from_pretrained(folder, dtype=dtype)
     assert_same(logits, torch_logits(ours, IDS), TOLERANCES[dtype])

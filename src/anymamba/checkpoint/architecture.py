@@ -109,6 +109,15 @@ class Architecture:
     special_tokens: Mapping[str, int]
     norms_maps: bool = False
 
+    def norm_widths(self, r: int, n: int) -> dict[str, int]:
+        """The widths of the norms of dt, B and C by the core's names; none without such norms.
+
+        Example:
+            >>> FALCON_MAMBA.norm_widths(3, 16), MAMBA.norm_widths(3, 16)
+            ({'dt_norm': 3, 'B_norm': 16, 'C_norm': 16}, {})
+        """
+        return {"dt_norm": r, "B_norm": n, "C_norm": n} if self.norms_maps else {}
+
     @property
     def outside(self) -> tuple[TensorRow, ...]:
         """The tensors that are in no layer."""

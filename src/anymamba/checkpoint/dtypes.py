@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from anymamba.errors import ConfigError
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -61,6 +63,29 @@ FLOATS = ("F32", "F16", "BF16", "F64")
 
 LARGEST_FLOAT16 = 65504.0
 """Beyond this a number becomes infinite in float16."""
+
+
+def check_fits_float16(name: str, values: NDArray[Any], type_name: str = "F16") -> None:
+    """Refuse numbers that float16, or a type of blocks with scales in float16, cannot keep.
+
+    Args:
+        name: the tensor's.
+        values: its numbers.
+        type_name: the type that they are to have.
+
+    Raises:
+        ConfigError: one is too large.
+
+    Example:
+        >>> import numpy as np
+        >>> check_fits_float16("backbone.norm_f.weight", np.float32([65504]))
+    """
+    if not (abs(values) <= LARGEST_FLOAT16).all():
+        raise ConfigError(
+            f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}, which {type_name} "
+            "cannot keep; take f32 or bf16 for the weights"
+        )
+
 
 _BY_NUMPY = {dtype.numpy: name for name, dtype in DTYPES.items() if dtype.numpy}
 _BLOCK = 1 << 20  # numbers at a time, so that what lies between costs little memory

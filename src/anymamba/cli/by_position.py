@@ -78,7 +78,7 @@ def run_by_position(options: PositionOptions, text: str) -> None:
             drawn = figure_of(stretches, helpful, plot.suffix[1:])
             write_atomically(plot, lambda place: place.write_bytes(drawn))
     if options.json:
-        facts = {"model": model_name(options), "weights": engine.weights_kind, "window": window}
+        facts = {"model": model_name(options), "weights": engine.weight_type, "window": window}
         facts |= {"stride": options.stride or window, "helpful_context": helpful}
         print(json_line(facts | {"stretches": [asdict(part) for part in stretches]}))
         return

@@ -67,7 +67,7 @@ def measure(
         # A model that fits the processor's cache is read from there.
         bandwidths.append(core().read_bandwidth(min(size, BANDWIDTH_BYTES), 3))
     return Speed(
-        weights=engine.weights_kind,
+        weights=engine.weight_type,
         threads=threads,
         weight_bytes=size,
         prefill_tokens_per_second=prompt_tokens / statistics.median(read_seconds),

@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any, NamedTuple
 
-from anymamba.checkpoint.config import read_config
 from anymamba.modeling.config import FalconMambaConfig, Mamba2Config, MambaConfig, StateSpaceConfig
 from anymamba.modeling.falcon_mamba import (
     FalconMambaForCausalLM,
     FalconMambaModel,
     FalconMambaPreTrainedModel,
 )
-from anymamba.modeling.gguf import gguf_config
 from anymamba.modeling.loading.find import find_model
 from anymamba.modeling.mamba import MambaForCausalLM, MambaModel, MambaPreTrainedModel
 from anymamba.modeling.mamba2 import Mamba2ForCausalLM, Mamba2Model, Mamba2PreTrainedModel
@@ -54,9 +52,10 @@ def load_causal_lm(name: str | os.PathLike[str], **kwargs: Any) -> MambaForCausa
         >>> type(load_causal_lm(bundled_model())).__name__
         'MambaForCausalLM'
     """
-    found = find_model(name, dict(kwargs))
-    config = gguf_config(found.path) if found.is_gguf else read_config(found.path)[1]
-    return CLASSES[config.get("model_type", "mamba")].causal_lm.from_pretrained(name, **kwargs)
+    left = dict(kwargs)
+    found = find_model(name, left)
+    causal_lm = CLASSES[found.config.get("model_type", "mamba")].causal_lm
+    return causal_lm.from_pretrained(name, _found=found, **left)
 
 
 def new_causal_lm(config: StateSpaceConfig) -> MambaForCausalLM:

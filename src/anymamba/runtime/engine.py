@@ -54,7 +54,7 @@ class Engine:
     Attributes:
         weights: the model's tensors and config, as they were given.
         config: the model's config, in Transformers' names.
-        weights_kind: "f32", "bf16", "f16", "int8" or "int4".
+        weight_type: "f32", "bf16", "f16", "int8" or "int4".
         weight_bytes: the bytes that the weights take, which each decoded token reads.
         n_parameters: how many numbers were trained.
         threads: how many threads compute.
@@ -71,7 +71,7 @@ class Engine:
     Example:
         >>> import anymamba
         >>> engine = anymamba.load()
-        >>> engine.weights_kind, engine.weight_bytes, engine.n_parameters
+        >>> engine.weight_type, engine.weight_bytes, engine.n_parameters
         ('bf16', 6091776, 3045888)
         >>> engine.generate("ROMEO:", max_new_tokens=5).ids
         [10, 73, 32, 119, 111]
@@ -91,7 +91,7 @@ class Engine:
         self._codec = TextCodec(open_tokenizer)
         self.weights = weights
         self.config = dict(weights.config)
-        self.weights_kind = weights.weight_type
+        self.weight_type = weights.weight_type
         self.weight_bytes = weights.nbytes
         self.n_parameters = weights.n_parameters
         self.threads = self._network.threads
@@ -100,9 +100,14 @@ class Engine:
         self.suggested_sampling = dict(suggested_sampling or {})
 
     def __repr__(self) -> str:
-        return (
-            f"Engine({self.n_parameters:,} parameters, {self.weights_kind}, {self.threads} threads)"
-        )
+        sizes = f"{self.n_parameters:,} parameters, {self.weight_type}, {self.threads} threads"
+        return f"Engine({sizes})"
+
+    @property
+    def weights_kind(self) -> str:
+        """The name of `weight_type` in release 0.1."""
+        warn_renamed("Engine.weights_kind", "Engine.weight_type")
+        return self.weight_type
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.arithmetic import check_matmul_dtype, matmul_dtype_from_environment
-from anymamba.checkpoint import ModelShape, model_shape
+from anymamba.checkpoint import model_shape
 from anymamba.checkpoint.architecture import (
     EMBEDDINGS,
     FINAL_NORM,
@@ -29,6 +29,7 @@ from anymamba.checkpoint.architecture import (
 from anymamba.checkpoint.dtypes import dtype_of
 from anymamba.checkpoint.finite import say_what_is_broken
 from anymamba.errors import CheckpointError, ConfigError
+from anymamba.renamed import old_names
 from anymamba.runtime.native import (
     core,
     epsilon_of,
@@ -43,7 +44,9 @@ if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
     from anymamba.runtime.weights import Weights
 
-STRETCH_TOKENS = 512
+__getattr__ = old_names(__name__)
+
+CHUNK_TOKENS = 512
 """How many tokens a call reads at most, all texts together: enough for products at full speed,
 few enough for little memory."""
 
@@ -205,7 +208,8 @@ def _table(weights: Weights) -> dict[str, Any]:
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     architecture, shape = architecture_of(config), model_shape(config)
-    norms = weightless_norms(shape) if architecture.norms_maps else {}
+    widths = architecture.norm_widths(shape.dt_rank, shape.d_state)
+    norms = {name: np.ones(width, np.float32) for name, width in widths.items()}
     core_layer, layers = architecture.core_layer, range(shape.n_layer)
     return {
         "embeddings": _given(tensors[EMBEDDINGS]),
@@ -220,18 +224,6 @@ def _table(weights: Weights) -> dict[str, Any]:
 
 def _of_layer(tensors: Mapping[str, Tensor], index: int, name: str) -> Any:
     return _given(tensors.get(in_layer(index, name)))
-
-
-def weightless_norms(shape: ModelShape) -> dict[str, NDArray[np.float32]]:
-    """The gains of the norms of dt, B and C by the core's names: ones, for there are none.
-
-    Example:
-        >>> from anymamba.checkpoint import ModelShape, model_shape
-        >>> weightless_norms(model_shape({"state_size": 2}))["B_norm"].tolist()
-        [1.0, 1.0]
-    """
-    widths = {"dt_norm": shape.dt_rank, "B_norm": shape.d_state, "C_norm": shape.d_state}
-    return {name: np.ones(width, np.float32) for name, width in widths.items()}
 
 
 def _given(tensor: Tensor | None) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.runtime.network import STRETCH_TOKENS, Network
+from anymamba.runtime.network import CHUNK_TOKENS, Network
 from anymamba.runtime.state import BatchState
 
 Progress = Callable[[int, int], object]
@@ -60,7 +60,7 @@ def read_with_logits(
         InputError: a token is not in the vocabulary; then nothing was read.
     """
     network.check_tokens(ids_l)
-    length = max(1, min(STRETCH_TOKENS, _MOST_LOGITS // network.vocabulary))
+    length = max(1, min(CHUNK_TOKENS, _MOST_LOGITS // network.vocabulary))
     for start in range(0, ids_l.size, length):
         part_w = ids_l[start : start + length]
         yield part_w, network.read_all(blocks, part_w)
@@ -68,10 +68,10 @@ def read_with_logits(
 
 def _next_chunk(left: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
     """What each text reads next; nothing where its part finds no room beside the others'."""
-    room = STRETCH_TOKENS
+    room = CHUNK_TOKENS
     parts = []
     for ids in left:
-        part = ids[:STRETCH_TOKENS]
+        part = ids[:CHUNK_TOKENS]
         part = part if part.size <= room else part[:0]
         room -= part.size
         parts.append(part)

@@ -167,7 +167,7 @@ def test_the_engine_says_what_the_values_say(kind: str, file: Path) -> None:
     # Blocks round activations to 8 bits too; else this is the figure for whole models.
     tolerance = {"Q8_0": 2e-2, "Q4_0": 2e-2, "BF16": 2e-2}.get(kind, 1e-4)
     assert np.abs(load(file).logits(ids) - expected.logits(ids)).max() < tolerance * largest
-    assert load(file).weights_kind == {"Q8_0": "int8", "Q4_0": "int4"}.get(kind, kind.lower())
+    assert load(file).weight_type == {"Q8_0": "int8", "Q4_0": "int4"}.get(kind, kind.lower())
     assert np.abs(load(file, "f32").logits(ids) - expected.logits(ids)).max() < 1e-4 * largest
 
 

@@ -81,7 +81,7 @@ def test_the_engine_says_what_the_values_say(kind: str, used: str, file: Path) -
     expected = load(folder).logits(IDS)
     largest = np.abs(expected).max()
     engine = load(file)
-    assert engine.weights_kind == used
+    assert engine.weight_type == used
     # As for Q8_0 and Q4_0: activations are rounded to 8 bits. What 8 bits take of a weight beside
     # that, 1/254 of its group's largest, is less.
     assert np.abs(engine.logits(IDS) - expected).max() < 2e-2 * largest

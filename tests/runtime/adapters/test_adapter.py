@@ -152,7 +152,7 @@ def test_the_storage_is_that_of_the_merged_model(
     # The same sums, rounded to the stored type once and then converted, or converted at once.
     written = merge(adapter, tmp_path / "merged", weights=None if kind == "auto" else "f32")
     reference = load(written, kind)
-    assert engine.weights_kind == reference.weights_kind
+    assert engine.weight_type == reference.weight_type
     if kind == "auto":
         assert engine.weight_bytes == reference.weight_bytes
     assert np.array_equal(engine.logits(IDS), reference.logits(IDS))
@@ -165,7 +165,7 @@ def test_quantized_weights_are_merged_as_the_numbers_they_stand_for(
 
     small = quantize_checkpoint(base, tmp_path / "small", weights="int8", group=64)
     engine = load(small, adapter=adapter)
-    assert engine.weights_kind == "int8"
+    assert engine.weight_type == "int8"
     exact = load(small, "f32", adapter=adapter)
     # 8 bits move the logits by less than the adapter does, by far.
     assert_same(engine.logits(IDS), exact.logits(IDS), 0.05)

@@ -116,7 +116,7 @@ def test_every_layout_and_type_is_read(tmp_path: Path, layout: str, dtype: str) 
 def test_it_predicts_what_the_model_does(tmp_path: Path, weights: str) -> None:
     folder = quantize_checkpoint(bundled_model(), tmp_path / "out", weights)
     engine, whole = anymamba.load(folder), anymamba.load(weights="f32")
-    assert engine.weights_kind == weights
+    assert engine.weight_type == weights
     text = whole.generate("ROMEO:\n", 400, temperature=0.8, seed=1).text
     losses = [one.score(text).nats / 400 for one in (engine, whole)]
     # A few times what docs/quantization.md measures on a long text, for this one is short.
@@ -229,7 +229,7 @@ def test_destinations_that_are_refused(source: Path, tmp_path: Path) -> None:
 def test_overwriting(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "out", "int8", 32)
     folder = quantize_checkpoint(source, tmp_path / "out", "int4", 32, overwrite=True)
-    assert anymamba.load(folder).weights_kind == "int4"
+    assert anymamba.load(folder).weight_type == "int4"
     assert entries(tmp_path) == ["out", "source"]
 
 
@@ -260,7 +260,7 @@ def test_a_killed_process_leaves_no_half_folder(source: Path, tmp_path: Path, be
     if before:
         assert (out / "model.safetensors").read_bytes() == old
     folder = quantize_checkpoint(source, out, "int4", 32, overwrite=before)
-    assert anymamba.load(folder).weights_kind == "int4"
+    assert anymamba.load(folder).weight_type == "int4"
 
 
 def test_a_failure_in_the_middle_cleans_up(source: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_packed_windows_have_the_losses_of_documents_alone() -> None:
             ids = torch.arange(start, start + length)[None]
             total += float(model(ids, labels=ids).loss) * (length - 1)
     whole = loss_of_windows(model, row, window=sum(lengths) - 1)
-    stream = loss_of_stream(model, row, stretch=4)
+    stream = loss_of_stream(model, row, chunk=4)
     assert whole.count == stream.count == sum(lengths) - len(lengths)
     # float32, in another order of sums.
     assert whole.total == pytest.approx(total, rel=1e-5)

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from anymamba.errors import InputError
-from anymamba.training.distributed import sequence_parallel, stretch_of
+from anymamba.training.distributed import chunk_of, sequence_parallel
 from tests.support.tolerance import assert_same, naming
 from tests.training.distributed import work
 from tests.training.distributed.launching import launch
 
 pytestmark = pytest.mark.slow
 
-LENGTH = 41  # no multiple: the first stretches are one longer
+LENGTH = 41  # no multiple: the first chunks are one longer
 
 
 def alone(changes: dict[str, Any], holes: bool) -> tuple[float, dict[str, Any], Any]:
@@ -73,7 +73,7 @@ def test_with_gradient_checkpointing_and_with_fsdp(run: Callable[..., Any], tmp_
 def test_mistakes_are_named(tmp_path: Path) -> None:
     for found in launch(work.mistakes_along_the_sequence, 2, tmp_path / "run"):
         short, labels, cache, mask, twice, why, after = found
-        assert "a stretch of 2 positions is shorter than the convolution's 4" in short
+        assert "a chunk of 2 positions is shorter than the convolution's 4" in short
         assert "labels has shape (1, 5)" in labels
         assert "use_cache=False" in cache
         assert "whole rows only" in mask
@@ -89,4 +89,4 @@ def test_without_a_process_group_it_says_what_to_do() -> None:
     ):
         pass
     with pytest.raises(InputError, match="start the program with torchrun"):
-        stretch_of(work.batch(0))
+        chunk_of(work.batch(0))

@@ -12,12 +12,12 @@ from anymamba import MambaConfig, MambaForCausalLM
 from anymamba.errors import AnyMambaError
 from anymamba.modeling.fused import why_not_fused
 from anymamba.training.distributed import (
+    chunk_of,
     load_sharded,
     save_sharded,
     sequence_loss,
     sequence_parallel,
     shard,
-    stretch_of,
     sum_gradients,
 )
 
@@ -169,7 +169,7 @@ def gradients_along_the_sequence(length: int, changes: Record) -> tuple[float, R
         loss = sequence_loss(model, ids, labels)
         loss.backward()
         with torch.no_grad():
-            logits = model(stretch_of(ids)).logits
+            logits = model(chunk_of(ids)).logits
     sum_gradients(model)
     return loss.item(), {name: w.grad for name, w in model.named_parameters()}, logits
 
@@ -204,8 +204,8 @@ def mistakes_along_the_sequence() -> list[str]:
         for wrong in (
             lambda: sequence_loss(model, ids[:, :5]),
             lambda: sequence_loss(model, ids, ids[:, :5]),
-            lambda: model(stretch_of(ids), use_cache=True),
-            lambda: model(stretch_of(ids), attention_mask=torch.zeros(1, 10), use_cache=False),
+            lambda: model(chunk_of(ids), use_cache=True),
+            lambda: model(chunk_of(ids), attention_mask=torch.zeros(1, 10), use_cache=False),
             lambda: sequence_parallel(model).__enter__(),
         ):
             try:

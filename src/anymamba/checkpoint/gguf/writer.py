@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from anymamba.checkpoint import ModelShape, model_shape, write_atomically
 from anymamba.checkpoint.architecture import MAMBA2, architecture_of, is_matrix, role_of
-from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_float32
+from anymamba.checkpoint.dtypes import as_float32, check_fits_float16
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf.blocks import import_gguf
 from anymamba.checkpoint.gguf.names import MIXER_EPSILON, to_gguf_name
@@ -226,9 +226,6 @@ def _values(name: str, tensor: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     values = as_float32(tensor)
     if role_of(name) == "decay":
         values = -np.exp(values.astype(np.float64)).astype(np.float32)
-    if dtype in ("F16", "Q8_0", "Q4_0") and not (np.abs(values) <= LARGEST_FLOAT16).all():
-        raise ConfigError(
-            f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}, which {dtype} cannot "
-            "keep; write it as f32 or bf16"
-        )
+    if dtype in ("F16", "Q8_0", "Q4_0"):
+        check_fits_float16(name, values, dtype)
     return values

@@ -87,4 +87,4 @@ def _refuse_constant(name: str) -> NoReturn:
 def report(engine: Engine, prompts: int, new_tokens: int, seconds: float) -> None:
     """Tell the figures."""
     speed = f", {new_tokens / seconds:.1f} tokens/s" if seconds > 0 else ""
-    tell(f"{prompts} prompts; new: {new_tokens} tokens{speed}; {engine.weights_kind} weights")
+    tell(f"{prompts} prompts; new: {new_tokens} tokens{speed}; {engine.weight_type} weights")

@@ -19,6 +19,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from anymamba import ops
+from anymamba.checkpoint.architecture import FALCON_MAMBA
 from anymamba.modeling.config import FalconMambaConfig
 from anymamba.modeling.mamba.causal_lm import MambaForCausalLM
 from anymamba.modeling.mamba.mixer import MambaMixer
@@ -44,8 +45,7 @@ class FalconMambaMixer(MambaMixer):
 
     def norm_weights(self) -> dict[str, Tensor]:
         """The gains by the core's names, all of them one."""
-        n, r = self.ssm_state_size, self.time_step_rank
-        widths = {"dt_norm": r, "B_norm": n, "C_norm": n}
+        widths = FALCON_MAMBA.norm_widths(self.time_step_rank, self.ssm_state_size)
         return {name: self.D.new_ones(width) for name, width in widths.items()}
 
     def core_settings(self) -> dict[str, Any]:

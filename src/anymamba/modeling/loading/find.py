@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from anymamba.checkpoint import resolve
+from anymamba.checkpoint import read_config, resolve
 from anymamba.checkpoint.io import read_json_object, shown, user_path
 from anymamba.errors import CheckpointError, MissingDependencyError
-from anymamba.modeling.gguf import find_mamba_gguf, hub_pattern
+from anymamba.modeling.gguf import find_mamba_gguf, gguf_config, hub_pattern
 from anymamba.modeling.loading.arguments import take_place
 
 _ADAPTER = "adapter_config.json"
@@ -33,6 +34,11 @@ class Found:
     def is_gguf(self) -> bool:
         """Whether it is a GGUF file."""
         return self.path.is_file()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The fields of the model's config, in Transformers' names."""
+        return gguf_config(self.path) if self.is_gguf else read_config(self.path)[1]
 
 
 def find_model(name: str | os.PathLike[str], keywords: dict[str, Any]) -> Found:

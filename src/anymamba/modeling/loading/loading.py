@@ -22,7 +22,7 @@ from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
 from anymamba.checkpoint.shapes import check_repeated_head
 from anymamba.checkpoint.torch_weights import check_floating_point, load_named_tensors
 from anymamba.errors import CheckpointError, InputError
-from anymamba.modeling.gguf import gguf_config, gguf_state_dict
+from anymamba.modeling.gguf import gguf_state_dict
 from anymamba.modeling.loading.arguments import (
     PASSED_ON,
     check_architecture,
@@ -87,7 +87,9 @@ class FromAnyLayout:
         elif load.keywords.pop("state_dict", None) is not None:
             raise InputError("state_dict: give it with config, and None in the place of a model")
         else:
-            found = find_model(pretrained_model_name_or_path, load.keywords)
+            # `load_causal_lm` has looked already, to choose the class.
+            found = load.keywords.pop("_found", None)
+            found = found or find_model(pretrained_model_name_or_path, load.keywords)
             model, info = load.from_gguf(found) if found.is_gguf else load.from_folder(found)
             _name(model, pretrained_model_name_or_path if found.name is None else found.name)
             info = load_adapter(model, found) or info
@@ -141,7 +143,7 @@ class _Loading:
         """A model of a GGUF file."""
         for name in ("variant", "use_safetensors", "key_mapping"):
             self.keywords.pop(name, None)  # about names that this file does not have
-        config = make_config(self.cls, gguf_config(found.path), self.keywords)
+        config = make_config(self.cls, found.config, self.keywords)
         return self._of_tensors(config, gguf_state_dict(found.path), repr(str(found.path)))
 
     def from_folder(self, found: Found) -> _Loaded:

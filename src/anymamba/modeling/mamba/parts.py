@@ -26,9 +26,15 @@ def parts_of_mixer(
     yield Part(name, mixer, mixer_class, settings=settings)
     if type(mixer) is not mixer_class:
         return
-    yield Part(f"{name}.act", mixer.act, nn.SiLU if type(mixer.act) is nn.SiLU else SiLUActivation)
+    yield activation(name, mixer)
     sizes = (config.hidden_size, config.intermediate_size, n, r)
     yield from mixer_parts(mixer, sizes, lambda linear: usual_class(linear, nn.Linear), f"{name}.")
+
+
+def activation(name: str, mixer: Any) -> Part:
+    """A mixer's activation, for which Transformers and PyTorch have a class each."""
+    usual = nn.SiLU if type(mixer.act) is nn.SiLU else SiLUActivation
+    return Part(f"{name}.act", mixer.act, usual)
 
 
 def parts_of(

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers.activations import SiLUActivation
 
 from anymamba.layers.native import Part
-from anymamba.modeling.mamba.parts import usual_class
+from anymamba.modeling.mamba.parts import activation, usual_class
 from anymamba.modeling.mamba.stateful import StatefulMixer
 from anymamba.modeling.mamba2.mixer import MambaRMSNormGated
 
@@ -29,7 +28,7 @@ def parts_of_mixer(
     yield Part(name, mixer, mixer_class, settings=settings)
     if type(mixer) is not mixer_class:
         return
-    yield Part(f"{name}.act", mixer.act, nn.SiLU if type(mixer.act) is nn.SiLU else SiLUActivation)
+    yield activation(name, mixer)
     yield Part(f"{name}.conv1d", mixer.conv1d, nn.Conv1d)
     if config.use_gated_norm:
         norm = {

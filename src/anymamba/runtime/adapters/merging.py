@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD
-from anymamba.checkpoint.dtypes import as_dtype, as_float32, dtype_of
+from anymamba.checkpoint.dtypes import as_dtype, as_float32, check_fits_float16, dtype_of
 from anymamba.checkpoint.io import shown
 from anymamba.errors import CheckpointError
 from anymamba.runtime.adapters.adapter_file import Adapter, Change
@@ -142,13 +142,9 @@ def _stored(name: str, wide: NDArray[np.float32], before: Tensor, weight_type: s
     if weight_type in ("f32", "bf16") or (weight_type != "auto" and isinstance(before, np.ndarray)):
         return to_weight_type({name: wide}, weight_type)[name]
     if isinstance(before, np.ndarray):
-        narrow = as_dtype(wide, dtype_of(before))
-        if narrow.dtype == np.float16 and not np.isfinite(narrow).all():
-            raise CheckpointError(
-                f"with the adapter, {name} holds numbers beyond float16's 65504; load the model "
-                "with weights='f32' or 'bf16'"
-            )
-        return narrow
+        if dtype_of(before) == "F16":
+            check_fits_float16(f"with the adapter, {name}", wide)
+        return as_dtype(wide, dtype_of(before))
     if weight_type != "auto":
         # Refuses other bits, as it does without an adapter.
         to_weight_type({name: before}, weight_type)

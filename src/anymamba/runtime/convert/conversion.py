@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from anymamba.checkpoint import Layout, expected_shapes, model_shape
 from anymamba.checkpoint.architecture import EMBEDDINGS, HEAD, is_matrix, special_token
 from anymamba.checkpoint.atomic_folder import check_apart, check_destination, write_folder
-from anymamba.checkpoint.dtypes import LARGEST_FLOAT16, as_dtype, as_float32, dtype_of
+from anymamba.checkpoint.dtypes import as_dtype, as_float32, check_fits_float16, dtype_of
 from anymamba.checkpoint.finite import check_finite
 from anymamba.checkpoint.gguf import is_gguf
 from anymamba.checkpoint.gguf.writer import GGUF_WEIGHTS, write_gguf
@@ -189,9 +189,6 @@ def _typed(name: str, tensor: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype_of(tensor) == dtype:
         return tensor
     wide = as_float32(tensor)
-    if dtype == "F16" and not (np.abs(wide) <= LARGEST_FLOAT16).all():
-        raise ConfigError(
-            f"{name} holds numbers beyond float16's {LARGEST_FLOAT16:.0f}; write the "
-            "weights as f32 or bf16"
-        )
+    if dtype == "F16":
+        check_fits_float16(name, wide)
     return as_dtype(wide, dtype)

@@ -94,7 +94,7 @@ def quantize_checkpoint(
         >>> import anymamba
         >>> from anymamba.assets import bundled_model
         >>> folder = quantize_checkpoint(bundled_model(), Path(tempfile.mkdtemp()) / "int4")
-        >>> anymamba.load(folder).weights_kind
+        >>> anymamba.load(folder).weight_type
         'int4'
     """
     recipe = _recipe(weights, group, symmetric, search)

@@ -1,9 +1,9 @@
-"""The selective scan over a sequence of which every process holds a stretch.
+"""The selective scan over a sequence of which every process holds a chunk.
 
-Each process scans its stretch from zeros first, to tell the others what it leaves, and then from
+Each process scans its chunk from zeros first, to tell the others what it leaves, and then from
 the state that follows from what they told. Backward it is the same: the gradient of the state
-before the stretch is found first, and told; then come the gradients of everything else, with that
-of the state after the stretch. A process could wait for the one before instead and scan once, but
+before the chunk is found first, and told; then come the gradients of everything else, with that
+of the state after the chunk. A process could wait for the one before instead and scan once, but
 then only one would work at a time. Source of the rule: "Mamba: Linear-Time Sequence Modeling with
 Selective State Spaces" (arXiv 2312.00752), section 3.3.2 (the scan is associative), here with
 processes for steps.
@@ -35,15 +35,15 @@ def parallel_scan(
     group: Any = None,
     fallback: str = "reference",
 ) -> Tensor:
-    """`anymamba.ops.selective_scan` with softplus, on one stretch of the sequence.
+    """`anymamba.ops.selective_scan` with softplus, on one chunk of the sequence.
 
     Args:
-        x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e: as there, for this stretch.
-        group: the processes, in the order of their stretches; all of them if None.
+        x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e: as there, for this chunk.
+        group: the processes, in the order of their chunks; all of them if None.
         fallback: as there.
 
     Returns:
-        y_ble, what a scan of the whole sequence gives for this stretch.
+        y_ble, what a scan of the whole sequence gives for this chunk.
     """
     inputs = (x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e)
     y_ble: Tensor = _ParallelScan.apply(group, fallback, *inputs)
@@ -92,7 +92,7 @@ def _scan(inputs: Any, before_ben: Tensor | None, fallback: str) -> tuple[Tensor
 
 
 def _time(delta_ble: Any, delta_bias_e: Tensor | None) -> Tensor:
-    """(b, e), the sum of a stretch's steps, in float32."""
+    """(b, e), the sum of a chunk's steps, in float32."""
     step_ble: Tensor = delta_ble.float()
     if delta_bias_e is not None:
         step_ble = step_ble + delta_bias_e.float()

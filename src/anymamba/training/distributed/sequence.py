@@ -1,7 +1,7 @@
-"""Sequence parallelism: one long sequence, of which every process holds a stretch.
+"""Sequence parallelism: one long sequence, of which every process holds a chunk.
 
 Projections, norms and the head see single positions and need nothing from elsewhere. The
-convolution needs the last inputs of the stretch before, and the scan its state.
+convolution needs the last inputs of the chunk before, and the scan its state.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.mamba import MambaMixer
 from anymamba.modeling.packing import Layout, next_tokens
 from anymamba.modeling.state import LayerState
+from anymamba.renamed import old_names
 from anymamba.training.distributed.scan import parallel_scan
 from anymamba.training.distributed.states import check_started, sum_of_losses, window_before
+
+__getattr__ = old_names(__name__)
 
 
 @contextmanager
 def sequence_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:
-    """While it lasts, what the model reads is this process's stretch of a longer sequence.
+    """While it lasts, what the model reads is this process's chunk of a longer sequence.
 
-    Call the model with `stretch_of(input_ids)` on every process of the group, and `backward`
+    Call the model with `chunk_of(input_ids)` on every process of the group, and `backward`
     before leaving. The outputs are those of the whole sequence at these positions. A batch has
     whole rows: no masks, no packed documents, and no cache.
 
     Args:
         model: a Mamba model, alone, wrapped in DDP, or sharded by `shard`.
-        group: the processes, in the order of their stretches; all of them if None.
+        group: the processes, in the order of their chunks; all of them if None.
 
     Raises:
         InputError: there is no process group, or no Mamba layer in the model; and from within,
@@ -60,18 +63,18 @@ def sequence_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:
             del mixer.group
 
 
-def stretch_of(whole: Tensor, group: Any = None, dim: int = 1) -> Tensor:
-    """This process's part of a sequence: stretches are equal, or the first ones one longer.
+def chunk_of(whole: Tensor, group: Any = None, dim: int = 1) -> Tensor:
+    """This process's part of a sequence: chunks are equal, or the first ones one longer.
 
     Args:
         whole: (b, l, ...), the same on all processes.
-        group: the processes, in the order of their stretches; all of them if None.
+        group: the processes, in the order of their chunks; all of them if None.
         dim: which axis is the sequence.
 
     Raises:
         InputError: there is no process group.
     """
-    check_started("stretch_of")
+    check_started("chunk_of")
     parts = torch.tensor_split(whole, dist.get_world_size(group), dim)
     return parts[dist.get_rank(group)].contiguous()
 
@@ -79,21 +82,21 @@ def stretch_of(whole: Tensor, group: Any = None, dim: int = 1) -> Tensor:
 def sequence_loss(
     model: nn.Module, input_ids: Tensor, labels: Tensor | None = None, group: Any = None
 ) -> Tensor:
-    """The language model's loss over whole rows, of which every process computes its stretch.
+    """The language model's loss over whole rows, of which every process computes its chunk.
 
     Args:
         model: a `MambaForCausalLM`, under `sequence_parallel`.
         input_ids: (b, l) token ids, the same on all processes.
         labels: (b, l), as in `MambaForCausalLM.forward`, which is to say not shifted; input_ids if
             None. -100 is ignored.
-        group: the processes, in the order of their stretches; all of them if None.
+        group: the processes, in the order of their chunks; all of them if None.
 
     Returns:
         The mean over all positions that count, the same number on all processes. `backward` gives
-        each process its own stretch's part of the gradients; `sum_gradients` adds them up.
+        each process its own chunk's part of the gradients; `sum_gradients` adds them up.
 
     Raises:
-        InputError: labels has another shape, or a stretch would be shorter than the convolution.
+        InputError: labels has another shape, or a chunk would be shorter than the convolution.
     """
     check_started("sequence_loss")
     labels = input_ids if labels is None else labels
@@ -105,9 +108,9 @@ def sequence_loss(
     _check_long_enough(input_ids.shape[1] // dist.get_world_size(group), _conv_kernel(model))
     targets = next_tokens(labels, None)
     count = int((targets != -100).sum())
-    logits = model(input_ids=stretch_of(input_ids, group), use_cache=False).logits
+    logits = model(input_ids=chunk_of(input_ids, group), use_cache=False).logits
     part = F.cross_entropy(
-        logits.flatten(0, 1), stretch_of(targets, group).flatten(), reduction="sum"
+        logits.flatten(0, 1), chunk_of(targets, group).flatten(), reduction="sum"
     )
     return sum_of_losses(part / max(count, 1), group)
 
@@ -134,7 +137,7 @@ def sum_gradients(model: nn.Module, group: Any = None) -> None:
 
 
 class _SequenceParallelMixer(MambaMixer):
-    """A mixer whose window and state come from the process that holds the stretch before."""
+    """A mixer whose window and state come from the process that holds the chunk before."""
 
     group: Any
 
@@ -146,7 +149,7 @@ class _SequenceParallelMixer(MambaMixer):
         *,
         packed: Layout | None = None,
     ) -> Tensor:
-        """As `MambaMixer.forward`, for one stretch."""
+        """As `MambaMixer.forward`, for one chunk."""
         if cache is not None or attention_mask is not None or packed is not None:
             marked = attention_mask is not None or packed is not None
             given = "a mask or packed rows" if marked else "a cache (pass use_cache=False)"
@@ -169,7 +172,7 @@ class _SequenceParallelMixer(MambaMixer):
 def _check_long_enough(length: int, conv_kernel: int) -> None:
     if length < conv_kernel:
         raise InputError(
-            f"sequence_parallel: a stretch of {length} positions is shorter than the convolution's "
+            f"sequence_parallel: a chunk of {length} positions is shorter than the convolution's "
             f"{conv_kernel}; use fewer processes, or longer sequences"
         )
 

@@ -1,7 +1,7 @@
-"""What processes hand to one another when each holds a stretch of the sequence.
+"""What processes hand to one another when each holds a chunk of the sequence.
 
-A scan is linear in the state it starts from: the state after a stretch is `decay * before + last`,
-where `last` is what the stretch leaves when it starts from zeros, and `decay` what remains of
+A scan is linear in the state it starts from: the state after a chunk is `decay * before + last`,
+where `last` is what the chunk leaves when it starts from zeros, and `decay` what remains of
 anything older. So every process can work at once and two small tensors tell the rest. The
 gradients go back by the same rule, with the last process first.
 """
@@ -32,12 +32,12 @@ def check_started(who: str) -> None:
 
 
 def state_before(decay_ben: Tensor, last_ben: Tensor, group: Any = None) -> tuple[Tensor, Tensor]:
-    """The state in which this process's stretch of the sequence begins. Has no gradient.
+    """The state in which this process's chunk of the sequence begins. Has no gradient.
 
     Args:
-        decay_ben: (b, e, n), what remains after this stretch of a state before it, in float32.
-        last_ben: (b, e, n), the state after this stretch if it begins with zeros.
-        group: the processes, in the order of their stretches; all of them if None.
+        decay_ben: (b, e, n), what remains after this chunk of a state before it, in float32.
+        last_ben: (b, e, n), the state after this chunk if it begins with zeros.
+        group: the processes, in the order of their chunks; all of them if None.
 
     Returns:
         (b, e, n), zeros on the first process; and (p, b, e, n), the decays of all processes, which
@@ -51,11 +51,11 @@ def state_before(decay_ben: Tensor, last_ben: Tensor, group: Any = None) -> tupl
 
 
 def gradient_after(decay_pben: Tensor, dbefore_ben: Tensor, group: Any = None) -> Tensor:
-    """The gradient of the state after this process's stretch, from all that comes later.
+    """The gradient of the state after this process's chunk, from all that comes later.
 
     Args:
         decay_pben: the decays of all processes, from `state_before`.
-        dbefore_ben: (b, e, n), the gradient of the state before this stretch, from this stretch.
+        dbefore_ben: (b, e, n), the gradient of the state before this chunk, from this chunk.
         group: as in `state_before`.
 
     Returns:
@@ -69,7 +69,7 @@ def gradient_after(decay_pben: Tensor, dbefore_ben: Tensor, group: Any = None) -
 
 
 def window_before(tail_bwe: Tensor, group: Any = None) -> Tensor:
-    """The inputs that stand before this process's stretch, whose last w are given. Differentiable.
+    """The inputs that stand before this process's chunk, whose last w are given. Differentiable.
 
     Returns:
         (b, w, e), the previous process's tail; zeros on the first.

@@ -60,19 +60,19 @@ def loss_of_windows(
 
 
 @torch.inference_mode()
-def loss_of_stream(model: torch.nn.Module, row: TokenRow, stretch: int = 1024) -> Loss:
+def loss_of_stream(model: torch.nn.Module, row: TokenRow, chunk: int = 1024) -> Loss:
     """The loss over the whole text, read once: the state is carried from beginning to end.
 
     Args:
         model: an AnyMamba model, which takes and gives a `cache`.
         row: the text; the state restarts where a document begins.
-        stretch: tokens a call.
+        chunk: tokens a call.
     """
     device = next(model.parameters()).device
     cache = None
     total, count = 0.0, 0
-    for start in range(0, len(row) - 1, stretch):
-        piece = cut(row, start, min(stretch, len(row) - 1 - start))
+    for start in range(0, len(row) - 1, chunk):
+        piece = cut(row, start, min(chunk, len(row) - 1 - start))
         if cache is not None and start in row.starts:
             cache.reset()
         inputs = {name: piece[name][None].to(device) for name in ("input_ids", "seq_idx")}

@@ -265,7 +265,7 @@ def test_weights_are_held_as_asked_for(kind, monkeypatch, anymamba):
         "generate", "ROMEO:", "--weights", kind, "--threads", 1, "--max-new-tokens", 4, "--json"
     )
     assert result.json["ended_by"] == "length"
-    assert engines[0].weights_kind == kind
+    assert engines[0].weight_type == kind
     assert engines[0].threads == 1
 
 

@@ -95,7 +95,7 @@ def kinds(options: Options) -> list[str]:
     if not {*asked} & {*QUANTIZED}:
         return asked
     with silence():
-        stored = load(options.model, threads=1, offline=options.offline).weights_kind
+        stored = load(options.model, threads=1, offline=options.offline).weight_type
     if stored not in QUANTIZED:
         return asked
     if options.weights is None:

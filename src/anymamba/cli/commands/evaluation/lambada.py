@@ -59,7 +59,7 @@ def run(options: Options) -> None:
         engine = open_engine(options)
         with Progress(total, visible=not options.quiet) as progress:
             result = test(engine, passages, lambda tokens: progress.show(sum(sizes), tokens))
-    facts = {"model": model_name(options), "weights": engine.weights_kind} | result.as_json()
+    facts = {"model": model_name(options), "weights": engine.weight_type} | result.as_json()
     if options.json:
         print(json_line(facts))
         return

@@ -52,7 +52,7 @@ def run(options: Options) -> None:
         engine = open_engine(options)
         figures = score_text(engine, text)
     if options.json:
-        facts = {"model": model_name(options), "weights": engine.weights_kind}
+        facts = {"model": model_name(options), "weights": engine.weight_type}
         print(json_line(facts | figures))
         return
     per_byte = figures["bits_per_byte"]

@@ -34,7 +34,7 @@ examples:
   tail -n 1000 log.txt | anymamba ingest - --state book.state --save-state more.state
 """
 
-STRETCH_TOKENS = 2048
+CHUNK_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Reader:
     Args:
         engine: the model.
         state: advanced in place.
-        progress: told after each stretch of tokens.
+        progress: told after each chunk of tokens.
     """
 
     def __init__(self, engine: Engine, state: State, progress: Progress) -> None:
@@ -106,13 +106,13 @@ class Reader:
             self._feed(encode(text), len(text.encode("utf-8")))
 
     def _feed(self, tokens: Sequence[int], size: int) -> None:
-        # In stretches, between which progress is shown: that of the model, as the file itself is
+        # In chunks, between which progress is shown: that of the model, as the file itself is
         # read far ahead of it.
-        for start in range(0, len(tokens), STRETCH_TOKENS):
-            stretch = tokens[start : start + STRETCH_TOKENS]
-            self._engine.prefill(self._state, stretch)
-            self.tokens += len(stretch)
-            share = (start + len(stretch)) / len(tokens)
+        for start in range(0, len(tokens), CHUNK_TOKENS):
+            chunk = tokens[start : start + CHUNK_TOKENS]
+            self._engine.prefill(self._state, chunk)
+            self.tokens += len(chunk)
+            share = (start + len(chunk)) / len(tokens)
             self._progress.show(self._fed_bytes + int(size * share), self.tokens)
         self._fed_bytes += size
 
