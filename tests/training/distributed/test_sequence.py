@@ -18,6 +18,9 @@ pytestmark = pytest.mark.slow
 LENGTH = 41  # no multiple: the first chunks are one longer
 
 
+MAMBA2 = {"architecture": "mamba2", "num_heads": 4, "head_dim": 6, "n_groups": 2, "chunk_size": 4}
+
+
 def alone(changes: dict[str, Any], holes: bool) -> tuple[float, dict[str, Any], Any]:
     """Through the model's own loss."""
     torch.set_num_threads(1)
@@ -50,6 +53,9 @@ def same(found: Any, expected: Any) -> None:
         (2, {}),
         (4, {}),
         (2, {"use_conv_bias": False, "use_bias": True, "hidden_act": "gelu", "conv_kernel": 3}),
+        (2, {"architecture": "falcon_mamba", "mixer_rms_eps": 0.3}),
+        (3, MAMBA2 | {"time_step_limit": (0.02, 0.2)}),  # of two, no state passes through one
+        (2, MAMBA2 | {"use_gated_norm": False}),
     ],
 )
 def test_loss_gradients_and_logits(processes: int, changes: dict[str, Any], tmp_path: Path) -> None:

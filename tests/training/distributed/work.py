@@ -8,8 +8,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from anymamba import MambaConfig, MambaForCausalLM
+from anymamba import MambaForCausalLM
 from anymamba.errors import AnyMambaError
+from anymamba.modeling.auto import new_causal_lm
+from anymamba.modeling.config import CONFIGS
 from anymamba.modeling.fused import why_not_fused
 from anymamba.training.distributed import (
     chunk_of,
@@ -25,12 +27,12 @@ STEPS = 4
 Record = dict[str, Any]
 
 
-def small_model(**changes: Any) -> MambaForCausalLM:
+def small_model(architecture: str = "mamba", **changes: Any) -> MambaForCausalLM:
     """The same weights in every process. Its biases and A, where all start alike, differ."""
     torch.manual_seed(0)
     # No size is a multiple of another, so that a mixed-up axis shows.
     settings = {"vocab_size": 19, "hidden_size": 12, "state_size": 5, "num_hidden_layers": 2}
-    model = MambaForCausalLM(MambaConfig(**settings, **changes))
+    model = new_causal_lm(CONFIGS[architecture](**settings, **changes))
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.05 * torch.randn_like(weight)

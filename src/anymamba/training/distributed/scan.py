@@ -1,4 +1,4 @@
-"""The selective scan over a sequence of which every process holds a chunk.
+"""The selective scan, and Mamba-2's, over a sequence of which every process holds a chunk.
 
 Each process scans its chunk from zeros first, to tell the others what it leaves, and then from
 the state that follows from what they told. Backward it is the same: the gradient of the state
@@ -11,7 +11,8 @@ processes for steps.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,55 +46,91 @@ def parallel_scan(
     Returns:
         y_ble, what a scan of the whole sequence gives for this chunk.
     """
+
+    def scan(inputs: Any, before_ben: Tensor | None) -> Any:
+        options: Any = {"return_last_state": True, "fallback": fallback}
+        return ops.selective_scan(*(*inputs, True), initial_state=before_ben, **options)
+
+    def decay(delta_ble: Tensor, A_en: Tensor, bias_e: Tensor | None) -> Tensor:
+        return torch.exp(_steps(delta_ble, bias_e).sum(1)[..., None] * A_en)
+
     inputs = (x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e)
-    y_ble: Tensor = _ParallelScan.apply(group, fallback, *inputs)
+    y_ble: Tensor = _ParallelScan.apply(_Recurrence(scan, decay), group, *inputs)
     return y_ble
+
+
+def parallel_ssd(
+    inputs: tuple[Tensor | None, ...], dt_limit: tuple[float, float], group: Any = None
+) -> Tensor:
+    """`anymamba.ops.ssd` with softplus, on one chunk of the sequence.
+
+    Args:
+        inputs: x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, z_blhp and dt_bias_h as there, for this
+            chunk.
+        dt_limit: the least and the largest step size.
+        group: the processes, in the order of their chunks; all of them if None.
+
+    Returns:
+        y_blhp, what the whole sequence gives for this chunk.
+    """
+
+    def scan(given: Any, before_bhpn: Tensor | None) -> Any:
+        options: Any = {"return_last_state": True, "dt_limit": dt_limit}
+        return ops.ssd(*(*given, True), initial_state=before_bhpn, **options)
+
+    def decay(dt_blh: Tensor, A_h: Tensor, bias_h: Tensor | None) -> Tensor:
+        return torch.exp(_steps(dt_blh, bias_h).clamp(*dt_limit).sum(1) * A_h)[..., None, None]
+
+    y_blhp: Tensor = _ParallelScan.apply(_Recurrence(scan, decay), group, *inputs)
+    return y_blhp
+
+
+class _Recurrence(NamedTuple):
+    """What tells one scan from another.
+
+    Args:
+        scan: of the inputs and the state before them, which may be None: y and the last state.
+        decay: of the steps, A and the steps' bias: what remains of a state after the chunk. It has
+            the state's axes, of which some may be one.
+    """
+
+    scan: Callable[[Any, Tensor | None], tuple[Tensor, Tensor]]
+    decay: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class _ParallelScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Any, fallback: str, *inputs: Any) -> Tensor:
+    def forward(ctx: Any, recurrence: _Recurrence, group: Any, *inputs: Any) -> Tensor:
         x, delta, A, B, C, _, _, delta_bias = inputs
-        _, last_ben = _scan((x, delta, A, B, C, None, None, delta_bias), None, fallback)
-        decay_ben = torch.exp(_time(delta, delta_bias)[..., None] * A)
-        before_ben, decay_pben = state_before(decay_ben, last_ben, group)
-        y_ble, _ = _scan(inputs, before_ben, fallback)
-        ctx.save_for_backward(*inputs, before_ben, decay_pben)
-        ctx.group, ctx.fallback = group, fallback
-        return y_ble
+        _, last = recurrence.scan((x, delta, A, B, C, None, None, delta_bias), None)
+        decay = recurrence.decay(delta, A, delta_bias).expand_as(last)
+        before, decay_p = state_before(decay, last, group)
+        y, _ = recurrence.scan(inputs, before)
+        ctx.save_for_backward(*inputs, before, decay_p)
+        ctx.recurrence, ctx.group = recurrence, group
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_ble: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, before_ben, decay_pben = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, before, decay_p = ctx.saved_tensors
         with torch.enable_grad():
             # Once more, because only now it is known that this will go back.
-            before_ben = before_ben.detach().requires_grad_()
+            before = before.detach().requires_grad_()
             leaves = [
                 None if tensor is None else tensor.detach().requires_grad_(needed)
                 for tensor, needed in zip(inputs, ctx.needs_input_grad[2:], strict=True)
             ]
-            y_ble, last_ben = _scan(leaves, before_ben, ctx.fallback)
-        (dbefore_ben,) = torch.autograd.grad(y_ble, before_ben, dy_ble, retain_graph=True)
-        dafter_ben = gradient_after(decay_pben, dbefore_ben, ctx.group)
+            y, last = ctx.recurrence.scan(leaves, before)
+        (dbefore,) = torch.autograd.grad(y, before, dy, retain_graph=True)
+        dafter = gradient_after(decay_p, dbefore, ctx.group)
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-        found = iter(torch.autograd.grad((y_ble, last_ben), wanted, (dy_ble, dafter_ben)))
+        found = iter(torch.autograd.grad((y, last), wanted, (dy, dafter)))
         gradients = [next(found) if needed else None for needed in ctx.needs_input_grad[2:]]
         return None, None, *gradients
 
 
-def _scan(inputs: Any, before_ben: Tensor | None, fallback: str) -> tuple[Tensor, Tensor]:
-    """y and the last state. The inputs are those of `parallel_scan`, in its order."""
-    both = ops.selective_scan(
-        *(*inputs, True), initial_state=before_ben, return_last_state=True, fallback=fallback
-    )
-    assert isinstance(both, tuple)
-    return both
-
-
-def _time(delta_ble: Any, delta_bias_e: Tensor | None) -> Tensor:
-    """(b, e), the sum of a chunk's steps, in float32."""
-    step_ble: Tensor = delta_ble.float()
-    if delta_bias_e is not None:
-        step_ble = step_ble + delta_bias_e.float()
-    return F.softplus(step_ble).sum(1)
+def _steps(delta: Tensor, bias: Tensor | None) -> Tensor:
+    """(b, l, .), how long each step lasts, in float32."""
+    steps = delta.float() if bias is None else delta.float() + bias.float()
+    return F.softplus(steps)

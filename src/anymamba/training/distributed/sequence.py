@@ -18,11 +18,14 @@ from torch.nn import functional as F
 from anymamba.errors import InputError
 from anymamba.layers import convolve
 from anymamba.modeling.cache import MambaCache
+from anymamba.modeling.falcon_mamba.model import FalconMambaMixer
 from anymamba.modeling.mamba import MambaMixer
+from anymamba.modeling.mamba.stateful import StatefulMixer
+from anymamba.modeling.mamba2 import Mamba2Mixer
 from anymamba.modeling.packing import Layout, next_tokens
 from anymamba.modeling.state import LayerState
 from anymamba.renamed import old_names
-from anymamba.training.distributed.scan import parallel_scan
+from anymamba.training.distributed.scan import parallel_scan, parallel_ssd
 from anymamba.training.distributed.states import check_started, sum_of_losses, window_before
 
 __getattr__ = old_names(__name__)
@@ -45,21 +48,21 @@ def sequence_parallel(model: nn.Module, group: Any = None) -> Iterator[None]:
             where the model gets what it cannot take here.
     """
     check_started("sequence_parallel")
-    mixers = [module for module in model.modules() if type(module) is MambaMixer]
+    mixers: dict[Any, Any] = {m: type(m) for m in model.modules() if type(m) in _PARALLEL}
     if not mixers:
         raise InputError(
-            "sequence_parallel: the model has no layer of Mamba (those of Falcon-Mamba and Mamba-2 "
-            "cannot be split yet), or is parallel already"
+            "sequence_parallel: the model has no layer of Mamba, Falcon-Mamba or Mamba-2, or is "
+            "parallel already"
         )
-    for mixer in mixers:
+    for mixer, usual in mixers.items():
         # As FSDP2 does it: whatever asks for the class sees that this is no plain mixer.
-        mixer.__class__ = _SequenceParallelMixer
+        mixer.__class__ = _PARALLEL[usual]
         mixer.group = group
     try:
         yield
     finally:
-        for mixer in mixers:
-            mixer.__class__ = MambaMixer
+        for mixer, usual in mixers.items():
+            mixer.__class__ = usual
             del mixer.group
 
 
@@ -136,7 +139,7 @@ def sum_gradients(model: nn.Module, group: Any = None) -> None:
             gradient.copy_(total.view_as(gradient))
 
 
-class _SequenceParallelMixer(MambaMixer):
+class _SequenceParallel(StatefulMixer):
     """A mixer whose window and state come from the process that holds the chunk before."""
 
     group: Any
@@ -166,7 +169,17 @@ class _SequenceParallelMixer(MambaMixer):
         return convolve(self.conv1d, self.act, x_ble, window_bke.transpose(1, 2))[0]
 
     def _scan(self, inputs: tuple[Any, ...], *context: Any) -> Tensor:
-        return parallel_scan(*inputs, group=self.group, fallback=self._fallback)
+        mixer: Any = self
+        if isinstance(self, Mamba2Mixer):
+            limits = (self.time_step_limit[0], self.time_step_limit[1])
+            return parallel_ssd((*inputs, self.dt_bias), limits, self.group)
+        return parallel_scan(*inputs, group=self.group, fallback=mixer._fallback)
+
+
+_PARALLEL: dict[type[StatefulMixer], type[StatefulMixer]] = {
+    usual: type("_SequenceParallelMixer", (_SequenceParallel, usual), {})
+    for usual in (MambaMixer, FalconMambaMixer, Mamba2Mixer)
+}
 
 
 def _check_long_enough(length: int, conv_kernel: int) -> None:
@@ -178,5 +191,5 @@ def _check_long_enough(length: int, conv_kernel: int) -> None:
 
 
 def _conv_kernel(model: nn.Module) -> int:
-    kernels = [m.config.conv_kernel for m in model.modules() if isinstance(m, MambaMixer)]
+    kernels = [m.config.conv_kernel for m in model.modules() if isinstance(m, StatefulMixer)]
     return max(kernels, default=1)

@@ -35,7 +35,8 @@ def state_before(decay_ben: Tensor, last_ben: Tensor, group: Any = None) -> tupl
     """The state in which this process's chunk of the sequence begins. Has no gradient.
 
     Args:
-        decay_ben: (b, e, n), what remains after this chunk of a state before it, in float32.
+        decay_ben: (b, e, n), or (b, h, p, n) with heads as all states here: what remains after this
+            chunk of a state before it, in float32.
         last_ben: (b, e, n), the state after this chunk if it begins with zeros.
         group: the processes, in the order of their chunks; all of them if None.
 
