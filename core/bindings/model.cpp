@@ -71,6 +71,7 @@ class WeightTable {
     if (with_norm) layer.norm = small("norm", array(given, "norm"), {d});
     layer.in_proj = weight(given, "in_proj", model_.projected(), d);
     layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {model_.projected()});
+    layer.in_proj_scale = small("in_proj_scale", maybe(given, "in_proj_scale"), {model_.projected()});
     layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {model_.conv_channels(), model_.k});
     layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {model_.conv_channels()});
     layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {rates});
@@ -85,7 +86,10 @@ class WeightTable {
   void take_sizes(const nb::dict& given) {
     const In A_log = array(given, "A_log"), conv_weight = array(given, "conv_weight");
     model_.k = extent(conv_weight, 1);
-    if (A_log.ndim() == 1) return take_sizes_of_heads(A_log, conv_weight, array(given, "gated_norm"));
+    if (A_log.ndim() == 1) {
+      if (!given.contains("in_proj")) refuse("in_proj is missing");
+      return take_sizes_of_heads(A_log, conv_weight, rows_of(nb::borrow(given["in_proj"])));
+    }
     model_.e = extent(A_log, 0);
     model_.n = extent(A_log, 1);
     if (!given.contains("x_proj")) refuse("x_proj is missing");
@@ -93,8 +97,9 @@ class WeightTable {
     if (model_.r < 0) refuse("x_proj has fewer rows than two for each state");
   }
 
-  void take_sizes_of_heads(const In& A_log, const In& conv_weight, const In& gated_norm) {
-    const std::int64_t e = extent(gated_norm, 0), h = extent(A_log, 0), g = model_.g;
+  // in_proj gives z, what the convolution takes, and a step size a head.
+  void take_sizes_of_heads(const In& A_log, const In& conv_weight, std::int64_t projected) {
+    const std::int64_t h = extent(A_log, 0), g = model_.g, e = projected - extent(conv_weight, 0) - h;
     if (h < 1 || e < 1 || e % h != 0)
       refuse(std::to_string(h) + " heads of A_log do not divide the " + std::to_string(e) + " channels");
     if (h % g != 0) refuse(std::to_string(g) + " groups do not divide the " + std::to_string(h) + " heads");
@@ -121,7 +126,7 @@ class WeightTable {
 
   void add_heads(const nb::dict& given, Layer& layer) {
     layer.A_log = small("A_log", array(given, "A_log"), {model_.h});
-    layer.gated_norm = small("gated_norm", array(given, "gated_norm"), {model_.e});
+    layer.gated_norm = small("gated_norm", maybe(given, "gated_norm"), {model_.e});
   }
 
  protected:

@@ -153,6 +153,7 @@ class DecodeStep {
     barrier.wait([&] { to_state.fetch_line(); });
     kernels_.ssd_step(step, channels.first, channels.last);
     barrier.wait([&] { to_out_proj.fetch_line(); });
+    if (layer.gated_norm.data == nullptr) return buf_.y.data();
     // Of all channels: a group's norm needs them, and computing is cheaper than waiting again.
     norm_groups(m_, layer, own.small, b_, buf_.y.data(), {own.normed_y, DType::f32, m_.e});
     return own.normed_y;
@@ -170,6 +171,7 @@ class DecodeStep {
     const float* bias = floats(layer.in_proj_bias, own.small.in_proj_bias, rows);
     project(layer.in_proj, {own.normed, b_, m_.d, m_.d, own.rounding}, bias, buf_.projected.data(),
             m_.projected(), rows);
+    scale_projected(m_, layer, own.small, b_, buf_.projected.data(), rows);
   }
 
   // Channels of the convolution, of which this worker has computed the inputs.
