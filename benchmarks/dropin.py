@@ -1,8 +1,8 @@
 """How many times faster are Transformers' own models with the drop-in for `mamba_ssm`?
 
-Without it they run on Transformers' PyTorch code. With it, a decode step of all but Mamba-2 is one
-native call for each mixer; norms, attention, experts and the head stay PyTorch's. A model decides
-when it is imported, so that the two sides are two processes, which take turns.
+Without it they run on Transformers' PyTorch code. With it, a decode step is one native call for
+each mixer; norms, attention, experts and the head stay PyTorch's. A model decides when it is
+imported, so that the two sides are two processes, which take turns.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from common.tables import (
 )
 from common.timing import Case, Timing, interleave
 
-MODELS = ("Mamba", "Mamba2", "FalconMamba", "Jamba")
+MODELS = (
+    *("Mamba", "FalconMamba", "Jamba"),
+    *("Mamba2", "Bamba", "Zamba2", "NemotronH", "GraniteMoeHybrid", "FalconH1"),
+)
 PREFILL, DECODE, TRAIN = "prefill", "decode", "train"
 WITHOUT, WITH = "without", "with the drop-in"
 TIMES = Column("times_without", "x without", "{:.1f}")
@@ -188,29 +191,53 @@ def config_of(name: str, quick: bool) -> dict[str, Any]:
     common = {"vocab_size": 64 if quick else 8192, "hidden_size": width}
     common |= {"num_hidden_layers": layers, "pad_token_id": 0, "eos_token_id": None}
     head = 16 if quick else 64
-    return (
-        common
+    attention = {"num_attention_heads": width // head, "num_key_value_heads": width // head}
+    attention |= {"intermediate_size": 2 * width}
+    heads = {"mamba_n_heads": 2 * width // head, "mamba_d_head": head, "mamba_d_state": 128}
+    # One layer is attention.
+    kinds = ["linear_attention"] * layers
+    kinds[layers // 2] = "full_attention"
+    own: dict[str, Any] = {
+        "Mamba": {"state_size": 16},
+        "FalconMamba": {"state_size": 16},
+        "Mamba2": {
+            "state_size": 128,
+            "head_dim": head,
+            "num_heads": 2 * width // head,
+            "n_groups": 1,
+        },
+        # Every other layer has experts.
+        "Jamba": attention
         | {
-            "Mamba": {"state_size": 16},
-            "FalconMamba": {"state_size": 16},
-            "Mamba2": {
-                "state_size": 128,
-                "head_dim": head,
-                "num_heads": 2 * width // head,
-                "n_groups": 1,
-            },
-            # One layer in eight is attention, every other one has experts.
-            "Jamba": {
-                "intermediate_size": 2 * width,
-                "num_attention_heads": width // head,
-                "num_key_value_heads": width // head,
-                "num_experts": 4,
-                "attn_layer_period": layers,
-                "attn_layer_offset": layers // 2,
-                "mamba_dt_rank": width // 16,
-            },
-        }[name]
-    )
+            "num_experts": 4,
+            "attn_layer_period": layers,
+            "attn_layer_offset": layers // 2,
+            "mamba_dt_rank": width // 16,
+        },
+        "Bamba": attention | heads | {"attn_layer_indices": [layers // 2]},
+        "Zamba2": attention
+        | {
+            "layers_block_type": ["hybrid" if k == "full_attention" else k for k in kinds],
+            "n_mamba_heads": 2 * width // head,
+            "mamba_d_state": 64,
+            "adapter_rank": width // 8,
+        },
+        # Every other layer is an MLP.
+        "NemotronH": attention
+        | {
+            "layers_block_type": [("mlp" if i % 2 else kinds[i]) for i in range(layers)],
+            "head_dim": head,
+            "mamba_num_heads": 2 * width // head,
+            "mamba_head_dim": head,
+            "n_groups": 2,
+        },
+        "GraniteMoeHybrid": attention
+        | heads
+        | {"layer_types": kinds, "num_local_experts": 0, "shared_intermediate_size": 2 * width},
+        # Attention and Mamba-2 side by side in every layer.
+        "FalconH1": attention | heads | {"mamba_d_ssm": 2 * width},
+    }
+    return common | own[name]
 
 
 def depth_and_width(quick: bool) -> str:

@@ -1,22 +1,28 @@
-"""How fast is a Mamba-2 layer, compared with its matrix products alone and with Transformers'?"""
+"""How fast is a Mamba-2 layer, compared with its matrix products alone and with Transformers'?
+
+Products are timed as PyTorch computes them, and counted at the peak of the arithmetic.
+"""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from anymamba import ops
 from anymamba.dropin.mamba_ssm.modules.mamba2 import Mamba2
 from common.machine import describe
 from common.options import Options, options_from, parser
 from common.results import finish
+from common.roofline import seconds_at_peak
 from common.tables import (
     MILLISECONDS,
     NAME,
@@ -33,6 +39,8 @@ from common.tables import (
 from common.timing import Case, Timing, interleave
 
 LAYER, OPERATOR = "AnyMamba, Mamba2", "AnyMamba, ops.ssd alone"
+REFERENCE = "AnyMamba, ops.ssd in PyTorch (backend 'reference')"
+PEAK, PEAK_PRODUCTS = "limit: the layer's products at the peak", "limit: the operator's at the peak"
 LIMIT, PRODUCTS = "limit: the layer's products", "limit: the operator's products"
 TRANSFORMERS = "Transformers, Mamba2Mixer"
 TIMES = Column("times_transformers", "x Transformers", "{:.1f}")
@@ -78,6 +86,8 @@ def forward(layer: Layer, length: int, options: Options) -> Table:
         Case(LAYER, lambda: ours(hidden_bld)),
         Case(PRODUCTS, OperatorProducts(layer, length)),
         Case(OPERATOR, lambda: ops.ssd(*inputs)),
+        Case(REFERENCE, lambda: ops.ssd(*inputs, backend="reference")),
+        *peaks(ours, layer, length),
     ]
     more, missing = transformers_case(
         layer, ours, options, lambda theirs: lambda: theirs(hidden_bld)
@@ -106,11 +116,13 @@ def step(layer: Layer, length: int, options: Options) -> Table:
         Case(LAYER, through(ours)),
         Case(PRODUCTS, torch.no_grad()(operator)),
         Case(OPERATOR, lambda: learn(lambda: ops.ssd(*inputs), inputs)),
+        Case(REFERENCE, lambda: learn(lambda: ops.ssd(*inputs, backend="reference"), inputs)),
+        *peaks(ours, layer, length),
     ]
     more, missing = transformers_case(layer, ours, options, through)
     timings = interleave(cases + more, options.rounds or 9)
     # The backward pass has two products for each one of the forward pass.
-    for name in (LIMIT, PRODUCTS):
+    for name in (LIMIT, PRODUCTS, PEAK, PEAK_PRODUCTS):
         timings[name] = timings[name].times(3)
     return table("Forward and backward", layer, length, rows_of(timings, length) + missing)
 
@@ -119,12 +131,31 @@ def rows_of(timings: dict[str, Timing], tokens: int) -> list[Row]:
     """Each case beside its own limit, and the layers beside Transformers'."""
     rows = []
     for name, timing in timings.items():
-        limit = PRODUCTS if name in (PRODUCTS, OPERATOR) else LIMIT
+        limit = PEAK_PRODUCTS if name in (PRODUCTS, OPERATOR, REFERENCE, PEAK_PRODUCTS) else PEAK
         row = timed(name, timing, tokens, timings[limit])
-        if TRANSFORMERS in timings and limit == LIMIT:
+        if TRANSFORMERS in timings and limit == PEAK:
             row["times_transformers"] = timing.speed_beside(timings[TRANSFORMERS])
         rows.append(row)
     return rows
+
+
+def peaks(module: Mamba2, layer: Layer, length: int) -> list[Case]:
+    """What the products would take at the peak."""
+    cases = []
+    for name, products in (
+        (PEAK, LayerProducts(module, layer, length)),
+        (PEAK_PRODUCTS, OperatorProducts(layer, length)),
+    ):
+        seconds = partial(seconds_at_peak, operations_of(products))
+        cases.append(Case(name, seconds, own_clock=True))
+    return cases
+
+
+def operations_of(products: Callable[[], None]) -> int:
+    """Multiplications and additions, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        products()
+    return int(counter.get_total_flops())
 
 
 def table(what: str, layer: Layer, length: int, rows: list[Row]) -> Table:

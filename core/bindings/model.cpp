@@ -72,6 +72,7 @@ class WeightTable {
     if (with_norm) layer.norm = small("norm", array(given, "norm"), {d});
     layer.in_proj = weight(given, "in_proj", model_.projected(), d);
     layer.in_proj_bias = small("in_proj_bias", maybe(given, "in_proj_bias"), {model_.projected()});
+    layer.in_proj_scale = small("in_proj_scale", maybe(given, "in_proj_scale"), {model_.projected()});
     layer.conv_weight = small("conv_weight", array(given, "conv_weight"), {model_.conv_channels(), model_.k});
     layer.conv_bias = small("conv_bias", maybe(given, "conv_bias"), {model_.conv_channels()});
     layer.dt_bias = small("dt_bias", maybe(given, "dt_bias"), {rates});

@@ -203,28 +203,72 @@ SsdInputs ssd_parameters(const In& A, const MaybeIn& D, const MaybeIn& dt_bias, 
   if (groups < 1 || heads % groups != 0) refuse("the groups of B must divide the heads");
   if (e < 1 || n < 1) refuse("heads need at least one channel and B one state");
   check_limits(limits);
-  return {heads, e / heads, n, groups, {}, {}, {}, {}, {}, floats("A", A, {heads}), floats("D", D, {heads}),
-          floats("dt_bias", dt_bias, {heads}), softplus, limits.first, limits.second};
+  const std::int64_t p = e / heads;
+  const bool D_of_channels = D && D->ndim() == 2;
+  const float* const skip = D_of_channels ? floats("D", D, {heads, p}) : floats("D", D, {heads});
+  return {heads, p, n, groups, {}, {}, {}, {}, {}, floats("A", A, {heads}), skip,
+          floats("dt_bias", dt_bias, {heads}), softplus, D_of_channels, limits.first, limits.second};
 }
 
-void py_ssd(const In& x, const In& dt, const In& A, const In& B, const In& C, const MaybeIn& D,
-            const MaybeIn& z, const MaybeIn& dt_bias, bool softplus, Limits dt_limit,
-            const MaybeIn& initial, const MaybeIn& segments, std::int64_t n_states, bool reverse,
-            const Out& y, const MaybeOut& last) {
+// What `ssd` and `ssd_backward` share: the inputs, checked.
+Ssd read_ssd(const In& x, const In& dt, const In& A, const In& B, const In& C, const MaybeIn& D,
+             const MaybeIn& z, const MaybeIn& dt_bias, bool softplus, Limits dt_limit, const MaybeIn& initial,
+             const SegmentList& segments) {
   const std::int64_t b = extent(x, 0), l = extent(x, 1), e = extent(x, 2);
-  const SegmentList list(segments, b, l, n_states, reverse);
-  Ssd ssd = {ssd_parameters(A, D, dt_bias, softplus, dt_limit, e, extent(B, 2), extent(B, 3)), list.view,
+  Ssd ssd = {ssd_parameters(A, D, dt_bias, softplus, dt_limit, e, extent(B, 2), extent(B, 3)), segments.view,
              nullptr};
   ssd.x = tensor3("x", x, {b, l, e});
   ssd.dt = tensor3("dt", dt, {b, l, ssd.heads});
   if (z) ssd.z = tensor3("z", *z, {b, l, e});
   ssd.B = projection("B", B, b, l, ssd.groups, ssd.n);
   ssd.C = projection("C", C, b, l, ssd.groups, ssd.n);
-  ssd.initial = floats("initial", initial, {list.n_states, ssd.heads, ssd.p, ssd.n});
-  const SsdResult result = {tensor3("y", y, {b, l, e}),
+  ssd.initial = floats("initial", initial, {segments.n_states, ssd.heads, ssd.p, ssd.n});
+  return ssd;
+}
+
+void py_ssd(const In& x, const In& dt, const In& A, const In& B, const In& C, const MaybeIn& D,
+            const MaybeIn& z, const MaybeIn& dt_bias, bool softplus, Limits dt_limit,
+            const MaybeIn& initial, const MaybeIn& segments, std::int64_t n_states, bool reverse,
+            const Out& y, const MaybeOut& last) {
+  const std::int64_t b = extent(x, 0), l = extent(x, 1);
+  const SegmentList list(segments, b, l, n_states, reverse);
+  const Ssd ssd = read_ssd(x, dt, A, B, C, D, z, dt_bias, softplus, dt_limit, initial, list);
+  const SsdResult result = {tensor3("y", y, {b, l, ssd.e()}),
                             floats("last", last, {list.n_states, ssd.heads, ssd.p, ssd.n})};
   const WithoutGil unlocked;
   kernels().ssd(ssd, result);
+}
+
+void py_ssd_backward(const In& x, const In& dt, const In& A, const In& B, const In& C, const MaybeIn& D,
+                     const MaybeIn& z, const MaybeIn& dt_bias, bool softplus, Limits dt_limit,
+                     const MaybeIn& initial, const MaybeIn& segments, std::int64_t n_states, bool reverse,
+                     const In& dy, const MaybeIn& dlast, const Out& dx, const Out& ddt, const Out& dA,
+                     const Out& dB, const Out& dC, const MaybeOut& dD, const MaybeOut& dz,
+                     const MaybeOut& ddt_bias, const MaybeOut& dinitial) {
+  const std::int64_t b = extent(x, 0), l = extent(x, 1);
+  const SegmentList list(segments, b, l, n_states, reverse);
+  const Ssd ssd = read_ssd(x, dt, A, B, C, D, z, dt_bias, softplus, dt_limit, initial, list);
+  if (ssd.D != nullptr && !dD) refuse("dD is missing");
+  if (ssd.z && !dz) refuse("dz is missing");
+  if (ssd.dt_bias != nullptr && !ddt_bias) refuse("ddt_bias is missing");
+  const std::int64_t h = ssd.heads, e = ssd.e();
+  SsdGradients gradients;
+  gradients.y = tensor3("dy", dy, {b, l, e});
+  gradients.last = floats("dlast", dlast, {list.n_states, h, ssd.p, ssd.n});
+  gradients.x = tensor3("dx", dx, {b, l, e});
+  gradients.dt = tensor3("ddt", ddt, {b, l, h});
+  if (ssd.z) gradients.z = tensor3("dz", *dz, {b, l, e});
+  gradients.B = floats("dB", dB, {b, l, ssd.groups, ssd.n});
+  gradients.C = floats("dC", dC, {b, l, ssd.groups, ssd.n});
+  gradients.rows = b;
+  gradients.steps = l;
+  gradients.A = floats("dA", dA, {h});
+  if (ssd.D != nullptr) gradients.D = ssd.D_of_channels ? floats("dD", *dD, {h, ssd.p}) : floats("dD", *dD, {h});
+  gradients.dt_bias = ssd.dt_bias != nullptr ? floats("ddt_bias", ddt_bias, {h}) : nullptr;
+  gradients.initial = floats("dinitial", dinitial, {list.n_states, h, ssd.p, ssd.n});
+  gradients.n_states = list.n_states;
+  const WithoutGil unlocked;
+  kernels().ssd_backward(ssd, gradients);
 }
 
 void py_ssd_step(const Out& state, const In& x, const In& dt, const In& A, const In& B, const In& C,
@@ -423,6 +467,10 @@ void add_operators(nb::module_& m) {
   m.def("ssd", py_ssd, "x"_a, "dt"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(), "dt_bias"_a.none(),
         "softplus"_a, "dt_limit"_a, "initial"_a.none(), "segments"_a.none(), "n_states"_a, "reverse"_a,
         "y"_a, "last"_a.none());
+  m.def("ssd_backward", py_ssd_backward, "x"_a, "dt"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(), "z"_a.none(),
+        "dt_bias"_a.none(), "softplus"_a, "dt_limit"_a, "initial"_a.none(), "segments"_a.none(),
+        "n_states"_a, "reverse"_a, "dy"_a, "dlast"_a.none(), "dx"_a, "ddt"_a, "dA"_a, "dB"_a, "dC"_a,
+        "dD"_a.none(), "dz"_a.none(), "ddt_bias"_a.none(), "dinitial"_a.none());
   m.def("ssd_step", py_ssd_step, "state"_a, "x"_a, "dt"_a, "A"_a, "B"_a, "C"_a, "D"_a.none(),
         "z"_a.none(), "dt_bias"_a.none(), "softplus"_a, "dt_limit"_a, "y"_a);
   m.def("conv", py_conv, "x"_a, "weight"_a, "bias"_a.none(), "silu"_a, "initial"_a.none(),

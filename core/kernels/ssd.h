@@ -1,4 +1,4 @@
-// The state space duality of Mamba-2, forward, and one step of its recurrence: a scan whose heads of
+// The state space duality of Mamba-2, forward and backward, and one step of its recurrence: a scan whose heads of
 // p channels each decay at one rate, and whose neighbouring heads form groups that share B and C.
 //
 //   dt_t = clamp(softplus(dt_t + bias), low, high)
@@ -20,9 +20,9 @@ struct SsdInputs {
   Tensor3 dt;                      // (rows, steps, h)
   Projection B, C;                 // (rows, steps, g, n)
   const float* A = nullptr;        // (h,)
-  const float* D = nullptr;        // (h,) or null
+  const float* D = nullptr;        // (h,), or (e,) where channels have their own, or null
   const float* dt_bias = nullptr;  // (h,) or null
-  bool softplus = false;
+  bool softplus = false, D_of_channels = false;
   float low = 0, high = __builtin_inff();  // limits of a step size
 
   std::int64_t e() const { return heads * p; }
@@ -37,6 +37,21 @@ struct Ssd : SsdInputs {
 struct SsdResult {
   Tensor3 y;
   float* last = nullptr;  // states that state_out counts, (., h, p, n), or null
+};
+
+// Gradients in and out. All float outputs are overwritten, with zeros where no segment is.
+struct SsdGradients {
+  Tensor3 y;                    // given
+  const float* last = nullptr;  // given, like SsdResult::last, or null
+  Tensor3 x, dt, z;             // z absent where the duality has none
+  float* B = nullptr;           // (b, l, g, n) contiguous; rows and steps as the segments say
+  float* C = nullptr;
+  std::int64_t rows = 0, steps = 0;  // b and l of B and C here
+  float* A = nullptr;           // (h,)
+  float* D = nullptr;           // as Ssd::D, or null
+  float* dt_bias = nullptr;     // (h,) or null
+  float* initial = nullptr;     // like Ssd::initial, or null; every entry is written
+  std::int64_t n_states = 0;    // entries of initial and last
 };
 
 // One step for a batch: the state changes in place.

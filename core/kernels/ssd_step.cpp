@@ -62,7 +62,10 @@ void step_channels(const SsdStep& step, std::int64_t row, std::int64_t first, in
   for (; c < channels; ++c) advance_states<1>(head, step.n, x + c, h + c * step.n, sums + c * kLanes);
   fill_zeros(sums + channels * kLanes, (kLanes - channels) * kLanes);
   FloatVec y = row_sums(sums);
-  if (step.D != nullptr) y = fma(splat(step.D[first / step.p]), inputs, y);
+  if (step.D != nullptr) {
+    const FloatVec D = step.D_of_channels ? load_some(step.D + first, channels) : splat(step.D[first / step.p]);
+    y = fma(D, inputs, y);
+  }
   if (step.z) {
     load_tile(z, step.z, here, block);
     y = y * silu_of(load(z));

@@ -172,6 +172,7 @@ class DecodeStep {
     const float* bias = floats(layer.in_proj_bias, own.small.in_proj_bias, rows);
     project(layer.in_proj, {own.normed, b_, m_.d, m_.d, own.rounding}, bias, buf_.projected.data(),
             m_.projected(), rows);
+    scale_projected(m_, layer, own.small, b_, buf_.projected.data(), rows);
   }
 
   // Channels of the convolution, of which this worker has computed the inputs.

@@ -38,6 +38,7 @@ void embed(const Model& m, const std::int64_t* tokens, const float* given, std::
 SmallTensors::SmallTensors(const Model& m, Arena& memory)
     : norm(memory.floats(m.d)), dt_norm(memory.floats(m.r)), B_norm(memory.floats(m.n)),
       C_norm(memory.floats(m.n)), in_proj_bias(memory.floats(m.projected())),
+      in_proj_scale(memory.floats(m.projected())),
       conv_weight(memory.floats(m.conv_channels() * m.k)), conv_bias(memory.floats(m.conv_channels())),
       dt_bias(memory.floats(m.rates())), A(memory.floats(m.rates() * m.rates_width())),
       D(memory.floats(m.rates())), gated_norm(memory.floats(m.has_heads() ? m.e : 0)),
@@ -49,6 +50,14 @@ const float* floats(Array array, float* buffer, RowRange rows, std::int64_t widt
   const std::int64_t first = rows.first * width, count = rows.last * width - first;
   kernels().to_float32(at(array, first), array.type, buffer + first, count);
   return buffer;
+}
+
+void scale_projected(const Model& m, const Layer& layer, const SmallTensors& small, std::int64_t count,
+                     float* projected, RowRange columns) {
+  const float* const scale = floats(layer.in_proj_scale, small.in_proj_scale, columns);
+  if (scale == nullptr) return;
+  for (std::int64_t row = 0; row < count; ++row, projected += m.projected())
+    for (std::int64_t i = columns.first; i < columns.last; ++i) projected[i] *= scale[i];
 }
 
 void compute_A(const Model& m, const Layer& layer, const SmallTensors& small, RowRange rates) {

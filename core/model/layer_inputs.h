@@ -16,13 +16,17 @@ void embed(const Model& model, const std::int64_t* tokens, const float* given, s
 // Buffers for the float32 forms of a layer's small tensors, indexed as these.
 struct SmallTensors {
   float *norm, *dt_norm, *B_norm, *C_norm;
-  float *in_proj_bias, *conv_weight, *conv_bias, *dt_bias, *A, *D, *gated_norm, *out_proj_bias;
+  float *in_proj_bias, *in_proj_scale, *conv_weight, *conv_bias, *dt_bias, *A, *D, *gated_norm, *out_proj_bias;
   SmallTensors(const Model& model, Arena& memory);
 };
 
 // Rows [first, last), of `width` numbers each, of a small tensor as floats: where they lie, or
 // converted into `buffer`. Indexed from row 0 either way; null where the tensor is absent.
 const float* floats(Array array, float* buffer, RowRange rows, std::int64_t width = 1);
+
+// Multiplies these columns of what in_proj gave, (count, projected), by the layer's scale, if any.
+void scale_projected(const Model& model, const Layer& layer, const SmallTensors& small, std::int64_t count,
+                     float* projected, RowRange columns);
 
 // Makes A of A_log for these channels, or heads, unless the layer has A.
 void compute_A(const Model& model, const Layer& layer, const SmallTensors& small, RowRange rates);

@@ -32,6 +32,7 @@ struct Layer {                //  Mamba                    Mamba-2
   Array norm;                 //  (d,)                     (d,)
   Weight in_proj;             //  (2e, d) x, z             (2e + 2m + h, d) z, x, B, C, dt
   Array in_proj_bias;         //  (2e,) or absent          (2e + 2m + h,) or absent
+  Array in_proj_scale;        //  of what in_proj and its bias give: the same shape, or absent
   Array conv_weight;          //  (e, k)                   (e + 2m, k)
   Array conv_bias;            //  (e,) or absent           (e + 2m,) or absent
   Weight x_proj;              //  (r + 2n, e)

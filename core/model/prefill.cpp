@@ -220,6 +220,7 @@ class Prefill {
     const float* bias = floats(layer.in_proj_bias, buf_.small.in_proj_bias, {0, width});
     multiply(operand_for(layer.in_proj, buf_.normed), m_.d, l_, m_.d, layer.in_proj, width, bias,
              buf_.projected.floats());
+    scale_projected(m_, layer, buf_.small, l_, buf_.projected.floats(), {0, width});
     const Window window = window_of(m_, states_, prompt_.sequences, index);
     kernels().conv({conv_of(m_, layer, buf_.small, activations(), {0, channels}), segments(), window},
                    {rows(buf_.convolved, channels), window});

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from transformers import Mamba2Config
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
+from anymamba import minimal_mamba2
 from anymamba.dropin.mamba_ssm.modules.mamba2 import Mamba2
 from anymamba.dropin.mamba_ssm.modules.mamba2_simple import Mamba2Simple
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError, NotIncludedError
 from tests.support import loops
 from tests.support.models import hidden, unhidden
+from tests.support.operators import ISAS, natively
 from tests.support.stepping import prompt_and_steps
 from tests.support.tolerance import assert_layer, assert_layer_gradients
 
@@ -46,6 +48,48 @@ def test_forward_and_gradients_are_those_of_a_loop(variant: dict[str, Any], fast
     slow = partial(loops.mamba2, d_ssm=mamba.d_ssm)
     assert_layer(mamba(u), slow(mamba, u))
     assert_layer_gradients(mamba, u, slow)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_native_kernels_compute_it(variant: dict[str, Any], isa: str) -> None:
+    """Demanded of the core, whose refusal would be an error."""
+    mamba, u = layer(**variant), inputs()
+    slow = partial(loops.mamba2, d_ssm=mamba.d_ssm)
+    with natively(isa):
+        found = mamba(u)
+        assert_layer_gradients(mamba, u, slow)
+        with torch.no_grad():
+            continued = prompt_and_steps(mamba, u, 19)
+    assert_layer(found, slow(mamba, u))
+    assert_layer(continued, found)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        {"ngroups": 3, "bias": True},
+        {"norm_before_gate": True, "ngroups": 2, "dt_limit": (0.02, 0.1)},
+        {"conv_bias": False, "d_conv": 3, "expand": 1},
+    ],
+)
+def test_the_specification_of_the_same_weights(variant: dict[str, Any]) -> None:
+    mamba, u = layer(**variant), inputs()
+    sizes = {name: size for name, size in SMALL.items() if name != "layer_idx"}
+    args = minimal_mamba2.ModelArgs(n_layer=1, vocab_size=1, **sizes | variant)
+    block = minimal_mamba2.Mamba2Block(args)
+    block.load_state_dict(mamba.state_dict())
+    assert_layer(mamba(u), block(u))
+    assert_layer_gradients(mamba, u, lambda _mamba, x: _by_specification(mamba, args, x))
+
+
+def _by_specification(mamba: Any, args: Any, u: torch.Tensor) -> torch.Tensor:
+    """The specification's block on the layer's own weights, which get the gradients."""
+    block = minimal_mamba2.Mamba2Block(args)
+    weights = dict(mamba.named_parameters())
+    result: torch.Tensor = torch.func.functional_call(block, weights, (u,))
+    return result
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -17,7 +17,11 @@ from tests.dropin.transformers_models import model_of
 from tests.support.operators import ISAS, kernels_of
 from tests.support.tolerance import assert_each, assert_same
 
-MODELS = ("Mamba", "FalconMamba", "Jamba")
+HEADS = (
+    *("Mamba2", "Bamba", "Zamba2", "NemotronH", "GraniteMoeHybrid"),
+    *("FalconH1", "FalconH1 with norms"),
+)
+MODELS = ("Mamba", "FalconMamba", "Jamba", *HEADS)
 # The design's, of one operator's worst error: a mixer is a whole layer, but a short sum.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -56,24 +60,27 @@ class States:
     """A cache of one layer, as Transformers' mixers ask for it."""
 
     def __init__(self, mixer: Any, batch: int, dtype: torch.dtype) -> None:
-        e, n = mixer.A_log.shape
-        k = mixer.conv1d.weight.shape[2]
-        self.window_bek = torch.randn(batch, e, k).to(dtype)
-        self.state_ben = torch.randn(batch, e, n)
+        channels, _, k = mixer.conv1d.weight.shape
+        self.window = torch.randn(batch, channels, k).to(dtype)
+        if mixer.A_log.ndim == 1:
+            shape = (mixer.num_heads, mixer.head_dim, mixer.ssm_state_size)
+        else:
+            shape = mixer.A_log.shape
+        self.state = torch.randn(batch, *shape)
         self.recording = False
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
-        return self.window_bek
+        return self.window
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
-        return self.state_ben
+        return self.state
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return self.recording
 
     def update_conv_state(self, x_bel: Tensor, layer_idx: int, conv_kernel_size: int) -> Tensor:
-        whole = torch.cat([self.window_bek, x_bel], dim=-1)
-        self.window_bek.copy_(whole[..., -conv_kernel_size:])
+        whole = torch.cat([self.window, x_bel], dim=-1)
+        self.window.copy_(whole[..., -conv_kernel_size:])
         return whole
 
 
@@ -82,10 +89,10 @@ def some_steps(mixer: Any, batch: int, dtype: torch.dtype, **arguments: Any) -> 
     torch.manual_seed(1)
     own_dtype = mixer.in_proj.weight.dtype
     states = States(mixer, batch, dtype)
-    states.window_bek = states.window_bek.to(own_dtype)
+    states.window = states.window.to(own_dtype)
     inputs = torch.randn(4, batch, 1, mixer.hidden_size).to(dtype).to(own_dtype)
     outputs = [mixer(x_b1d, cache=states, **arguments) for x_b1d in inputs]
-    return [*(out.detach().float() for out in outputs), states.window_bek.float(), states.state_ben]
+    return [*(out.detach().float() for out in outputs), states.window.float(), states.state]
 
 
 def own_steps(mixer: Any, batch: int, dtype: torch.dtype, **arguments: Any) -> list[Tensor]:
@@ -113,6 +120,20 @@ def test_steps_agree(name: str, dtype: torch.dtype, batch: int, steps: list[int]
     # In 16 bits Transformers rounds between all operations, so that it is no measure itself.
     assert_close(ours, own_steps(mixer.float(), batch, dtype), dtype)
     assert len(steps) == 4
+
+
+@torch.no_grad()
+def test_arguments_for_other_layers_do_not_count(steps: list[int]) -> None:
+    """Hybrids hand these to all their layers; what a mixer's functions might take is another."""
+    mixer = mixer_of("Zamba2")
+    expected = some_steps(mixer, 2, torch.float32)
+    steps.clear()
+    positions = torch.zeros(2, 1, dtype=torch.int64)
+    found = some_steps(mixer, 2, torch.float32, position_ids=positions, position_embeddings=None)
+    assert steps == [2] * 4
+    assert_each(torch.equal, found, expected)
+    some_steps(mixer, 2, torch.float32, seq_idx=None)
+    assert steps == [2] * 4
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -152,7 +173,7 @@ def replace_linear(mixer: Any) -> None:
 
 
 def hook(mixer: Any) -> None:
-    mixer.x_proj.register_forward_hook(lambda _module, _inputs, out: 2 * out)
+    mixer.out_proj.register_forward_hook(lambda _module, _inputs, out: 2 * out)
 
 
 def replace_forward(mixer: Any) -> None:
@@ -185,9 +206,12 @@ UNUSUAL = [replace_linear, hook, replace_forward, parametrize, subclass, mix_typ
 
 
 @pytest.mark.parametrize("change", UNUSUAL)
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
 @torch.no_grad()
-def test_what_a_program_changed_counts(change: Callable[[Any], None], steps: list[int]) -> None:
-    mixer = mixer_of("Mamba")
+def test_what_a_program_changed_counts(
+    name: str, change: Callable[[Any], None], steps: list[int]
+) -> None:
+    mixer = mixer_of(name)
     some_steps(mixer, 2, torch.float32)  # a table is there
     steps.clear()
     change(mixer)
@@ -208,6 +232,58 @@ def test_norms_that_a_program_changed_count(steps: list[int]) -> None:
         assert steps == []
 
 
+def norm_other_groups(mixer: Any) -> None:
+    mixer.norm.group_size = mixer.norm.group_size // 2
+
+
+def norm_before_the_gate(mixer: Any) -> None:
+    mixer.norm.norm_before_gate = True
+
+
+def hook_the_norm(mixer: Any) -> None:
+    mixer.norm.register_forward_hook(lambda _module, _inputs, out: 2 * out)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("Bamba", norm_other_groups, "norm: its group_size is 24, expected 48"),
+        (
+            "FalconH1 with norms",
+            norm_before_the_gate,
+            "norm: its norm_before_gate is True, expected False",
+        ),
+        ("Zamba2", hook_the_norm, "norm: it has hooks"),
+    ],
+)
+@torch.no_grad()
+def test_gated_norms_that_the_core_lacks(
+    name: str, change: Callable[[Any], None], reason: str, steps: list[int]
+) -> None:
+    mixer = mixer_of(name)
+    some_steps(mixer, 1, torch.float32)
+    steps.clear()
+    change(mixer)
+    assert mixer_steps.why_not_fused(mixer) == reason
+    ours = some_steps(mixer, 1, torch.float32)
+    assert steps == []
+    assert_close(ours, own_steps(mixer, 1, torch.float32), torch.float32)
+
+
+@torch.no_grad()
+def test_scales_of_the_projection_may_change() -> None:
+    mixer = mixer_of("FalconH1")
+    for change in (
+        lambda: mixer.mup_vector.mul_(1.5),
+        lambda: setattr(mixer, "mup_vector", mixer.mup_vector + 0.25),
+        lambda: setattr(mixer, "ssm_in_multiplier", 0.75),
+    ):
+        some_steps(mixer, 2, torch.float32)
+        change()
+        ours = some_steps(mixer, 2, torch.float32)
+        assert_close(ours, own_steps(mixer, 2, torch.float32), torch.float32)
+
+
 @torch.no_grad()
 def test_an_activation_unknown_to_the_core(steps: list[int]) -> None:
     mixer = mixer_of("Mamba")
@@ -215,20 +291,26 @@ def test_an_activation_unknown_to_the_core(steps: list[int]) -> None:
     assert mixer_steps.why_not_fused(mixer) == "the activation is relu"
 
 
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("Mamba", "mamba_selective_state_update"),
+        ("Mamba2", "mamba2_selective_state_update"),
+        ("Bamba", "causal_conv1d_update"),
+    ],
+)
 @torch.no_grad()
 def test_a_function_that_a_program_replaced_is_called(
-    monkeypatch: pytest.MonkeyPatch, steps: list[int]
+    name: str, function: str, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
-    mixer = mixer_of("Mamba")
+    mixer = mixer_of(name)
     some_steps(mixer, 1, torch.float32)
     steps.clear()
     module = sys.modules[type(mixer).__module__]
     called = []
-    own = module.mamba_selective_state_update
+    own = getattr(module, function)
     monkeypatch.setattr(
-        module,
-        "mamba_selective_state_update",
-        lambda *args, **kwargs: called.append(1) or own(*args, **kwargs),
+        module, function, lambda *args, **kwargs: called.append(1) or own(*args, **kwargs)
     )
     some_steps(mixer, 1, torch.float32)
     assert len(called) == 4
@@ -277,7 +359,7 @@ def test_beam_search_gives_the_same_text(steps: list[int]) -> None:
 def test_compiled_steps_are_transformers_own(steps: list[int]) -> None:
     mixer = mixer_of("Mamba")
     states = [States(mixer, 1, torch.float32) for _ in range(2)]
-    states[1].window_bek, states[1].state_ben = states[0].window_bek + 0, states[0].state_ben + 0
+    states[1].window, states[1].state = states[0].window + 0, states[0].state + 0
     x_b1d = torch.randn(1, 1, mixer.hidden_size)
     compiled = torch.compile(mixer, backend="eager")
     found = compiled(x_b1d, cache=states[0])

@@ -4,6 +4,9 @@ python tests/dropin/transformers_models.py [--dropin] FILE
 """
 
 import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import anymamba.dropin
 
@@ -14,6 +17,9 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from anymamba import _core
+from anymamba.dropin import mixer_steps
 
 COMMON = {
     "vocab_size": 97,
@@ -48,24 +54,113 @@ JAMBA = {
     "mamba_d_state": 8,
     "mamba_dt_rank": 5,
 }
+# The hybrids with Mamba-2's layers: beside them attention, which layer 1 is, experts and MLPs.
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+HEADS = {"mamba_n_heads": 8, "mamba_d_head": 12, "mamba_n_groups": 2, "mamba_d_state": 16}
+HYBRID = COMMON | ATTENTION | HEADS | {"num_hidden_layers": 3, "mamba_chunk_size": 8}
+LAYERS = ["linear_attention", "full_attention", "linear_attention"]
+ZAMBA2 = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+    "n_mamba_heads": 8,
+    "mamba_ngroups": 2,
+    "mamba_d_state": 16,
+    "chunk_size": 8,
+    "adapter_rank": 4,
+}
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "full_attention", "moe", "linear_attention"],
+    "head_dim": 12,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 10,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "use_bias": True,
+    "n_routed_experts": 3,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+}
+GRANITE = {
+    "layer_types": LAYERS,
+    "mamba_proj_bias": True,
+    "num_local_experts": 3,
+    "shared_intermediate_size": 32,
+    "residual_multiplier": 0.5,
+    "embedding_multiplier": 2.0,
+}
+# Attention and Mamba-2 side by side in every layer, whose products are scaled.
+FALCON_H1 = {
+    "num_hidden_layers": 2,
+    "mamba_d_ssm": 96,
+    "mamba_proj_bias": True,
+    "ssm_multipliers": [0.5, 1.5, 0.75, 1.25, 2.0],
+    "ssm_in_multiplier": 1.25,
+    "ssm_out_multiplier": 0.5,
+    "key_multiplier": 0.5,
+}
+NORMED = {"mamba_rms_norm": True, "mamba_norm_before_gate": False}
 CONFIGS = {
     "Mamba": transformers.MambaConfig(**MAMBA_1, use_bias=True),
     "Mamba2": transformers.Mamba2Config(**COMMON, **MAMBA_2),
     "FalconMamba": transformers.FalconMambaConfig(**MAMBA_1),
     "Jamba": transformers.JambaConfig(**COMMON, **JAMBA),
+    "Bamba": transformers.BambaConfig(**HYBRID, attn_layer_indices=[1]),
+    "Zamba2": transformers.Zamba2Config(**COMMON, **ZAMBA2),
+    "NemotronH": transformers.NemotronHConfig(**COMMON, **ATTENTION, **NEMOTRON_H),
+    "GraniteMoeHybrid": transformers.GraniteMoeHybridConfig(**HYBRID | GRANITE),
+    "FalconH1": transformers.FalconH1Config(**HYBRID | FALCON_H1),
+    "FalconH1 with norms": transformers.FalconH1Config(**HYBRID | FALCON_H1 | NORMED),
 }
 NEW_TOKENS = 12
 
 
+calls: Counter[tuple[str, str]] = Counter()
+"""How often which of the core's functions was called meanwhile, by what was done."""
+
+_doing = ""
+
+
+@contextmanager
+def counting(what: str) -> Iterator[None]:
+    """Count calls as those of a kind of work."""
+    global _doing
+    _doing = what
+    try:
+        yield
+    finally:
+        _doing = ""
+
+
+def count_native_calls() -> None:
+    """Count the calls of the core's operators, and of whole mixers' steps."""
+    names = [name for name in dir(_core) if name.startswith(("conv", "scan", "ssd"))]
+    places = [(_core, name) for name in names] + [(mixer_steps.Table, "step")]
+    for owner, name in places:
+
+        def counted(*args: object, own: object = getattr(owner, name), name: str = name) -> object:
+            calls[_doing, name] += 1
+            return own(*args)
+
+        setattr(owner, name, counted)
+
+
 def main() -> None:
     """Run all models, and write what they give."""
-    torch.save({name: observed(name) for name in CONFIGS}, sys.argv[-1])
+    count_native_calls()
+    found = {}
+    for name in CONFIGS:
+        calls.clear()
+        found[name] = observed(name)
+        found[name] |= {f"calls in {what} of {f}": n for (what, f), n in calls.items()}
+    torch.save(found, sys.argv[-1])
 
 
 def model_of(name: str) -> PreTrainedModel:
     """A model whose weights depend on its name alone, none of which is zero."""
     torch.manual_seed(0)
-    model: PreTrainedModel = getattr(transformers, f"{name}ForCausalLM")(CONFIGS[name])
+    model: PreTrainedModel = getattr(transformers, f"{name.split()[0]}ForCausalLM")(CONFIGS[name])
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
@@ -79,19 +174,23 @@ def observed(name: str) -> dict[str, Tensor]:
     padded = torch.ones_like(ids_bl)
     padded[0, :5] = 0
     with torch.no_grad():
-        found = {
-            "logits": model(ids_bl).logits,
+        with counting("prefill"):
+            found = {"logits": model(ids_bl).logits}
+        found |= {
             "logits of one token": model(ids_bl[:, :1]).logits,
             "logits beside padding": model(ids_bl, attention_mask=padded).logits,
         }
-        if name != "Jamba":  # whose logits in bfloat16 are 8 % off those in float32, on either side
-            found["logits in bfloat16"] = model_of(name).eval().bfloat16()(ids_bl).logits
-    found |= generated(model, "", ids_bl, torch.ones_like(ids_bl))
+        half = model_of(name).eval().bfloat16()
+        found["logits in bfloat16"] = half(ids_bl).logits
+        found["logits of the same weights"] = half.float()(ids_bl).logits
+    with counting("generation"):
+        found |= generated(model, "", ids_bl, torch.ones_like(ids_bl))
     found |= generated(model, " after padding", ids_bl, padded)
     found |= gradients(model, "evaluation", ids_bl)
     if name == "FalconMamba":
         train_as_the_kernels_do(model)
-    return found | gradients(model.train(), "training", ids_bl)
+    with counting("training"):
+        return found | gradients(model.train(), "training", ids_bl)
 
 
 def gradients(model: PreTrainedModel, mode: str, ids_bl: Tensor) -> dict[str, Tensor]:

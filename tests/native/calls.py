@@ -165,7 +165,7 @@ def ssd(rng: Random) -> Call:
     return {
         "x": Array((b, l, h * p)),
         "dt": Array((b, l, h)),
-        **_of_heads(rng, h),
+        **_of_heads(rng, h, p),
         "B": Array((b, l, groups, n)),
         "C": Array((b, l, groups, n)),
         "z": maybe(rng, Array((b, l, h * p))),
@@ -178,6 +178,26 @@ def ssd(rng: Random) -> Call:
     }
 
 
+def ssd_backward(rng: Random) -> Call:
+    call = ssd(rng)
+    del call["y"], call["last"]
+    heads, n_states = call["A"].shape[0], call["n_states"]
+    states = dense(n_states, heads, call["x"].shape[2] // heads, call["B"].shape[3])
+    return call | {
+        "dy": Array(call["x"].shape),
+        "dlast": maybe(rng, states),
+        "dx": Array(call["x"].shape),
+        "ddt": Array(call["dt"].shape),
+        "dA": dense(heads),
+        "dB": dense(*call["B"].shape),
+        "dC": dense(*call["C"].shape),
+        "dD": None if call["D"] is None else dense(*call["D"].shape),
+        "dz": None if call["z"] is None else Array(call["z"].shape),
+        "ddt_bias": None if call["dt_bias"] is None else dense(heads),
+        "dinitial": maybe(rng, states),
+    }
+
+
 def ssd_step(rng: Random) -> Call:
     b, groups, n = rng.randint(0, 5), rng.randint(1, 3), rng.choice([1, 3, 8, 16, 17, 40])
     h, p = groups * rng.randint(1, 3), rng.choice([1, 5, 16, 33, 100])
@@ -185,7 +205,7 @@ def ssd_step(rng: Random) -> Call:
         "state": Array((b, h, p, n), WIDE, "tail"),
         "x": Array((b, h * p)),
         "dt": Array((b, h)),
-        **_of_heads(rng, h),
+        **_of_heads(rng, h, p),
         "B": Array((b, groups, n)),
         "C": Array((b, groups, n)),
         "z": maybe(rng, Array((b, h * p))),
@@ -193,10 +213,10 @@ def ssd_step(rng: Random) -> Call:
     }
 
 
-def _of_heads(rng: Random, h: int) -> Call:
+def _of_heads(rng: Random, h: int, p: int) -> Call:
     return {
         "A": dense(h),
-        "D": maybe(rng, dense(h)),
+        "D": maybe(rng, dense(h) if rng.random() < 0.5 else dense(h, p)),
         "dt_bias": maybe(rng, dense(h)),
         "softplus": rng.random() < 0.5,
         "dt_limit": rng.choice([(0.0, float("inf")), (0.1, 0.4)]),
@@ -342,6 +362,7 @@ CALLS: dict[str, Callable[[Random], Call]] = {
         scan_backward,
         scan_step,
         ssd,
+        ssd_backward,
         ssd_step,
         conv,
         conv_backward,

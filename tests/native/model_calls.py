@@ -40,6 +40,7 @@ class _Sizes:
         shared = {
             "in_proj": self.weight(e + channels + self.h, d),
             "in_proj_bias": maybe(rng, dense(e + channels + self.h)),
+            "in_proj_scale": maybe(rng, dense(e + channels + self.h)),
             "conv_weight": dense(channels, self.k),
             "conv_bias": maybe(rng, dense(channels)),
             "dt_bias": maybe(rng, dense(rates)),

@@ -22,6 +22,7 @@ from tests.support.operators import (
     LINEAR,
     NORM,
     SCAN,
+    SSD,
     TYPES,
     Operator,
     conv_inputs,
@@ -30,6 +31,7 @@ from tests.support.operators import (
     norm_inputs,
     product_inputs,
     scan_inputs,
+    ssd_inputs,
 )
 from tests.support.tolerance import assert_each
 
@@ -63,6 +65,16 @@ CASES = {
             scan_inputs(1, 33, 600, 5, dtype=torch.float16),
         ),
         ({"reverse": False}, {"reverse": True}),
+    ),
+    "ssd": Case(
+        SSD,
+        lambda dtype: [ssd_inputs(2, 70, 4, 6, 2, n, dtype) for n in (5, 16)],
+        ("x_blhp", "dt_blh", "z_blhp", "B_blgn", "C_blgn"),
+        (
+            ssd_inputs(1, 300, 19, 3, 1, 16),
+            ssd_inputs(5, 70, 4, 33, 2, 17),
+            ssd_inputs(3, 65, 6, 16, 1, 33, torch.bfloat16),
+        ),
     ),
     "convolution": Case(
         CONVOLUTION,

@@ -1,5 +1,6 @@
 """The native operators inside PyTorch's machinery: compile, export, checkpoints, autocast."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,16 @@ def linear_call(given: Given) -> tuple[Any, ...]:
 def ssd_call(given: Given) -> tuple[Any, ...]:
     h, p = 2, 3
     A = (-torch.rand(h)).requires_grad_(given.grad)
+    sequences = (given.narrow(b, l, h * p), given.narrow(b, l, h), A)
+    maps = (given.narrow(b, l, 1, n), given.narrow(b, l, 1, n))
+    extras = (given.wide(h, p), given.narrow(b, l, h * p), given.wide(h), given.wide(b, h, p, n))
+    options = (b, True, 0.0, math.inf)
+    return (*sequences, *maps, *map(given.maybe, (*extras, SEGMENTS)), *options)
+
+
+def ssd_chunked_call(given: Given) -> tuple[Any, ...]:
+    h, p = 2, 3
+    A = (-torch.rand(h)).requires_grad_(given.grad)
     sequences = (given.narrow(b, l, h, p), torch.rand(b, l, h).requires_grad_(given.grad), A)
     maps = (given.narrow(b, l, 1, n), given.narrow(b, l, 1, n))
     extras = (given.wide(h, p), given.wide(b, h, p, n), SEGMENTS)
@@ -91,6 +102,7 @@ CALLS: dict[str, Callable[[Given], tuple[Any, ...]]] = {
     "rms_norm": norm_call,
     "linear": linear_call,
     "ssd": ssd_call,
+    "ssd_chunked": ssd_chunked_call,
 }
 
 

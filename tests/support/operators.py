@@ -133,6 +133,30 @@ def first_step(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def ssd_inputs(
+    b: int, l: int, h: int, p: int, g: int, n: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """All arguments of `ssd`; steps of 0 to 1 and rates up to 4 reach from no decay to a lot."""
+    random = torch.Generator().manual_seed(b + l + h + p + g + n)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=random).to(kind)
+
+    return {
+        "x_blhp": normal(b, l, h, p),
+        "dt_blh": normal(b, l, h),
+        "A_h": -4 * torch.rand(h, generator=random).to(wide),
+        "B_blgn": normal(b, l, g, n),
+        "C_blgn": normal(b, l, g, n),
+        "D_h": normal(h, p, kind=wide),
+        "z_blhp": normal(b, l, h, p),
+        "dt_bias_h": normal(h, kind=wide) - 1,
+        "dt_softplus": True,
+        "initial_state": normal(b, h, p, n, kind=wide),
+    }
+
+
 def conv_inputs(
     b: int,
     l: int,
@@ -267,6 +291,10 @@ def _scan(inputs: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
     return ops.selective_scan(**inputs, **options, return_last_state=True)
 
 
+def _ssd(inputs: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
+    return ops.ssd(**inputs, **options, return_last_state=True)
+
+
 def _convolve(inputs: dict[str, Any], **options: Any) -> tuple[Tensor, ...]:
     options = {"activation": "silu", "return_final_window": True} | options
     return ops.causal_conv1d(**inputs, **options)
@@ -290,6 +318,11 @@ SCAN = Operator(
     _scan,
     lambda inputs, **_: (inputs["x_ble"].dtype, torch.float32),
     partial(_scan, backend="reference"),
+)
+SSD = Operator(
+    _ssd,
+    lambda inputs, **_: (inputs["x_blhp"].dtype, torch.float32),
+    partial(_ssd, backend="reference"),
 )
 CONVOLUTION = Operator(
     _convolve,

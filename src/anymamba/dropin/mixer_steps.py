@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,69 +17,74 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from anymamba.checkpoint.architecture import MAMBA
-from anymamba.layers.native import PROJECTIONS, Part, core_tensors, mixer_parts
+from anymamba.dropin.mixer_kinds import MixerKind, kind_of
 from anymamba.ops import backend, matmul_dtype
 from anymamba.ops.backends import BACKENDS, native_is_chosen
 from anymamba.ops.fusable import fusable
 from anymamba.ops.native import TYPES, core, handed
-from anymamba.ops.tracing import runs_now
+from anymamba.ops.tracing import PLAIN_TYPES, runs_now
 from anymamba.ops.watch import ModuleWatch
 
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
 
-# The norms of Falcon-Mamba and Jamba, and their names in the core.
-_NORMS = {"dt_layernorm": "dt_norm", "b_layernorm": "B_norm", "c_layernorm": "C_norm"}
-# The functions that a step of Transformers' calls.
-_FUNCTIONS = ("causal_conv1d_update", "mamba_selective_state_update")
-# What decides a module's result beside its weights.
-_SETTINGS = (
-    *("activation", "time_step_rank", "ssm_state_size", "eps", "variance_epsilon"),
-    *("stride", "dilation", "groups", "padding_mode"),
-)
-
-_replaced: dict[type[nn.Module], tuple[Any, Any]] = {}
-"""For each class, Transformers' forward and ours."""
-
-_functions: dict[type[nn.Module], tuple[Any, ...]] = {}
+# What hybrids hand to all their layers, and no function of a mixer takes.
+_FOR_OTHERS = {
+    *("position_ids", "position_embeddings"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+}
 
 
-def replace(module: ModuleType, kind: type[nn.Module]) -> None:
+@dataclass(frozen=True)
+class _Replaced:
+    """A class of mixers whose forward was replaced."""
+
+    kind: MixerKind
+    original: Any
+    """Transformers' forward."""
+    ours: Any
+    functions: tuple[Any, ...]
+    """What the functions of its kind were when it was imported."""
+
+
+_replaced: dict[type[nn.Module], _Replaced] = {}
+
+
+def replace(module: ModuleType, mixer_class: type[nn.Module]) -> None:
     """Replace the forward of the mixer's class in one of Transformers' modules by one that takes
     plain decode steps natively."""
-    if kind in _replaced:
+    if mixer_class in _replaced:
         take_again()
         return
-    original = kind.forward
-    for name in ("JambaRMSNorm", "FalconMambaWeightlessRMSNorm"):
-        if hasattr(module, name):
-            fusable(getattr(module, name))
-    _functions[kind] = tuple(getattr(module, name) for name in _FUNCTIONS)
+    kind, original = kind_of(module), mixer_class.forward
+    norm_class = kind.norm_class(module)
+    if norm_class is not None:
+        fusable(norm_class)
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or type(self) is not kind:
+        if torch.compiler.is_compiling() or type(self) is not mixer_class:
             return original(self, *args, **kwargs)
         stepped = step(self, *args, **kwargs)
         return original(self, *args, **kwargs) if stepped is None else stepped
 
-    _replaced[kind] = original, forward
-    kind.forward = forward
+    functions = tuple(getattr(module, name) for name in kind.functions)
+    _replaced[mixer_class] = _Replaced(kind, original, forward, functions)
+    mixer_class.forward = forward
 
 
 def take_again() -> None:
     """Replace the forward of all classes again that was given back."""
-    for kind, (original, ours) in _replaced.items():
-        if kind.forward is original:
-            kind.forward = ours
+    for mixer_class, replaced in _replaced.items():
+        if mixer_class.forward is replaced.original:
+            mixer_class.forward = replaced.ours
 
 
 def give_back() -> None:
     """Give the classes their own forward back, except where a program has replaced ours."""
-    for kind, (original, ours) in _replaced.items():
-        if kind.forward is ours:
-            kind.forward = original
+    for mixer_class, replaced in _replaced.items():
+        if mixer_class.forward is replaced.ours:
+            mixer_class.forward = replaced.original
 
 
 def step(
@@ -95,19 +100,19 @@ def step(
     Returns:
         (b, 1, d), with both states advanced; or None where nothing was done.
     """
-    if cache is None or attention_mask is not None or more or others:
+    if cache is None or attention_mask is not None or more or not others.keys() <= _FOR_OTHERS:
         return None
     if hidden_states is None or torch.is_grad_enabled() or not _is_one_token(hidden_states):
         return None
     index = mixer.layer_idx
-    window_bek = cache.get_conv_state(index, state_idx=0)
-    state_ben = cache.get_recurrent_state(index, state_idx=0)
-    if window_bek is None or state_ben is None or cache.is_recording_past(index):
+    window = cache.get_conv_state(index, state_idx=0)
+    state = cache.get_recurrent_state(index, state_idx=0)
+    if window is None or state is None or cache.is_recording_past(index):
         return None
     table = _table_of(mixer)
-    if table is None or not table.fits(hidden_states, window_bek, state_ben):
+    if table is None or not table.fits(hidden_states, window, state):
         return None
-    return table.step(hidden_states, window_bek, state_ben)
+    return table.step(hidden_states, window, state)
 
 
 def _is_one_token(hidden_states: Any) -> bool:
@@ -130,62 +135,43 @@ def why_not_fused(mixer: nn.Module) -> str | None:
         >>> why_not_fused(nn.Linear(2, 2))
         'Linear is not a mixer that the drop-in knows, or was imported before install()'
     """
-    kind = type(mixer)
-    if kind not in _replaced:
-        known = "a mixer that the drop-in knows, or was imported before install()"
-        return f"{kind.__name__} is not {known}"
-    if kind.forward is not _replaced[kind][1]:
-        return f"the forward of {kind.__name__} is not the drop-in's: replaced, or switched off"
+    mixer_class = type(mixer)
+    name = mixer_class.__name__
+    if mixer_class not in _replaced:
+        return f"{name} is not a mixer that the drop-in knows, or was imported before install()"
+    replaced = _replaced[mixer_class]
+    if mixer_class.forward is not replaced.ours:
+        return f"the forward of {name} is not the drop-in's: replaced, or switched off"
     if not native_is_chosen():
         return BACKENDS["cpu"].missing() or f"the backend {backend()!r} is chosen"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    module = sys.modules[kind.__module__]
-    for name, function in zip(_FUNCTIONS, _functions[kind], strict=True):
-        if getattr(module, name) is not function:
-            return f"{module.__name__}.{name} was replaced"
-    return _why_not_usual(mixer)
+    module = sys.modules[mixer_class.__module__]
+    for function, known in zip(replaced.kind.functions, replaced.functions, strict=True):
+        if getattr(module, function) is not known:
+            return f"{module.__name__}.{function} was replaced"
+    return _why_not_usual(mixer, replaced.kind)
 
 
-def _why_not_usual(mixer: Any) -> str | None:
+def _why_not_usual(mixer: Any, kind: MixerKind) -> str | None:
     """Why the weights of a mixer do not say all that it computes, or the core cannot read them."""
     if mixer.activation not in ("silu", "swish"):
         return f"the activation is {mixer.activation}"
-    for part in _parts(mixer):
+    for part in kind.parts(mixer):
         reason = part.why_not_usual()
         if reason is not None:
             return f"{part.name}: {reason}"
-    e, n = mixer.A_log.shape
-    if mixer.ssm_state_size != n or mixer.conv1d.weight.shape[:2] != (e, 1):
-        return "its sizes are not those of its weights"
-    if len({getattr(mixer, name).weight.dtype for name in PROJECTIONS}) > 1:
+    reason = kind.why_not_usual(mixer)
+    if reason is not None:
+        return reason
+    if len({getattr(mixer, name).weight.dtype for name in kind.projections}) > 1:
         return "its projections have several types"
-    if _has_norms(mixer) and len({_eps(getattr(mixer, name)) for name in _NORMS}) > 1:
-        return "its norms have several epsilons"
-    for name, weight in mixer.named_parameters():
-        if type(weight) is not nn.Parameter or weight.dtype not in TYPES:
+    for name, weight in (*mixer.named_parameters(), *mixer.named_buffers(recurse=False)):
+        if type(weight) not in PLAIN_TYPES or weight.dtype not in TYPES:
             return f"{name} is a {type(weight).__name__} of {weight.dtype}"
         if weight.device.type != "cpu" or not weight.is_contiguous():
             return f"{name} is on {weight.device}, or not contiguous"
     return None
-
-
-def _parts(mixer: Any) -> Iterator[Part]:
-    """The modules of a mixer that a native step goes past."""
-    yield from mixer_parts(mixer, (mixer.hidden_size, *mixer.A_log.shape, mixer.time_step_rank))
-    if _has_norms(mixer):
-        module = sys.modules[type(mixer).__module__]
-        weightless = getattr(module, "FalconMambaWeightlessRMSNorm", None)
-        for name in _NORMS:
-            yield Part(name, getattr(mixer, name), weightless or module.JambaRMSNorm)
-
-
-def _has_norms(mixer: nn.Module) -> bool:
-    return hasattr(mixer, "dt_layernorm")
-
-
-def _eps(norm: Any) -> float:
-    return float(norm.eps if hasattr(norm, "eps") else norm.variance_epsilon)
 
 
 def _table_of(mixer: nn.Module) -> Table | None:
@@ -204,59 +190,48 @@ class Table:
     """The pointers to a mixer's weights, and what must not have changed for them to be right."""
 
     def __init__(self, mixer: Any) -> None:
-        modules = [mixer, *(part.module for part in _parts(mixer))]
-        self.watch = ModuleWatch(mixer, modules, _SETTINGS)
-        kind = type(mixer)
-        for name in _FUNCTIONS:
-            self.watch.attribute(sys.modules[kind.__module__], name)
+        kind = _replaced[type(mixer)].kind
+        modules = [mixer, *(part.module for part in kind.parts(mixer))]
+        self.watch = ModuleWatch(mixer, modules, kind.settings)
+        for name in kind.functions:
+            self.watch.attribute(sys.modules[type(mixer).__module__], name)
         self._dtype = mixer.in_proj.weight.dtype
         self._width = mixer.in_proj.weight.shape[1]
-        self._window_shape_ek = (mixer.A_log.shape[0], mixer.conv1d.weight.shape[2])
-        self._state_shape_en = tuple(mixer.A_log.shape)
-        eps = _eps(mixer.dt_layernorm) if _has_norms(mixer) else 0.0
-        self._mixer = core().Mixer(_layer(mixer), self._width, eps)
+        self._window_shape = (mixer.conv1d.weight.shape[0], mixer.conv1d.weight.shape[2])
+        self._state_shape = kind.state_shape(mixer)
+        self._input_scale = kind.input_scale(mixer)
+        self._mixer = core().Mixer(kind.layer(mixer), self._width, **kind.core_options(mixer))
 
-    def fits(self, hidden_b1d: Tensor, window_bek: Tensor, state_ben: Tensor) -> bool:
+    def fits(self, hidden_b1d: Tensor, window: Tensor, state: Tensor) -> bool:
         """Whether the core can work on these tensors where they lie."""
         b = hidden_b1d.shape[0]
         return (
             hidden_b1d.dtype == self._dtype
             and hidden_b1d.shape[2] == self._width
-            and window_bek.shape == (b, *self._window_shape_ek)
-            and state_ben.shape == (b, *self._state_shape_en)
-            and window_bek.dtype in TYPES
-            and state_ben.dtype == torch.float32
+            and window.shape == (b, *self._window_shape)
+            and state.shape == (b, *self._state_shape)
+            and window.dtype in TYPES
+            and state.dtype == torch.float32
             and all(
                 type(states) is Tensor and states.is_cpu and states.is_contiguous()
-                for states in (window_bek, state_ben)
+                for states in (window, state)
             )
         )
 
-    def step(self, hidden_b1d: Tensor, window_bek: Tensor, state_ben: Tensor) -> Tensor:
+    def step(self, hidden_b1d: Tensor, window: Tensor, state: Tensor) -> Tensor:
         """(b, 1, d) what the mixer returns; both states advance."""
+        if self._input_scale != 1.0:
+            hidden_b1d = hidden_b1d * self._input_scale
         out_b1d = torch.empty_like(hidden_b1d)
         core()  # set to PyTorch's number of threads
         self._mixer.step(
             handed(hidden_b1d[:, 0]),
-            handed(window_bek),
-            handed(state_ben),
+            handed(window),
+            handed(state),
             handed(out_b1d[:, 0]),
             matmul_dtype() == "bfloat16",
         )
         return out_b1d
-
-
-def _layer(mixer: Any) -> dict[str, Any]:
-    """A mixer's tensors as the core names them, the model's own memory every one of them."""
-    tensors = core_tensors(mixer, MAMBA)
-    if _has_norms(mixer):
-        widths = (mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size)
-        for (name, name_in_core), width in zip(_NORMS.items(), widths, strict=True):
-            # Falcon-Mamba's norms have a buffer of this name, which they do not use.
-            weight = getattr(mixer, name)._parameters.get("weight")
-            plain = torch.ones(width, dtype=torch.float32, device="cpu")
-            tensors[name_in_core] = plain if weight is None else weight.detach()
-    return tensors
 
 
 _TABLES: WeakKeyDictionary[nn.Module, Table] = WeakKeyDictionary()

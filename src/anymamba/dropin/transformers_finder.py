@@ -16,6 +16,12 @@ MIXERS = {
     "transformers.models.mamba.modeling_mamba": "MambaMixer",
     "transformers.models.falcon_mamba.modeling_falcon_mamba": "FalconMambaMixer",
     "transformers.models.jamba.modeling_jamba": "JambaMambaMixer",
+    "transformers.models.mamba2.modeling_mamba2": "Mamba2Mixer",
+    "transformers.models.bamba.modeling_bamba": "BambaMixer",
+    "transformers.models.zamba2.modeling_zamba2": "Zamba2MambaMixer",
+    "transformers.models.nemotron_h.modeling_nemotron_h": "NemotronHMamba2Mixer",
+    "transformers.models.granitemoehybrid.modeling_granitemoehybrid": "GraniteMoeHybridMambaLayer",
+    "transformers.models.falcon_h1.modeling_falcon_h1": "FalconH1Mixer",
 }
 """The module of a model, and its mixer's class."""
 

@@ -100,7 +100,8 @@ def core_tensors(
             return None
         if name in matrices:
             return matrix_of(module)
-        found = getattr(module, path[-1])
+        # What is missing, the core misses by name.
+        found = getattr(module, path[-1], None)
         return None if found is None else found.detach()
 
     tensors = architecture.core_layer(tensor)

@@ -60,6 +60,8 @@ BACKENDS = {
         operators={
             "selective_scan": "anymamba.ops.scan.native:selective_scan",
             "selective_state_update": "anymamba.ops.scan.native:selective_state_update",
+            "ssd": "anymamba.ops.ssd.native:ssd",
+            "ssd_state_update": "anymamba.ops.ssd.native:ssd_state_update",
             "causal_conv1d": "anymamba.ops.conv.native:causal_conv1d",
             "causal_conv1d_update": "anymamba.ops.conv.native:causal_conv1d_update",
             "rms_norm": "anymamba.ops.norm.native:rms_norm",

@@ -16,6 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 Shape = Sequence[int]
 _SCAN = 7
+# The input times B, the decay, the sum and the output: a head's decay is one exponential.
+_SSD_STEP = 6
+# Steps of a chunk in the core.
+_SSD_STEPS = 64
 # Backward passes walk forward again from the states that were kept, then back, with two products
 # for every one of the forward pass.
 _BACKWARD = 3
@@ -47,12 +51,26 @@ def _scan_step(state: Shape, *_: Any, **__: Any) -> int:
     return _SCAN * math.prod(state)
 
 
-def _ssd(x: Shape, dt: Shape, A: Shape, B: Shape, *rest: Any, **__: Any) -> int:
+def _ssd(x: Shape, dt: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
+    (b, l, e), h = x, A[0]
+    return _ssd_chunked((b, l, h, e // max(1, h)), dt, A, B, _SSD_STEPS)
+
+
+def _ssd_backward(x: Shape, dt: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
+    (b, l, e), h = x, A[0]
+    return _ssd_chunked_backward((b, l, h, e // max(1, h)), dt, A, B, _SSD_STEPS)
+
+
+def _ssd_step(state: Shape, *_: Any, **__: Any) -> int:
+    return _SSD_STEP * math.prod(state)
+
+
+def _ssd_chunked(x: Shape, dt: Shape, A: Shape, B: Shape, *rest: Any, **__: Any) -> int:
     (b, l, h, p), (g, n), q = x, B[2:], min(int(rest[-1]), max(1, x[1]))
     return 2 * b * l * (q * n * g + q * p * h + 2 * n * p * h)
 
 
-def _ssd_backward(x: Shape, dt: Shape, A: Shape, B: Shape, *rest: Any, **__: Any) -> int:
+def _ssd_chunked_backward(x: Shape, dt: Shape, A: Shape, B: Shape, *rest: Any, **__: Any) -> int:
     (b, l, h, p), (g, n), q = x, B[2:], min(int(rest[-1]), max(1, x[1]))
     return 2 * b * l * (3 * q * n * g + 2 * q * p * h + 6 * n * p * h)
 
@@ -71,6 +89,9 @@ def register_flops() -> None:
         "selective_state_update": _scan_step,
         "ssd": _ssd,
         "ssd_backward": _ssd_backward,
+        "ssd_state_update": _ssd_step,
+        "ssd_chunked": _ssd_chunked,
+        "ssd_chunked_backward": _ssd_chunked_backward,
     }
     for name, formula in formulas.items():
         if hasattr(torch.ops.anymamba, name):

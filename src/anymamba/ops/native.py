@@ -24,6 +24,8 @@ _FOUND = torch.cpu.get_capabilities()
 _MULTIPLIES_BFLOAT16 = bool(_FOUND.get("avx512_bf16") or _FOUND.get("amx_tile"))
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The types of numbers that the kernels read."""
+_OF_HEADS = ("ssd", "ssd_state_update")
+_STATES = {"selective_state_update": "state_ben", "ssd_state_update": "state_bhpn"}
 
 
 def is_built() -> bool:
@@ -69,7 +71,8 @@ def description() -> str:
 
 def unsupported_reason(operator: str, arguments: Sequence[Any]) -> str | None:
     """Why the core cannot serve a call, or None."""
-    converted = getattr(arguments, "state_ben", None)  # and written back, whatever its type
+    # A step's state is converted and written back, whatever its type.
+    converted = getattr(arguments, _STATES.get(operator, ""), None)
     for value in arguments:
         if not isinstance(value, Tensor) or value is converted:
             continue
@@ -77,6 +80,8 @@ def unsupported_reason(operator: str, arguments: Sequence[Any]) -> str | None:
             return f"one of the tensors is on {value.device}"
         if value.is_complex() or (value.is_floating_point() and value.dtype not in TYPES):
             return f"its kernels do not offer {value.dtype}"
+    if operator in _OF_HEADS and 0 in (*arguments[0].shape[-2:], arguments[3].shape[-1]):
+        return "its kernels need a head, a channel and a state"
     return None
 
 

@@ -135,13 +135,13 @@ def test_the_duality_is_counted_as_its_products() -> None:
     with FlopCounterMode(display=False, custom_mapping=in_place) as inside:
         run_forward(inputs, (torch.empty_like(x), torch.empty(2, 4, 3, 5)))
     with FlopCounterMode(display=False) as whole:
-        torch.ops.anymamba.ssd(*call, 2, 4)
+        torch.ops.anymamba.ssd_chunked(*call, 2, 4)
     assert whole.get_total_flops() == inside.get_total_flops()
     with FlopCounterMode(display=False, custom_mapping=in_place) as inside:
         gradients = [None if t is None else torch.empty_like(t) for t in call[:7]]
         run_backward(inputs, (), x, None, gradients)
     with FlopCounterMode(display=False) as whole:
-        torch.ops.anymamba.ssd_backward(*call, x, None, 2, 4)
+        torch.ops.anymamba.ssd_chunked_backward(*call, x, None, 2, 4)
     assert whole.get_total_flops() == inside.get_total_flops()
 
 

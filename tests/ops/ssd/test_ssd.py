@@ -1,7 +1,7 @@
 """Mamba-2's operator against a scalar loop, its recurrence, and the selective scan."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -12,39 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from anymamba import ops
 from anymamba.errors import InputError
 from anymamba.ops import selective_scan, ssd, ssd_state_update
 from anymamba.ops.segments import segments_of
 from anymamba.ops.ssd.reference import ssd_sequential
 from tests.support.operators import HALVES, LAYOUTS, gradients, leaves
+from tests.support.operators import ssd_inputs as inputs
 from tests.support.tolerance import assert_contract, assert_each, assert_gradients
 
 SIZES = [(1, 1, 1, 1, 1, 1), (2, 37, 4, 8, 2, 5), (1, 130, 6, 5, 3, 3), (3, 64, 2, 3, 1, 7)]
 EDGES = [(0, 5, 2, 3, 1, 4), (2, 0, 2, 3, 1, 4)]
 
 
-def inputs(
-    b: int, l: int, h: int, p: int, g: int, n: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Any]:
-    """All arguments of `ssd`; steps of 0 to 1 and rates up to 4 reach from no decay to a lot."""
-    random = torch.Generator().manual_seed(b + l + h + p + g + n)
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=random).to(kind)
-
-    return {
-        "x_blhp": normal(b, l, h, p),
-        "dt_blh": normal(b, l, h),
-        "A_h": -4 * torch.rand(h, generator=random).to(wide),
-        "B_blgn": normal(b, l, g, n),
-        "C_blgn": normal(b, l, g, n),
-        "D_h": normal(h, p, kind=wide),
-        "z_blhp": normal(b, l, h, p),
-        "dt_bias_h": normal(h, kind=wide) - 1,
-        "dt_softplus": True,
-        "initial_state": normal(b, h, p, n, kind=wide),
-    }
+@pytest.fixture(autouse=True, scope="module", params=["reference", "auto"])
+def _each_backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """PyTorch's products, and the native core where it takes the call."""
+    with ops.backend(request.param):
+        yield
 
 
 def by_recurrence(given: dict[str, Any], **packed: Tensor) -> tuple[Tensor, Tensor]:

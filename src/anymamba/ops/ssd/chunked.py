@@ -109,7 +109,7 @@ def _reference(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 _ssd = Recurrence(
-    "ssd",
+    "ssd_chunked",
     Inputs,
     allocate=_allocate,
     forward=run_forward,
