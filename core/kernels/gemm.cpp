@@ -33,8 +33,10 @@ constexpr int kDepth = 384;
 constexpr int kBlockRows = 40 * kTileRows;
 static_assert((kBlockRows * kDepth + kTileColumns * kDepth) * 4 + 256 <= kGemmScratch);
 constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of what is summed beside c
-constexpr int64_t kPackedTiles = 8, kFinishedRows = 64;  // that a task packs, and moves to c
-constexpr int64_t kTasksEach = 2;  // for each worker, so that none waits long for another
+constexpr int64_t kPackedTiles = 5, kFinishedRows = 64;  // that a task packs, and moves to c
+// Tasks for each worker, so that none waits long for another; fewer where rows are divided, for each
+// packs all of its columns again.
+constexpr int64_t kTasksEach = 8, kFewTasksEach = 2;
 constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
 constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
 constexpr int kUnrolled = 4, kMostSteps = 16;  // of k, in one turn of the loop and between prefetches
@@ -295,10 +297,10 @@ struct Cut {
 // The rows [first, first + count) of the left operand, packed by all workers.
 void pack_part(const Job& job, const Packing& packing, int64_t first, int64_t count, const Cut& cut,
                float* packed) {
-  constexpr int64_t kRows = kPackedTiles * kTileRows;
-  for_each_task(job, ceil_div(count, kRows), 0, [&](int64_t task) {
-    const int64_t row = task * kRows;
-    packing.left(job.left, first + row, smaller(kRows, count - row), cut.p, cut.depth,
+  const int64_t rows = job.alone ? count : kPackedTiles * kTileRows;
+  for_each_task(job, ceil_div(count, rows), 0, [&](int64_t task) {
+    const int64_t row = task * rows;
+    packing.left(job.left, first + row, smaller(rows, count - row), cut.p, cut.depth,
                  packed + row * cut.depth);
   });
 }
@@ -312,7 +314,8 @@ Block task_block(const Job& job, int64_t rows, int64_t columns, int64_t depth) {
   int64_t high = rows, wide = columns;
   while (wide > kTileColumns && ceil_div(columns, wide) < most)
     wide = round_up(ceil_div(wide, 2), kTileColumns);
-  while (high > kTileRows && ceil_div(columns, wide) * ceil_div(rows, high) < smaller(most, workers))
+  const int64_t few = smaller(most, kFewTasksEach * workers);
+  while (high > kTileRows && ceil_div(columns, wide) * ceil_div(rows, high) < few)
     high = round_up(ceil_div(high, 2), kTileRows);
   return {0, high, 0, wide};
 }
@@ -443,7 +446,7 @@ void run_gemv(const Job& job) {
   const Scratch<float> converted(are_floats(job.left) ? 0 : job.rows * job.depth);
   const FloatRows x = rows_of_floats(job.left, job.rows, job.depth, converted);
   const int64_t worth = job.columns * job.depth / kTaskWeights;
-  const int64_t most = job.alone ? 1 : larger(1, smaller(kTasksEach * Threads::count(), worth));
+  const int64_t most = job.alone ? 1 : larger(1, smaller(kFewTasksEach * Threads::count(), worth));
   const int64_t width = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kGemvRows);
   const int64_t tasks = ceil_div(job.columns, width);
   const auto run = [&](int64_t task) {
