@@ -129,20 +129,19 @@ ANYMAMBA_INLINE void correlate(const float* inputs, const float* taps, std::int6
 }
 
 // inputs (k - 1 + steps, columns): its first `steps` rows become the outputs. The last k - 1 rows
-// stay as they are, for the next tile.
+// stay as they are, for the next tile, which is asked for.
 void convolve(float* inputs, const float* taps, std::int64_t k, bool silu, std::int64_t steps,
-              int columns) {
-  with_taps(k, [=](auto constant) {
+              int columns, const TilesAhead& next) {
+  with_taps(k, [&](auto constant) {
     constexpr int K = decltype(constant)::value;
     for (int c = 0; c < columns; c += kLanes) {
-      if (silu)
-        correlate<K>(inputs, taps, k, columns, c, steps, [=](std::int64_t t, FloatVec total) {
-          store(inputs + t * columns + c, silu_of(total));
-        });
-      else
-        correlate<K>(inputs, taps, k, columns, c, steps, [=](std::int64_t t, FloatVec total) {
-          store(inputs + t * columns + c, total);
-        });
+      Ahead x = next[2 * (c / kLanes)], y = next[2 * (c / kLanes) + 1];
+      const auto each = [&](std::int64_t t, FloatVec total) {
+        x.fetch_line();
+        y.fetch_line();
+        store(inputs + t * columns + c, silu ? silu_of(total) : total);
+      };
+      correlate<K>(inputs, taps, k, columns, c, steps, each);
     }
   });
 }
@@ -157,7 +156,11 @@ void convolve_chunk(const Conv& conv, const Tensor3& y, const Chunks::Chunk& chu
     const std::int64_t steps = smaller(kSteps, chunk.stop - p);
     const SegmentSlice here = part_of(chunk.slice, p, steps);
     read_tile(inputs + past * columns, conv.x, here, block);
-    convolve(inputs, taps, k, conv.silu, steps, columns);
+    const SegmentSlice next =
+        part_of(chunk.slice, p + steps, smaller(kSteps, chunk.slice.steps - p - steps));
+    TilesAhead tiles;
+    for (const Tensor3* tensor : {&conv.x, &y}) tiles.add(*tensor, next, block);
+    convolve(inputs, taps, k, conv.silu, steps, columns, tiles);
     store_tile(inputs, y, here, block);
     __builtin_memmove(inputs, inputs + steps * columns,
                       static_cast<std::size_t>(past * columns) * sizeof(float));

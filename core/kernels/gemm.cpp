@@ -3,13 +3,13 @@
 // The blocked product follows Goto and van de Geijn. Of its two operands one is read a number at a
 // time and broadcast ("left", in rows), the other by whole vectors ("right", in columns):
 //
-//   for each block of c (rows, columns)                         a task, on any worker
-//     for each cut of k (depth)                                 at most kDepth steps
-//       for each part of the rows                               at most kBlockRows
-//         packed (part, depth) = left                           floats, in L2
+//   for each cut of k (depth)                                   at most kDepth steps
+//     for each part of the rows                                 at most kBlockRows
+//       packed (part / kTileRows, depth, kTileRows) = left      floats, by all workers for all; in L2
+//       for each block of the part of c                         a task, on any worker
 //         for each kTileColumns columns of the block
 //           panel (depth, kTileColumns) = right                 floats, in L1
-//           for each kTileRows rows of the part                 micro_kernel
+//           for each kTileRows rows of the block                micro_kernel
 //             sums (kTileRows, kTileVectors vectors)            in registers
 //             for each step of k
 //               sums += a packed number of each row x the panel's vectors
@@ -31,10 +31,15 @@ namespace {
 constexpr int kDepth = 384;
 // Of the left operand in L2: 560 rows with AVX-512, about 900 KiB.
 constexpr int kBlockRows = 40 * kTileRows;
-static_assert((kBlockRows * (kDepth + kRowPadding) + kTileColumns * kDepth) * 4 + 256 <= kGemmScratch);
-constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of a block summed beside c
+static_assert((kBlockRows * kDepth + kTileColumns * kDepth) * 4 + 256 <= kGemmScratch);
+constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of what is summed beside c
+constexpr int64_t kPackedTiles = 5, kFinishedRows = 64;  // that a task packs, and moves to c
+// Tasks for each worker, so that none waits long for another; fewer where rows are divided, for each
+// packs all of its columns again.
+constexpr int64_t kTasksEach = 8, kFewTasksEach = 2;
 constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
 constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
+constexpr int kUnrolled = 4, kMostSteps = 16;  // of k, in one turn of the loop and between prefetches
 constexpr int64_t kGemvRows = 16, kGemvDepth = 1 << 15;  // beyond these, blocked
 
 struct Job {
@@ -43,7 +48,7 @@ struct Job {
   Matrix c;
   const float* bias;  // (columns,) or null
   bool accumulate;
-  int64_t most_tasks;
+  bool alone;  // on this thread
   bool pairs = false;
 };
 
@@ -72,65 +77,70 @@ struct Block {
   int64_t first_row, last_row, first_column, last_column;
 };
 
-// What the tiles of one panel prefetch into L2 for the next panel while they compute. It is spread
-// over the loop of each tile, for a burst of prefetches would block it. There are `all` strips of
-// memory, `stride` bytes apart; a tile takes `count` of them, each in `steps` steps of `step` bytes.
-struct Prefetch {
-  const char* data;
-  int64_t all, count, stride, steps, step;
+// Memory that is asked for ahead, into L2, a line of cache at a time: strips of `bytes` bytes,
+// `stride` bytes apart. A burst of prefetches would block what else is under way.
+struct Ahead {
+  const char* strip = nullptr;
+  int64_t strips = 0, stride = 0, bytes = 0;
+  int64_t at = 0;  // within the strip
+
+  int64_t lines() const { return strips * (ceil_div(bytes, kLine) + 1); }
+  void fetch_line() {
+    if (strips == 0) return;
+    __builtin_prefetch(strip + at, 0, 2);
+    if (at < bytes - 1) at = smaller(at + kLine, bytes - 1);
+    else at = 0, strip += stride, --strips;
+  }
+
+  static constexpr int64_t kLine = 64;
 };
 
-// tile (rows, columns) of c = left (rows, depth) right (depth, vectors * kLanes) + bias + old c.
+// tile (rows, columns) of c = left (depth, kTileRows) transposed times right (depth, vectors *
+// kLanes), + bias + old c.
 struct Tile {
-  LeftPanel left;
-  const float* right;
+  const float *left, *right;
   int64_t depth;
   float* c;
   int64_t c_stride;
   const float* bias;
   bool add_old;
   bool pairs;
-  Prefetch prefetch;
+  Ahead* ahead;
+  int64_t steps, lines;  // after so many steps of k it asks for so many lines of `ahead`
 };
 
 template <int R, int V, bool pairs>
 void micro_kernel(const Tile& tile) {
-  constexpr int kGroups = (R + 2) / 3;  // three rows share a pointer: x86 has few of them
-  const int64_t stride = tile.left.stride, step = tile.left.depth_stride;
-  const float *left[kGroups], *right = tile.right;
-#pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) left[g] = tile.left.data + 3 * g * stride;
-  // The tile's memory arrives during the sums. Each row of it may touch one line more than V.
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    __builtin_prefetch(tile.c + r * tile.c_stride, 1);
-    __builtin_prefetch(tile.c + r * tile.c_stride + V * kLanes - 1, 1);
-  }
+  const float *left = tile.left, *right = tile.right;
+  const int64_t depth = tile.depth;
   FloatVec sums[R][V] = {};
-  // All steps of k, in as many parts as there are strips to prefetch.
-  const char* strip = tile.prefetch.data;
-  for (int64_t p = 0; p < tile.depth; strip += tile.prefetch.stride) {
-    const int64_t stop = smaller(p + tile.prefetch.steps, tile.depth);
-    const char* next = strip;
-    const int64_t next_step = tile.prefetch.step;
+  Ahead ahead = *tile.ahead;
+  for (int64_t p = 0, row = 0; p < depth; ++row) {
+    // The memory of one more row of the tile, which may touch one line more than V.
+    if (row < R) {
+      float* const next = tile.c + row * tile.c_stride;
+      __builtin_prefetch(next, 1);
+      __builtin_prefetch(next + V * kLanes - 1, 1);
+    }
+    for (int64_t line = 0; line < tile.lines; ++line) ahead.fetch_line();
+    const int64_t stop = smaller(depth, p + tile.steps);
+#pragma GCC unroll 4
     for (; p < stop; ++p) {
-      __builtin_prefetch(next, 0, 2);
-      next += next_step;
       FloatVec b[V];  // a row of the panel
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) b[v] = load(right + v * kLanes);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const FloatVec a = splat(left[r / 3][r % 3 * stride]);
+      for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v)
-          sums[r][v] = pairs ? fma_bf16_pairs(a, b[v], sums[r][v]) : fma(a, b[v], sums[r][v]);
-      }
-#pragma GCC unroll 8
-      for (int g = 0; g < kGroups; ++g) left[g] += step;
+          if (pairs) sums[r][v] = fma_bf16_pairs(left + r, b[v], sums[r][v]);
+          else if (r % 2) sums[r][v] = fma_of(left + r, b[v], sums[r][v]);
+          else sums[r][v] = fma(splat(left[r]), b[v], sums[r][v]);
+      left += kTileRows;
       right += V * kLanes;
     }
   }
+  *tile.ahead = ahead;
   // The sums go to c.
   const int64_t c_stride = tile.c_stride;
   float* c = tile.c;
@@ -183,20 +193,15 @@ void run_partial_tile(int64_t rows, int vectors, int64_t columns, const Tile& ti
     }
 }
 
-// The prefetches, over `tiles` tiles, of what pack_right will read.
-Prefetch plan_prefetch(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
-                   int64_t depth, int64_t tiles) {
+// What pack_right will read of the right operand.
+Ahead ahead_of(const Operand& right, int64_t first_column, int64_t columns, int64_t first_depth,
+               int64_t depth) {
   const int64_t size = size_of(right.type);
   const int64_t column = right.stride * size, step = right.depth_stride * size;
-  const int64_t start = first_column * column + first_depth * step;
-  const bool along_depth = right.depth_stride == 1;
-  const int64_t all = along_depth ? columns : depth;
-  const int64_t count = ceil_div(all, smaller(tiles, all));
-  const int64_t steps = ceil_div(depth, smaller(count, depth));
-  const int64_t bytes = (along_depth ? depth : columns) * size;
-  const int64_t stride = along_depth ? column : step;
-  return {static_cast<const char*>(right.data) + start, all, count, stride, steps,
-          ceil_div(bytes, steps)};
+  const char* const start =
+      static_cast<const char*>(right.data) + first_column * column + first_depth * step;
+  if (right.depth_stride == 1) return {start, columns, column, depth * size};
+  return {start, depth, step, columns * size};
 }
 
 // c (block) = sums (rows, stride) + biases + the old c.
@@ -240,16 +245,18 @@ struct Sums {
 };
 
 // sums (rows, columns) = left (rows, depth) panel (depth, columns), for the columns of one panel.
-void run_panel(const LeftPanel& left, int64_t rows, const float* panel, int64_t columns,
-               int64_t depth, const Sums& sums, bool pairs, const Prefetch& prefetch) {
+void run_panel(const float* left, int64_t rows, const float* panel, int64_t columns, int64_t depth,
+               const Sums& sums, bool pairs, Ahead ahead) {
   const int vectors = static_cast<int>(ceil_div(columns, kLanes));
-  Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old,
-               pairs, prefetch};
-  for (int64_t i = 0, strip = 0; i < rows; i += kTileRows, strip += prefetch.count) {
-    tile.left.data = left.data + i * (left.stride == 1 ? depth : left.stride);
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t rate = smaller(depth / kTileRows, tiles * depth / larger(1, ahead.lines()));
+  const int64_t steps = kUnrolled * larger(1, smaller(kMostSteps, rate) / kUnrolled);
+  const int64_t lines = ceil_div(ahead.lines(), tiles * ceil_div(depth, steps));
+  Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old, pairs, &ahead, steps,
+               lines};
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    tile.left = left + i * depth;
     tile.c = sums.data + i * sums.stride;
-    const int64_t first_strip = smaller(strip, prefetch.all - prefetch.count);
-    tile.prefetch.data = prefetch.data + first_strip * prefetch.stride;
     const int64_t tile_rows = smaller(kTileRows, rows - i);
     if (columns % kLanes == 0) run_micro_kernel(tile_rows, vectors, tile);
     else run_partial_tile(tile_rows, vectors, columns, tile);
@@ -266,51 +273,105 @@ int64_t row_step_of(int64_t rows) {
   return round_up(ceil_div(rows, ceil_div(rows, kBlockRows)), kTileRows);
 }
 
-// The most floats that a block of so many rows or fewer takes: of packed rows, of a panel, and of
-// sums beside c.
-struct BlockScratch {
-  int64_t left, panel, sums;
-  BlockScratch(const Job& job, int64_t rows, int64_t columns)
-      : left(smaller(kBlockRows, round_up(rows, kTileRows)) * (depth_step_of(job) + kRowPadding)),
-        panel(kTileColumns * depth_step_of(job)),
-        sums(sums_in_place(job) ? 0 : rows * round_up(columns, 16)) {}
-  int64_t bytes() const {
-    return Scratch<float>::in_arena(left) + Scratch<float>::in_arena(panel) +
-           Scratch<float>::in_arena(sums);
-  }
+// Calls body(task) for all tasks, each with `bytes` of scratch memory for its worker.
+template <class Body>
+void for_each_task(const Job& job, int64_t tasks, int64_t bytes, const Body& body) {
+  if (!job.alone) return parallel_for(tasks, bytes, body);
+  for (int64_t task = 0; task < tasks; ++task) body(task);
+}
+
+// The floats that a part of so many rows or fewer takes when packed, and a panel.
+int64_t packed_floats(const Job& job, int64_t rows) {
+  return smaller(kBlockRows, round_up(rows, kTileRows)) * depth_step_of(job);
+}
+
+int64_t panel_bytes(const Job& job) {
+  return Scratch<float>::in_arena(kTileColumns * depth_step_of(job));
+}
+
+// Steps [p, p + depth) of k.
+struct Cut {
+  int64_t p, depth;
 };
 
-void run_block(const Job& job, const Block& block) {
-  const Packing packing = packing_of(job.left.type, job.right.type);
+// The rows [first, first + count) of the left operand, packed by all workers.
+void pack_part(const Job& job, const Packing& packing, int64_t first, int64_t count, const Cut& cut,
+               float* packed) {
+  const int64_t rows = job.alone ? count : kPackedTiles * kTileRows;
+  for_each_task(job, ceil_div(count, rows), 0, [&](int64_t task) {
+    const int64_t row = task * rows;
+    packing.left(job.left, first + row, smaller(rows, count - row), cut.p, cut.depth,
+                 packed + row * cut.depth);
+  });
+}
+
+// The size of the blocks of (rows, columns) that tasks take. Each packs its own columns of the right
+// operand, so that rows are divided only where there are too few columns.
+Block task_block(const Job& job, int64_t rows, int64_t columns, int64_t depth) {
+  if (job.alone) return {0, rows, 0, columns};
+  const int64_t workers = Threads::count();
+  const int64_t most = smaller(kTasksEach * workers, 2 * rows * columns * depth / kTaskFlops);
+  int64_t high = rows, wide = columns;
+  while (wide > kTileColumns && ceil_div(columns, wide) < most)
+    wide = round_up(ceil_div(wide, 2), kTileColumns);
+  const int64_t few = smaller(most, kFewTasksEach * workers);
+  while (high > kTileRows && ceil_div(columns, wide) * ceil_div(rows, high) < few)
+    high = round_up(ceil_div(high, 2), kTileRows);
+  return {0, high, 0, wide};
+}
+
+// A block of a part's packed rows, its rows and columns being counted within `sums`.
+void run_block(const Job& job, const Packing& packing, const float* packed, const Block& block,
+               int64_t first_column, const Cut& cut, const Sums& sums) {
   const int64_t rows = block.last_row - block.first_row;
-  const int64_t columns = block.last_column - block.first_column;
+  const Scratch<float> panel(kTileColumns * cut.depth);
+  for (int64_t j = block.first_column; j < block.last_column; j += kTileColumns) {
+    const int64_t width = smaller(kTileColumns, block.last_column - j), column = first_column + j;
+    packing.right(job.right, column, width, cut.p, cut.depth, round_up(width, kLanes), panel);
+    const int64_t next = j + kTileColumns;
+    const int64_t next_width = larger(0, smaller(kTileColumns, block.last_column - next));
+    const Ahead ahead = ahead_of(job.right, first_column + next, next_width, cut.p, cut.depth);
+    const Sums of_panel = {sums.data + block.first_row * sums.stride + j, sums.stride,
+                           sums.bias != nullptr ? sums.bias + j : nullptr, sums.add_old};
+    run_panel(packed + block.first_row * cut.depth, rows, panel, width, cut.depth, of_panel, job.pairs,
+              ahead);
+  }
+}
+
+// The rows and columns `all` of c.
+void run_blocks(const Job& job, const Block& all) {
+  const Packing packing = packing_of(job.left.type, job.right.type);
+  const int64_t rows = all.last_row - all.first_row, columns = all.last_column - all.first_column;
   const int64_t row_step = row_step_of(rows), depth_step = depth_step_of(job);
   const bool in_place = sums_in_place(job);
   const int64_t stride = in_place ? job.c.row_stride : round_up(columns, 16);
-  const BlockScratch sizes(job, rows, columns);
-  const Scratch<float> beside(sizes.sums), left(sizes.left), panel(sizes.panel);
+  const Scratch<float> beside(in_place ? 0 : rows * stride), packed(packed_floats(job, rows));
   float* c = in_place ? static_cast<float*>(job.c.data) : static_cast<float*>(beside);
-  if (in_place) c += block.first_row * stride + block.first_column;
+  if (in_place) c += all.first_row * stride + all.first_column;
 
   for (int64_t p = 0; p < job.depth; p += depth_step) {
-    const int64_t depth = smaller(depth_step, job.depth - p);
+    const Cut cut = {p, smaller(depth_step, job.depth - p)};
+    const bool first = in_place && p == 0;
+    const float* bias = first && job.bias != nullptr ? job.bias + all.first_column : nullptr;
     for (int64_t i = 0; i < rows; i += row_step) {
       const int64_t part = smaller(row_step, rows - i);
-      const LeftPanel packed = packing.left(job.left, block.first_row + i, part, p, depth, left);
-      for (int64_t j = 0; j < columns; j += kTileColumns) {
-        const int64_t width = smaller(kTileColumns, columns - j), column = block.first_column + j;
-        packing.right(job.right, column, width, p, depth, round_up(width, kLanes), panel);
-        const int64_t next = j + kTileColumns < columns ? kTileColumns : 0;
-        const int64_t next_width = smaller(kTileColumns, columns - j - next);
-        const Prefetch prefetch = plan_prefetch(job.right, column + next, next_width, p, depth,
-                                         ceil_div(part, kTileRows));
-        const float* bias = in_place && p == 0 && job.bias != nullptr ? job.bias + column : nullptr;
-        const Sums sums = {c + i * stride + j, stride, bias, p > 0 || (in_place && job.accumulate)};
-        run_panel(packed, part, panel, width, depth, sums, job.pairs, prefetch);
-      }
+      pack_part(job, packing, all.first_row + i, part, cut, packed);
+      const Sums sums = {c + i * stride, stride, bias, p > 0 || (in_place && job.accumulate)};
+      const Block size = task_block(job, part, columns, cut.depth);
+      const int64_t high = size.last_row, wide = size.last_column, across = ceil_div(columns, wide);
+      for_each_task(job, across * ceil_div(part, high), panel_bytes(job), [&](int64_t task) {
+        const int64_t row = task / across * high, column = task % across * wide;
+        const Block block = {row, smaller(row + high, part), column, smaller(column + wide, columns)};
+        run_block(job, packing, packed, block, all.first_column, cut, sums);
+      });
     }
   }
-  if (!in_place) finish(job, block, c, stride);
+  if (in_place) return;
+  for_each_task(job, ceil_div(rows, kFinishedRows), 0, [&](int64_t task) {
+    const int64_t row = task * kFinishedRows, first = all.first_row + row;
+    const int64_t last = smaller(first + kFinishedRows, all.last_row);
+    finish(job, {first, last, all.first_column, all.last_column}, c + row * stride, stride);
+  });
 }
 
 // Without any k the sums are zeros.
@@ -324,54 +385,36 @@ void run_empty(const Job& job) {
     }
 }
 
-// The size of the blocks for at least `tasks` of them, as far as they can be had. The left operand
-// is packed again for each block of columns, the right one, which costs more, for each of rows.
-Block first_block(const Job& job, int64_t tasks) {
-  int64_t rows = job.rows, columns = job.columns;
-  if (!sums_in_place(job)) {
-    rows = smaller(rows, kSumsRows);
-    columns = smaller(columns, kSumsColumns);
-  }
-  while (ceil_div(job.rows, rows) * ceil_div(job.columns, columns) < tasks) {
-    if (rows > 4 * columns && rows > kTileRows)
-      rows = round_up(ceil_div(rows, 2), kTileRows);
-    else if (columns > kTileColumns)
-      columns = round_up(ceil_div(columns, 2), kTileColumns);
-    else
-      break;
-  }
-  return {0, rows, 0, columns};
-}
-
-void run_blocks(const Job& job) {
-  const int64_t worth = 2 * job.rows * job.columns * job.depth / kTaskFlops;
-  const int64_t tasks = larger(1, smaller(job.most_tasks, worth));
-  const Block size = first_block(job, tasks);
-  const int64_t row_blocks = ceil_div(job.rows, size.last_row);
-  const int64_t blocks = row_blocks * ceil_div(job.columns, size.last_column);
-  const auto run = [&](int64_t task) {
-    const int64_t row = task % row_blocks * size.last_row;
-    const int64_t column = task / row_blocks * size.last_column;
-    run_block(job, {row, smaller(row + size.last_row, job.rows), column,
-                    smaller(column + size.last_column, job.columns)});
-  };
-  const int64_t bytes = BlockScratch(job, size.last_row, size.last_column).bytes();
-  if (tasks > 1) return parallel_for(blocks, bytes, run);
-  reserve_scratch(bytes);
-  for (int64_t task = 0; task < blocks; ++task) run(task);
+void run_blocks(Job job) {
+  if (job.rows * job.columns * job.depth < kTaskFlops) job.alone = true;  // not worth two tasks
+  const bool in_place = sums_in_place(job);
+  const int64_t rows = in_place ? job.rows : smaller(job.rows, kSumsRows);
+  const int64_t columns = in_place ? job.columns : smaller(job.columns, kSumsColumns);
+  const int64_t beside = in_place ? 0 : rows * round_up(columns, 16);
+  const int64_t workers = job.alone ? 1 : Threads::count();
+  reserve_scratch(Scratch<float>::in_arena(beside) + Scratch<float>::in_arena(packed_floats(job, rows)) +
+                  workers * panel_bytes(job));
+  for (int64_t i = 0; i < job.rows; i += rows)
+    for (int64_t j = 0; j < job.columns; j += columns)
+      run_blocks(job, {i, smaller(i + rows, job.rows), j, smaller(j + columns, job.columns)});
 }
 
 // ---- Few rows of the left operand, spread over the workers by weight rows -----------------------
 
 bool are_floats(const Operand& left) { return left.type == DType::f32 && left.depth_stride == 1; }
 
+struct FloatRows {
+  const float* data;
+  int64_t stride;
+};
+
 // Left rows as rows of floats: themselves where they are, in x (rows, depth) otherwise.
-LeftPanel rows_of_floats(const Operand& left, int64_t rows, int64_t depth, float* x) {
-  if (are_floats(left)) return {static_cast<const float*>(left.data), left.stride, 1};
+FloatRows rows_of_floats(const Operand& left, int64_t rows, int64_t depth, float* x) {
+  if (are_floats(left)) return {static_cast<const float*>(left.data), left.stride};
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t p = 0; p < depth; ++p)
       x[i * depth + p] = read(left.data, left.type, i * left.stride + p * left.depth_stride);
-  return {x, depth, 1};
+  return {x, depth};
 }
 
 bool suits_gemv(const Job& job) {
@@ -384,7 +427,7 @@ int64_t gemv_sums(const Job& job, int64_t columns) {
 }
 
 // The columns [first, last) of c.
-void run_gemv(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
+void run_gemv(const Job& job, const FloatRows& x, int64_t first, int64_t last) {
   const bool in_place = sums_in_place(job) && !job.accumulate;
   const int64_t size = size_of(job.right.type);
   const Scratch<float> beside(gemv_sums(job, last - first));
@@ -401,9 +444,9 @@ void run_gemv(const Job& job, const LeftPanel& x, int64_t first, int64_t last) {
 
 void run_gemv(const Job& job) {
   const Scratch<float> converted(are_floats(job.left) ? 0 : job.rows * job.depth);
-  const LeftPanel x = rows_of_floats(job.left, job.rows, job.depth, converted);
+  const FloatRows x = rows_of_floats(job.left, job.rows, job.depth, converted);
   const int64_t worth = job.columns * job.depth / kTaskWeights;
-  const int64_t most = larger(1, smaller(job.most_tasks, worth));
+  const int64_t most = job.alone ? 1 : larger(1, smaller(kFewTasksEach * Threads::count(), worth));
   const int64_t width = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kGemvRows);
   const int64_t tasks = ceil_div(job.columns, width);
   const auto run = [&](int64_t task) {
@@ -421,7 +464,7 @@ void gemm(const Gemm& p) {
   const Job job = {p.m, p.n, p.k,
                    {p.a.data, p.a.type, p.a.row_stride, p.a.column_stride},
                    {p.b.data, p.b.type, p.b.column_stride, p.b.row_stride},
-                   p.c, p.bias, p.accumulate, p.alone ? 1 : 2 * Threads::count()};
+                   p.c, p.bias, p.accumulate, p.alone};
   if (p.k <= 0) run_empty(job);
   else if (suits_gemv(job)) run_gemv(job);
   else run_blocks(multiplies_pairs(job.left, job.right, job.depth) ? as_pairs(job) : job);

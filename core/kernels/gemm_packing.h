@@ -13,20 +13,13 @@ using std::int64_t;
 constexpr int kTileRows = kGemmTileRows;
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes;
-constexpr int kRowPadding = 16;  // floats: keeps packed rows from falling into the same cache sets
+static_assert(kTileRows <= kLanes);  // a square of kLanes transposed has a tile's rows
 
 // One factor, (outer, k): `stride` lies between rows of the left and columns of the right operand,
 // `depth_stride` between steps of k.
 struct Operand {
   const void* data;
   DType type;
-  int64_t stride, depth_stride;
-};
-
-// Left rows as the micro-kernel reads them: number p of row i is
-// data[i * stride + p * depth_stride].
-struct LeftPanel {
-  const float* data;
   int64_t stride, depth_stride;
 };
 
@@ -61,39 +54,63 @@ void interleave_neighbours(const Operand& left, int64_t start, int64_t rows, int
   }
 }
 
-// Rows of the left operand along k become rows of floats; otherwise panels of kTileRows rows are
-// interleaved, number p of each row in the panel beside the next row's.
-template <DType type>
-LeftPanel pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_t first_depth,
-                    int64_t depth, float* packed) {
-  const int64_t start = first_row * left.stride + first_depth * left.depth_stride;
-  if (left.depth_stride == 1) {
-    const int64_t stride = round_up(depth, 16) + kRowPadding, size = size_of(type);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t from = start + i * left.stride;
-      float* to = packed + i * stride;
-      const int64_t ahead = i + 4 < rows ? 4 * left.stride : 0;
-      int64_t p = 0;
-      for (; p + kLanes <= depth; p += kLanes) {
-        __builtin_prefetch(static_cast<const char*>(left.data) + (from + ahead + p) * size);
-        store(to + p, read_vector(left.data, type, from + p));
-      }
-      for (; p < depth; ++p) to[p] = read(left.data, type, from + p);
+// Calls each(p, v) for steps of k as long as they come in squares or fours, v holding the numbers of
+// kLanes rows along k, of which there are `count`, at step p. Returns how many steps those are.
+template <DType type, class Each>
+ANYMAMBA_INLINE int64_t for_each_step(const Operand& rows, int64_t start, int64_t count, int64_t depth,
+                                      const Each& each) {
+  int64_t p = 0;
+  if (type == DType::f32 && count >= kLanes)
+    for (; p + 4 <= depth; p += 4) {
+      FloatVec v[4];
+      load_columns(v, static_cast<const float*>(rows.data) + start + p, rows.stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) each(p + i, v[i]);
     }
-    return {packed, stride, 1};
+  for (; p + kLanes <= depth; p += kLanes) {
+    FloatVec v[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      v[i] = read_vector(rows.data, type, start + smaller(i, count - 1) * rows.stride + p);
+    transpose(v);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) each(p + i, v[i]);
   }
-  if (left.stride == 1) {
-    interleave_neighbours<type>(left, start, rows, depth, packed);
-    return {packed, 1, kTileRows};
-  }
+  return p;
+}
+
+// One panel of the first of `count` rows that go along k. What a step's vector has behind the panel's
+// rows is overwritten by the next step's; the last has the rows alone.
+template <DType type>
+void interleave_rows(const Operand& left, int64_t start, int64_t count, int64_t depth, float* to) {
+  int64_t p = for_each_step<type>(left, start, count, depth, [=](int64_t step, const FloatVec& v) {
+    if (step + 1 < depth) store(to + step * kTileRows, v);
+    else store_some(to + step * kTileRows, v, kTileRows);
+  });
+  for (; p < depth; ++p)
+    for (int64_t r = 0; r < smaller(kTileRows, count); ++r)
+      to[p * kTileRows + r] = read(left.data, type, start + r * left.stride + p);
+}
+
+// packed: panels of kTileRows rows, (depth, kTileRows), a row's number beside the next row's. What
+// the last panel lacks of rows means nothing.
+template <DType type>
+void pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_t first_depth,
+               int64_t depth, float* packed) {
+  const int64_t start = first_row * left.stride + first_depth * left.depth_stride;
+  if (left.stride == 1 && left.depth_stride != 1)
+    return interleave_neighbours<type>(left, start, rows, depth, packed);
   for (int64_t i = 0; i < rows; i += kTileRows) {
     const int64_t from = start + i * left.stride, count = smaller(kTileRows, rows - i);
-    float* to = packed + i * depth;
+    float* const to = packed + i * depth;
+    if (left.depth_stride == 1) {
+      interleave_rows<type>(left, from, rows - i, depth, to);
+      continue;
+    }
     for (int64_t p = 0; p < depth; ++p)
       for (int64_t r = 0; r < count; ++r)
         to[p * kTileRows + r] = read(left.data, type, from + p * left.depth_stride + r * left.stride);
   }
-  return {packed, 1, kTileRows};
 }
 
 // panel (depth, width) = right (first_depth.., first_column..), zeros behind the last column.
@@ -111,15 +128,9 @@ void pack_right(const Operand& right, int64_t first_column, int64_t columns, int
   } else if (right.depth_stride == 1) {
     for (; j + kLanes <= columns; j += kLanes) {
       const int64_t from = start + j * right.stride;
-      int64_t p = 0;
-      for (; p + kLanes <= depth; p += kLanes) {
-        FloatVec v[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) v[i] = read_vector(right.data, type, from + i * right.stride + p);
-        transpose(v);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(panel + (p + i) * width + j, v[i]);
-      }
+      int64_t p = for_each_step<type>(
+          right, from, kLanes, depth,
+          [=](int64_t step, const FloatVec& v) { store(panel + step * width + j, v); });
       for (; p < depth; ++p)
         for (int i = 0; i < kLanes; ++i)
           panel[p * width + j + i] = read(right.data, type, from + i * right.stride + p);

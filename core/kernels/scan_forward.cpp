@@ -4,26 +4,6 @@
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-// Asks for part `part` of `parts` of a tile that will be read or written later. Its rows are far
-// apart, which hardware does not foresee.
-void prefetch_tile(const Tensor3& tensor, const SegmentSlice& slice, const Block& b, std::int64_t part,
-                   std::int64_t parts) {
-  const bool by_step = tensor.channel_stride == 1;
-  if (!tensor || slice.steps == 0 || (!by_step && tensor.step_stride != 1)) return;
-  const std::int64_t size = size_of(tensor.type);
-  const std::int64_t lowest = slice.direction > 0 ? slice.first : slice.first - (slice.steps - 1);
-  const char* start = static_cast<const char*>(tensor.data) +
-                      (slice.row * tensor.row_stride + lowest * tensor.step_stride +
-                       b.first * tensor.channel_stride) * size;
-  const std::int64_t rows = by_step ? slice.steps : b.channels;
-  const std::int64_t bytes = (by_step ? b.channels : slice.steps) * size;
-  const std::int64_t stride = (by_step ? tensor.step_stride : tensor.channel_stride) * size;
-  for (std::int64_t row = rows * part / parts; row < rows * (part + 1) / parts; ++row)
-    for (std::int64_t byte = 0; byte < bytes; byte += 64)
-      __builtin_prefetch(start + row * stride + byte, 0, 2);
-}
-
-
 // delta = softplus(delta + bias), u = D x, dx = delta x. On entry dx is x.
 void prepare(const Chunk& k, bool softplus) {
   for (int t = 0; t < k.steps; ++t) {
@@ -38,16 +18,17 @@ void prepare(const Chunk& k, bool softplus) {
   }
 }
 
-// All states of all columns. Between vectors the next chunk's tensors are asked for.
+// All states of all columns. Meanwhile the next chunk's tensors are asked for.
 void advance_all(const Scan& scan, const ScanResult& result, const Chunk& k, const Block& b,
                  const SegmentSlice& next) {
-  const std::int64_t parts = k.columns / kLanes;
+  TilesAhead tiles;
+  for (const Tensor3* tensor : {&scan.x, &scan.delta, &scan.z, &result.y}) tiles.add(*tensor, next, b);
+  std::int64_t turn = 0;
   for (int c = 0; c < k.columns; c += kLanes) {
-    for (const Tensor3* tensor : {&scan.x, &scan.delta, &scan.z, &result.y})
-      prefetch_tile(*tensor, next, b, c / kLanes, parts);
     std::int64_t i = 0;
-    for (; i + kStates <= k.n; i += kStates) advance<kStates, false>(k, i, c, nullptr, nullptr);
-    for (; i < k.n; ++i) advance<1, false>(k, i, c, nullptr, nullptr);
+    for (; i + kStates <= k.n; i += kStates)
+      advance<kStates, false>(k, i, c, nullptr, nullptr, tiles[turn++]);
+    for (; i < k.n; ++i) advance<1, false>(k, i, c, nullptr, nullptr, tiles[turn++]);
   }
 }
 

@@ -199,9 +199,11 @@ struct Chunk {
 };
 
 // Takes states [i, i + M) of the vector at column c through the chunk. With kKeep it leaves each
-// step's decay in decays (steps, M, kLanes) and the states in states (steps + 1, M, kLanes).
+// step's decay in decays (steps, M, kLanes) and the states in states (steps + 1, M, kLanes); without
+// it, each step asks for memory ahead.
 template <int M, bool kKeep>
-ANYMAMBA_INLINE void advance(const Chunk& k, std::int64_t i, int c, float* decays, float* states) {
+ANYMAMBA_INLINE void advance(const Chunk& k, std::int64_t i, int c, float* decays, float* states,
+                             Ahead ahead = {}) {
   FloatVec A[M], h[M];
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j) {
@@ -212,6 +214,7 @@ ANYMAMBA_INLINE void advance(const Chunk& k, std::int64_t i, int c, float* decay
   for (int t = 0; t < k.steps; ++t) {
     const FloatVec delta = load(k.delta + t * k.columns + c), dx = load(k.dx + t * k.columns + c);
     const float *B = k.B + t * k.n + i, *C = k.C + t * k.n + i;
+    if (!kKeep) ahead.fetch_line();
     FloatVec sum{};
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {

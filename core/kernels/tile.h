@@ -119,6 +119,52 @@ ANYMAMBA_INLINE void store_tile(const float* buffer, const Tensor3& tensor, cons
   });
 }
 
+// Memory that is asked for ahead, into L2, while a loop goes on: a line of cache in each turn. Many
+// at once would block what else is under way.
+struct Ahead {
+  const char* next;
+  std::int64_t stride;  // bytes
+
+  void fetch_line() {
+    __builtin_prefetch(next, 0, 2);
+    next += stride;
+  }
+};
+
+// Tiles that will be read or written later, as strips of at most kRows lines. Their rows are far
+// apart, which hardware does not foresee.
+class TilesAhead {
+ public:
+  static constexpr std::int64_t kRows = 32;
+
+  void add(const Tensor3& tensor, const SegmentSlice& slice, const Block& b) {
+    const bool by_step = tensor.channel_stride == 1;
+    if (!tensor || slice.steps == 0 || (!by_step && tensor.step_stride != 1)) return;
+    const std::int64_t size = size_of(tensor.type);
+    const std::int64_t lowest = slice.direction > 0 ? slice.first : slice.first - (slice.steps - 1);
+    const char* const start = static_cast<const char*>(tensor.data) +
+                              (slice.row * tensor.row_stride + lowest * tensor.step_stride +
+                               b.first * tensor.channel_stride) * size;
+    const std::int64_t rows = by_step ? slice.steps : b.channels;
+    const std::int64_t bytes = (by_step ? b.channels : slice.steps) * size;
+    const std::int64_t stride = (by_step ? tensor.step_stride : tensor.channel_stride) * size;
+    for (std::int64_t row = 0; row < rows; row += kRows)
+      for (std::int64_t byte = 0; byte < bytes && count_ < kMost; byte += 64)
+        strips_[count_++] = {start + row * stride + byte, stride};
+  }
+
+  int count() const { return count_; }
+  // One of them, or behind the last one a line that is at hand.
+  Ahead operator[](std::int64_t index) const {
+    return index < count_ ? strips_[index] : Ahead{reinterpret_cast<const char*>(this), 0};
+  }
+
+ private:
+  static constexpr int kMost = 16;
+  int count_ = 0;
+  Ahead strips_[kMost];
+};
+
 namespace {
 
 // The same out of line, where a kernel moves many tiles.

@@ -25,6 +25,10 @@ ANYMAMBA_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
   return (FloatVec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
 
+ANYMAMBA_INLINE FloatVec fma_of(const float* a, FloatVec b, FloatVec c) {
+  return fma(splat(*a), b, c);
+}
+
 // NaN is the instruction's second operand.
 ANYMAMBA_INLINE FloatVec at_most(FloatVec x, float high) {
   return (FloatVec)_mm256_min_ps((__m256)splat(high), (__m256)x);
@@ -57,6 +61,27 @@ ANYMAMBA_INLINE FloatVec interleave_low(FloatVec a, FloatVec b) {
 
 ANYMAMBA_INLINE FloatVec interleave_high(FloatVec a, FloatVec b) {
   return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+
+ANYMAMBA_INLINE FloatVec zip_low(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+}
+
+ANYMAMBA_INLINE FloatVec zip_high(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+}
+
+ANYMAMBA_INLINE FloatVec join_low(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+}
+
+ANYMAMBA_INLINE FloatVec join_high(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+
+ANYMAMBA_INLINE FloatVec load_fours(const float* p, std::int64_t stride) {
+  return (FloatVec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                                        _mm_loadu_ps(p + stride), 1);
 }
 
 ANYMAMBA_INLINE Exp2Parts split_exp2(FloatVec x) { return generic::split_exp2(at_most(x, 128.0f)); }

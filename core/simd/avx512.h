@@ -43,9 +43,17 @@ ANYMAMBA_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) {
   return (FloatVec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
 
+// a b + c, where the instruction itself reads the number a from memory. The compiler would broadcast
+// it to a register first, for all its uses: more instructions, which then are the limit.
+ANYMAMBA_INLINE FloatVec fma_of(const float* a, FloatVec b, FloatVec c) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(c) : "v"(b), "m"(*a));
+  return c;
+}
+
 #if defined(__AVX512BF16__)
-ANYMAMBA_INLINE FloatVec fma_bf16_pairs(FloatVec a, FloatVec b, FloatVec sum) {
-  return (FloatVec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+ANYMAMBA_INLINE FloatVec fma_bf16_pairs(const float* a, FloatVec b, FloatVec sum) {
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(b), "m"(*a));
+  return sum;
 }
 #else
 using generic::fma_bf16_pairs;
@@ -97,6 +105,33 @@ ANYMAMBA_INLINE FloatVec interleave_low(FloatVec a, FloatVec b) {
 
 ANYMAMBA_INLINE FloatVec interleave_high(FloatVec a, FloatVec b) {
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+
+// Of each four lanes of a and of b: the first two of both in turn, the last two in turn; the first two
+// of a and then those of b, the last two.
+ANYMAMBA_INLINE FloatVec zip_low(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+}
+
+ANYMAMBA_INLINE FloatVec zip_high(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+
+ANYMAMBA_INLINE FloatVec join_low(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+}
+
+ANYMAMBA_INLINE FloatVec join_high(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+// Four floats each from places `stride` apart.
+ANYMAMBA_INLINE FloatVec load_fours(const float* p, std::int64_t stride) {
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
+                                          _mm_loadu_ps(p + stride), 1);
+  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 2 * stride)),
+                                           _mm_loadu_ps(p + 3 * stride), 1);
+  return (FloatVec)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 
 // The instruction leaves 0 of an infinity, so that the power is the infinity then.

@@ -107,9 +107,10 @@ ANYMAMBA_INLINE FloatVec load_some_bf16(const std::uint16_t* p, int count) {
   return load_bf16(some);
 }
 
-// sum + the products of two bfloat16 neighbours a lane, held as the bits of a float.
-ANYMAMBA_INLINE FloatVec fma_bf16_pairs(FloatVec a, FloatVec b, FloatVec sum) {
-  const UintVec x = (UintVec)a, y = (UintVec)b;
+// sum + the products of two bfloat16 neighbours a lane, held as the bits of a float; a is the same in
+// all lanes.
+ANYMAMBA_INLINE FloatVec fma_bf16_pairs(const float* a, FloatVec b, FloatVec sum) {
+  const UintVec x = (UintVec)splat(*a), y = (UintVec)b;
   return sum + (FloatVec)(x << 16) * (FloatVec)(y << 16) +
          (FloatVec)(x & 0xffff0000u) * (FloatVec)(y & 0xffff0000u);
 }

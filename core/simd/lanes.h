@@ -21,6 +21,20 @@ ANYMAMBA_INLINE void transpose(FloatVec (&v)[kLanes]) {
   }
 }
 
+// Lane i of v[s] is number s of row i: four neighbours of each of kLanes rows, `stride` apart. That
+// takes fewer instructions than transposing whole vectors.
+ANYMAMBA_INLINE void load_columns(FloatVec (&v)[4], const float* rows, std::int64_t stride) {
+  FloatVec fours[4];  // of the rows i, i + 4, ...
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) fours[i] = load_fours(rows + i * stride, 4 * stride);
+  const FloatVec low = zip_low(fours[0], fours[1]), low_end = zip_low(fours[2], fours[3]);
+  const FloatVec high = zip_high(fours[0], fours[1]), high_end = zip_high(fours[2], fours[3]);
+  v[0] = join_low(low, low_end);
+  v[1] = join_high(low, low_end);
+  v[2] = join_low(high, high_end);
+  v[3] = join_high(high, high_end);
+}
+
 // Lane i of the result is the sum of the lanes of v[i], in pairs that do not depend on i.
 ANYMAMBA_INLINE FloatVec sums_of_lanes(FloatVec (&v)[kLanes]) {
 #pragma GCC unroll 4

@@ -21,6 +21,10 @@ using generic::fma_bf16_pairs, generic::join_exp2, generic::load_bf16, generic::
 
 ANYMAMBA_INLINE FloatVec fma(FloatVec a, FloatVec b, FloatVec c) { return a * b + c; }
 
+ANYMAMBA_INLINE FloatVec fma_of(const float* a, FloatVec b, FloatVec c) {
+  return fma(splat(*a), b, c);
+}
+
 ANYMAMBA_INLINE FloatVec at_most(FloatVec x, float high) {
   return x > splat(high) ? splat(high) : x;
 }
@@ -90,6 +94,20 @@ ANYMAMBA_INLINE FloatVec interleave_low(FloatVec a, FloatVec b) {
 ANYMAMBA_INLINE FloatVec interleave_high(FloatVec a, FloatVec b) {
   return __builtin_shufflevector(a, b, 2, 6, 3, 7);
 }
+
+ANYMAMBA_INLINE FloatVec zip_low(FloatVec a, FloatVec b) { return interleave_low(a, b); }
+
+ANYMAMBA_INLINE FloatVec zip_high(FloatVec a, FloatVec b) { return interleave_high(a, b); }
+
+ANYMAMBA_INLINE FloatVec join_low(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 0, 1, 4, 5);
+}
+
+ANYMAMBA_INLINE FloatVec join_high(FloatVec a, FloatVec b) {
+  return __builtin_shufflevector(a, b, 2, 3, 6, 7);
+}
+
+ANYMAMBA_INLINE FloatVec load_fours(const float* p, std::int64_t) { return load(p); }
 
 ANYMAMBA_INLINE Exp2Parts split_exp2(FloatVec x) { return generic::split_exp2(at_most(x, 128.0f)); }
 

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 import anymamba
 from anymamba.assets import bundled_model
 from anymamba.checkpoint import open_checkpoint
-from anymamba.checkpoint.quantization import QuantizedArray, dequantize, quantize, quantized_product
+from anymamba.checkpoint.quantization import (
+    QuantizedArray,
+    dequantize,
+    quantize,
+    quantized_product,
+    round_to,
+    scales_of,
+    squared_errors,
+    values_of,
+)
 from anymamba.errors import ConfigError, InputError
 from anymamba.runtime.analysis.layerwise import Layer, linear, normed
 from anymamba.runtime.convert.calibration import (
@@ -66,6 +75,21 @@ def test_the_range_is_the_best_of_those_tried(
     ]
     # The search sums in float32.
     np.testing.assert_allclose(found, np.min(tried, axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_ranges_do_not_depend_on_who_searches(symmetric: bool) -> None:
+    weight = weights(1100, 256) ** 3  # three blocks of rows
+    clips = [search_clip(weight, Recipe(4, 32, symmetric, threads=n)) for n in (1, 4)]
+    parts = weight.reshape(1100, -1, 32)
+    np.testing.assert_array_equal(*clips)
+    # Nor on whether the errors are those of the whole numbers as they are stored.
+    scale, minimum = scales_of(parts.min(-1), parts.max(-1), 4, symmetric, clips[0])
+    errors = values_of(round_to(parts, scale, minimum, 4), scale, minimum, 4) - parts
+    np.testing.assert_array_equal(
+        squared_errors(parts, scale, minimum, 4, np.empty_like(parts)),
+        np.einsum("...p,...p->...", errors, errors),
+    )
 
 
 def test_eight_bits_are_not_searched() -> None:

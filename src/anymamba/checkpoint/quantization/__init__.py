@@ -8,6 +8,7 @@ from anymamba.checkpoint.quantization.arithmetic import (
     ranges,
     round_to,
     scales_of,
+    squared_errors,
     values_of,
 )
 from anymamba.checkpoint.quantization.format import (
@@ -38,6 +39,7 @@ __all__ = [
     "round_to",
     "row_blocks",
     "scales_of",
+    "squared_errors",
     "unpack",
     "values_of",
 ]

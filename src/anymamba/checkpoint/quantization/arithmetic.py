@@ -220,15 +220,52 @@ def round_to(
         >>> round_to(np.float32([[-1, 4]]), np.float32([-0.5]), None, bits=4).tolist()
         [[10, 0]]
     """
-    steps = parts if minimum is None else parts - minimum[..., None]
+    steps = _nearest(parts, scale, minimum, bits, np.empty_like(parts))
+    steps += np.float32(_zero(bits, minimum is None))
+    return steps.astype(np.uint8)
+
+
+def squared_errors(
+    parts: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    minimum: NDArray[np.float32] | None,
+    bits: int,
+    room: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """The sum of squares, for each group of parts (..., group), of what rounding changes.
+
+    It is that of `values_of(round_to(...)) - parts`, without the whole numbers as bytes on the way.
+    `room` is memory like `parts`.
+
+    Example:
+        >>> parts = np.float32([[-1, 3.75]])
+        >>> squared_errors(parts, np.float32([-0.5]), None, 4, np.empty_like(parts))
+        array([0.0625], dtype=float32)
+    """
+    errors = _nearest(parts, scale, minimum, bits, room)
+    errors *= scale[..., None]
+    if minimum is not None:
+        errors += minimum[..., None]
+    errors -= parts
+    total: NDArray[np.float32] = np.einsum("...p,...p->...", errors, errors)
+    return total
+
+
+def _nearest(
+    parts: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    minimum: NDArray[np.float32] | None,
+    bits: int,
+    out: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """The nearest whole numbers as floats, 0 being that of the minimum or of a weight of zero."""
+    steps = parts if minimum is None else np.subtract(parts, minimum[..., None], out=out)
     divisor = np.where(scale == 0, np.float32(np.inf), scale)  # a quotient of 0
-    steps = steps / divisor[..., None]
-    np.rint(steps, out=steps)
+    np.divide(steps, divisor[..., None], out=out)
+    np.rint(out, out=out)
     zero = _zero(bits, minimum is None)
     least = 1 - zero if bits == 8 and minimum is None else -zero
-    np.clip(steps, least, 2**bits - 1 - zero, out=steps)
-    steps += np.float32(zero)
-    return steps.astype(np.uint8)
+    return np.clip(out, np.float32(least), np.float32(2**bits - 1 - zero), out=out)
 
 
 def values_of(

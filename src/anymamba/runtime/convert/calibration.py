@@ -18,6 +18,7 @@ so that later layers make up for the errors of earlier ones as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from anymamba.checkpoint.quantization import (
     round_to,
     row_blocks,
     scales_of,
+    squared_errors,
     values_of,
 )
 from anymamba.checkpoint.quantized_folder import is_quantized
@@ -70,6 +72,7 @@ class Recipe:
         group: how many weights share a scale.
         symmetric: whether zero lies in the middle.
         search: whether ranges are searched for. At 8 bits that gains nothing, and is not done.
+        threads: how many search. The ranges that they find do not depend on it.
 
     Example:
         >>> Recipe(4, 32).rounded(np.ones((1, 32), np.float32), "out").bits
@@ -80,6 +83,7 @@ class Recipe:
     group: int
     symmetric: bool = True
     search: bool = True
+    threads: int = 1
 
     @property
     def searches(self) -> bool:
@@ -113,25 +117,30 @@ def search_clip(
     check_weight(weight_nk, recipe.bits, recipe.group, name)
     n, k = weight_nk.shape
     clip_ng = np.empty((n, k // recipe.group), np.float32)
-    for rows in row_blocks(n, k):
-        clip_ng[rows] = _best_clip(
-            weight_nk[rows].reshape(-1, k // recipe.group, recipe.group), recipe
-        )
+
+    def search(rows: slice) -> None:
+        parts = weight_nk[rows].reshape(-1, k // recipe.group, recipe.group)
+        clip_ng[rows] = _best_clip(parts, recipe)
+
+    with ThreadPoolExecutor(recipe.threads) as pool:  # numpy lets go of the interpreter's lock
+        for _ in pool.map(search, row_blocks(n, k)):
+            pass
     return clip_ng
 
 
 def _best_clip(parts: NDArray[np.float32], recipe: Recipe) -> NDArray[np.float32]:
     """For parts (..., group) the best of the clips, (...). Of equal ones the widest."""
     low, high = ranges(parts)
+    clips = np.expand_dims(_CLIPS, tuple(range(1, parts.ndim)))
+    scales, minima = scales_of(low, high, recipe.bits, recipe.symmetric, clips)
     best = np.ones(low.shape, np.float32)
     least = np.full(low.shape, np.inf, np.float32)
-    for clip in _CLIPS:
-        format_ = scales_of(low, high, recipe.bits, recipe.symmetric, clip)
-        errors = values_of(round_to(parts, *format_, recipe.bits), *format_, recipe.bits)
-        errors -= parts
-        total = np.einsum("...p,...p->...", errors, errors)
-        better = total < least
-        best[better], least[better] = clip, total[better]
+    room = np.empty_like(parts)
+    for index, clip in enumerate(_CLIPS):
+        minimum = None if minima is None else minima[index]
+        total = squared_errors(parts, scales[index], minimum, recipe.bits, room)
+        np.copyto(best, clip, where=total < least)
+        np.minimum(least, total, out=least)
     return best
 
 

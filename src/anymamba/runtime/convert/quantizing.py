@@ -97,7 +97,7 @@ def quantize_checkpoint(
         >>> anymamba.load(folder).weight_type
         'int4'
     """
-    recipe = _recipe(weights, group, symmetric, search)
+    recipe = _recipe(weights, group, symmetric, search, wanted_threads(threads))
     check_apart(source, destination)
     target = check_destination(destination, overwrite)
     model = open_source(source, offline)
@@ -109,18 +109,18 @@ def quantize_checkpoint(
         )
     windows_bl = None
     if calibrate is not None:
-        core().set_threads(wanted_threads(threads))
+        core().set_threads(recipe.threads)
         windows_bl = windows_of(_tokens(calibrate, model, tokenizer))
         check_readable(windows_bl, model.config)
     write_folder(target, lambda folder: _write(folder, model, recipe, windows_bl, progress))
     return target
 
 
-def _recipe(weights: str, group: int, symmetric: bool, search: bool) -> Recipe:
+def _recipe(weights: str, group: int, symmetric: bool, search: bool, threads: int) -> Recipe:
     if weights not in BITS:
         raise ConfigError(f"weights must be {' or '.join(BITS)}, got {shown(weights)}")
     check_format(BITS[weights], group, group)
-    return Recipe(BITS[weights], group, symmetric, search)
+    return Recipe(BITS[weights], group, symmetric, search, threads)
 
 
 def _tokens(
