@@ -380,25 +380,17 @@ class Engine:
         blocks = self._batch_of(started).take([0] * len(prompts))
         sequences = [self._prompt_ids(prompt, started) for prompt in prompts]
         generators = [self._generator(chosen, ids, row) for row, ids in enumerate(sequences)]
-        read_texts(self._network, blocks, sequences)
+        texts = write_batch(self._network, blocks, sequences, generators)
         return [
             GenerationOutput.of(pieces, ids.tolist(), chosen)
-            for pieces, ids in zip(
-                write_batch(self._network, blocks, generators), sequences, strict=True
-            )
+            for pieces, ids in zip(texts, sequences, strict=True)
         ]
 
     def _pieces(
         self, ids: NDArray[np.int64], sampling: Sampling, state: State, keep: bool
     ) -> Generator[TokenOutput, None, None]:
-        blocks = self._batch_of(state)
-        generator = self._generator(sampling, ids, 0)
-
-        def pieces() -> Generator[TokenOutput, None, None]:
-            read_texts(self._network, blocks, [ids])
-            yield from write_text(self._network, blocks, generator, keep)
-
-        return pieces()
+        blocks, generator = self._batch_of(state), self._generator(sampling, ids, 0)
+        return write_text(self._network, blocks, ids, generator, keep)
 
     def _generator(self, sampling: Sampling, ids: NDArray[np.int64], row: int) -> TokenGenerator:
         sampler = Sampler(sampling, ids.tolist(), self._network.vocabulary, row)

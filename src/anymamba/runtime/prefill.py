@@ -37,14 +37,15 @@ def read_texts(
     read, total = 0, sum(ids.size for ids in sequences)
     left = list(sequences)
     while read < total:
-        chunk = _next_chunk(left)
-        network.read(blocks, chunk)
+        chunk = next_parts(left)
+        network.advance(blocks, range(blocks.rows), chunk)
         left = [ids[part.size :] for ids, part in zip(left, chunk, strict=True)]
         read += sum(part.size for part in chunk)
         if progress is not None:
             progress(read, total)
-    if blocks.logits is not None:
-        network.check_numbers(blocks.logits)
+    for logits_v in blocks.logits:
+        if logits_v is not None:
+            network.check_numbers(logits_v)
 
 
 def read_with_logits(
@@ -66,8 +67,13 @@ def read_with_logits(
         yield part_w, network.read_all(blocks, part_w)
 
 
-def _next_chunk(left: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    """What each text reads next; nothing where its part finds no room beside the others'."""
+def next_parts(left: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """What each text reads next of what is left: nothing where its part finds no room.
+
+    Example:
+        >>> [part.size for part in next_parts([np.arange(400), np.arange(600), np.arange(9)])]
+        [400, 0, 9]
+    """
     room = STRETCH_TOKENS
     parts = []
     for ids in left:
