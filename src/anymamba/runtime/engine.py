@@ -13,6 +13,7 @@ from anymamba.checkpoint.io import shown
 from anymamba.errors import InputError
 from anymamba.renamed import warn_renamed
 from anymamba.runtime.generation import (
+    Batch,
     GenerationOutput,
     Sampler,
     Sampling,
@@ -22,7 +23,7 @@ from anymamba.runtime.generation import (
     write_batch,
     write_text,
 )
-from anymamba.runtime.network import Network
+from anymamba.runtime.network import STRETCH_TOKENS, Network
 from anymamba.runtime.prefill import Progress, read_texts, read_with_logits
 from anymamba.runtime.scoring import Score, score_ids
 from anymamba.runtime.state import BatchState, Identity, State, check_state, load_state
@@ -103,6 +104,11 @@ class Engine:
         return (
             f"Engine({self.n_parameters:,} parameters, {self.weights_kind}, {self.threads} threads)"
         )
+
+    @property
+    def identity(self) -> Identity:
+        """Which model states of this engine belong to."""
+        return self._identity
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -300,7 +306,7 @@ class Engine:
         """
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
-        ids = self._prompt_ids(prompt, started)
+        ids = self.prompt_ids(prompt, started)
         pieces = self._pieces(ids, chosen, started, keep=state is not None)
         return GenerationOutput.of(list(pieces), ids.tolist(), chosen)
 
@@ -334,7 +340,7 @@ class Engine:
         """
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
-        ids = self._prompt_ids(prompt, started)
+        ids = self.prompt_ids(prompt, started)
         return self._pieces(ids, chosen, started, keep=state is not None)
 
     def generate_batch(
@@ -378,21 +384,66 @@ class Engine:
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
         blocks = self._batch_of(started).take([0] * len(prompts))
-        sequences = [self._prompt_ids(prompt, started) for prompt in prompts]
-        generators = [self._generator(chosen, ids, row) for row, ids in enumerate(sequences)]
+        sequences = [self.prompt_ids(prompt, started) for prompt in prompts]
+        generators = [self.token_generator(ids, chosen, row) for row, ids in enumerate(sequences)]
         texts = write_batch(self._network, blocks, sequences, generators)
         return [
             GenerationOutput.of(pieces, ids.tolist(), chosen)
             for pieces, ids in zip(texts, sequences, strict=True)
         ]
 
+    def check_tokens(self, ids: NDArray[np.integer]) -> None:
+        """Refuse tokens that the model does not have.
+
+        Raises:
+            InputError: one is not in the vocabulary.
+
+        Example:
+            >>> import anymamba, numpy
+            >>> anymamba.load().check_tokens(numpy.array([255]))
+        """
+        self._network.check_tokens(ids)
+
+    def batch(self, rows: int, chunk_tokens: int = STRETCH_TOKENS) -> Batch:
+        """Return room for texts that are written at the same time, and come and go as they like.
+
+        Args:
+            rows: how many texts at most.
+            chunk_tokens: how much of their prompts the texts read in a step, all together.
+
+        Returns:
+            A batch, whose `step` advances all of its texts by one call of the native core.
+
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> batch, ids = engine.batch(rows=4), engine.prompt_ids("ROMEO:")
+            >>> batch.add(0, ids, engine.token_generator(ids, anymamba.Sampling(max_new_tokens=1)))
+            >>> [(row, token.text) for row, token in batch.step()]
+            [(0, '\n')]
+        """
+        blocks = BatchState.empty(self._identity.sizes, rows)
+        return Batch(self._network, blocks, chunk_tokens)
+
     def _pieces(
         self, ids: NDArray[np.int64], sampling: Sampling, state: State, keep: bool
     ) -> Generator[TokenOutput, None, None]:
-        blocks, generator = self._batch_of(state), self._generator(sampling, ids, 0)
+        blocks, generator = self._batch_of(state), self.token_generator(ids, sampling)
         return write_text(self._network, blocks, ids, generator, keep)
 
-    def _generator(self, sampling: Sampling, ids: NDArray[np.int64], row: int) -> TokenGenerator:
+    def token_generator(
+        self, ids: NDArray[np.int64], sampling: Sampling, row: int = 0
+    ) -> TokenGenerator:
+        """What chooses the tokens of one text, and makes text of them.
+
+        Args:
+            ids: the prompt.
+            sampling: how tokens are chosen.
+            row: which of several texts this is; it draws with the seed `seed + row`.
+
+        Raises:
+            InputError: a token of the prompt or the settings is not in the vocabulary.
+        """
         sampler = Sampler(sampling, ids.tolist(), self._network.vocabulary, row)
         # Without a tokenizer there is no text, unless one is to be found in it.
         has_text = self._codec.exists or sampling.stop
@@ -404,10 +455,26 @@ class Engine:
             return np.array(self.tokenize(text, special=state.token_count == 0), np.int64)
         ids = as_token_ids(text)
         if ids.dtype.kind == "u":  # the largest would be others after the conversion
-            self._network.check_tokens(ids)
+            self.check_tokens(ids)
         return ids.astype(np.int64)
 
-    def _prompt_ids(self, prompt: Text, state: State) -> NDArray[np.int64]:
+    def prompt_ids(self, prompt: Text, state: State | None = None) -> NDArray[np.int64]:
+        """The tokens of a prompt, at least one where the state does not say what comes next.
+
+        Args:
+            prompt: a text or its tokens.
+            state: what was read before; without it the prompt is the beginning of a text, where
+                special tokens are added to a text.
+
+        Raises:
+            InputError: there is nothing to continue.
+
+        Example:
+            >>> import anymamba
+            >>> anymamba.load().prompt_ids("Hi").tolist()
+            [72, 105]
+        """
+        state = self._started(state)
         ids = self._ids(prompt, state)
         if ids.size or state.logits is not None:
             return ids

@@ -67,17 +67,18 @@ def read_with_logits(
         yield part_w, network.read_all(blocks, part_w)
 
 
-def next_parts(left: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+def next_parts(
+    left: Sequence[NDArray[np.int64]], room: int = STRETCH_TOKENS
+) -> list[NDArray[np.int64]]:
     """What each text reads next of what is left: nothing where its part finds no room.
 
     Example:
         >>> [part.size for part in next_parts([np.arange(400), np.arange(600), np.arange(9)])]
         [400, 0, 9]
     """
-    room = STRETCH_TOKENS
-    parts = []
+    most, parts = room, []
     for ids in left:
-        part = ids[:STRETCH_TOKENS]
+        part = ids[:most]
         part = part if part.size <= room else part[:0]
         room -= part.size
         parts.append(part)
