@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint.io import shown
-from anymamba.errors import InputError
 from anymamba.renamed import warn_renamed
 from anymamba.runtime.generation import (
     Batch,
@@ -24,17 +22,15 @@ from anymamba.runtime.generation import (
     write_text,
 )
 from anymamba.runtime.network import STRETCH_TOKENS, Network
-from anymamba.runtime.prefill import Progress, read_texts, read_with_logits
+from anymamba.runtime.prefill import Progress, all_logits, read_texts
+from anymamba.runtime.prompts import Text, as_list, first_ids, ids_to_read
 from anymamba.runtime.scoring import Score, score_ids
 from anymamba.runtime.state import BatchState, Identity, State, check_state, load_state
-from anymamba.runtime.tokenizer import TextCodec, as_token_ids
+from anymamba.runtime.tokenizer import TextCodec
 from anymamba.runtime.weights import Weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-Text: TypeAlias = str | Sequence[int]
-"""A text, or its tokens."""
 
 
 class Engine:
@@ -211,7 +207,7 @@ class Engine:
             6
         """
         blocks = self._batch_of(state)
-        read_texts(self._network, blocks, [self._ids(text, state)], progress)
+        read_texts(self._network, blocks, [ids_to_read(text, self._codec, state)], progress)
         return state
 
     def feed(self, state: State, text: Text, progress: Progress | None = None) -> State:
@@ -239,13 +235,8 @@ class Engine:
             (6, 256)
         """
         state = self._started(state)
-        blocks, ids_l = self._batch_of(state), self._ids(text, state)
-        logits_lv = np.empty((ids_l.size, self._network.vocabulary), np.float32)
-        start = 0
-        for part_w, logits_wv in read_with_logits(self._network, blocks, ids_l):
-            logits_lv[start : start + part_w.size] = logits_wv
-            start += part_w.size
-        return logits_lv
+        ids_l = ids_to_read(text, self._codec, state)
+        return all_logits(self._network, self._batch_of(state), ids_l)
 
     def score(self, text: Text, state: State | None = None) -> Score:
         """How well the model predicts a text. It costs little memory however long the text is.
@@ -268,7 +259,9 @@ class Engine:
             True
         """
         state = self._started(state)
-        return score_ids(self._network, self._batch_of(state), self._ids(text, state))
+        return score_ids(
+            self._network, self._batch_of(state), ids_to_read(text, self._codec, state)
+        )
 
     def generate(
         self,
@@ -307,7 +300,8 @@ class Engine:
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
         ids = self.prompt_ids(prompt, started)
-        pieces = self._pieces(ids, chosen, started, keep=state is not None)
+        blocks, generator = self._batch_of(started), self.token_generator(ids, chosen)
+        pieces = write_text(self._network, blocks, ids, generator, keep=state is not None)
         return GenerationOutput.of(list(pieces), ids.tolist(), chosen)
 
     def stream(
@@ -341,7 +335,8 @@ class Engine:
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
         ids = self.prompt_ids(prompt, started)
-        return self._pieces(ids, chosen, started, keep=state is not None)
+        blocks, generator = self._batch_of(started), self.token_generator(ids, chosen)
+        return write_text(self._network, blocks, ids, generator, keep=state is not None)
 
     def generate_batch(
         self,
@@ -375,12 +370,7 @@ class Engine:
             >>> [generation.text for generation in batch]
             ['\\nI wo', 'What ']
         """
-        if isinstance(prompts, str):
-            raise InputError("prompts is one text, expected several: give a list")
-        try:
-            prompts = list(prompts)
-        except TypeError:
-            raise InputError(f"prompts must be a list of texts, got {shown(prompts)}") from None
+        prompts = as_list(prompts)
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
         blocks = self._batch_of(started).take([0] * len(prompts))
@@ -392,18 +382,6 @@ class Engine:
             for pieces, ids in zip(texts, sequences, strict=True)
         ]
 
-    def check_tokens(self, ids: NDArray[np.integer]) -> None:
-        """Refuse tokens that the model does not have.
-
-        Raises:
-            InputError: one is not in the vocabulary.
-
-        Example:
-            >>> import anymamba, numpy
-            >>> anymamba.load().check_tokens(numpy.array([255]))
-        """
-        self._network.check_tokens(ids)
-
     def batch(self, rows: int, chunk_tokens: int = STRETCH_TOKENS) -> Batch:
         """Return room for texts that are written at the same time, and come and go as they like.
 
@@ -411,25 +389,16 @@ class Engine:
             rows: how many texts at most.
             chunk_tokens: how much of their prompts the texts read in a step, all together.
 
-        Returns:
-            A batch, whose `step` advances all of its texts by one call of the native core.
-
         Example:
             >>> import anymamba
             >>> engine = anymamba.load()
             >>> batch, ids = engine.batch(rows=4), engine.prompt_ids("ROMEO:")
             >>> batch.add(0, ids, engine.token_generator(ids, anymamba.Sampling(max_new_tokens=1)))
-            >>> [(row, token.text) for row, token in batch.step()]
-            [(0, '\n')]
+            >>> [(row, token.ids) for row, token in batch.step()]
+            [(0, (10,))]
         """
         blocks = BatchState.empty(self._identity.sizes, rows)
         return Batch(self._network, blocks, chunk_tokens)
-
-    def _pieces(
-        self, ids: NDArray[np.int64], sampling: Sampling, state: State, keep: bool
-    ) -> Generator[TokenOutput, None, None]:
-        blocks, generator = self._batch_of(state), self.token_generator(ids, sampling)
-        return write_text(self._network, blocks, ids, generator, keep)
 
     def token_generator(
         self, ids: NDArray[np.int64], sampling: Sampling, row: int = 0
@@ -447,16 +416,8 @@ class Engine:
         sampler = Sampler(sampling, ids.tolist(), self._network.vocabulary, row)
         # Without a tokenizer there is no text, unless one is to be found in it.
         has_text = self._codec.exists or sampling.stop
-        return TokenGenerator(sampler, self.detokenize if has_text else _no_text, self.end_ids)
-
-    def _ids(self, text: Text, state: State) -> NDArray[np.int64]:
-        """The tokens of what a state is to read next."""
-        if isinstance(text, str):
-            return np.array(self.tokenize(text, special=state.token_count == 0), np.int64)
-        ids = as_token_ids(text)
-        if ids.dtype.kind == "u":  # the largest would be others after the conversion
-            self.check_tokens(ids)
-        return ids.astype(np.int64)
+        detokenize = self.detokenize if has_text else lambda ids: ""
+        return TokenGenerator(sampler, detokenize, self.end_ids)
 
     def prompt_ids(self, prompt: Text, state: State | None = None) -> NDArray[np.int64]:
         """The tokens of a prompt, at least one where the state does not say what comes next.
@@ -475,21 +436,8 @@ class Engine:
             [72, 105]
         """
         state = self._started(state)
-        ids = self._ids(prompt, state)
-        if ids.size or state.logits is not None:
-            return ids
-        if state.token_count:
-            raise InputError(
-                "the prompt is empty, and the state does not say which token comes next (one from "
-                "a MambaCache never does): give at least one token"
-            )
-        first = self.config.get("bos_token_id", 0)  # Transformers' default
-        if type(first) is not int or not 0 <= first < self._network.vocabulary:
-            raise InputError(
-                "the prompt is empty, and this model has no token for the beginning of a text: "
-                "give at least one character"
-            )
-        return np.array([first])
+        ids = ids_to_read(prompt, self._codec, state)
+        return ids if ids.size else first_ids(self.config, state)
 
     def _started(self, state: State | None) -> State:
         """The state to go on from: a new one where none was given."""
@@ -498,7 +446,3 @@ class Engine:
     def _batch_of(self, state: State) -> BatchState:
         """What a state holds, if it belongs to this model."""
         return check_state(state).batch_of(self._identity)
-
-
-def _no_text(ids: Sequence[int]) -> str:
-    return ""

@@ -67,6 +67,18 @@ def read_with_logits(
         yield part_w, network.read_all(blocks, part_w)
 
 
+def all_logits(
+    network: Network, blocks: BatchState, ids_l: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Let one text read its tokens, and return the logits (l, v) after each of them."""
+    logits_lv = np.empty((ids_l.size, network.vocabulary), np.float32)
+    start = 0
+    for part_w, logits_wv in read_with_logits(network, blocks, ids_l):
+        logits_lv[start : start + part_w.size] = logits_wv
+        start += part_w.size
+    return logits_lv
+
+
 def next_parts(
     left: Sequence[NDArray[np.int64]], room: int = STRETCH_TOKENS
 ) -> list[NDArray[np.int64]]:

@@ -69,6 +69,14 @@ class Batch:
         """The rows whose texts have not ended."""
         return list(self._texts)
 
+    def check_tokens(self, ids: NDArray[np.int64]) -> None:
+        """Refuse tokens that the model does not have.
+
+        Raises:
+            InputError: one is not in the vocabulary.
+        """
+        self._network.check_tokens(ids)
+
     def add(
         self,
         row: int,
@@ -92,7 +100,7 @@ class Batch:
         if row in self._texts or not 0 <= row < self.blocks.rows:
             state = "writes a text already" if row in self._texts else "is not there"
             raise InputError(f"row {row} {state}, expected a free one of {self.blocks.rows}")
-        self._network.check_tokens(ids)
+        self.check_tokens(ids)
         left = sorted(ids.size - pause for pause in pauses if 0 < pause < ids.size)
         self._texts[row] = _Text(generator, ids, left)
 

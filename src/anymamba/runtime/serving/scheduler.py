@@ -217,7 +217,7 @@ class Scheduler:
         engine, state, ids = lane.engine, request.state, request.ids
         if state is not None:
             state.batch_of(engine.identity)
-        engine.check_tokens(ids)
+        lane.batch.check_tokens(ids)
         if not ids.size and (state is None or state.logits is None):
             raise InputError("there is no token to continue from: give a text of one token or more")
         generator = None
