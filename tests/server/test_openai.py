@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,33 @@ def test_a_second_turn_costs_what_is_new(client: Any) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens >= known
 
 
+def test_answers_have_the_form_that_is_asked_for(client: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "person", "schema": schema, "strict": True},
+    }
+    found = client.chat.completions.create(
+        model="m", messages=MESSAGES, response_format=form, max_tokens=300, n=3, seed=1
+    )
+    for choice in found.choices:
+        if choice.finish_reason == "stop":
+            person = json.loads(choice.message.content)
+            assert set(person) == {"name", "age"}
+            assert type(person["age"]) is int
+    assert any(choice.finish_reason == "stop" for choice in found.choices)
+    found = client.completions.create(
+        model="m", prompt="ROMEO:", max_tokens=400, temperature=0,
+        extra_body={"response_format": form | {"json_schema": {"schema": {"enum": [7]}}}},
+    )  # fmt: skip
+    assert (found.choices[0].text, found.choices[0].finish_reason) == ("7", "stop")
+
+
 def test_a_model_without_a_template_says_so(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="has no chat template"):
         client.chat.completions.create(model="plain", messages=MESSAGES)
@@ -173,7 +201,17 @@ def test_wrong_fields_are_named(client: Any, fields: dict[str, Any], message: st
         ({"messages": [{"role": "user", "content": 1}]}, r"messages\[0\].content is"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "'tools' is not a field"),
-        ({"response_format": {"type": "json_object"}}, "'response_format' is not a field"),
+        ({"response_format": {"type": "xml"}}, "response_format.type is 'xml'"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "wing"}},
+                }
+            },
+            "the JSON schema cannot be enforced: Invalid type: wing",
+        ),
     ],
 )
 def test_wrong_chat_fields_are_named(client: Any, fields: dict[str, Any], message: str) -> None:

@@ -15,6 +15,7 @@ from anymamba.errors import AnyMambaError
 from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import TokenOutput
+from anymamba.runtime.generation.grammar import Grammars
 from anymamba.runtime.serving import (
     PrefixCache,
     Request,
@@ -83,6 +84,7 @@ class Service:
         self.settings = settings
         self.started_at = int(time.time())
         self.states = StoredStates(settings.state_bytes)
+        self._grammars: dict[str, Grammars] = {}
         self._folder: StateFolder | None = None
         self.scheduler: Scheduler
 
@@ -135,6 +137,22 @@ class Service:
             message = f"state {name!r} belongs to model {stored.model!r}, and not to {model!r}"
             raise ApiError(400, message, "state", "state_of_another_model")
         return stored.state
+
+    def grammars(self, model: str) -> Grammars:
+        """What makes constraints for a model's texts.
+
+        Raises:
+            ApiError: it cannot have any.
+        """
+        engine = self.engines[model]
+        if model not in self._grammars:
+            try:
+                self._grammars[model] = Grammars(
+                    engine.tokenizer, engine.identity.vocabulary, engine.end_ids
+                )
+            except AnyMambaError as error:
+                raise ApiError(501, str(error), "response_format", "unsupported") from error
+        return self._grammars[model]
 
     async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Heard]]:
         """Submit requests, and give out what comes of each by its place. Closing this cancels them.

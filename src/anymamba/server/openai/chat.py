@@ -21,7 +21,7 @@ from anymamba.server.errors import ApiError, as_api_error
 from anymamba.server.fields import Fields, read_fields
 from anymamba.server.openai import logprobs
 from anymamba.server.openai.answers import FINISH_REASONS, Answers
-from anymamba.server.openai.sampling import MOST_CHOICES, sampling_of
+from anymamba.server.openai.sampling import MOST_CHOICES, constrained, for_row, sampling_of
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
 
@@ -44,10 +44,11 @@ class _Wanted:
 async def chat_completions(http: HttpRequest) -> Response:
     """Answer a request."""
     service: Service = http.app.state.service
-    wanted = _read(await read_fields(http, service.settings.body_bytes), service)
+    fields = await read_fields(http, service.settings.body_bytes)
+    wanted = await asyncio.to_thread(_read, fields, service)  # long texts, large schemas
     ids = await asyncio.to_thread(prompt_of, service, wanted.model, wanted.messages)
     requests = [
-        Request(ids, wanted.sampling, wanted.model, wanted.client, row=row)
+        Request(ids, for_row(wanted.sampling), wanted.model, wanted.client, row=row)
         for row in range(wanted.n)
     ]
     answers = Answers(service, requests)
@@ -101,6 +102,8 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     older = fields.integer("max_tokens", 1, service.settings.most_tokens)
     most = fields.integer("max_completion_tokens", 1, service.settings.most_tokens, older) or 1024
     sampling = sampling_of(fields, most, (top or 0) if has_logprobs else None)
+    if (form := fields.inner("response_format")) is not None:
+        sampling = constrained(sampling, form, service.grammars(model))
     streams, options = fields.flag("stream"), fields.inner("stream_options")
     with_usage = options.flag("include_usage") if options else False
     if options:

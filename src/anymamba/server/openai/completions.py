@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from anymamba.server.errors import ApiError, as_api_error
 from anymamba.server.fields import Fields, read_fields
 from anymamba.server.openai import logprobs
 from anymamba.server.openai.answers import FINISH_REASONS, Answers
-from anymamba.server.openai.sampling import MOST_CHOICES, sampling_of
+from anymamba.server.openai.sampling import MOST_CHOICES, constrained, for_row, sampling_of
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
 
@@ -41,7 +42,7 @@ class _Wanted:
     def requests(self) -> list[Request]:
         """One for each choice, the choices of a prompt one behind the other."""
         return [
-            Request(ids, self.sampling, self.model, self.client, self.state, row=row)
+            Request(ids, for_row(self.sampling), self.model, self.client, self.state, row=row)
             for ids in self.prompts
             for row in range(self.n)
         ]
@@ -50,7 +51,8 @@ class _Wanted:
 async def completions(http: HttpRequest) -> Response:
     """Answer a request."""
     service: Service = http.app.state.service
-    wanted = _read(await read_fields(http, service.settings.body_bytes), service)
+    fields = await read_fields(http, service.settings.body_bytes)
+    wanted = await asyncio.to_thread(_read, fields, service)  # long texts, large schemas
     read_before = 0 if wanted.state is None else wanted.state.token_count
     answers = Answers(service, wanted.requests(), read_before)
     headers = await unless_gone(http, answers.start())
@@ -76,6 +78,8 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     top = fields.integer("logprobs", 0, 20)
     most = fields.integer("max_tokens", 1, service.settings.most_tokens, 16) or 16
     sampling = sampling_of(fields, most, top)
+    if (form := fields.inner("response_format")) is not None:
+        sampling = constrained(sampling, form, service.grammars(model))
     echo, streams = fields.flag("echo"), fields.flag("stream")
     options = fields.inner("stream_options")
     with_usage = options.flag("include_usage") if options else False

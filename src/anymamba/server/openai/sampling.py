@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from anymamba.errors import InputError
 from anymamba.runtime.generation import Sampling
+from anymamba.runtime.generation.grammar import Constraint, Grammars
 from anymamba.server.errors import ApiError
 from anymamba.server.fields import Fields
 
@@ -50,6 +52,50 @@ def sampling_of(fields: Fields, max_tokens: int, top_logprobs: int | None) -> Sa
         return Sampling(**settings)
     except InputError as error:
         raise ApiError(400, str(error), str(error).split(" ", 1)[0]) from error
+
+
+def constrained(sampling: Sampling, given: Fields, grammars: Grammars) -> Sampling:
+    """The settings with OpenAI's `response_format` enforced.
+
+    Args:
+        sampling: the settings without it.
+        given: the field's object.
+        grammars: of the model.
+
+    Raises:
+        ApiError: it is none of "text", "json_object" and "json_schema", or cannot be enforced.
+    """
+    given.require("type", "'text', 'json_object' or 'json_schema'")
+    name = given.choice("type", ("text", "json_object", "json_schema"))
+    schema: object = None
+    if name == "json_schema":
+        described = given.inner("json_schema")
+        if described is None:
+            raise ApiError(400, "response_format.json_schema is missing", "response_format")
+        described.text("name")
+        described.text("description")
+        described.flag("strict")  # a schema is always enforced
+        described.require("schema", "a JSON schema")
+        schema = described.take("schema")
+        if not isinstance(schema, dict | bool):
+            raise described.refuse("schema", schema, "a JSON schema")
+        described.done()
+    given.done()
+    if name == "text":
+        return sampling
+    try:
+        constraint = grammars.json(schema)  # type: ignore[arg-type]
+        stops = (*sampling.stop_ids, *grammars.end_ids)
+    except InputError as error:
+        raise ApiError(400, str(error), "response_format") from error
+    return replace(sampling, constraint=constraint, stop_ids=stops)
+
+
+def for_row(sampling: Sampling) -> Sampling:
+    """The settings for one of several answers: a constraint belongs to one text."""
+    if isinstance(sampling.constraint, Constraint):
+        return replace(sampling, constraint=sampling.constraint.fresh())
+    return sampling
 
 
 def _bias(fields: Fields) -> dict[int, float]:
