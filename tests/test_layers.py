@@ -16,13 +16,14 @@ ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers")
 # What a room of the package must not know of, neither at import time nor later.
 STRANGERS = {
-    "checkpoint": ("ops", "layers", "modeling", "runtime", "dropin", "cli", "training"),
-    "ops": ("layers", "modeling", "runtime", "checkpoint", "dropin", "cli", "training"),
-    "layers": ("modeling", "runtime", "checkpoint", "dropin", "cli", "training"),
-    "modeling": ("runtime", "dropin", "cli", "training"),
-    "runtime": ("modeling", "ops", "layers", "dropin", "cli", "training"),
-    "dropin": ("modeling", "runtime", "cli", "training"),
-    "training": ("cli",),
+    "checkpoint": ("ops", "layers", "modeling", "runtime", "dropin", "cli", "training", "server"),
+    "ops": ("layers", "modeling", "runtime", "checkpoint", "dropin", "cli", "training", "server"),
+    "layers": ("modeling", "runtime", "checkpoint", "dropin", "cli", "training", "server"),
+    "modeling": ("runtime", "dropin", "cli", "training", "server"),
+    "runtime": ("modeling", "ops", "layers", "dropin", "cli", "training", "server"),
+    "dropin": ("modeling", "runtime", "cli", "training", "server"),
+    "training": ("cli", "server"),
+    "server": ("modeling", "ops", "layers", "dropin", "cli", "training"),
 }
 LIGHT = (
     "checkpoint",

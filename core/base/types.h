@@ -34,4 +34,10 @@ struct Segments {
   bool reverse = false;
 };
 
+// Where a row's state is among the slots of memory that has them: a table says it, or without one
+// row i has slot i.
+inline std::int64_t slot_in(const std::int64_t* slot_of, std::int64_t row) {
+  return slot_of != nullptr ? slot_of[row] : row;
+}
+
 }  // namespace anymamba

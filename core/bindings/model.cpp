@@ -131,10 +131,10 @@ class WeightTable {
   }
 
  protected:
-  States states_of(const Out& conv, const Out& ssm, Shape conv_shape, Shape ssm_shape) const {
+  States states_of(const Out& conv, const Out& ssm, Shape conv_shape, Shape ssm_shape, std::int64_t slots) const {
     check_shape("conv", conv, conv_shape);
     if (!is_contiguous(conv)) refuse("conv must be contiguous");
-    return {pointer(conv), type_of("conv", conv), floats("ssm", ssm, ssm_shape)};
+    return {pointer(conv), type_of("conv", conv), floats("ssm", ssm, ssm_shape), slots};
   }
 
   Model model_;
@@ -163,13 +163,14 @@ class PyModel : WeightTable {
     if (constant) keep_A();
   }
 
-  // tokens (b,) int64 or hidden (b, d); conv (layers, b, channels, k), ssm (layers, b, e, n) or (layers,
-  // b, h, p, n); logits (b, v).
-  void step(const MaybeIn& tokens, const MaybeIn& hidden, const Out& conv,
-            const Out& ssm, const Out& logits, bool bf16_products) const {
+  // tokens (b,) int64 or hidden (b, d); conv (layers, slots, channels, k), ssm (layers, slots, e, n) or
+  // (layers, slots, h, p, n); logits (b, v); slots (b,) int64.
+  void step(const MaybeIn& tokens, const MaybeIn& hidden, const Out& conv, const Out& ssm,
+            const Out& logits, bool bf16_products, const MaybeIn& slots) const {
     const std::int64_t b = extent(logits, 0);
     float* const out = floats("logits", logits, {b, model_.v});
-    const States states = all_states(conv, ssm, b);
+    const std::vector<std::int64_t> slot_of = chosen_slots(slots, b, extent(conv, 1));
+    const States states = all_states(conv, ssm, b, slots ? slot_of.data() : nullptr);
     if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
     const float* given = floats("hidden", hidden, {b, model_.d});
     const std::vector<std::int64_t> ids = token_ids(tokens, b);
@@ -178,10 +179,10 @@ class PyModel : WeightTable {
   }
 
   // tokens (l,) int64 or hidden (l, d), the sequences one behind the other; offsets (b + 1,) and
-  // positions (w,) int64; conv and ssm as above; logits (w, v).
+  // positions (w,) int64; conv, ssm and slots as above; logits (w, v).
   void read(const MaybeIn& tokens, const MaybeIn& hidden, const In& offsets,
             const In& positions, const Out& conv, const Out& ssm, const Out& logits,
-            bool bf16_products) const {
+            bool bf16_products, const MaybeIn& slots) const {
     if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
     const std::int64_t l = extent(tokens ? *tokens : *hidden, 0);
     Prompt prompt;
@@ -190,7 +191,8 @@ class PyModel : WeightTable {
     prompt.sequences = extent(offsets, 0) - 1;
     prompt.wanted = extent(positions, 0);
     float* const out = floats("logits", logits, {prompt.wanted, model_.v});
-    const States states = all_states(conv, ssm, prompt.sequences);
+    const std::vector<std::int64_t> slot_of = chosen_slots(slots, prompt.sequences, extent(conv, 1));
+    const States states = all_states(conv, ssm, prompt.sequences, slots ? slot_of.data() : nullptr);
     prompt.hidden = floats("hidden", hidden, {l, model_.d});
     const std::vector<std::int64_t> ids = token_ids(tokens, l);
     prompt.tokens = tokens ? ids.data() : nullptr;
@@ -212,12 +214,31 @@ class PyModel : WeightTable {
   }
 
  private:
-  States all_states(const Out& conv, const Out& ssm, std::int64_t b) const {
+  // Without chosen slots there are as many as rows.
+  States all_states(const Out& conv, const Out& ssm, std::int64_t b, const std::int64_t* slot_of) const {
     const auto n_layer = static_cast<std::int64_t>(model_.layers.size());
     const std::int64_t channels = model_.conv_channels(), h = model_.h, e = model_.e, n = model_.n;
-    const Shape windows = {n_layer, b, channels, model_.k};
-    if (model_.has_heads()) return states_of(conv, ssm, windows, {n_layer, b, h, e / h, n});
-    return states_of(conv, ssm, windows, {n_layer, b, e, n});
+    const std::int64_t slots = slot_of != nullptr ? extent(conv, 1) : b;
+    const Shape windows = {n_layer, slots, channels, model_.k};
+    States states = model_.has_heads()
+                        ? states_of(conv, ssm, windows, {n_layer, slots, h, e / h, n}, slots)
+                        : states_of(conv, ssm, windows, {n_layer, slots, e, n}, slots);
+    states.slot_of = slot_of;
+    return states;
+  }
+
+  // A copy of (b,) slots, each there and none twice: two rows would write over each other.
+  static std::vector<std::int64_t> chosen_slots(const MaybeIn& given, std::int64_t b, std::int64_t slots) {
+    if (!given) return {};
+    std::vector<std::int64_t> chosen = whole_numbers("slots", *given, b);
+    std::vector<bool> taken(static_cast<std::size_t>(slots));
+    for (const std::int64_t slot : chosen) {
+      if (slot < 0 || slot >= slots)
+        refuse("slot " + std::to_string(slot) + " is not one of " + std::to_string(slots));
+      if (taken[slot]) refuse("slot " + std::to_string(slot) + " is given to two rows");
+      taken[slot] = true;
+    }
+    return chosen;
   }
 
   static void check_offsets(const std::vector<std::int64_t>& offsets, std::int64_t l) {
@@ -269,8 +290,8 @@ class PyMixer : WeightTable {
     const Rows given = rows("x", x, {b, model_.d}), wanted = rows("y", y, {b, model_.d});
     const std::int64_t channels = model_.conv_channels(), h = model_.h, e = model_.e, n = model_.n;
     const Shape windows = {b, channels, model_.k};
-    const States states = h > 0 ? states_of(conv, ssm, windows, {b, h, e / h, n})
-                                : states_of(conv, ssm, windows, {b, e, n});
+    const States states = h > 0 ? states_of(conv, ssm, windows, {b, h, e / h, n}, b)
+                                : states_of(conv, ssm, windows, {b, e, n}, b);
     const WithoutGil unlocked;
     mixer_step(model_, states, given, wanted, b, bf16_products);
   }
@@ -290,11 +311,13 @@ void add_model(nb::module_& m) {
            "A_log of one number a head makes it a Mamba-2 with `groups` of B and C, whose step sizes "
            "stay within `dt_limit`; its gated_norm, which may be absent, comes behind the gate or before it.")
       .def("step", &PyModel::step, "tokens"_a.none(), "hidden"_a.none(), "conv"_a, "ssm"_a,
-           "logits"_a, "bf16_products"_a = false,
-           "One token for each row; the states advance in place.")
+           "logits"_a, "bf16_products"_a = false, "slots"_a = nb::none(),
+           "One token for each row; the states advance in place, that of row i in slot slots[i].")
       .def("read", &PyModel::read, "tokens"_a.none(), "hidden"_a.none(), "offsets"_a,
            "positions"_a, "conv"_a, "ssm"_a, "logits"_a, "bf16_products"_a = false,
-           "The tokens of several sequences; the states advance in place.");
+           "slots"_a = nb::none(),
+           "The tokens of several sequences; the states advance in place, that of sequence i in slot "
+           "slots[i].");
   nb::class_<PyMixer>(m, "Mixer", "The weights of one layer's mixer as one table of checked pointers.")
       .def(nb::init<const nb::dict&, std::int64_t, float, std::int64_t, Limits, bool>(), "layer"_a, "d"_a,
            "eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep, "norm_before_gate"_a = false,

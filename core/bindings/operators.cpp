@@ -187,7 +187,7 @@ void py_scan_step(const Out& state, const In& x, const In& delta, const In& A, c
   if (type_of("state", state) != DType::f32 || !is_contiguous(state, 1))
     refuse("state must be float32 with contiguous rows");
   step.state = static_cast<float*>(pointer(state));
-  step.state_row_stride = state.stride(0);
+  step.state_stride = state.stride(0);
   const WithoutGil unlocked;
   spread_channels(step.b, step.e, step.n, [&](std::int64_t first, std::int64_t last) {
     kernels().scan_step(step, first, last);
@@ -287,7 +287,7 @@ void py_ssd_step(const Out& state, const In& x, const In& dt, const In& A, const
   if (type_of("state", state) != DType::f32 || !is_contiguous(state, 1))
     refuse("state must be float32 with contiguous rows");
   step.state = static_cast<float*>(pointer(state));
-  step.state_row_stride = state.stride(0);
+  step.state_stride = state.stride(0);
   const WithoutGil unlocked;
   spread_channels(b, e, step.n, [&](std::int64_t first, std::int64_t last) {
     kernels().ssd_step(step, first, last);

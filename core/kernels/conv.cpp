@@ -439,7 +439,8 @@ void conv_step(const ConvStep& step, std::int64_t first, std::int64_t last) {
       const char* const x = static_cast<const char*>(step.x.data) +
                             row * step.x.row_stride * bytes(step.x.type);
       char* const window = static_cast<char*>(step.window.data) +
-                           row * step.window.state_stride * bytes(step.window.type);
+                           slot_in(step.slot_of, row) * step.window.state_stride *
+                               bytes(step.window.type);
       with_type(step.x.type, [&](auto x_type) {
         with_type(step.window.type, [&](auto window_type) {
           with_taps(is_packed(step) ? step.k : 0, [&](auto taps) {

@@ -47,7 +47,8 @@ struct ConvGradients {
 struct ConvStep : ConvInputs {
   std::int64_t b = 0;
   Tensor3 y;
-  Window window;                  // state_stride is the row's
+  Window window;                  // one a slot
+  const std::int64_t* slot_of = nullptr;  // (b,), or null: row i has slot i
 };
 
 // Channels and steps of a tile of the forward pass.

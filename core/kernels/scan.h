@@ -63,8 +63,9 @@ struct ScanGradients {
 struct ScanStep : ScanInputs {
   std::int64_t b = 0;
   Tensor3 y;
-  float* state = nullptr;  // (b, e, n), row stride below, contiguous inside a row
-  std::int64_t state_row_stride = 0;
+  float* state = nullptr;  // (slots, e, n), stride below, contiguous inside a slot
+  std::int64_t state_stride = 0;
+  const std::int64_t* slot_of = nullptr;  // (b,), or null: row i has slot i
 };
 
 // Channels and steps that a kernel works through at a time: its tiles stay in the first two caches.

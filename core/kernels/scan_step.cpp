@@ -25,7 +25,7 @@ void step_channels(const ScanStep& step, std::int64_t row, std::int64_t first, i
   // The recurrence of each channel; its products C h stay apart, a vector of partial sums each.
   for (int c = 0; c < channels; ++c) {
     const float* A = step.A + (first + c) * step.n;
-    float* h = step.state + row * step.state_row_stride + (first + c) * step.n;
+    float* h = step.state + slot_in(step.slot_of, row) * step.state_stride + (first + c) * step.n;
     FloatVec y{};
     for (std::int64_t i = 0; i < step.n; i += kLanes) {
       const int count = static_cast<int>(smaller(kLanes, step.n - i));

@@ -58,8 +58,9 @@ struct SsdGradients {
 struct SsdStep : SsdInputs {
   std::int64_t b = 0;
   Tensor3 y;
-  float* state = nullptr;  // (b, h, p, n), row stride below, contiguous inside a row
-  std::int64_t state_row_stride = 0;
+  float* state = nullptr;  // (slots, h, p, n), stride below, contiguous inside a slot
+  std::int64_t state_stride = 0;
+  const std::int64_t* slot_of = nullptr;  // (b,), or null: row i has slot i
 };
 
 // Steps that matrix products take together, and channels of a head that a work item has at most.

@@ -55,7 +55,7 @@ void step_channels(const SsdStep& step, std::int64_t row, std::int64_t first, in
   load_tile(x, step.x, here, block);
   const FloatVec inputs = load(x);
   store(x, splat(head.dt) * inputs);
-  float* const h = step.state + row * step.state_row_stride + first * step.n;
+  float* const h = step.state + slot_in(step.slot_of, row) * step.state_stride + first * step.n;
   int c = 0;
   for (; c + kTogether <= channels; c += kTogether)
     advance_states<kTogether>(head, step.n, x + c, h + c * step.n, sums + c * kLanes);

@@ -148,7 +148,7 @@ class DecodeStep {
     in_project(layer, own, {steps + heads.first, steps + heads.last});
     convolve(layer, index, own, convolved);
     const SsdStep step = {ssd_of(m_, layer, own.small, activations(nullptr)), b_, rows_of(buf_.y.data(), m_.e),
-                          states_of(m_, state_, b_, index), m_.e * m_.n};
+                          states_of(m_, state_, index), m_.e * m_.n, state_.slot_of};
     Prefetch to_state(step.state + channels.first * m_.n, (channels.last - channels.first) * m_.n);
     barrier.wait([&] { to_state.fetch_line(); });
     kernels_.ssd_step(step, channels.first, channels.last);
@@ -179,7 +179,7 @@ class DecodeStep {
   void convolve(const Layer& layer, std::int64_t index, WorkerScratch& own, RowRange channels) {
     const ConvStep conv = {conv_of(m_, layer, own.small, activations(nullptr), channels), b_,
                            rows_of(buf_.convolved.data(), m_.conv_channels()),
-                           window_of(m_, state_, b_, index)};
+                           window_of(m_, state_, index), state_.slot_of};
     kernels_.conv_step(conv, channels.first, channels.last);
   }
 
@@ -188,8 +188,8 @@ class DecodeStep {
   // of more rows each keeps to its own range of memory.
   void scan(const Layer& layer, std::int64_t index, WorkerScratch& own, RowRange channels, float* rBC) {
     const ScanStep scan = {scan_of(m_, layer, own.small, activations(rBC), channels), b_,
-                           rows_of(buf_.y.data(), m_.e), states_of(m_, state_, b_, index),
-                           m_.e * m_.n};
+                           rows_of(buf_.y.data(), m_.e), states_of(m_, state_, index),
+                           m_.e * m_.n, state_.slot_of};
     const std::int64_t block = b_ == 1 ? kScanBlock : channels.last - channels.first;
     for (std::int64_t first = channels.first; first < channels.last; first += block) {
       const RowRange some{first, std::min(first + block, channels.last)};

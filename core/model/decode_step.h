@@ -7,7 +7,7 @@
 namespace anymamba {
 
 // tokens (b,) in [0, v); hidden (b, d) instead where tokens is null. logits (b, v).
-// Both states advance in place. `bf16_products`: see operand_type.
+// The states of the rows' slots advance in place. `bf16_products`: see operand_type.
 void decode_step(const Model& model, const States& states, std::int64_t b,
                  const std::int64_t* tokens, const float* hidden, float* logits,
                  bool bf16_products = false);

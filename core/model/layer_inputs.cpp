@@ -151,14 +151,14 @@ void norm_groups(const Model& m, const Layer& layer, const SmallTensors& small, 
   }
 }
 
-Window window_of(const Model& m, const States& states, std::int64_t b, std::int64_t layer) {
-  const std::int64_t size = m.conv_channels() * m.k;
-  char* const data = static_cast<char*>(states.conv) + layer * b * size * size_of(states.conv_type);
+Window window_of(const Model& m, const States& states, std::int64_t layer) {
+  const std::int64_t size = m.conv_channels() * m.k, before = layer * states.slots * size;
+  char* const data = static_cast<char*>(states.conv) + before * size_of(states.conv_type);
   return {data, states.conv_type, size, m.k, 1, m.k};
 }
 
-float* states_of(const Model& m, const States& states, std::int64_t b, std::int64_t layer) {
-  return states.ssm + layer * b * m.e * m.n;
+float* states_of(const Model& m, const States& states, std::int64_t layer) {
+  return states.ssm + layer * states.slots * m.e * m.n;
 }
 
 }  // namespace anymamba

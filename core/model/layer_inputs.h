@@ -62,10 +62,10 @@ void norm_rBC(const Model& model, const Layer& layer, const SmallTensors& small,
 void norm_groups(const Model& model, const Layer& layer, const SmallTensors& small, std::int64_t count,
                  float* projected, float* y, const Rows& normed);
 
-// The convolution windows of a layer, as the cache lays them out.
-Window window_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
+// The convolution windows of a layer, one a slot.
+Window window_of(const Model& model, const States& states, std::int64_t layer);
 
-// Its states (b, e, n) or (b, h, p, n).
-float* states_of(const Model& model, const States& states, std::int64_t b, std::int64_t layer);
+// Its states (slots, e, n) or (slots, h, p, n).
+float* states_of(const Model& model, const States& states, std::int64_t layer);
 
 }  // namespace anymamba

@@ -72,12 +72,15 @@ struct Model {
   std::int64_t rates_width() const { return has_heads() ? 1 : n; }
 };
 
-// The states of a batch, as the cache lays them out: contiguous blocks (layers, b, conv_channels, k)
-// and (layers, b, e, n), where e is (h, p) with heads.
+// The states of some texts, as the cache lays them out: contiguous blocks (layers, slots,
+// conv_channels, k) and (layers, slots, e, n), where e is (h, p) with heads. Each row of a batch has
+// a slot of its own; slots that no row has keep their states.
 struct States {
   void* conv = nullptr;
   DType conv_type = DType::f32;
   float* ssm = nullptr;
+  std::int64_t slots = 0;
+  const std::int64_t* slot_of = nullptr;  // (b,), or null: row i has slot i
 };
 
 // The item at an index of an array.

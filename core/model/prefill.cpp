@@ -76,13 +76,13 @@ class Prefill {
       : m_(model), states_(states), prompt_(prompt), l_(prompt.offsets[prompt.sequences]),
         copies_(prompt.interrupted && l_ >= kLongTokens * prompt.sequences), memory_(buffer_bytes()),
         buf_(buffers(memory_.arena())) {
-    for (std::int64_t i = 0; i < prompt.sequences; ++i)
-      if (prompt.offsets[i] < prompt.offsets[i + 1]) sequences_.push_back(i);
-    zeros_.assign(sequences_.size(), 0);
-    for (const std::int64_t i : sequences_) {
+    for (std::int64_t i = 0; i < prompt.sequences; ++i) {
+      if (prompt.offsets[i] == prompt.offsets[i + 1]) continue;
+      slots_.push_back(slot_in(states.slot_of, i));
       starts_.push_back(prompt.offsets[i]);
       stops_.push_back(prompt.offsets[i + 1]);
     }
+    zeros_.assign(slots_.size(), 0);
     reserve_scratch(scratch_bytes());  // nothing that is taken below can fail
   }
 
@@ -135,15 +135,13 @@ class Prefill {
     return counted.used();
   }
 
-  // Of a layer's states.
-  std::int64_t conv_bytes() const {
-    return prompt_.sequences * m_.conv_channels() * m_.k * size_of(states_.conv_type);
-  }
-  std::int64_t ssm_bytes() const { return prompt_.sequences * m_.e * m_.n * 4; }
+  // Of one sequence's states in a layer.
+  std::int64_t conv_bytes() const { return m_.conv_channels() * m_.k * size_of(states_.conv_type); }
+  std::int64_t ssm_bytes() const { return m_.e * m_.n * 4; }
 
-  // So many bytes of each layer, where states are copied.
+  // So many bytes of each sequence in each layer, where states are copied.
   std::int64_t copied(std::int64_t bytes) const {
-    return copies_ ? bytes * static_cast<std::int64_t>(m_.layers.size()) : 0;
+    return copies_ ? bytes * prompt_.sequences * static_cast<std::int64_t>(m_.layers.size()) : 0;
   }
 
   // What the kernels below take together: workers, and this thread for itself.
@@ -167,22 +165,31 @@ class Prefill {
   // get their copies back.
   void keep_or_stop(std::int64_t layer) {
     if (prompt_.interrupted()) {
-      std::memcpy(states_.conv, buf_.conv_before.data(), static_cast<std::size_t>(layer * conv_bytes()));
-      std::memcpy(states_.ssm, buf_.ssm_before.data(), static_cast<std::size_t>(layer * ssm_bytes()));
+      for (std::int64_t before = 0; before < layer; ++before) copy_states(before, false);
       throw Interrupted();
     }
-    copy(buf_.conv_before, states_.conv, layer * conv_bytes(), conv_bytes());
-    copy(buf_.ssm_before, states_.ssm, layer * ssm_bytes(), ssm_bytes());
+    copy_states(layer, true);
   }
 
-  static void copy(const Buffer& to, const void* from, std::int64_t at, std::int64_t bytes) {
-    std::memcpy(static_cast<char*>(to.data()) + at, static_cast<const char*>(from) + at,
-                static_cast<std::size_t>(bytes));
+  // Between a layer's states in their slots and the copies of them, (layers, sequences, .).
+  void copy_states(std::int64_t layer, bool keep) const {
+    const auto copy = [keep](char* state, char* kept, std::int64_t bytes) {
+      std::memcpy(keep ? kept : state, keep ? state : kept, static_cast<std::size_t>(bytes));
+    };
+    char* const windows = static_cast<char*>(window_of(m_, states_, layer).data);
+    char* const states = reinterpret_cast<char*>(states_of(m_, states_, layer));
+    char* const conv_before = static_cast<char*>(buf_.conv_before.data());
+    char* const ssm_before = static_cast<char*>(buf_.ssm_before.data());
+    const auto count = static_cast<std::int64_t>(slots_.size());
+    for (std::int64_t i = 0; i < count; ++i) {
+      copy(windows + slots_[i] * conv_bytes(), conv_before + (layer * count + i) * conv_bytes(), conv_bytes());
+      copy(states + slots_[i] * ssm_bytes(), ssm_before + (layer * count + i) * ssm_bytes(), ssm_bytes());
+    }
   }
 
   Segments segments() const {
-    return {static_cast<std::int64_t>(sequences_.size()), zeros_.data(), starts_.data(),
-            stops_.data(), sequences_.data(), sequences_.data(), false};
+    return {static_cast<std::int64_t>(slots_.size()), zeros_.data(), starts_.data(),
+            stops_.data(), slots_.data(), slots_.data(), false};
   }
 
   static Tensor3 rows(const Buffer& buffer, std::int64_t width) {
@@ -221,7 +228,7 @@ class Prefill {
     multiply(operand_for(layer.in_proj, buf_.normed), m_.d, l_, m_.d, layer.in_proj, width, bias,
              buf_.projected.floats());
     scale_projected(m_, layer, buf_.small, l_, buf_.projected.floats(), {0, width});
-    const Window window = window_of(m_, states_, prompt_.sequences, index);
+    const Window window = window_of(m_, states_, index);
     kernels().conv({conv_of(m_, layer, buf_.small, activations(), {0, channels}), segments(), window},
                    {rows(buf_.convolved, channels), window});
   }
@@ -236,7 +243,7 @@ class Prefill {
     multiply(rounded_for(layer.dt_proj, buf_.rBC, wide(), buf_.rounded_rBC), wide(), l_, m_.r,
              layer.dt_proj, m_.e, nullptr, buf_.delta.floats());
     compute_A(m_, layer, buf_.small, {0, m_.e});
-    float* const state = states_of(m_, states_, prompt_.sequences, index);
+    float* const state = states_of(m_, states_, index);
     const Buffer y = operand_for(layer.out_proj, buf_.y);
     kernels().scan({scan_of(m_, layer, buf_.small, activations(), {0, m_.e}), segments(), state},
                    {rows(y, m_.e), state, nullptr});
@@ -245,7 +252,7 @@ class Prefill {
 
   // The same of Mamba-2: its heads' state space with D, then the norm, with the gate before one of the two.
   Buffer mix_heads(const Layer& layer, std::int64_t index) {
-    float* const state = states_of(m_, states_, prompt_.sequences, index);
+    float* const state = states_of(m_, states_, index);
     const bool has_norm = layer.gated_norm.data != nullptr;
     const Buffer y = has_norm ? buf_.y : operand_for(layer.out_proj, buf_.y);
     kernels().ssd({ssd_of(m_, layer, buf_.small, activations()), segments(), state},
@@ -274,7 +281,7 @@ class Prefill {
   const bool copies_;     // whether states are copied
   MappedMemory memory_;
   const Buffers buf_;
-  std::vector<std::int64_t> sequences_, zeros_, starts_, stops_;  // those with tokens
+  std::vector<std::int64_t> slots_, zeros_, starts_, stops_;  // of the sequences with tokens
 };
 
 }  // namespace

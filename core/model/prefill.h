@@ -9,7 +9,7 @@
 namespace anymamba {
 
 // The sequences' tokens one behind the other; sequence i has those from offsets[i] to offsets[i+1]
-// and goes on from state i, which advances in place. A sequence without tokens keeps its state.
+// and goes on from the state in its slot, which advances in place. One without tokens keeps it.
 struct Prompt {
   std::int64_t sequences = 0;
   const std::int64_t* offsets = nullptr;  // (sequences + 1,), from 0 on, ascending

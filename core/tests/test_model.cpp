@@ -106,13 +106,21 @@ struct Example {
   }
 };
 
+// One slot more than rows, which have them in opposite order.
 struct Memories {
+  const std::int64_t slots;
   std::vector<float> conv, ssm;
+  std::vector<std::int64_t> slot_of;
   States view;
   Memories(const Model& m, std::int64_t b)
-      : conv(m.layers.size() * b * m.conv_channels() * m.k), ssm(m.layers.size() * b * m.e * m.n) {
-    view.conv = conv.data();
-    view.ssm = ssm.data();
+      : slots(b + 1), conv(m.layers.size() * slots * m.conv_channels() * m.k),
+        ssm(m.layers.size() * slots * m.e * m.n) {
+    for (std::int64_t row = 0; row < b; ++row) slot_of.push_back(b - row);
+    view = {conv.data(), DType::f32, ssm.data(), slots, slot_of.data()};
+  }
+  // The state of a row's slot in a layer.
+  float* state(const Model& m, std::size_t layer, std::int64_t row) {
+    return &ssm[(static_cast<std::int64_t>(layer) * slots + slot_of[row]) * m.e * m.n];
   }
 };
 
@@ -129,15 +137,14 @@ void test_prompt_of(Example& example, double tolerance, bool bf16_products = fal
   std::vector<std::int64_t> tokens(l), positions(l);
   for (std::int64_t i = 0; i < l; ++i) tokens[i] = example.random.below(m.v), positions[i] = i;
 
-  std::vector<float> stepped(l * m.v), stepped_ssm;
+  std::vector<float> stepped(l * m.v);
   Memories after(m, b);
   for (std::int64_t i = 0; i < b; ++i) {
     Memories one(m, 1);
     for (std::int64_t t = offsets[i]; t < offsets[i + 1]; ++t)
       decode_step(m, one.view, 1, &tokens[t], nullptr, &stepped[t * m.v], bf16_products);
-    const std::int64_t size = m.e * m.n;
     for (std::size_t layer = 0; layer < m.layers.size(); ++layer)
-      std::memcpy(&after.ssm[(layer * b + i) * size], &one.ssm[layer * size], size * sizeof(float));
+      std::memcpy(after.state(m, layer, i), one.state(m, layer, 0), m.e * m.n * sizeof(float));
   }
   std::vector<float> first;
   for (const int threads : {1, 2, 4}) {

@@ -314,7 +314,7 @@ struct Case {
     step.b = z_.b;
     step.y = y.view();
     step.state = step_state.data();
-    step.state_row_stride = stride;
+    step.state_stride = stride;
     const int64_t border = randomness.below(e + 1);
     kernels().ssd_step(step, 0, border);
     kernels().ssd_step(step, border, e);

@@ -50,5 +50,9 @@ class StateError(AnyMambaError, ValueError):
     """A saved state does not belong to this model, or its file is broken."""
 
 
+class OverloadError(AnyMambaError, RuntimeError):
+    """A server has more requests than it takes, or is shutting down."""
+
+
 class TrainingError(AnyMambaError, RuntimeError):
     """Training cannot go on; the last checkpoint is as it was."""

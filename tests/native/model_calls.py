@@ -94,6 +94,7 @@ def model(rng: Random) -> Call:
     sizes = _Sizes(rng)
     b, d = sizes.b, sizes.d
     v, n_layer = rng.randint(1, 40), rng.randint(1, 3)
+    slots, n_slots = _slots(rng, b)
     tokens = _whole(rng.choices(range(v), k=b))
     hidden = rng.random() < 0.3
     return {
@@ -106,8 +107,9 @@ def model(rng: Random) -> Call:
         "step": {
             "tokens": None if hidden else tokens,
             "hidden": dense(b, d) if hidden else None,
-            **sizes.states(n_layer, b),
+            **sizes.states(n_layer, n_slots),
             "logits": dense(b, v),
+            "slots": slots,
         },
         "read": _prompt(sizes, v, n_layer),
     }
@@ -119,14 +121,24 @@ def _prompt(sizes: _Sizes, v: int, n_layer: int) -> Call:
     total, wanted = sum(lengths), rng.randint(0, 5)
     positions = [rng.randrange(total) for _ in range(wanted)] if total else []
     hidden = rng.random() < 0.3
+    slots, n_slots = _slots(rng, b)
     return {
         "tokens": None if hidden else _whole([rng.randrange(v) for _ in range(total)]),
         "hidden": dense(total, d) if hidden else None,
         "offsets": _whole([0, *itertools.accumulate(lengths)]),
         "positions": _whole(positions),
-        **sizes.states(n_layer, b),
+        **sizes.states(n_layer, n_slots),
         "logits": dense(len(positions), v),
+        "slots": slots,
     }
+
+
+def _slots(rng: Random, b: int) -> tuple[Array | None, int]:
+    """The slot of each row, or None where row i has slot i; and how many there are."""
+    if rng.random() < 0.5:
+        return None, b
+    n_slots = b + rng.randint(0, 3)
+    return _whole(rng.sample(range(n_slots), b)), n_slots
 
 
 def _whole(numbers: list[int]) -> Array:

@@ -24,6 +24,7 @@ from anymamba.errors import AnyMambaError, InputError
 COMMANDS = {
     "generate": "continue a text with a model",
     "chat": "talk with a model, line by line",
+    "serve": "serve a model behind OpenAI's interface",
     "ingest": "read texts of any length into a state file",
     "models": "list models on the hub to begin with",
     "download": "fetch a model from the hub",
@@ -46,7 +47,7 @@ COMMANDS = {
 FOLDERS = {
     "evaluation": ("bench", "evaluate", "lambada", "score"),
     "models": ("convert", "download", "info", "merge", "models", "quantize"),
-    "text": ("chat", "generate", "ingest", "inspect"),
+    "text": ("chat", "generate", "ingest", "inspect", "serve"),
     "training": ("finetune", "train"),
 }
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.checkpoint.io import shown
-from anymamba.errors import InputError
 from anymamba.renamed import warn_renamed
 from anymamba.runtime.generation import (
+    Batch,
     GenerationOutput,
     Sampler,
     Sampling,
@@ -22,18 +21,16 @@ from anymamba.runtime.generation import (
     write_batch,
     write_text,
 )
-from anymamba.runtime.network import Network
-from anymamba.runtime.prefill import Progress, read_texts, read_with_logits
+from anymamba.runtime.network import CHUNK_TOKENS, Network
+from anymamba.runtime.prefill import Progress, all_logits, read_texts
+from anymamba.runtime.prompts import Text, as_list, first_ids, ids_to_read
 from anymamba.runtime.scoring import Score, score_ids
 from anymamba.runtime.state import BatchState, Identity, State, check_state, load_state
-from anymamba.runtime.tokenizer import TextCodec, as_token_ids
+from anymamba.runtime.tokenizer import TextCodec
 from anymamba.runtime.weights import Weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-Text: TypeAlias = str | Sequence[int]
-"""A text, or its tokens."""
 
 
 class Engine:
@@ -108,6 +105,11 @@ class Engine:
         """The name of `weight_type` in release 0.1."""
         warn_renamed("Engine.weights_kind", "Engine.weight_type")
         return self.weight_type
+
+    @property
+    def identity(self) -> Identity:
+        """Which model states of this engine belong to."""
+        return self._identity
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -209,8 +211,8 @@ class Engine:
             >>> engine.prefill(engine.state(), "ROMEO:").token_count
             6
         """
-        blocks = self._batch_of(state)
-        read_texts(self._network, blocks, [self._ids(text, state)], progress)
+        blocks = check_state(state).batch_of(self._identity)
+        read_texts(self._network, blocks, [ids_to_read(text, self._codec, state)], progress)
         return state
 
     def feed(self, state: State, text: Text, progress: Progress | None = None) -> State:
@@ -238,13 +240,8 @@ class Engine:
             (6, 256)
         """
         state = self._started(state)
-        blocks, ids_l = self._batch_of(state), self._ids(text, state)
-        logits_lv = np.empty((ids_l.size, self._network.vocabulary), np.float32)
-        start = 0
-        for part_w, logits_wv in read_with_logits(self._network, blocks, ids_l):
-            logits_lv[start : start + part_w.size] = logits_wv
-            start += part_w.size
-        return logits_lv
+        ids_l = ids_to_read(text, self._codec, state)
+        return all_logits(self._network, check_state(state).batch_of(self._identity), ids_l)
 
     def score(self, text: Text, state: State | None = None) -> Score:
         """How well the model predicts a text. It costs little memory however long the text is.
@@ -267,7 +264,11 @@ class Engine:
             True
         """
         state = self._started(state)
-        return score_ids(self._network, self._batch_of(state), self._ids(text, state))
+        return score_ids(
+            self._network,
+            check_state(state).batch_of(self._identity),
+            ids_to_read(text, self._codec, state),
+        )
 
     def generate(
         self,
@@ -305,8 +306,9 @@ class Engine:
         """
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
-        ids = self._prompt_ids(prompt, started)
-        pieces = self._pieces(ids, chosen, started, keep=state is not None)
+        ids = self.prompt_ids(prompt, started)
+        blocks, generator = started.batch_of(self._identity), self.token_generator(ids, chosen)
+        pieces = write_text(self._network, blocks, ids, generator, keep=state is not None)
         return GenerationOutput.of(list(pieces), ids.tolist(), chosen)
 
     def stream(
@@ -339,8 +341,9 @@ class Engine:
         """
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
-        ids = self._prompt_ids(prompt, started)
-        return self._pieces(ids, chosen, started, keep=state is not None)
+        ids = self.prompt_ids(prompt, started)
+        blocks, generator = started.batch_of(self._identity), self.token_generator(ids, chosen)
+        return write_text(self._network, blocks, ids, generator, keep=state is not None)
 
     def generate_batch(
         self,
@@ -374,77 +377,75 @@ class Engine:
             >>> [generation.text for generation in batch]
             ['\\nI wo', 'What ']
         """
-        if isinstance(prompts, str):
-            raise InputError("prompts is one text, expected several: give a list")
-        try:
-            prompts = list(prompts)
-        except TypeError:
-            raise InputError(f"prompts must be a list of texts, got {shown(prompts)}") from None
+        prompts = as_list(prompts)
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
-        blocks = self._batch_of(started).take([0] * len(prompts))
-        sequences = [self._prompt_ids(prompt, started) for prompt in prompts]
-        generators = [self._generator(chosen, ids, row) for row, ids in enumerate(sequences)]
-        read_texts(self._network, blocks, sequences)
+        blocks = started.batch_of(self._identity).take([0] * len(prompts))
+        sequences = [self.prompt_ids(prompt, started) for prompt in prompts]
+        generators = [self.token_generator(ids, chosen, row) for row, ids in enumerate(sequences)]
+        texts = write_batch(self._network, blocks, sequences, generators)
         return [
             GenerationOutput.of(pieces, ids.tolist(), chosen)
-            for pieces, ids in zip(
-                write_batch(self._network, blocks, generators), sequences, strict=True
-            )
+            for pieces, ids in zip(texts, sequences, strict=True)
         ]
 
-    def _pieces(
-        self, ids: NDArray[np.int64], sampling: Sampling, state: State, keep: bool
-    ) -> Generator[TokenOutput, None, None]:
-        blocks = self._batch_of(state)
-        generator = self._generator(sampling, ids, 0)
+    def batch(self, rows: int, chunk_tokens: int = CHUNK_TOKENS) -> Batch:
+        """Return room for texts that are written at the same time, and come and go as they like.
 
-        def pieces() -> Generator[TokenOutput, None, None]:
-            read_texts(self._network, blocks, [ids])
-            yield from write_text(self._network, blocks, generator, keep)
+        Args:
+            rows: how many texts at most.
+            chunk_tokens: how much of their prompts the texts read in a step, all together.
 
-        return pieces()
+        Example:
+            >>> import anymamba
+            >>> engine = anymamba.load()
+            >>> batch, ids = engine.batch(rows=4), engine.prompt_ids("ROMEO:")
+            >>> batch.add(0, ids, engine.token_generator(ids, anymamba.Sampling(max_new_tokens=1)))
+            >>> [(row, token.ids) for row, token in batch.step()]
+            [(0, (10,))]
+        """
+        blocks = BatchState.empty(self._identity.sizes, rows)
+        return Batch(self._network, blocks, chunk_tokens)
 
-    def _generator(self, sampling: Sampling, ids: NDArray[np.int64], row: int) -> TokenGenerator:
+    def token_generator(
+        self, ids: NDArray[np.int64], sampling: Sampling, row: int = 0
+    ) -> TokenGenerator:
+        """What chooses the tokens of one text, and makes text of them.
+
+        Args:
+            ids: the prompt.
+            sampling: how tokens are chosen.
+            row: which of several texts this is; it draws with the seed `seed + row`.
+
+        Raises:
+            InputError: a token of the prompt or the settings is not in the vocabulary.
+        """
         sampler = Sampler(sampling, ids.tolist(), self._network.vocabulary, row)
         # Without a tokenizer there is no text, unless one is to be found in it.
         has_text = self._codec.exists or sampling.stop
-        return TokenGenerator(sampler, self.detokenize if has_text else _no_text, self.end_ids)
+        detokenize = self.detokenize if has_text else lambda ids: ""
+        return TokenGenerator(sampler, detokenize, self.end_ids)
 
-    def _ids(self, text: Text, state: State) -> NDArray[np.int64]:
-        """The tokens of what a state is to read next."""
-        if isinstance(text, str):
-            return np.array(self.tokenize(text, special=state.token_count == 0), np.int64)
-        ids = as_token_ids(text)
-        if ids.dtype.kind == "u":  # the largest would be others after the conversion
-            self._network.check_tokens(ids)
-        return ids.astype(np.int64)
+    def prompt_ids(self, prompt: Text, state: State | None = None) -> NDArray[np.int64]:
+        """The tokens of a prompt, at least one where the state does not say what comes next.
 
-    def _prompt_ids(self, prompt: Text, state: State) -> NDArray[np.int64]:
-        ids = self._ids(prompt, state)
-        if ids.size or state.logits is not None:
-            return ids
-        if state.token_count:
-            raise InputError(
-                "the prompt is empty, and the state does not say which token comes next (one from "
-                "a MambaCache never does): give at least one token"
-            )
-        first = self.config.get("bos_token_id", 0)  # Transformers' default
-        if type(first) is not int or not 0 <= first < self._network.vocabulary:
-            raise InputError(
-                "the prompt is empty, and this model has no token for the beginning of a text: "
-                "give at least one character"
-            )
-        return np.array([first])
+        Args:
+            prompt: a text or its tokens.
+            state: what was read before; without it the prompt is the beginning of a text, where
+                special tokens are added to a text.
+
+        Raises:
+            InputError: there is nothing to continue.
+
+        Example:
+            >>> import anymamba
+            >>> anymamba.load().prompt_ids("Hi").tolist()
+            [72, 105]
+        """
+        state = self._started(state)
+        ids = ids_to_read(prompt, self._codec, state)
+        return ids if ids.size else first_ids(self.config, state)
 
     def _started(self, state: State | None) -> State:
         """The state to go on from: a new one where none was given."""
         return self.state() if state is None else check_state(state)
-
-    def _batch_of(self, state: State) -> BatchState:
-        """What a state holds, if it belongs to this model."""
-        return check_state(state).batch_of(self._identity)
-
-
-def _no_text(ids: Sequence[int]) -> str:
-    return ""

@@ -1,4 +1,4 @@
-"""A model in the native core, and the two calls that advance texts: one token, or a chunk.
+"""A model in the native core, and the calls that advance texts.
 
 A call advances the memory of its texts, their numbers of tokens and the logits of what comes next
 as one: no Ctrl-C comes in between, so that whatever happens a state is what its count says, and
@@ -82,57 +82,51 @@ class Network:
         self._core = core()
         self._model = self._core.Model(**_table(weights), constant=True)
 
-    def step(self, blocks: BatchState, tokens_b: NDArray[np.int64]) -> None:
-        """Let each text read one token; `blocks` and their logits advance in place."""
-        if blocks.rows > _MOST_ROWS:
-            self.read(blocks, list(tokens_b[:, None]))
-            return
-        logits = self._logits_of(blocks)
-        rounds = self.matmul_dtype == "bfloat16"
-        arguments = (tokens_b, None, blocks.conv, blocks.ssm, logits, rounds)
-        keep = partial(setattr, blocks, "logits", logits)
-        self._advance(blocks, partial(self._model.step, *arguments), 1, keep)
-
-    def read(self, blocks: BatchState, sequences: Sequence[NDArray[np.int64]]) -> None:
-        """Let each text read some tokens; `blocks` and their logits advance in place.
+    def advance(
+        self, blocks: BatchState, rows: Sequence[int], sequences: Sequence[NDArray[np.int64]]
+    ) -> None:
+        """Let some texts read some tokens; their rows of `blocks` advance in place.
 
         Args:
-            blocks: b texts.
-            sequences: what each of them reads, which may be nothing.
+            blocks: the texts' memory.
+            rows: which of them read, each named once.
+            sequences: what each of them reads. One that reads nothing stays as it is.
         """
-        lengths = np.array([ids.size for ids in sequences], np.int64)
-        if not lengths.any():
+        reading = [(row, ids) for row, ids in zip(rows, sequences, strict=True) if ids.size]
+        if not reading:
             return
-        reading = np.flatnonzero(lengths)
-        ends = np.cumsum(lengths)
-        logits_bv = self._logits_of(blocks)
-        all_read = reading.size == lengths.size
-        logits = logits_bv if all_read else np.empty((reading.size, self.vocabulary), np.float32)
-        keep: list[Callable[[], object]] = [partial(setattr, blocks, "logits", logits_bv)]
-        if not all_read:
-            keep.insert(0, partial(logits_bv.__setitem__, reading, logits))
-        self._read(blocks, sequences, ends[reading] - 1, logits, *keep)
+        slots_r = np.array([row for row, _ in reading])
+        lengths_r = np.array([ids.size for _, ids in reading])
+        tokens_l = np.concatenate([ids for _, ids in reading])
+        logits_rv = np.empty((len(reading), self.vocabulary), np.float32)
+        ends_r = np.cumsum(lengths_r)
+        if tokens_l.size == len(reading) <= _MOST_ROWS:
+            compute = partial(self._model.step, tokens_l, None)
+        else:
+            offsets = np.concatenate([[0], ends_r])
+            compute = partial(self._model.read, tokens_l, None, offsets, ends_r - 1)
+        rounds = self.matmul_dtype == "bfloat16"
+        compute = partial(compute, blocks.conv, blocks.ssm, logits_rv, rounds, slots_r)
+        self._advance(blocks, compute, slots_r, lengths_r, logits_rv)
 
     def read_all(self, blocks: BatchState, ids_l: NDArray[np.int64]) -> NDArray[np.float32]:
         """Let one text read some tokens, and return the logits (l, v) after each of them."""
         logits_lv = np.empty((ids_l.size, self.vocabulary), np.float32)
         if ids_l.size:
+            positions_l, offsets = np.arange(ids_l.size), np.array([0, ids_l.size])
+            rounds = self.matmul_dtype == "bfloat16"
+            arguments = (ids_l, None, offsets, positions_l, blocks.conv, blocks.ssm)
+            compute = partial(self._model.read, *arguments, logits_lv, rounds)
             last_bv = np.empty((1, self.vocabulary), np.float32)
-            self._read(
-                blocks,
-                [ids_l],
-                np.arange(ids_l.size),
-                logits_lv,
-                partial(last_bv.__setitem__, slice(None), logits_lv[-1:]),
-                partial(setattr, blocks, "logits", last_bv),
-            )
+            keep = partial(last_bv.__setitem__, slice(None), logits_lv[-1:])
+            self._advance(blocks, compute, np.zeros(1, np.int64), offsets[1:], last_bv, keep)
         return logits_lv
 
     def check_tokens(self, ids: NDArray[np.integer]) -> None:
         """Refuse tokens that the model does not have, before anything is read."""
         check_vocabulary(ids, self.vocabulary, "the text")
 
-    def check_numbers(self, logits_bv: NDArray[np.float32]) -> None:
+    def check_numbers(self, logits: NDArray[np.float32]) -> None:
         """Refuse logits of a model whose weights hold NaN or infinity.
 
         A NaN that a text reads stays in its state, and is in all that is said afterwards.
@@ -140,47 +134,32 @@ class Network:
         Raises:
             CheckpointError: the message names the tensor.
         """
-        largest_b = logits_bv.max(axis=1)
-        if not np.isfinite(largest_b).all():
-            raise say_what_is_broken(float(largest_b.max()), self._tensors)
-
-    def _read(
-        self,
-        blocks: BatchState,
-        sequences: Sequence[NDArray[np.int64]],
-        positions_w: NDArray[np.int64],
-        logits_wv: NDArray[np.float32],
-        *keep: Callable[[], object],
-    ) -> None:
-        lengths = np.array([ids.size for ids in sequences], np.int64)
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        tokens = np.concatenate(sequences)
-        states = (blocks.conv, blocks.ssm)
-        rounds = self.matmul_dtype == "bfloat16"
-        arguments = (tokens, None, offsets, positions_w, *states, logits_wv, rounds)
-        self._advance(blocks, partial(self._model.read, *arguments), lengths, *keep)
+        largest = logits.max()  # NaN where one is
+        if not np.isfinite(largest):
+            raise say_what_is_broken(float(largest), self._tensors)
 
     def _advance(
         self,
         blocks: BatchState,
         compute: Callable[[], None],
-        tokens: NDArray[np.int64] | int,
-        *keep: Callable[[], object],
+        slots_r: NDArray[np.int64],
+        lengths_r: NDArray[np.int64],
+        logits_rv: NDArray[np.float32],
+        *more: Callable[[], object],
     ) -> None:
-        """Compute, keep what comes of it, and count the tokens; all of it or nothing."""
+        """Compute, keep the logits of the rows, and count their tokens; all of it or nothing."""
         self._check_files()
         if self._core.threads() != self.threads:
             self._core.set_threads(self.threads)
-        count = partial(np.add, blocks.counts, tokens, out=blocks.counts)
+        counts_b, logits_b = blocks.counts.copy(), blocks.logits.copy()
+        counts_b[slots_r] += lengths_r
+        for slot, logits_v in zip(slots_r.tolist(), logits_rv, strict=True):
+            logits_b[slot] = logits_v
+        keep = partial(vars(blocks).update, logits=logits_b, counts=counts_b)
         # Python looks for Ctrl-C between its own instructions: here there are none in between, as
         # there would be in NumPy's functions, which ask in Python whose they are.
-        steps: tuple[Callable[[], object], ...] = (compute, *keep, count)
+        steps: tuple[Callable[[], object], ...] = (compute, *more, keep)
         deque(map(call, steps), maxlen=0)
-
-    def _logits_of(self, blocks: BatchState) -> NDArray[np.float32]:
-        if blocks.logits is not None:
-            return blocks.logits
-        return np.zeros((blocks.rows, self.vocabulary), np.float32)
 
 
 def _wanted_matmul_dtype(name: str | None, tensors: Mapping[str, Tensor]) -> str:

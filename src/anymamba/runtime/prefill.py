@@ -37,14 +37,15 @@ def read_texts(
     read, total = 0, sum(ids.size for ids in sequences)
     left = list(sequences)
     while read < total:
-        chunk = _next_chunk(left)
-        network.read(blocks, chunk)
+        chunk = next_parts(left)
+        network.advance(blocks, range(blocks.rows), chunk)
         left = [ids[part.size :] for ids, part in zip(left, chunk, strict=True)]
         read += sum(part.size for part in chunk)
         if progress is not None:
             progress(read, total)
-    if blocks.logits is not None:
-        network.check_numbers(blocks.logits)
+    for logits_v in blocks.logits:
+        if logits_v is not None:
+            network.check_numbers(logits_v)
 
 
 def read_with_logits(
@@ -66,12 +67,30 @@ def read_with_logits(
         yield part_w, network.read_all(blocks, part_w)
 
 
-def _next_chunk(left: Sequence[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
-    """What each text reads next; nothing where its part finds no room beside the others'."""
-    room = CHUNK_TOKENS
-    parts = []
+def all_logits(
+    network: Network, blocks: BatchState, ids_l: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Let one text read its tokens, and return the logits (l, v) after each of them."""
+    logits_lv = np.empty((ids_l.size, network.vocabulary), np.float32)
+    start = 0
+    for part_w, logits_wv in read_with_logits(network, blocks, ids_l):
+        logits_lv[start : start + part_w.size] = logits_wv
+        start += part_w.size
+    return logits_lv
+
+
+def next_parts(
+    left: Sequence[NDArray[np.int64]], room: int = CHUNK_TOKENS
+) -> list[NDArray[np.int64]]:
+    """What each text reads next of what is left: nothing where its part finds no room.
+
+    Example:
+        >>> [part.size for part in next_parts([np.arange(400), np.arange(600), np.arange(9)])]
+        [400, 0, 9]
+    """
+    most, parts = room, []
     for ids in left:
-        part = ids[:CHUNK_TOKENS]
+        part = ids[:most]
         part = part if part.size <= room else part[:0]
         room -= part.size
         parts.append(part)

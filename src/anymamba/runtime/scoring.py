@@ -64,7 +64,7 @@ def score_ids(network: Network, blocks: BatchState, ids_l: NDArray[np.int64]) ->
         CheckpointError: the model's weights hold NaN or infinity, which the text met.
     """
     logprobs = []
-    before_v = None if blocks.logits is None else blocks.logits[0].copy()
+    before_v = blocks.logits[0]
     for part_w, logits_wv in read_with_logits(network, blocks, ids_l):
         if before_v is not None:
             logprobs.append(_logprobs_of(before_v[None], part_w[:1]))

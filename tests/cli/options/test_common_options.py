@@ -33,6 +33,7 @@ def arguments(command: str, model: object, folder: Path) -> list[str]:
     options: dict[str, tuple[object, ...]] = {
         "generate": ("a", *few, "--model", model),
         "chat": (*few, "--model", model),
+        "serve": ("--port", 0, "--model", model),
         "ingest": (text, "--save-state", folder / "a.state", "--model", model),
         "models": (),
         "download": (model,),
@@ -61,7 +62,8 @@ def write_adapter(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", sorted({*COMMANDS} - WITH_PYTORCH))
+# A server goes on until it is told to end, and answers in JSON.
+@pytest.mark.parametrize("command", sorted({*COMMANDS} - WITH_PYTORCH - {"serve"}))
 def test_json_is_one_object_without_pytorch(command: str, tiny: Path, tmp_path: Path) -> None:
     words = [*arguments(command, tiny, tmp_path), "--json"]
     done = processes.python("-c", PROGRAM, *words, input="a\n")

@@ -37,8 +37,8 @@ def stepped(engine: Engine, ids: list[int]) -> np.ndarray:
     blocks = engine.state()._blocks
     logits = []
     for id in ids:
-        engine._network.step(blocks, np.array([id]))
-        logits.append(blocks.logits[0].copy())
+        engine._network.advance(blocks, [0], [np.array([id])])
+        logits.append(blocks.logits[0])
     return np.array(logits)
 
 

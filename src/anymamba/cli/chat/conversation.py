@@ -11,7 +11,7 @@ from anymamba.cli.summary import ended_by
 from anymamba.errors import InputError
 
 if TYPE_CHECKING:
-    from anymamba.cli.chat.template import ChatTemplate, Message
+    from anymamba.runtime.chat.model_template import ChatTemplate, Message
     from anymamba.runtime.engine import Engine
     from anymamba.runtime.generation import TokenOutput
     from anymamba.runtime.state import State

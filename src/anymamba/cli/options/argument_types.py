@@ -42,3 +42,12 @@ def number(
         return value
 
     return parse
+
+
+def byte_count(text: str) -> int:
+    """A number of bytes, such as `500M` or `2G`; each unit is 1,024 times the one before."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    factors = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    if unit not in factors or not number.isdecimal() or len(number) > 12:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 2G")
+    return int(number) * factors[unit]

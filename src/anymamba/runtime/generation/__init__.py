@@ -1,6 +1,7 @@
 """From logits to text: sampling, stopping, detokenizing as the tokens come."""
 
 from anymamba.renamed import old_names
+from anymamba.runtime.generation.batch import Batch, write_batch, write_text
 from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
 from anymamba.runtime.generation.logits_processors import check_numbers
 from anymamba.runtime.generation.sampling import Sampler
@@ -13,11 +14,10 @@ from anymamba.runtime.generation.token_generator import (
     GenerationOutput,
     TokenGenerator,
     TokenOutput,
-    write_batch,
-    write_text,
 )
 
 __all__ = [
+    "Batch",
     "GenerationOutput",
     "Sampler",
     "Sampling",

@@ -1,8 +1,8 @@
-"""Letting a model write: choose a token, read it, choose the next."""
+"""Choosing the tokens of one text, and saying when it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +12,6 @@ from anymamba.renamed import warn_renamed
 from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
 from anymamba.runtime.generation.sampling import Sampler
 from anymamba.runtime.generation.sampling_settings import Sampling
-from anymamba.runtime.network import Network
-from anymamba.runtime.state import BatchState
 
 FinishReason = Literal["length", "stop", "eos"]
 """What ended a text: the number of tokens asked for, a stop string, or an end token."""
@@ -135,51 +133,3 @@ class TokenGenerator:
         if self._stream.stop_string is not None:  # finishing may show one too
             self.finish_reason = "stop"
         return TokenOutput(text, (chosen.id,), chosen.logprob, chosen.top, self.finish_reason)
-
-
-def write_text(
-    network: Network, blocks: BatchState, generator: TokenGenerator, keep: bool
-) -> Generator[TokenOutput, None, None]:
-    """Write one text.
-
-    Args:
-        network: the model.
-        blocks: one text that was read, with its logits; advanced in place.
-        generator: chooses.
-        keep: whether `blocks` are used afterwards, and so have to have read all that was given
-            out, however this ends: also where the caller stops listening, or presses Ctrl-C.
-
-    Yields:
-        A piece for each token.
-    """
-    read = int(blocks.counts[0])
-    chosen = np.empty(0, np.int64)
-    try:
-        while generator.finish_reason is None:
-            assert blocks.logits is not None
-            piece = generator.write(blocks.logits[0])
-            chosen, read = np.array(piece.ids), read + 1
-            yield piece
-            if piece.finish_reason is None:
-                network.step(blocks, chosen)
-    finally:
-        if keep and blocks.counts[0] < read:
-            network.step(blocks, chosen)
-
-
-def write_batch(
-    network: Network, blocks: BatchState, generators: Sequence[TokenGenerator]
-) -> list[list[TokenOutput]]:
-    """Write texts side by side, where those that have ended cost no more; `blocks` are used up."""
-    pieces: list[list[TokenOutput]] = [[] for _ in generators]
-    rows = list(range(len(generators)))
-    while rows:
-        assert blocks.logits is not None
-        for place, row in enumerate(rows):
-            pieces[row].append(generators[row].write(blocks.logits[place]))
-        going = [place for place, row in enumerate(rows) if generators[row].finish_reason is None]
-        if len(going) < len(rows):
-            blocks, rows = blocks.take(going), [rows[place] for place in going]
-        if rows:
-            network.step(blocks, np.array([pieces[row][-1].ids[0] for row in rows]))
-    return pieces

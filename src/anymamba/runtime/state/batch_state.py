@@ -1,4 +1,4 @@
-"""What a model remembers of some texts that it reads side by side, as the native core keeps it."""
+"""What a model remembers of some texts, one a row, as the native core keeps it."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from anymamba.renamed import old_names
 class BatchState:
     """The memory of b texts: two blocks whose size no text changes.
 
+    Any rows may advance while the others stay as they are, so that a text that comes or goes costs
+    the others nothing.
+
     Args:
         conv: (n_layer, b, e, k) float32, the last k inputs of each layer's convolution.
         ssm: (n_layer, b, e, n) float32, the state of each channel. `state_shapes` has the shapes of
             other architectures.
         counts: (b,) int64, how many tokens of each text were read.
-        logits: (b, v) float32, what the model says of each next token; None before the first.
+        logits: for each text (v,) float32, what the model says of the next token, never written to
+            again; None before the first.
     """
 
     conv: NDArray[np.float32]
     ssm: NDArray[np.float32]
     counts: NDArray[np.int64]
-    logits: NDArray[np.float32] | None = None
+    logits: list[NDArray[np.float32] | None]
 
     @classmethod
     def empty(cls, sizes: Mapping[str, str | int], rows: int) -> BatchState:
@@ -37,6 +41,7 @@ class BatchState:
             conv=np.zeros((*shape, *window), np.float32),
             ssm=np.zeros((*shape, *state), np.float32),
             counts=np.zeros(rows, np.int64),
+            logits=[None] * rows,
         )
 
     @property
@@ -50,7 +55,7 @@ class BatchState:
             np.take(self.conv, rows, axis=1),
             np.take(self.ssm, rows, axis=1),
             np.take(self.counts, rows),
-            None if self.logits is None else np.take(self.logits, rows, axis=0),
+            [self.logits[row] for row in rows],
         )
 
 

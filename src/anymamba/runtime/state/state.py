@@ -100,7 +100,7 @@ class State:
     @property
     def logits(self) -> NDArray[np.float32] | None:
         """(v,), what the model says of the next token; None if nothing says it yet."""
-        return None if self._blocks.logits is None else self._blocks.logits[0]
+        return self._blocks.logits[0]
 
     @property
     def token_count(self) -> int:
@@ -110,7 +110,7 @@ class State:
     @property
     def nbytes(self) -> int:
         """The bytes that are kept."""
-        logits = self._blocks.logits
+        logits = self.logits
         kept = self.conv_states.nbytes + self.ssm_states.nbytes
         return kept if logits is None else kept + logits.nbytes
 
@@ -174,6 +174,7 @@ class State:
             np.array(conv_states, np.float32, order="C"),
             np.array(ssm_states, np.float32, order="C"),
             np.array([token_count], np.int64),
+            [None],
         )
 
     def batch_of(self, identity: Identity) -> BatchState:
@@ -219,8 +220,8 @@ class State:
         if dtype not in ("float32", "bfloat16"):
             raise InputError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
         blocks = {"conv_states": self.conv_states, "ssm_states": self.ssm_states}
-        if self._blocks.logits is not None:
-            blocks["logits"] = self._blocks.logits
+        if self.logits is not None:
+            blocks["logits"] = self.logits[None]
         check_finite_blocks(blocks, np.isfinite, "the state")
         tensors = {name: _bytes_of(block, dtype) for name, block in blocks.items()}
         digest = self.identity.digest
@@ -268,8 +269,9 @@ def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
         file.check_digest(identity.digest)
     blocks = {name: _read_block(files, file, name) for name in file.tensors}
     counts = np.array(file.token_counts, np.int64)
-    logits = blocks.get("logits")
-    return State(identity, BatchState(blocks["conv_states"], blocks["ssm_states"], counts, logits))
+    logits = [*blocks["logits"]] if "logits" in blocks else [None]
+    memory = BatchState(blocks["conv_states"], blocks["ssm_states"], counts, logits)
+    return State(identity, memory)
 
 
 def _bytes_of(block: NDArray[np.float32], dtype: str) -> TensorBytes:

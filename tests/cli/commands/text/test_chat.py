@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from anymamba.cli.chat.conversation import Conversation
-from anymamba.cli.chat.template import ChatTemplate
 from anymamba.errors import InputError
+from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.loading import load
 from tests.support.cli import buffered
 from tests.support.reference import greedy

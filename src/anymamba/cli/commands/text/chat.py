@@ -72,7 +72,7 @@ def run(options: Options) -> None:
     """Answer until the input ends."""
     from anymamba.cli.chat.conversation import Conversation
     from anymamba.cli.chat.input import line_reader
-    from anymamba.cli.chat.template import find_template
+    from anymamba.runtime.chat.model_template import find_template
 
     read_line = line_reader(options.history)
     with silence():

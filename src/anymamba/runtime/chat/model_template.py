@@ -10,6 +10,7 @@ from typing import Any
 from anymamba.checkpoint.gguf import find_gguf
 from anymamba.checkpoint.io import read_bounded, read_json_object
 from anymamba.errors import CheckpointError
+from anymamba.runtime.chat.template import render
 
 Message = dict[str, str]
 """What was said: its `role` ("user" or "assistant") and its `content`."""
@@ -31,8 +32,6 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message]) -> str:
         """The conversation as text, up to where the model's answer begins."""
-        from anymamba.runtime.chat import render
-
         return render(self.source, messages, True, self.special_tokens)
 
 

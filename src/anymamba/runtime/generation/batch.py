@@ -1,0 +1,221 @@
+"""Writing any number of texts side by side, of which any may come or go between two steps.
+
+A step is one call of the native core: it reads a part of the prompts that are not read yet, and
+the token that each of the other texts chose last. Then those that have read all they were given
+choose their next token. Rows of the memory are used where they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anymamba.errors import AnyMambaError, InputError
+from anymamba.runtime.generation.token_generator import TokenGenerator, TokenOutput
+from anymamba.runtime.network import CHUNK_TOKENS, Network
+from anymamba.runtime.prefill import next_parts
+from anymamba.runtime.state import BatchState
+
+
+@dataclass
+class _Text:
+    """A text that is being written, and what it reads before it chooses its next token."""
+
+    generator: TokenGenerator | None
+    unread: NDArray[np.int64]
+    pauses: list[int]
+    has_chosen: bool = False
+
+
+Outcome: TypeAlias = TokenOutput | AnyMambaError | None
+"""What a step brings a text: a token; None for one that had only to read, and has; or why its next
+token could not be chosen."""
+
+
+class Batch:
+    """The texts that a model writes at present, one a row of its memory.
+
+    Each comes out as it would by itself, whatever the others do.
+
+    Args:
+        network: the model.
+        blocks: the rows' memory, advanced in place. Rows without a text stay as they are.
+        chunk_tokens: how much of their prompts the texts read in a step, all together. Fewer let
+            other texts wait less for their next token, and read a long prompt more slowly.
+
+    Example:
+        >>> import anymamba
+        >>> engine = anymamba.load()
+        >>> batch, ids = engine.batch(rows=2), engine.prompt_ids("ROMEO:")
+        >>> batch.add(1, ids, engine.token_generator(ids, anymamba.Sampling(max_new_tokens=2)))
+        >>> [(row, piece.ids) for _ in range(2) for row, piece in batch.step()], batch.rows
+        ([(1, (10,)), (1, (73,))], [])
+    """
+
+    def __init__(
+        self, network: Network, blocks: BatchState, chunk_tokens: int = CHUNK_TOKENS
+    ) -> None:
+        self.blocks = blocks
+        self._network = network
+        self._chunk_tokens = chunk_tokens
+        self._texts: dict[int, _Text] = {}
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows whose texts have not ended."""
+        return list(self._texts)
+
+    def check_tokens(self, ids: NDArray[np.int64]) -> None:
+        """Refuse tokens that the model does not have.
+
+        Raises:
+            InputError: one is not in the vocabulary.
+        """
+        self._network.check_tokens(ids)
+
+    def add(
+        self,
+        row: int,
+        ids: NDArray[np.int64],
+        generator: TokenGenerator | None,
+        pauses: Collection[int] = (),
+    ) -> None:
+        """Let a row write, from what its memory holds on.
+
+        Args:
+            row: one that writes no text.
+            ids: (l,) what it reads first; nothing, where its logits are there already.
+            generator: chooses its tokens; None for a text that is only read.
+            pauses: counts of tokens of `ids` after which a step ends, so that the row's memory can
+                be copied as it is there.
+
+        Raises:
+            InputError: the row writes already or is none of the batch, or a token is not in the
+                vocabulary.
+        """
+        if row in self._texts or not 0 <= row < self.blocks.rows:
+            state = "writes a text already" if row in self._texts else "is not there"
+            raise InputError(f"row {row} {state}, expected a free one of {self.blocks.rows}")
+        self.check_tokens(ids)
+        left = sorted(ids.size - pause for pause in pauses if 0 < pause < ids.size)
+        self._texts[row] = _Text(generator, ids, left)
+
+    def step(self) -> list[tuple[int, Outcome]]:
+        """Advance all texts by one call of the core.
+
+        Returns:
+            The rows that have read all they were given, and what that brings. A text that ends
+            leaves the batch; the token that it chose last is not read.
+
+        Raises:
+            CheckpointError: the model's weights hold NaN or infinity, which a prompt met.
+        """
+        self._advance()
+        ready = [(row, text) for row, text in self._texts.items() if not text.unread.size]
+        return [(row, self._choose(row, text)) for row, text in ready]
+
+    def cancel(self, row: int) -> None:
+        """Take a row's text out of the batch. Its memory has read what it has read."""
+        del self._texts[row]
+
+    def _advance(self) -> None:
+        """Read each chosen token, and of the prompts what there is room for."""
+        prompts = [
+            row for row, text in self._texts.items() if text.unread.size and not text.has_chosen
+        ]
+        left = [self._until_pause(self._texts[row]) for row in prompts]
+        parts = {row: text.unread for row, text in self._texts.items() if text.has_chosen}
+        parts |= dict(zip(prompts, next_parts(left, self._chunk_tokens), strict=True))
+        self._network.advance(self.blocks, list(parts), list(parts.values()))
+        for row, part in parts.items():
+            text = self._texts[row]
+            text.unread = text.unread[part.size :]
+            logits_v = self.blocks.logits[row]
+            if row in prompts and not text.unread.size and logits_v is not None:
+                self._network.check_numbers(logits_v)
+            elif row in prompts and part.size:
+                self._texts[row] = self._texts.pop(row)  # next time others come first
+
+    def _until_pause(self, text: _Text) -> NDArray[np.int64]:
+        """What a text may read before its next pause."""
+        while text.pauses and text.pauses[-1] >= text.unread.size:
+            text.pauses.pop()
+        return text.unread[: text.unread.size - text.pauses[-1]] if text.pauses else text.unread
+
+    def _choose(self, row: int, text: _Text) -> Outcome:
+        if text.generator is None:
+            self.cancel(row)
+            return None
+        logits_v = self.blocks.logits[row]
+        assert logits_v is not None
+        try:
+            piece = text.generator.write(logits_v)
+        except AnyMambaError as error:  # of this text: the others go on
+            self.cancel(row)
+            return error
+        text.unread, text.has_chosen = np.array(piece.ids), True
+        if piece.finish_reason is not None:
+            self.cancel(row)
+        return piece
+
+
+def write_text(
+    network: Network,
+    blocks: BatchState,
+    ids: NDArray[np.int64],
+    generator: TokenGenerator,
+    keep: bool,
+) -> Generator[TokenOutput, None, None]:
+    """Let one text read its prompt and write on.
+
+    Args:
+        network: the model.
+        blocks: the text's memory, advanced in place.
+        ids: the prompt; it may be empty where the memory has logits.
+        generator: chooses.
+        keep: whether `blocks` are used afterwards, and so have to have read all that was given
+            out, however this ends: also where the caller stops listening, or presses Ctrl-C.
+
+    Yields:
+        A piece for each token.
+    """
+    batch = Batch(network, blocks)
+    batch.add(0, ids, generator)
+    chosen, read = ids[:0], int(blocks.counts[0]) + ids.size
+    try:
+        while batch.rows:
+            for _, outcome in batch.step():
+                piece = _token(outcome)
+                chosen, read = np.array(piece.ids), read + 1
+                yield piece
+    finally:
+        if keep and chosen.size and blocks.counts[0] < read:
+            network.advance(blocks, [0], [chosen])
+
+
+def write_batch(
+    network: Network,
+    blocks: BatchState,
+    prompts: Sequence[NDArray[np.int64]],
+    generators: Sequence[TokenGenerator],
+) -> list[list[TokenOutput]]:
+    """Let each row of `blocks`, which are used up, read its prompt and write on."""
+    batch = Batch(network, blocks)
+    for row, (ids, generator) in enumerate(zip(prompts, generators, strict=True)):
+        batch.add(row, ids, generator)
+    pieces: list[list[TokenOutput]] = [[] for _ in prompts]
+    while batch.rows:
+        for row, outcome in batch.step():
+            pieces[row].append(_token(outcome))
+    return pieces
+
+
+def _token(outcome: Outcome) -> TokenOutput:
+    if isinstance(outcome, AnyMambaError):
+        raise outcome
+    assert outcome is not None
+    return outcome

@@ -1,0 +1,151 @@
+"""States as files that outlive the program: written in the background, checked when read.
+
+A file's name tells how many tokens were read, which they were, and by which weights; its content
+is what `State.save` writes, atomically, so that after a crash each file is whole or not there.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+from anymamba.checkpoint.io import user_path
+from anymamba.errors import AnyMambaError, CheckpointError, InputError, StateError
+from anymamba.runtime.state import Identity, State, load_state
+
+_NAME = re.compile(r"(\d+)-([0-9a-f]{64})-([0-9a-f]{16})\.safetensors")
+# States that wait to be written. Where the disk is slower than that, one is not kept as a file.
+_MOST_WAITING = 64
+
+
+class StateFolder:
+    """A folder of states within a budget of bytes: the last used stay.
+
+    Args:
+        path: the folder, made where it is not there.
+        most_bytes: of all files together.
+        on_error: called with what went wrong where a state could not be written.
+
+    Raises:
+        CheckpointError: the folder cannot be made or read.
+        InputError: the budget is negative.
+
+    Example:
+        >>> import tempfile
+        >>> import anymamba
+        >>> engine, folder = anymamba.load(), StateFolder(tempfile.mkdtemp(), 1 << 30)
+        >>> key = (6, "0" * 64)
+        >>> folder.write(key, engine.prefill(engine.state(), "ROMEO:"))
+        >>> folder.close()
+        >>> folder.read(key, engine.identity)
+        State(6 tokens, 173 kB)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        most_bytes: int,
+        on_error: Callable[[Exception], object] = lambda error: None,
+    ) -> None:
+        if most_bytes < 0:
+            raise InputError(f"the cache's folder is {most_bytes} bytes, expected 0 or more")
+        self.path = user_path(path)
+        self.most_bytes = most_bytes
+        self._on_error = on_error
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}  # by name, the least recently used first
+        self._find_files()
+        self._waiting: queue.Queue[tuple[str, State] | None] = queue.Queue(_MOST_WAITING)
+        self._writer = threading.Thread(target=self._write_all, name="states", daemon=True)
+        self._writer.start()
+
+    def counts(self, identity: Identity) -> set[int]:
+        """How many tokens the states have that this model may go on from."""
+        with self._lock:
+            found = [_NAME.fullmatch(name) for name in self._sizes]
+        model = identity.digest[:16]
+        return {int(match[1]) for match in found if match is not None and match[3] == model}
+
+    def read(self, key: tuple[int, str], identity: Identity) -> State | None:
+        """The state of a text, or None where there is none.
+
+        Raises:
+            StateError: the file is broken, or belongs to another model. It is removed.
+        """
+        name = _name_of(key, identity)
+        with self._lock:
+            if name not in self._sizes:
+                return None
+            self._sizes[name] = self._sizes.pop(name)
+        try:
+            state = load_state(self.path / name, identity)
+        except StateError:
+            self._remove(name)
+            raise
+        with suppress(OSError):  # another process may have removed it meanwhile
+            os.utime(self.path / name)
+        return state
+
+    def write(self, key: tuple[int, str], state: State) -> None:
+        """Write a state in the background, unless it is there already."""
+        name = _name_of(key, state.identity)
+        with self._lock:
+            if name in self._sizes:
+                return
+        try:
+            self._waiting.put_nowait((name, state))
+        except queue.Full:
+            self._on_error(CheckpointError("the disk is too slow: a state was not written"))
+
+    def close(self) -> None:
+        """Wait until all states are written."""
+        self._waiting.put(None)
+        self._writer.join()
+
+    def _find_files(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            entries = [entry for entry in os.scandir(self.path) if _NAME.fullmatch(entry.name)]
+            stats = sorted(
+                (entry.stat().st_mtime, entry.stat().st_size, entry.name) for entry in entries
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"the cache's folder {str(self.path)!r} cannot be used: {error.strerror}"
+            ) from error
+        self._sizes = {name: size for _, size, name in stats}
+
+    def _write_all(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            name, state = item
+            try:
+                state.save(self.path / name)
+                size = (self.path / name).stat().st_size
+            except (AnyMambaError, OSError) as error:
+                self._on_error(error)
+                continue
+            with self._lock:
+                self._sizes[name] = size
+            self._stay_within_budget()
+
+    def _stay_within_budget(self) -> None:
+        while True:
+            with self._lock:
+                if sum(self._sizes.values()) <= self.most_bytes:
+                    return
+                oldest = next(iter(self._sizes))
+            self._remove(oldest)
+
+    def _remove(self, name: str) -> None:
+        with self._lock:
+            self._sizes.pop(name, None)
+        (self.path / name).unlink(missing_ok=True)
+
+
+def _name_of(key: tuple[int, str], identity: Identity) -> str:
+    count, tokens = key
+    return f"{count}-{tokens}-{identity.digest[:16]}.safetensors"

@@ -1,0 +1,133 @@
+"""The ASGI application: who may come in, and which function answers."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from anymamba.errors import AnyMambaError
+from anymamba.runtime.chat.model_template import ChatTemplate
+from anymamba.runtime.engine import Engine
+from anymamba.server import states
+from anymamba.server.errors import ApiError, answer_error
+from anymamba.server.openai import chat, completions, models
+from anymamba.server.service import Service, Settings
+
+_OPEN = ("/health",)
+"""Paths that need no key."""
+
+
+def app(
+    engines: Engine | Mapping[str, Engine],
+    templates: Mapping[str, ChatTemplate | None] | None = None,
+    settings: Settings | None = None,
+) -> Starlette:
+    """Make an application that serves models.
+
+    Args:
+        engines: one engine, which clients call "anymamba", or several by name; "base:adapter" is
+            the name of an adapter's.
+        templates: the chat templates, by the same names.
+        settings: how to serve.
+
+    Returns:
+        The application, for any ASGI server. It computes from its start to its shutdown.
+
+    Example:
+        >>> import anymamba
+        >>> from starlette.testclient import TestClient
+        >>> with TestClient(app(anymamba.load())) as client:
+        ...     body = {"prompt": "ROMEO:", "max_tokens": 5, "temperature": 0}
+        ...     client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        '\\nI wo'
+    """
+    named = {"anymamba": engines} if isinstance(engines, Engine) else engines
+    service = Service(named, templates or {}, settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.stop)
+
+    application = Starlette(
+        routes=_routes(),
+        middleware=[Middleware(_Guard, api_key=service.settings.api_key)],
+        exception_handlers={AnyMambaError: answer_error, HTTPException: _answer_http_error},
+        lifespan=lifespan,
+    )
+    application.state.service = service
+    return application
+
+
+def _routes() -> list[Route]:
+    post: list[tuple[str, Callable[..., Any]]] = [
+        ("/v1/completions", completions.completions),
+        ("/v1/chat/completions", chat.chat_completions),
+        ("/tokenize", models.tokenize),
+        ("/detokenize", models.detokenize),
+        ("/v1/states", states.create),
+        ("/v1/states/file", states.upload),
+        ("/v1/states/{state}/fork", states.fork),
+    ]
+    get: list[tuple[str, Callable[..., Any]]] = [
+        ("/health", health),
+        ("/v1/models", models.models),
+        ("/v1/models/{model:path}", models.model),
+        ("/v1/states/{state}", states.show),
+        ("/v1/states/{state}/file", states.download),
+    ]
+    return [
+        *(Route(path, function, methods=["POST"]) for path, function in post),
+        *(Route(path, function, methods=["GET"]) for path, function in get),
+        Route("/v1/states/{state}", states.remove, methods=["DELETE"]),
+    ]
+
+
+async def health(http: Request) -> Response:
+    """Whether the server takes requests, and how busy it is."""
+    scheduler = http.app.state.service.scheduler
+    return JSONResponse(
+        {"status": "ok", "running": scheduler.running, "waiting": scheduler.waiting}
+    )
+
+
+async def _answer_http_error(http: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{http.method} {http.url.path[:200]}: {error.detail}"
+    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
+
+
+class _Guard:
+    """Lets in who has the key. The comparison takes the same time for every wrong one."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self._app = app
+        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not self._lets_in(scope):
+            message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+            body = ApiError(401, message, code="invalid_api_key").body()
+            await JSONResponse(body, 401)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _lets_in(self, scope: Scope) -> bool:
+        if self._expected is None or scope["path"] in _OPEN:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, self._expected)

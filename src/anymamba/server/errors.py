@@ -1,0 +1,55 @@
+"""What went wrong, in the form that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from anymamba.errors import AnyMambaError, CheckpointError, OverloadError
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(AnyMambaError):
+    """A request that is not answered.
+
+    Args:
+        status: HTTP's status code.
+        message: names the offending thing, what was expected and what to do.
+        param: the field of the request that is wrong.
+        code: a word for programs.
+    """
+
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The answer's JSON."""
+        kind = _TYPES.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return {
+            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        }
+
+
+def as_api_error(error: AnyMambaError) -> ApiError:
+    """The error as it is answered: a client's mistake, overload or a fault here."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, OverloadError):
+        return ApiError(503, str(error), code="overloaded")
+    return ApiError(500 if isinstance(error, CheckpointError) else 400, str(error))
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """The response to a request that failed."""
+    assert isinstance(error, AnyMambaError)
+    found = as_api_error(error)
+    headers = {"retry-after": "1"} if found.status in (429, 503) else None
+    return JSONResponse(found.body(), found.status, headers=headers)

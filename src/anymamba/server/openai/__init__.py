@@ -1,0 +1,1 @@
+"""OpenAI's interface: models, completions and chat completions."""

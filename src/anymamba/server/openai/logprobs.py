@@ -1,0 +1,50 @@
+"""Log-probabilities of tokens in OpenAI's two forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from anymamba.runtime.engine import Engine
+from anymamba.runtime.generation import TokenOutput
+
+
+def of_completion(
+    engine: Engine, pieces: Sequence[TokenOutput], offset: int = 0
+) -> dict[str, list[Any]]:
+    """As /v1/completions has them: lists side by side."""
+    tokens = [engine.detokenize(piece.ids, skip_special=False) for piece in pieces]
+    offsets = []
+    for piece in pieces:
+        offsets.append(offset)
+        offset += len(piece.text)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [piece.logprob for piece in pieces],
+        "top_logprobs": [
+            {
+                engine.detokenize([id], skip_special=False): logprob
+                for id, logprob in piece.top_logprobs
+            }
+            for piece in pieces
+        ],
+        "text_offset": offsets,
+    }
+
+
+def of_chat(engine: Engine, pieces: Sequence[TokenOutput]) -> dict[str, Any]:
+    """As /v1/chat/completions has them: one object a token."""
+    return {
+        "content": [
+            {
+                **_token(engine, piece.ids[0], piece.logprob),
+                "top_logprobs": [_token(engine, id, logprob) for id, logprob in piece.top_logprobs],
+            }
+            for piece in pieces
+        ]
+    }
+
+
+def _token(engine: Engine, id: int, logprob: float | None) -> dict[str, Any]:
+    text = engine.detokenize([id], skip_special=False)
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}

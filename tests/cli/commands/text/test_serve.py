@@ -1,0 +1,76 @@
+"""`anymamba serve`: it says where it is, answers, and ends when it is told to."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("uvicorn")
+
+
+@contextmanager
+def started(*options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The program and its address."""
+    command = [sys.executable, "-m", "anymamba", "serve", "--port", "0", *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
+        assert program.stderr is not None
+        line = program.stderr.readline()
+        try:
+            assert "is served at http://127.0.0.1:" in line, line + program.stderr.read()
+            yield program, line.split(" at ")[1].split(";")[0]
+        finally:
+            program.kill()
+
+
+def test_it_serves_and_ends(tmp_path: Path) -> None:
+    text = "Once upon a time. " * 20
+    usage = []
+    for _ in range(2):  # over a restart too, nothing is read again
+        with started("--cache-dir", str(tmp_path), "--name", "bard") as (program, address):
+            body = {"model": "bard", "prompt": text, "max_tokens": 3}
+            usage.append(httpx.post(f"{address}/completions", json=body).json()["usage"])
+            program.send_signal(signal.SIGTERM)
+            program.wait(20)
+    cached = [found["prompt_tokens_details"]["cached_tokens"] for found in usage]
+    assert cached == [0, usage[0]["prompt_tokens"]]
+
+
+def test_a_key(tmp_path: Path) -> None:
+    with started("--api-key", "sesame") as (_, address):
+        assert httpx.get(f"{address}/models").status_code == 401
+        found = httpx.get(f"{address}/models", headers={"authorization": "Bearer sesame"})
+        assert [model["id"] for model in found.json()["data"]] == ["bundled"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "70000"], "70000 is too large"),
+        (["--cache-memory", "much"], "'much' is not a size such as 500M"),
+        (["--api-key", ""], "the API key is empty"),
+        (["--host", "nowhere.invalid"], "cannot listen at 'nowhere.invalid'"),
+    ],
+)
+def test_mistakes(options: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "anymamba", "serve", *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "anymamba", "serve", "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert f"port {port}: Address already in use" in done.stderr
