@@ -383,11 +383,9 @@ class Engine:
         blocks = started.batch_of(self._identity).take([0] * len(prompts))
         sequences = [self.prompt_ids(prompt, started) for prompt in prompts]
         generators = [self.token_generator(ids, chosen, row) for row, ids in enumerate(sequences)]
-        texts = write_batch(self._network, blocks, sequences, generators)
-        return [
-            GenerationOutput.of(pieces, ids.tolist(), chosen)
-            for pieces, ids in zip(texts, sequences, strict=True)
-        ]
+        written = write_batch(self._network, blocks, sequences, generators)
+        texts = zip(written, sequences, strict=True)
+        return [GenerationOutput.of(pieces, ids.tolist(), chosen) for pieces, ids in texts]
 
     def batch(self, rows: int, chunk_tokens: int = CHUNK_TOKENS) -> Batch:
         """Return room for texts that are written at the same time, and come and go as they like.
