@@ -1,14 +1,14 @@
-// RMSNorm over rows, with the residual addition before it, forward and backward.
+// RMSNorm over rows, with a gate or the residual addition before it, forward and backward.
 //
-//   s = x + residual        normed = s r weight,  r = 1 / sqrt(mean(s^2) + eps)
+//   s = x silu(gate) + residual        normed = s r weight,  r = 1 / sqrt(mean(s^2) + eps)
 //
 // Each row passes through a buffer of floats, so that any type is read and written once, and the
 // outputs may lie where the inputs did.
 #include "kernels/norm.h"
 
 #include "kernels/kernels.h"
+#include "simd/math.h"
 #include "simd/scratch.h"
-#include "simd/simd.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
@@ -42,6 +42,47 @@ void add_row(float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) 
   });
 }
 
+// Calls f(i, count) for each vector of a row: of kLanes numbers, and a last one of less.
+template <class Function>
+ANYMAMBA_INLINE void for_vectors(std::int64_t d, const Function& f) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) f(i, kLanes);
+  if (i < d) f(i, static_cast<int>(d - i));
+}
+
+// `count` numbers of a row from number i on, zeros behind them.
+ANYMAMBA_INLINE FloatVec read_part(const Rows& rows, DType type, std::int64_t row, std::int64_t i, int count) {
+  const std::int64_t at = row * rows.row_stride + i;
+  if (count == kLanes) return read_vector(rows.data, type, at);
+  float some[kLanes] = {};
+  for (int j = 0; j < count; ++j) some[j] = read(rows.data, type, at + j);
+  return load(some);
+}
+
+// buffer *= silu(gate).
+void gate_row(float* buffer, const Rows& gate, std::int64_t row, std::int64_t d) {
+  with_type(gate.type, [=](auto type) {
+    for_vectors(d, [=](std::int64_t i, int count) {
+      store(buffer + i, load(buffer + i) * silu_of(read_part(gate, decltype(type)::value, row, i, count)));
+    });
+  });
+}
+
+// From the gradient g of x silu(gate) to that of x, in its place, and that of the gate.
+void ungate_row(float* g, const Rows& x, const Rows& gate, const Rows& dgate, std::int64_t row, std::int64_t d) {
+  with_type(gate.type, [=](auto type) {
+    const DType known = decltype(type)::value;
+    for_vectors(d, [=](std::int64_t i, int count) {
+      const FloatVec z = read_part(gate, known, row, i, count), ds = load(g + i);
+      store(g + i, ds * silu_of(z));
+      const FloatVec dz = ds * silu_slope_of(z) * read_part(x, x.type, row, i, count);
+      const std::int64_t to = row * dgate.row_stride + i;
+      if (count == kLanes) return write_vector(dgate.data, dgate.type, to, dz);
+      for (int j = 0; j < count; ++j) write(dgate.data, dgate.type, to + j, dz[j]);
+    });
+  });
+}
+
 void store_row(const float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) {
   const std::int64_t start = row * rows.row_stride;
   with_type(rows.type, [=](auto type) {
@@ -71,6 +112,7 @@ void norm_row(const Norm& norm, const NormResult& result, float* s, const float*
               std::int64_t row) {
   const std::int64_t d = norm.d, whole = padded(d);
   load_row(s, norm.x, row, d);
+  if (norm.gate.data != nullptr) gate_row(s, norm.gate, row, d);
   if (norm.residual.data != nullptr) add_row(s, norm.residual, row, d);
   if (result.total.data != nullptr) store_row(s, result.total, row, d);
   const float scale =
@@ -88,6 +130,7 @@ void backward_row(const Norm& norm, const NormGradients& gradients, float* s, fl
   const std::int64_t d = norm.d, whole = padded(d);
   const float r = gradients.scale[row];
   load_row(s, gradients.sum, row, d);
+  if (norm.gate.data != nullptr) gate_row(s, norm.gate, row, d);
   load_row(g, gradients.normed, row, d);
   for (std::int64_t i = 0; i < whole; i += kLanes) {
     const FloatVec dnormed = load(g + i);
@@ -99,6 +142,7 @@ void backward_row(const Norm& norm, const NormGradients& gradients, float* s, fl
   for (std::int64_t i = 0; i < whole; i += kLanes)
     store(g + i, splat(r) * (load(g + i) - load(s + i) * splat(r) * splat(mean)));
   if (gradients.total.data != nullptr) add_row(g, gradients.total, row, d);
+  if (norm.gate.data != nullptr) ungate_row(g, gradients.sum, norm.gate, gradients.gate, row, d);
   store_row(g, gradients.x, row, d);
 }
 

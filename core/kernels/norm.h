@@ -1,4 +1,4 @@
-// RMSNorm over rows, with the residual addition before it, forward and backward.
+// RMSNorm over rows, with a gate or the residual addition before it, forward and backward.
 #pragma once
 
 #include "base/types.h"
@@ -17,6 +17,7 @@ struct Norm {
   Rows x, residual;               // residual may be absent
   const float* weight = nullptr;  // (d,)
   float eps = 0;
+  Rows gate;                      // may be absent: x is multiplied by silu(gate) first
 };
 
 struct NormResult {
@@ -28,9 +29,10 @@ struct NormResult {
 struct NormGradients {
   Rows normed;                    // given
   Rows total;                     // given, or absent: the gradient of the sum from elsewhere
-  Rows sum;                       // x + residual as the forward pass stored it
+  Rows sum;                       // x + residual as the forward pass stored it; x where there is a gate
   const float* scale = nullptr;   // from the forward pass
   Rows x;                         // written: the gradient of x, which is also the residual's
+  Rows gate;                      // written where the norm has a gate
   float* weight = nullptr;        // (d,), overwritten
 };
 
