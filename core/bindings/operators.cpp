@@ -365,10 +365,11 @@ void py_conv_step(const In& x, const Out& state, const In& weight, const MaybeIn
 }
 
 void py_norm(const In& x, const MaybeIn& residual, const In& weight, float eps, const Out& normed,
-             const MaybeOut& total, const MaybeOut& scale) {
+             const MaybeOut& total, const MaybeOut& scale, const MaybeIn& gate) {
   const std::int64_t n = extent(x, 0), d = extent(x, 1);
   Norm norm = {n, d, rows("x", x, {n, d}), {}, floats("weight", weight, {d}), eps};
   if (residual) norm.residual = rows("residual", *residual, {n, d});
+  if (gate) norm.gate = rows("gate", *gate, {n, d});
   NormResult result = {rows("normed", normed, {n, d}), {}, floats("scale", scale, {n})};
   if (total) result.total = rows("total", *total, {n, d});
   const WithoutGil unlocked;
@@ -376,9 +377,10 @@ void py_norm(const In& x, const MaybeIn& residual, const In& weight, float eps, 
 }
 
 void py_norm_backward(const In& sum, const In& weight, float eps, const In& scale,
-                      const In& dnormed, const MaybeIn& dtotal, const Out& dx, const Out& dweight) {
+                      const In& dnormed, const MaybeIn& dtotal, const Out& dx, const Out& dweight,
+                      const MaybeIn& gate, const MaybeOut& dgate) {
   const std::int64_t n = extent(sum, 0), d = extent(sum, 1);
-  const Norm norm = {n, d, {}, {}, floats("weight", weight, {d}), eps};
+  Norm norm = {n, d, {}, {}, floats("weight", weight, {d}), eps};
   NormGradients gradients;
   gradients.sum = rows("sum", sum, {n, d});
   gradients.scale = floats("scale", scale, {n});
@@ -386,6 +388,11 @@ void py_norm_backward(const In& sum, const In& weight, float eps, const In& scal
   if (dtotal) gradients.total = rows("dtotal", *dtotal, {n, d});
   gradients.x = rows("dx", dx, {n, d});
   gradients.weight = floats("dweight", dweight, {d});
+  if (gate) {
+    if (!dgate) refuse("dgate is missing");
+    norm.gate = rows("gate", *gate, {n, d});
+    gradients.gate = rows("dgate", *dgate, {n, d});
+  }
   const WithoutGil unlocked;
   kernels().norm_backward(norm, gradients);
 }
@@ -480,9 +487,9 @@ void add_operators(nb::module_& m) {
         "dfinal"_a.none(), "dx"_a, "dweight"_a, "dbias"_a.none(), "dinitial"_a.none());
   m.def("conv_step", py_conv_step, "x"_a, "window"_a, "weight"_a, "bias"_a.none(), "silu"_a, "y"_a);
   m.def("norm", py_norm, "x"_a, "residual"_a.none(), "weight"_a, "eps"_a, "normed"_a,
-        "total"_a.none(), "scale"_a.none());
+        "total"_a.none(), "scale"_a.none(), "gate"_a.none() = none);
   m.def("norm_backward", py_norm_backward, "sum"_a, "weight"_a, "eps"_a, "scale"_a, "dnormed"_a,
-        "dtotal"_a.none(), "dx"_a, "dweight"_a);
+        "dtotal"_a.none(), "dx"_a, "dweight"_a, "gate"_a.none() = none, "dgate"_a.none() = none);
   m.def("product", py_gemm, "a"_a, "b"_a, "bias"_a.none(), "c"_a, "accumulate"_a = false);
   m.def("few_rows", py_gemv, "x"_a, "weight"_a, "bias"_a.none(), "y"_a);
   m.def("quantized_product", py_quantized_gemm, "x"_a, "q"_a, "scales"_a, "minima"_a.none(),

@@ -1,6 +1,7 @@
-// RMSNorm over rows, with the residual addition before it, forward and backward; forward with a gate.
+// RMSNorm over rows, with a gate or the residual addition before it, forward and backward; forward
+// with a gate behind it.
 //
-//   s = x + residual        normed = s r weight silu(gate),  r = 1 / sqrt(mean(s^2) + eps)
+//   s = x silu(gate) + residual        normed = s r weight silu(gate_after),  r = 1 / sqrt(mean(s^2) + eps)
 //
 // Each row passes through a buffer of floats, so that any type is read and written once, and the
 // outputs may lie where the inputs did.
@@ -9,7 +10,6 @@
 #include "kernels/kernels.h"
 #include "simd/math.h"
 #include "simd/scratch.h"
-#include "simd/simd.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
@@ -43,6 +43,47 @@ void add_row(float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) 
   });
 }
 
+// Calls f(i, count) for each vector of a row: of kLanes numbers, and a last one of less.
+template <class Function>
+ANYMAMBA_INLINE void for_vectors(std::int64_t d, const Function& f) {
+  std::int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) f(i, kLanes);
+  if (i < d) f(i, static_cast<int>(d - i));
+}
+
+// `count` numbers of a row from number i on, zeros behind them.
+ANYMAMBA_INLINE FloatVec read_part(const Rows& rows, DType type, std::int64_t row, std::int64_t i, int count) {
+  const std::int64_t at = row * rows.row_stride + i;
+  if (count == kLanes) return read_vector(rows.data, type, at);
+  float some[kLanes] = {};
+  for (int j = 0; j < count; ++j) some[j] = read(rows.data, type, at + j);
+  return load(some);
+}
+
+// buffer *= silu(gate).
+void gate_row(float* buffer, const Rows& gate, std::int64_t row, std::int64_t d) {
+  with_type(gate.type, [=](auto type) {
+    for_vectors(d, [=](std::int64_t i, int count) {
+      store(buffer + i, load(buffer + i) * silu_of(read_part(gate, decltype(type)::value, row, i, count)));
+    });
+  });
+}
+
+// From the gradient g of x silu(gate) to that of x, in its place, and that of the gate.
+void ungate_row(float* g, const Rows& x, const Rows& gate, const Rows& dgate, std::int64_t row, std::int64_t d) {
+  with_type(gate.type, [=](auto type) {
+    const DType known = decltype(type)::value;
+    for_vectors(d, [=](std::int64_t i, int count) {
+      const FloatVec z = read_part(gate, known, row, i, count), ds = load(g + i);
+      store(g + i, ds * silu_of(z));
+      const FloatVec dz = ds * silu_slope_of(z) * read_part(x, x.type, row, i, count);
+      const std::int64_t to = row * dgate.row_stride + i;
+      if (count == kLanes) return write_vector(dgate.data, dgate.type, to, dz);
+      for (int j = 0; j < count; ++j) write(dgate.data, dgate.type, to + j, dz[j]);
+    });
+  });
+}
+
 void store_row(const float* buffer, const Rows& rows, std::int64_t row, std::int64_t d) {
   const std::int64_t start = row * rows.row_stride;
   with_type(rows.type, [=](auto type) {
@@ -67,11 +108,12 @@ float dot(const float* a, const float* b, std::int64_t count) {
   return sum((s0 + s1) + (s2 + s3));
 }
 
-// s and, with a gate, g (padded(d),) are overwritten; weight (padded(d),).
-void norm_row(const Norm& norm, const NormResult& result, float* s, float* g, const float* weight,
+// s (padded(d),) is overwritten; weight (padded(d),).
+void norm_row(const Norm& norm, const NormResult& result, float* s, const float* weight,
               std::int64_t row) {
   const std::int64_t d = norm.d, whole = padded(d);
   load_row(s, norm.x, row, d);
+  if (norm.gate.data != nullptr) gate_row(s, norm.gate, row, d);
   if (norm.residual.data != nullptr) add_row(s, norm.residual, row, d);
   if (result.total.data != nullptr) store_row(s, result.total, row, d);
   const float scale =
@@ -79,10 +121,7 @@ void norm_row(const Norm& norm, const NormResult& result, float* s, float* g, co
   if (result.scale != nullptr) result.scale[row] = scale;
   for (std::int64_t i = 0; i < whole; i += kLanes)
     store(s + i, load(s + i) * splat(scale) * load(weight + i));
-  if (norm.gate.data != nullptr) {
-    load_row(g, norm.gate, row, d);
-    for (std::int64_t i = 0; i < whole; i += kLanes) store(s + i, load(s + i) * silu_of(load(g + i)));
-  }
+  if (norm.gate_after.data != nullptr) gate_row(s, norm.gate_after, row, d);
   store_row(s, result.normed, row, d);
 }
 
@@ -93,6 +132,7 @@ void backward_row(const Norm& norm, const NormGradients& gradients, float* s, fl
   const std::int64_t d = norm.d, whole = padded(d);
   const float r = gradients.scale[row];
   load_row(s, gradients.sum, row, d);
+  if (norm.gate.data != nullptr) gate_row(s, norm.gate, row, d);
   load_row(g, gradients.normed, row, d);
   for (std::int64_t i = 0; i < whole; i += kLanes) {
     const FloatVec dnormed = load(g + i);
@@ -104,6 +144,7 @@ void backward_row(const Norm& norm, const NormGradients& gradients, float* s, fl
   for (std::int64_t i = 0; i < whole; i += kLanes)
     store(g + i, splat(r) * (load(g + i) - load(s + i) * splat(r) * splat(mean)));
   if (gradients.total.data != nullptr) add_row(g, gradients.total, row, d);
+  if (norm.gate.data != nullptr) ungate_row(g, gradients.sum, norm.gate, gradients.gate, row, d);
   store_row(g, gradients.x, row, d);
 }
 
@@ -114,10 +155,10 @@ void norm(const Norm& norm, const NormResult& result) {
   if (norm.d == 0) return;
   const std::int64_t items = ceil_div(norm.rows, kRows);
   parallel_for(items, norm_worker_scratch(norm.d), [&](std::int64_t item) {
-    const Scratch<float> s(whole), g(norm.gate.data != nullptr ? whole : 0), weight(whole);
+    const Scratch<float> s(whole), weight(whole);
     load_row(weight, {const_cast<float*>(norm.weight), DType::f32, 0}, 0, norm.d);
     for (std::int64_t row = item * kRows; row < smaller((item + 1) * kRows, norm.rows); ++row)
-      norm_row(norm, result, s, g, weight, row);
+      norm_row(norm, result, s, weight, row);
   });
 }
 

@@ -1,5 +1,5 @@
-// RMSNorm over rows, with the residual addition before it and a gate behind it, forward; and backward
-// without a gate.
+// RMSNorm over rows, with a gate or the residual addition before it, forward and backward; forward
+// with a gate behind it.
 #pragma once
 
 #include "base/types.h"
@@ -18,7 +18,8 @@ struct Norm {
   Rows x, residual;               // residual may be absent
   const float* weight = nullptr;  // (d,)
   float eps = 0;
-  Rows gate;                      // may be absent: what is normed is multiplied by its silu
+  Rows gate;                      // may be absent: x is multiplied by silu(gate) first
+  Rows gate_after;                // may be absent: what is normed is multiplied by its silu
 };
 
 struct NormResult {
@@ -30,13 +31,14 @@ struct NormResult {
 struct NormGradients {
   Rows normed;                    // given
   Rows total;                     // given, or absent: the gradient of the sum from elsewhere
-  Rows sum;                       // x + residual as the forward pass stored it
+  Rows sum;                       // x + residual as the forward pass stored it; x where there is a gate
   const float* scale = nullptr;   // from the forward pass
   Rows x;                         // written: the gradient of x, which is also the residual's
+  Rows gate;                      // written where the norm has a gate
   float* weight = nullptr;        // (d,), overwritten
 };
 
 // The scratch memory of a worker in the forward pass.
-constexpr std::int64_t norm_worker_scratch(std::int64_t d) { return 3 * 4 * (d + 16) + 192; }
+constexpr std::int64_t norm_worker_scratch(std::int64_t d) { return 2 * 4 * (d + 16) + 128; }
 
 }  // namespace anymamba

@@ -92,6 +92,7 @@ class Head {
        std::int64_t most_chunks, Arena& memory)
       : ssd_(ssd), gradients_(gradients), partials_(partials), head_(head), n_(ssd.n),
         block_{head * ssd.p, static_cast<int>(ssd.p), columns_of(ssd)},
+        next_{smaller(head + 1, ssd.heads - 1) * ssd.p, block_.channels, block_.columns},
         states_(memory.floats(most_chunks * n_ * block_.columns)), carry_(memory.floats(n_ * block_.columns)),
         D_(memory.floats(block_.columns)), dD_(memory.floats(block_.columns)) {
     read_skip(D_, ssd, head, block_);
@@ -140,7 +141,7 @@ class Head {
     read_inputs(slice, k);
     const Matrix x = rows_of(k.x, columns), du = rows_of(k.du, columns);
     multiply(q_, q_, columns, du, transposed(x), k.products, kSteps);
-    go_through_scores(scores, partials_.scores + tile * partials_.q * partials_.stride, add, k);
+    go_through_scores(slice, scores, partials_.scores + tile * partials_.q * partials_.stride, add, k);
     go_through_maps(partials_.B + tile * partials_.q * n_, partials_.C + tile * partials_.q * n_, add, k);
     if (ssd_.z) write_gate(slice, k);
     multiply(q_, columns, q_, transposed(rows_of(k.weights, kSteps)), du, k.dx, columns);
@@ -164,10 +165,13 @@ class Head {
 
   // L from the scores, what P gives to the scores and to step sizes, and for each step the sum of
   // P L over the pairs around it.
-  void go_through_scores(const float* scores, float* dscores, bool add, const Tiles& k) {
+  void go_through_scores(const SegmentSlice& slice, const float* scores, float* dscores, bool add, const Tiles& k) {
     FloatVec to_dt[kSteps / kLanes] = {}, across[kSteps / kLanes] = {};
     float sums[kSteps * kLanes];
     for (std::int64_t t = q_ - 1; t >= 0; --t) {
+      prefetch_step(ssd_.x, slice, next_, t);
+      prefetch_step(gradients_.y, slice, next_, t);
+      prefetch_step<true>(gradients_.x, slice, block_, t);
       FloatVec pairs{};
       std::int64_t s = 0;
       for (int j = 0; s <= t; s += kLanes, ++j) {
@@ -282,7 +286,7 @@ class Head {
   const SsdGradients& gradients_;
   const Partials& partials_;
   const std::int64_t head_, n_;
-  const Block block_;
+  const Block block_, next_;  // this head's and the next one's
   float *const states_, *const carry_;  // (chunks, n, columns) before each chunk, and G
   float *const D_, *const dD_;          // (columns)
   double dA_ = 0, dbias_ = 0;
@@ -293,13 +297,26 @@ class Head {
 };
 
 // What an item's arena holds.
-std::int64_t worker_bytes(const Ssd& ssd, const Partials& partials) {
-  const std::int64_t chunks = ceil_div(Chunks::longest(ssd.segments), partials.q);
+std::int64_t worker_bytes(const Ssd& ssd, std::int64_t heads, std::int64_t q) {
+  const std::int64_t chunks = ceil_div(Chunks::longest(ssd.segments), q);
   const std::int64_t columns = Head::columns_of(ssd);
   const std::int64_t own = (chunks + 1) * ssd.n * columns + 2 * columns;
   const std::int64_t tiles = kSteps * (5 * ssd.n + 5 * columns + 2 * kSteps);
-  return 4 * (partials.heads * own + tiles) + partials.heads * (static_cast<std::int64_t>(sizeof(Head)) + 256) +
+  return 4 * (heads * own + tiles) + heads * (static_cast<std::int64_t>(sizeof(Head)) + 256) +
          kGemmScratch + 4096;
+}
+
+// Takes the memory of all at once: it stays with this thread until its next call.
+void reserve_memory(const Ssd& ssd) {
+  std::int64_t steps = 0;
+  for (std::int64_t s = 0; s < ssd.segments.count; ++s) steps += ssd.segments.stops[s] - ssd.segments.starts[s];
+  const std::int64_t tiles = (steps / kSteps + ssd.segments.count) * ssd.groups * kHeadParts;
+  const std::int64_t shared = 4 * tiles * kSteps * (2 * ssd.n + kSteps);
+  const std::int64_t parameters = kSegmentParts * (16 * ssd.heads + 4 * ssd.e());
+  const std::int64_t q = smaller(Chunks::longest(ssd.segments), kSteps);
+  const std::int64_t heads = ceil_div(ssd.heads / ssd.groups, kHeadParts);
+  reserve_scratch(ssd_caller_scratch(steps, ssd.segments.count, ssd.groups) + shared + parameters + 1024 +
+                  Threads::count() * in_arena(worker_bytes(ssd, heads, q)));
 }
 
 struct Item {
@@ -392,6 +409,7 @@ void finish_parameters(const Ssd& ssd, const SsdGradients& gradients, const Part
 }  // namespace
 
 void ssd_backward(const Ssd& ssd, const SsdGradients& gradients) {
+  reserve_memory(ssd);
   const Chunks chunks(ssd.segments);
   const Scores scores(ssd, chunks);
   const Partials partials(ssd, chunks);
@@ -399,7 +417,7 @@ void ssd_backward(const Ssd& ssd, const SsdGradients& gradients) {
   fill_zeros(gradients.B, maps);
   fill_zeros(gradients.C, maps);
   if (gradients.initial != nullptr) fill_zeros(gradients.initial, gradients.n_states * ssd.e() * ssd.n);
-  parallel_with_arena(partials.segment_parts * ssd.groups * partials.head_parts, worker_bytes(ssd, partials),
+  parallel_with_arena(partials.segment_parts * ssd.groups * partials.head_parts, worker_bytes(ssd, partials.heads, partials.q),
                       [&](std::int64_t item, Arena& memory) {
                         const std::int64_t rest = item / partials.head_parts;
                         go_back(ssd, gradients, chunks, scores, partials,

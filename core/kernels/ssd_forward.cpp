@@ -53,8 +53,11 @@ class HeadBlock {
   void run(const Chunks& chunks, const Scores& scores, std::int64_t index) {
     const SegmentSlice segment = slice_of(ssd_.segments, index);
     read_states_or_zeros(right_, ssd_.initial, segment.state_in, ssd_, block_);
-    for (std::int64_t chunk = 0; chunk < chunks.count_of(index); ++chunk)
+    for (std::int64_t chunk = 0; chunk < chunks.count_of(index); ++chunk) {
+      next_ = {};
+      if (chunk + 1 < chunks.count_of(index)) next_ = chunk_of(segment, chunk + 1, chunks.q());
       advance(chunk_of(segment, chunk, chunks.q()), scores.of(chunks.first_of(index) + chunk, group_), chunks.q());
+    }
     if (result_.last != nullptr && segment.state_out >= 0)
       write_states(result_.last + segment.state_out * ssd_.e() * ssd_.n, right_, block_, ssd_.n);
   }
@@ -74,6 +77,8 @@ class HeadBlock {
     steps_.read_from(ssd_, slice, head_);
     read_projection(maps_, ssd_.C, slice, group_, n);
     for (std::int64_t t = 0; t < q; ++t) {
+      prefetch_step(ssd_.x, next_, block_, t);
+      prefetch_step<true>(result_.y, slice, block_, t);
       scale_row(left_ + t * width, maps_ + t * n, steps_.from_start(t), n);
       weigh_scores(left_ + t * width + n, scores + t * scores_stride, steps_, t, q);
     }
@@ -105,6 +110,7 @@ class HeadBlock {
   float *const right_, *const left_, *const maps_, *const y_, *const z_;
   float D_[kSsdChannels];
   Steps steps_;
+  SegmentSlice next_;  // the chunk after this one
 };
 
 }  // namespace

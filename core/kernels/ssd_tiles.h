@@ -155,6 +155,18 @@ ANYMAMBA_INLINE IntVec up_to(std::int64_t t, std::int64_t s) {
   return lane_numbers() <= splat(static_cast<float>(t - s));
 }
 
+// Asks for step t of a slice's tile, which will be read soon, or written.
+template <bool kWrite = false>
+ANYMAMBA_INLINE void prefetch_step(const Tensor3& tensor, const SegmentSlice& slice, const Block& block,
+                                   std::int64_t t) {
+  if (t >= slice.steps || tensor.channel_stride != 1) return;
+  const std::int64_t size = size_of(tensor.type);
+  const char* const first = static_cast<const char*>(tensor.data) +
+                            size * (slice.row * tensor.row_stride + block.first +
+                                    (slice.first + t * slice.direction) * tensor.step_stride);
+  for (std::int64_t i = 0; i < size * block.channels; i += 64) __builtin_prefetch(first + i, kWrite, 2);
+}
+
 // out (n,) = row * factor.
 ANYMAMBA_INLINE void scale_row(float* out, const float* row, float factor, std::int64_t n) {
   std::int64_t i = 0;

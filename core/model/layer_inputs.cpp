@@ -120,10 +120,10 @@ SsdInputs ssd_of(const Model& m, const Layer& layer, const SmallTensors& small,
 }
 
 void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
-              float eps, const Rows& normed, const Rows& gate) {
+              float eps, const Rows& normed, const Rows& gate_after) {
   NormResult result;
   result.normed = normed;
-  kernels().norm({count, width, x, {}, floats(weight, buffer, {0, width}), eps, gate}, result);
+  kernels().norm({count, width, x, {}, floats(weight, buffer, {0, width}), eps, {}, gate_after}, result);
 }
 
 void norm_rBC(const Model& m, const Layer& layer, const SmallTensors& small, std::int64_t count,

@@ -50,7 +50,7 @@ SsdInputs ssd_of(const Model& model, const Layer& layer, const SmallTensors& sma
 
 // normed (count, width) from x, and a gate if there is one; `buffer` is for the weight.
 void rms_norm(std::int64_t count, std::int64_t width, const Rows& x, Array weight, float* buffer,
-              float eps, const Rows& normed, const Rows& gate = {});
+              float eps, const Rows& normed, const Rows& gate_after = {});
 
 // normed (count, r + 2n) from what x_proj gave, which may be the same memory: each of its three parts
 // through its norm. Only for a layer that has these norms.

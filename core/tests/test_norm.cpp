@@ -60,7 +60,7 @@ struct Problem {
     if (c.residual) norm.residual = residual.view();
     norm.weight = weight.data();
     norm.eps = c.eps;
-    if (c.gate) norm.gate = gate.view();
+    if (c.gate) norm.gate_after = gate.view();
     return norm;
   }
 };

@@ -278,11 +278,13 @@ def norm(rng: Random) -> Call:
         "normed": Array((rows, d), order="rows"),
         "total": maybe(rng, Array((rows, d), order="rows")),
         "scale": maybe(rng, dense(rows)),
+        "gate": maybe(rng, Array((rows, d), order="rows")),
     }
 
 
 def norm_backward(rng: Random) -> Call:
     rows, d = rng.randint(0, 20), rng.randint(1, 70)
+    gated = rng.random() < 0.5
     return {
         "sum": Array((rows, d), order="rows"),
         "weight": dense(d),
@@ -292,6 +294,8 @@ def norm_backward(rng: Random) -> Call:
         "dtotal": maybe(rng, Array((rows, d), order="rows")),
         "dx": Array((rows, d), order="rows"),
         "dweight": dense(d),
+        "gate": Array((rows, d), order="rows") if gated else None,
+        "dgate": Array((rows, d), order="rows") if gated else None,
     }
 
 

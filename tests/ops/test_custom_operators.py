@@ -70,7 +70,7 @@ def conv_call(given: Given) -> tuple[Any, ...]:
 
 def norm_call(given: Given) -> tuple[Any, ...]:
     x, weight, residual = given.narrow(5, 7), given.wide(7), given.maybe(given.narrow(5, 7))
-    return x, weight, residual, 1e-5, given.dtype, given.maybe(torch.float32)
+    return x, weight, residual, None, 1e-5, given.dtype, given.maybe(torch.float32)
 
 
 def linear_call(given: Given) -> tuple[Any, ...]:

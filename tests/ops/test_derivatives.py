@@ -43,12 +43,16 @@ def norm(x: Tensor, weight: Tensor, residual: Tensor, **options: Any) -> Any:
     return ops.rms_norm(x, weight, 1e-2, residual=residual, return_sum=True, **options)
 
 
+def gated_norm(x: Tensor, weight: Tensor, gate: Tensor, **options: Any) -> tuple[Any, ...]:
+    return (ops.rms_norm(x, weight, 1e-2, gate=gate, **options),)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> tuple[Tensor, ...]:
     return (ops.linear(x, weight, bias, **options),)
 
 
 def ssd(x: Tensor, dt: Tensor, A: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """Chunks of two steps, so that states pass between them; it has one backend for all."""
+    """Chunks of two steps in PyTorch, so that states pass between them."""
     B, C, D, state = rest
     options = {"initial_state": state, "return_last_state": True, "chunk_size": 2}
     return tuple(ops.ssd(x, dt, A, B, C, D, dt_softplus=True, **options))
@@ -61,6 +65,7 @@ CASES: dict[str, tuple[Operator, tuple[Tensor, ...]]] = {
     "packed scan": (packed_scan, (*SCAN.values(), normal(b, e, n))),
     "conv": (conv, (normal(b, l, e), normal(e, k), normal(e), normal(b, e, k))),
     "norm": (norm, (normal(b, e), normal(e), normal(b, e))),
+    "gated norm": (gated_norm, (normal(b, e), normal(e), normal(b, e))),
     "linear": (linear, (normal(b, e), normal(n, e), normal(n))),
 }
 HEADS = (normal(b, l, 2, 3), normal(b, l, 2), -normal(2).abs())
@@ -152,7 +157,7 @@ def test_dual_tensors_without_a_transform() -> None:
     torch.testing.assert_close(tangent, numerical, rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", sorted(CASES.keys() - {"ssd"}))
+@pytest.mark.parametrize("name", sorted(CASES))
 def test_the_core_is_refused_by_name(name: str) -> None:
     function, tensors = CASES[name]
     inputs = tuple(tensor.float() for tensor in tensors)

@@ -40,15 +40,19 @@ def gated_norm(
     """
     d = check_gated_norm(x, weight, bias, z, group_size)
     wide = torch.promote_types(x.dtype, torch.float32)
+    size = d if group_size is None else group_size
+    if z is not None and size == d and is_rms_norm and not norm_before_gate:
+        out = cast(Tensor, ops.rms_norm(x, weight.to(wide), eps, gate=z))
+        return (out if bias is None else out + bias.to(wide)).to(x.dtype)
     gate = None if z is None else F.silu(z.to(wide))
     rows = x.to(wide)
     if gate is not None and not norm_before_gate:
         rows = rows * gate
     gain, offset = weight.to(wide), None if bias is None else bias.to(wide)
-    if group_size is None or group_size == d:
+    if size == d:
         out = _normed(rows, gain, offset, eps, is_rms_norm)
     else:
-        groups, ones = in_groups(rows, group_size), rows.new_ones(group_size)
+        groups, ones = in_groups(rows, size), rows.new_ones(size)
         out = _normed(groups, ones, None, eps, is_rms_norm).reshape(x.shape) * gain
         out = out if offset is None else out + offset
     if gate is not None and norm_before_gate:

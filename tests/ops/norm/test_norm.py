@@ -53,6 +53,41 @@ def test_gradients_are_the_numerical_derivatives() -> None:
     )
 
 
+def gated_by_formula(x: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    gated = x * gate * torch.sigmoid(gate)
+    return gated / torch.sqrt((gated**2).mean(-1, keepdim=True) + 1e-5) * weight
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 17), (2, 0, 4), (37, 64), (2, 100)])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_gate_and_its_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The gate is a part of a projection, as in Mamba-2."""
+    x, both = torch.randn(shape).to(dtype), 3 * torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)
+    weight = torch.randn(shape[-1])
+    ours = [tensor.requires_grad_() for tensor in (x, both, weight)]
+    theirs = [tensor.detach().double().requires_grad_() for tensor in ours]
+    normed = ops.rms_norm(x, weight, 1e-5, gate=both.chunk(2, -1)[1])
+    assert isinstance(normed, Tensor)
+    expected = gated_by_formula(theirs[0], theirs[2], theirs[1].chunk(2, -1)[1])
+    assert_contract(normed, expected)
+    cotangent = torch.randn(shape)
+    found = torch.autograd.grad(normed, ours, cotangent)
+    for gradient, wanted in zip(
+        found, torch.autograd.grad(expected, theirs, cotangent.double()), strict=True
+    ):
+        assert_contract(gradient, wanted, factor=10)
+
+
+@every_backend
+def test_a_gate_excludes_a_residual() -> None:
+    x, weight = torch.randn(2, 4), torch.ones(4)
+    with pytest.raises(InputError, match="a gate excludes a residual"):
+        ops.rms_norm(x, weight, gate=x, residual=x)
+    with pytest.raises(InputError, match="gate has shape"):
+        ops.rms_norm(x, weight, gate=x[:1])
+
+
 @every_backend
 def test_bad_shapes_are_named() -> None:
     with pytest.raises(InputError, match="weight has shape"):

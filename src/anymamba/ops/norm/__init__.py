@@ -1,4 +1,4 @@
-"""RMSNorm, fused with the residual addition before it."""
+"""RMSNorm, fused with the residual addition or the gate before it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def rms_norm(
     weight_d: Float[Tensor, " d"],
     eps: float = 1e-5,
     *,
+    gate: Float[Tensor, "... d"] | None = None,
     residual: Float[Tensor, "... d"] | None = None,
     return_sum: bool = False,
     residual_in_fp32: bool = False,
@@ -30,6 +31,7 @@ def rms_norm(
         x: (..., d).
         weight_d: the gain of each channel, (d,).
         eps: added to the mean square.
+        gate: x is multiplied by silu(gate) first, (..., d). Excludes a residual and its sum.
         residual: added to x first, (..., d).
         return_sum: whether to return x + residual as well, which the next layer adds to.
         residual_in_fp32: whether that sum is float32 whatever the types of x and residual.
@@ -40,7 +42,7 @@ def rms_norm(
         of x and residual, or in float32.
 
     Raises:
-        InputError: a shape does not fit the others.
+        InputError: a shape does not fit the others, or a gate and a residual are given.
 
     Source: "Root Mean Square Layer Normalization" (arXiv 1910.07467), equation 4.
 
@@ -54,6 +56,9 @@ def rms_norm(
         raise InputError("rms_norm: expected rows of shape (..., d), got a number")
     check_shape("rms_norm", "weight", weight_d, (x.shape[-1],))
     check_shape("rms_norm", "residual", residual, tuple(x.shape))
-    arguments = (x, weight_d, eps, residual, residual_in_fp32)
+    check_shape("rms_norm", "gate", gate, tuple(x.shape))
+    if gate is not None and (residual is not None or return_sum):
+        raise InputError("rms_norm: a gate excludes a residual and the sum with it")
+    arguments = (x, weight_d, eps, residual, residual_in_fp32, gate)
     normed, total = implementation("rms_norm", arguments, backend)(*arguments)
     return (normed, total) if return_sum else normed
