@@ -70,13 +70,17 @@ struct Example {
     }
   }
 
-  // A Mamba-2.
-  Example(DType type, std::int64_t d, std::int64_t n, const Heads& heads) {
+  // A Mamba-2; its second layer may be without a norm behind the gate, and scale what in_proj gives.
+  Example(DType type, std::int64_t d, std::int64_t n, const Heads& heads, bool scaled = false) {
     Model& m = model;
     m.v = 41, m.d = d, m.e = heads.h * heads.p, m.n = n, m.k = 4, m.eps = 1e-5f, m.mixer_eps = 1e-6f;
     m.h = heads.h, m.g = heads.g, m.dt_low = 0.2f, m.dt_high = 1.5f;
     add_layers(type);
     for (Layer& layer : m.layers) layer.gated_norm = array(type, m.e);
+    if (scaled) {
+      m.layers[1].gated_norm = {};
+      m.layers[1].in_proj_scale = array(type, m.projected());
+    }
   }
 
   // What both architectures have.
@@ -156,9 +160,11 @@ void test_prompt(DType type, std::int64_t d, std::int64_t e, std::int64_t n, boo
   test_prompt_of(example, 1e-4);
 }
 
-void test_prompt(DType type, std::int64_t d, std::int64_t n, const Heads& heads) {
-  Example example(type, d, n, heads);
+void test_prompt(DType type, std::int64_t d, std::int64_t n, const Heads& heads, bool scaled = false) {
+  Example example(type, d, n, heads, scaled);
   test_prompt_of(example, 1e-4);
+  // Rounded activations may fall on either side of a border.
+  if (scaled) test_prompt_of(example, 0.1, true);
 }
 
 // Each matrix has a storage type of its own. Rounded activations may fall on either side of a
@@ -236,6 +242,8 @@ int main() {
   test_prompt(DType::bf16, 16, 32, 16, true);
   test_prompt(DType::f16, 16, 32, 16);
   test_prompt(DType::f32, 16, 16, {4, 8, 2});
+  test_prompt(DType::f32, 16, 16, {4, 8, 2}, true);
+  test_prompt(DType::bf16, 16, 5, {3, 7, 1}, true);
   test_prompt(DType::f32, 13, 5, {3, 7, 1});    // nothing fits a vector
   test_prompt(DType::f32, 3, 130, {2, 3, 2});   // more states than the model is wide
   test_prompt(DType::bf16, 16, 16, {2, 16, 1});

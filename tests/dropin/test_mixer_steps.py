@@ -122,6 +122,20 @@ def test_steps_agree(name: str, dtype: torch.dtype, batch: int, steps: list[int]
     assert len(steps) == 4
 
 
+@torch.no_grad()
+def test_arguments_for_other_layers_do_not_count(steps: list[int]) -> None:
+    """Hybrids hand these to all their layers; what a mixer's functions might take is another."""
+    mixer = mixer_of("Zamba2")
+    expected = some_steps(mixer, 2, torch.float32)
+    steps.clear()
+    positions = torch.zeros(2, 1, dtype=torch.int64)
+    found = some_steps(mixer, 2, torch.float32, position_ids=positions, position_embeddings=None)
+    assert steps == [2] * 4
+    assert_each(torch.equal, found, expected)
+    some_steps(mixer, 2, torch.float32, seq_idx=None)
+    assert steps == [2] * 4
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()

@@ -40,6 +40,7 @@ class _Sizes:
         shared = {
             "in_proj": self.weight(e + channels + self.h, d),
             "in_proj_bias": maybe(rng, dense(e + channels + self.h)),
+            "in_proj_scale": maybe(rng, dense(e + channels + self.h)),
             "conv_weight": dense(channels, self.k),
             "conv_bias": maybe(rng, dense(channels)),
             "dt_bias": maybe(rng, dense(rates)),
@@ -48,7 +49,7 @@ class _Sizes:
             "out_proj_bias": maybe(rng, dense(d)),
         }
         if self.h:
-            return shared | {"A_log": dense(self.h), "gated_norm": dense(e)}
+            return shared | {"A_log": dense(self.h), "gated_norm": maybe(rng, dense(e))}
         return shared | {
             "x_proj": self.weight(r + 2 * n, e),
             "dt_proj": Array((e, r), order="rows"),

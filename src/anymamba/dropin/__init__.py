@@ -39,9 +39,10 @@ def install(force: bool = False, *, own: Collection[str] = (), decode_steps: boo
         force: whether to take calls with CUDA tensors as well.
         own: packages that the program brings itself, such as a fork of `mamba_ssm`: they are left
             alone, and their extensions answered.
-        decode_steps: whether the mixers of Transformers' Mamba, Falcon-Mamba and Jamba take plain
-            decode steps on a CPU in one native call. For this the forward of their classes is
-            replaced when Transformers imports them. Not with packages of the program's own.
+        decode_steps: whether the mixers of Transformers' models with Mamba's layers or Mamba-2's,
+            which docs/drop-in.md lists, take plain decode steps on a CPU in one native call. For
+            this the forward of their classes is replaced when Transformers imports them. Not with
+            packages of the program's own.
 
     Raises:
         InputError: `own` names neither of the two packages.

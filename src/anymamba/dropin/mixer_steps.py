@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,51 +28,63 @@ from anymamba.ops.watch import ModuleWatch
 MOST_ROWS = 64
 """Batches above this decode faster as matrix products."""
 
-_replaced: dict[type[nn.Module], tuple[Any, Any]] = {}
-"""For each class, Transformers' forward and ours."""
-
-_kinds: dict[type[nn.Module], MixerKind] = {}
-
-_functions: dict[type[nn.Module], tuple[Any, ...]] = {}
-"""What the functions of each class's kind were when it was imported."""
+# What hybrids hand to all their layers, and no function of a mixer takes.
+_FOR_OTHERS = {
+    *("position_ids", "position_embeddings"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+}
 
 
-def replace(module: ModuleType, kind: type[nn.Module]) -> None:
+@dataclass(frozen=True)
+class _Replaced:
+    """A class of mixers whose forward was replaced."""
+
+    kind: MixerKind
+    original: Any
+    """Transformers' forward."""
+    ours: Any
+    functions: tuple[Any, ...]
+    """What the functions of its kind were when it was imported."""
+
+
+_replaced: dict[type[nn.Module], _Replaced] = {}
+
+
+def replace(module: ModuleType, mixer_class: type[nn.Module]) -> None:
     """Replace the forward of the mixer's class in one of Transformers' modules by one that takes
     plain decode steps natively."""
-    if kind in _replaced:
+    if mixer_class in _replaced:
         take_again()
         return
-    original = kind.forward
-    _kinds[kind] = described = kind_of(module)
-    norm_class = described.norm_class(module)
+    kind, original = kind_of(module), mixer_class.forward
+    norm_class = kind.norm_class(module)
     if norm_class is not None:
         fusable(norm_class)
-    _functions[kind] = tuple(getattr(module, name) for name in described.functions)
 
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or type(self) is not kind:
+        if torch.compiler.is_compiling() or type(self) is not mixer_class:
             return original(self, *args, **kwargs)
         stepped = step(self, *args, **kwargs)
         return original(self, *args, **kwargs) if stepped is None else stepped
 
-    _replaced[kind] = original, forward
-    kind.forward = forward
+    functions = tuple(getattr(module, name) for name in kind.functions)
+    _replaced[mixer_class] = _Replaced(kind, original, forward, functions)
+    mixer_class.forward = forward
 
 
 def take_again() -> None:
     """Replace the forward of all classes again that was given back."""
-    for kind, (original, ours) in _replaced.items():
-        if kind.forward is original:
-            kind.forward = ours
+    for mixer_class, replaced in _replaced.items():
+        if mixer_class.forward is replaced.original:
+            mixer_class.forward = replaced.ours
 
 
 def give_back() -> None:
     """Give the classes their own forward back, except where a program has replaced ours."""
-    for kind, (original, ours) in _replaced.items():
-        if kind.forward is ours:
-            kind.forward = original
+    for mixer_class, replaced in _replaced.items():
+        if mixer_class.forward is replaced.ours:
+            mixer_class.forward = replaced.original
 
 
 def step(
@@ -87,7 +100,7 @@ def step(
     Returns:
         (b, 1, d), with both states advanced; or None where nothing was done.
     """
-    if cache is None or attention_mask is not None or more or others:
+    if cache is None or attention_mask is not None or more or not others.keys() <= _FOR_OTHERS:
         return None
     if hidden_states is None or torch.is_grad_enabled() or not _is_one_token(hidden_states):
         return None
@@ -122,21 +135,22 @@ def why_not_fused(mixer: nn.Module) -> str | None:
         >>> why_not_fused(nn.Linear(2, 2))
         'Linear is not a mixer that the drop-in knows, or was imported before install()'
     """
-    kind = type(mixer)
-    if kind not in _replaced:
-        known = "a mixer that the drop-in knows, or was imported before install()"
-        return f"{kind.__name__} is not {known}"
-    if kind.forward is not _replaced[kind][1]:
-        return f"the forward of {kind.__name__} is not the drop-in's: replaced, or switched off"
+    mixer_class = type(mixer)
+    name = mixer_class.__name__
+    if mixer_class not in _replaced:
+        return f"{name} is not a mixer that the drop-in knows, or was imported before install()"
+    replaced = _replaced[mixer_class]
+    if mixer_class.forward is not replaced.ours:
+        return f"the forward of {name} is not the drop-in's: replaced, or switched off"
     if not native_is_chosen():
         return BACKENDS["cpu"].missing() or f"the backend {backend()!r} is chosen"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    module = sys.modules[kind.__module__]
-    for name, function in zip(_kinds[kind].functions, _functions[kind], strict=True):
-        if getattr(module, name) is not function:
-            return f"{module.__name__}.{name} was replaced"
-    return _why_not_usual(mixer, _kinds[kind])
+    module = sys.modules[mixer_class.__module__]
+    for function, known in zip(replaced.kind.functions, replaced.functions, strict=True):
+        if getattr(module, function) is not known:
+            return f"{module.__name__}.{function} was replaced"
+    return _why_not_usual(mixer, replaced.kind)
 
 
 def _why_not_usual(mixer: Any, kind: MixerKind) -> str | None:
@@ -176,7 +190,7 @@ class Table:
     """The pointers to a mixer's weights, and what must not have changed for them to be right."""
 
     def __init__(self, mixer: Any) -> None:
-        kind = _kinds[type(mixer)]
+        kind = _replaced[type(mixer)].kind
         modules = [mixer, *(part.module for part in kind.parts(mixer))]
         self.watch = ModuleWatch(mixer, modules, kind.settings)
         for name in kind.functions:

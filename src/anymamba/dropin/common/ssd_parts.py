@@ -16,8 +16,9 @@ from torch import Tensor
 from anymamba.dropin.causal_conv1d.causal_conv1d_interface import causal_conv1d_fn
 from anymamba.errors import InputError
 from anymamba.layers import HeadSizes, gated_norm
+from anymamba.ops.ssd import arguments
 
-NO_LIMIT = (0.0, math.inf)
+NO_LIMIT = arguments.NO_LIMIT
 ANY_SIZE = (-math.inf, math.inf)
 
 
@@ -42,10 +43,8 @@ def step_sizes(
     dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float] = ANY_SIZE
 ) -> Tensor:
     """The step sizes as the recurrence uses them, at least in float32."""
-    steps = dt.to(torch.promote_types(dt.dtype, torch.float32))
-    if dt_bias is not None:
-        steps = steps + dt_bias
-    return (F.softplus(steps) if dt_softplus else steps).clamp(*dt_limit)
+    wide = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    return arguments.step_sizes(wide, dt_bias, dt_softplus, dt_limit)
 
 
 def sizes_of(
