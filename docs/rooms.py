@@ -16,6 +16,7 @@ PICTURE = Path(__file__).with_name("rooms.svg")
 # What each room answers, for the picture.
 ANSWERS = {
     "cli": "the anymamba command",
+    "server": "models behind HTTP",
     "training": "train, fine-tune, evaluate",
     "dropin": "import mamba_ssm",
     "modeling": "Transformers' API in PyTorch",
