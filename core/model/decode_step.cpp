@@ -149,7 +149,8 @@ class DecodeStep {
     convolve(layer, index, own, convolved);
     const SsdStep step = {ssd_of(m_, layer, own.small, activations(nullptr)), b_, rows_of(buf_.y.data(), m_.e),
                           states_of(m_, state_, index), m_.e * m_.n, state_.slot_of};
-    Prefetch to_state(step.state + channels.first * m_.n, (channels.last - channels.first) * m_.n);
+    const float* const first_state = step.state + slot_in(step.slot_of, 0) * step.state_stride;
+    Prefetch to_state(first_state + channels.first * m_.n, (channels.last - channels.first) * m_.n);
     barrier.wait([&] { to_state.fetch_line(); });
     kernels_.ssd_step(step, channels.first, channels.last);
     barrier.wait([&] { to_out_proj.fetch_line(); });
@@ -190,12 +191,13 @@ class DecodeStep {
     const ScanStep scan = {scan_of(m_, layer, own.small, activations(rBC), channels), b_,
                            rows_of(buf_.y.data(), m_.e), states_of(m_, state_, index),
                            m_.e * m_.n, state_.slot_of};
+    const float* const first_state = scan.state + slot_in(scan.slot_of, 0) * scan.state_stride;
     const std::int64_t block = b_ == 1 ? kScanBlock : channels.last - channels.first;
     for (std::int64_t first = channels.first; first < channels.last; first += block) {
       const RowRange some{first, std::min(first + block, channels.last)};
       const RowRange next{some.last, std::min(some.last + block, channels.last)};
       fetch(layer.A != nullptr ? Array{layer.A, DType::f32} : layer.A_log, next);
-      fetch({scan.state, DType::f32}, next);
+      fetch({first_state, DType::f32}, next);
       project(layer.dt_proj, {rBC, b_, m_.r, wide(), own.rounding}, nullptr,
               buf_.delta.data(), m_.e, some);
       compute_A(m_, layer, own.small, some);

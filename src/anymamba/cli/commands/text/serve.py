@@ -119,6 +119,7 @@ def run(options: Options) -> None:
     from anymamba.server.listening import listen
 
     engine = open_engine(options)
+    engine.prefill(engine.state(), [0])  # broken weights show now, and not to the first client
     name = options.name or Path(model_name(options)).name
     settings = Settings(
         api_key=api_key,
