@@ -163,7 +163,7 @@ def work_of(name: str, quick: bool) -> dict[str, Callable[[], object]]:
 
     @torch.no_grad()
     def prefill() -> None:
-        model.eval()(prompt, logits_to_keep=1)
+        model.eval()(prompt, logits_to_keep=1, use_cache=False)
 
     def decode() -> None:
         model.eval().generate(

@@ -170,7 +170,7 @@ class PyModel : WeightTable {
     const std::int64_t b = extent(logits, 0);
     float* const out = floats("logits", logits, {b, model_.v});
     const std::vector<std::int64_t> slot_of = chosen_slots(slots, b, extent(conv, 1));
-    const States states = all_states(conv, ssm, b, slots ? slot_of.data() : nullptr);
+    const States states = all_states(conv, ssm, b, slots ? &slot_of : nullptr);
     if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
     const float* given = floats("hidden", hidden, {b, model_.d});
     const std::vector<std::int64_t> ids = token_ids(tokens, b);
@@ -192,7 +192,7 @@ class PyModel : WeightTable {
     prompt.wanted = extent(positions, 0);
     float* const out = floats("logits", logits, {prompt.wanted, model_.v});
     const std::vector<std::int64_t> slot_of = chosen_slots(slots, prompt.sequences, extent(conv, 1));
-    const States states = all_states(conv, ssm, prompt.sequences, slots ? slot_of.data() : nullptr);
+    const States states = all_states(conv, ssm, prompt.sequences, slots ? &slot_of : nullptr);
     prompt.hidden = floats("hidden", hidden, {l, model_.d});
     const std::vector<std::int64_t> ids = token_ids(tokens, l);
     prompt.tokens = tokens ? ids.data() : nullptr;
@@ -215,7 +215,8 @@ class PyModel : WeightTable {
 
  private:
   // Without chosen slots there are as many as rows.
-  States all_states(const Out& conv, const Out& ssm, std::int64_t b, const std::int64_t* slot_of) const {
+  States all_states(const Out& conv, const Out& ssm, std::int64_t b,
+                    const std::vector<std::int64_t>* slot_of) const {
     const auto n_layer = static_cast<std::int64_t>(model_.layers.size());
     const std::int64_t channels = model_.conv_channels(), h = model_.h, e = model_.e, n = model_.n;
     const std::int64_t slots = slot_of != nullptr ? extent(conv, 1) : b;
@@ -223,7 +224,7 @@ class PyModel : WeightTable {
     States states = model_.has_heads()
                         ? states_of(conv, ssm, windows, {n_layer, slots, h, e / h, n}, slots)
                         : states_of(conv, ssm, windows, {n_layer, slots, e, n}, slots);
-    states.slot_of = slot_of;
+    states.slot_of = slot_of != nullptr ? slot_of->data() : nullptr;
     return states;
   }
 

@@ -58,7 +58,7 @@ def other_strides(value: Tensor, rng: Random) -> Any:
     strided = bigger[tuple(slice(1, 2 * n + 1, 2) for n in value.shape)]
     if rng.random() < 0.5:
         return strided.mT if value.ndim > 1 and rng.random() < 0.5 else strided
-    if value.dtype not in (torch.float32, torch.int64):
+    if value.dtype not in (torch.float32, torch.int64) or value.is_meta:
         return strided
     return np.zeros(tuple(value.shape), value.detach().numpy().dtype)[::-1]
 

@@ -162,10 +162,11 @@ def test_backward_operators_keep_the_rules() -> None:
     x, weight, bias, window, *options = conv_call(Given())
     call = (x, weight, bias, window, options[0], random(b, l, e), random(b, e, k), *options[1:])
     torch.library.opcheck(OPERATORS.causal_conv1d_backward.default, call)
-    torch.library.opcheck(
-        OPERATORS.rms_norm_backward.default,
-        (random(5, 7), random(7), torch.rand(5), random(5, 7), random(5, 7), 1e-5),
-    )
+    for gate, dtotal in ((None, random(5, 7)), (random(5, 7), None)):
+        torch.library.opcheck(
+            OPERATORS.rms_norm_backward.default,
+            (random(5, 7), random(7), gate, torch.rand(5), random(5, 7), dtotal, 1e-5),
+        )
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(
             OPERATORS.linear_backward.default, (random(9, 5), random(9, 7), random(5, 7), *needs)

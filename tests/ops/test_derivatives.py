@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> tuple[Ten
 def ssd(x: Tensor, dt: Tensor, A: Tensor, *rest: Tensor, **options: Any) -> tuple[Tensor, ...]:
     """Chunks of two steps in PyTorch, so that states pass between them."""
     B, C, D, state = rest
-    options = {"initial_state": state, "return_last_state": True, "chunk_size": 2}
+    options |= {"initial_state": state, "return_last_state": True, "chunk_size": 2}
     return tuple(ops.ssd(x, dt, A, B, C, D, dt_softplus=True, **options))
 
 

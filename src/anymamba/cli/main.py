@@ -24,7 +24,7 @@ from anymamba.errors import AnyMambaError, InputError
 COMMANDS = {
     "generate": "continue a text with a model",
     "chat": "talk with a model, line by line",
-    "serve": "serve a model behind OpenAI's interface",
+    "serve": "serve a model over HTTP, as OpenAI does",
     "ingest": "read texts of any length into a state file",
     "models": "list models on the hub to begin with",
     "download": "fetch a model from the hub",

@@ -152,8 +152,10 @@ class Network:
         if self._core.threads() != self.threads:
             self._core.set_threads(self.threads)
         counts_b, logits_b = blocks.counts.copy(), blocks.logits.copy()
-        counts_b[slots_r] += lengths_r
-        for slot, logits_v in zip(slots_r.tolist(), logits_rv, strict=True):
+        for slot, length, logits_v in zip(
+            slots_r.tolist(), lengths_r.tolist(), logits_rv, strict=True
+        ):
+            counts_b[slot] += length
             logits_b[slot] = logits_v
         keep = partial(vars(blocks).update, logits=logits_b, counts=counts_b)
         # Python looks for Ctrl-C between its own instructions: here there are none in between, as

@@ -18,7 +18,14 @@ Text: TypeAlias = str | Sequence[int]
 
 
 def ids_to_read(text: Text, codec: TextCodec, state: State) -> NDArray[np.int64]:
-    """The tokens of what a state is to read next, with special ones at the first text's borders."""
+    """The tokens of what a state is to read next, with special ones at the first text's borders.
+
+    Example:
+        >>> import anymamba
+        >>> engine = anymamba.load()
+        >>> ids_to_read([72, 105], TextCodec(None), engine.state()).tolist()
+        [72, 105]
+    """
     if isinstance(text, str):
         return np.array(codec.encode(text, special=state.token_count == 0), np.int64)
     ids = as_token_ids(text)

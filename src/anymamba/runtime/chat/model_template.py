@@ -36,7 +36,13 @@ class ChatTemplate:
 
 
 def find_template(place: Path) -> ChatTemplate | None:
-    """The template beside a tokenizer, which is a folder or a file, or None without one."""
+    """The template beside a tokenizer, which is a folder or a file, or None without one.
+
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> find_template(bundled_model()) is None
+        True
+    """
     if (file := find_gguf(place)) is not None:
         return template_of_gguf(file)
     folder = place if place.is_dir() else place.parent
