@@ -222,10 +222,13 @@ def config_of(name: str, quick: bool) -> dict[str, Any]:
             "mamba_d_state": 64,
             "adapter_rank": width // 8,
         },
-        # Every other layer is an MLP.
+        # Every other layer is an MLP, unless it has attention.
         "NemotronH": attention
         | {
-            "layers_block_type": [("mlp" if i % 2 else kinds[i]) for i in range(layers)],
+            "layers_block_type": [
+                "mlp" if i % 2 and kind == "linear_attention" else kind
+                for i, kind in enumerate(kinds)
+            ],
             "head_dim": head,
             "mamba_num_heads": 2 * width // head,
             "mamba_head_dim": head,
