@@ -84,7 +84,8 @@ class Engine:
         matmul_dtype: str | None = None,
     ) -> None:
         self._network = Network(weights, threads, matmul_dtype)
-        self._identity = Identity(weights.config, self._network.vocabulary, weights.digest)
+        types = f"{weights.weight_type}-{self._network.matmul_dtype}"
+        self._identity = Identity(weights.config, self._network.vocabulary, weights.digest, types)
         self._codec = TextCodec(open_tokenizer)
         self.weights = weights
         self.config = dict(weights.config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -290,4 +289,4 @@ def test_closing(engine: Engine, seconds: float) -> None:
             first.ids()
     with pytest.raises(OverloadError, match="shutting down"):
         Client(scheduler, words(5))
-    assert not any(thread.name == "scheduler" for thread in threading.enumerate())
+    assert not scheduler._thread.is_alive()

@@ -15,6 +15,7 @@ import anymamba
 from anymamba import Engine
 from anymamba.errors import CheckpointError, InputError
 from anymamba.runtime.serving import PrefixCache, StateFolder
+from anymamba.runtime.serving.prefix_cache import key_of
 from anymamba.runtime.state import State
 from tests.support.reference import words
 from tests.support.tolerance import assert_same
@@ -32,7 +33,7 @@ def fill(folder: Path, engine: Engine, counts: list[int], most_bytes: int = 1 <<
     files = StateFolder(folder, most_bytes)
     cache = PrefixCache(0, files)
     for count in counts:
-        cache.keep("m", np.array(words(count)), read_text(engine, words(count)))
+        cache.keep("m", key_of(np.array(words(count))), read_text(engine, words(count)))
     files.close()
 
 
@@ -71,7 +72,7 @@ def test_the_budget_holds_and_the_last_used_stay(engine: Engine, tmp_path: Path)
     files = StateFolder(tmp_path, int(3.5 * size))
     cache = PrefixCache(0, files)
     assert cache.find("m", np.array(words(5)), engine.identity).count == 5  # used just now
-    cache.keep("m", np.array(words(8)), read_text(engine, words(8)))
+    cache.keep("m", key_of(np.array(words(8))), read_text(engine, words(8)))
     files.close()
     assert sorted(int(file.name.split("-")[0]) for file in tmp_path.iterdir()) == [5, 7, 8]
 
@@ -93,11 +94,12 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
 KILLED = """
 import sys, numpy as np, anymamba
 from anymamba.runtime.serving import PrefixCache, StateFolder
+from anymamba.runtime.serving.prefix_cache import key_of
 engine = anymamba.load()
 cache = PrefixCache(1 << 24, StateFolder(sys.argv[1], 1 << 30))
 for count in range(1, 10_000):
     ids = np.arange(count) % 256
-    cache.keep("m", ids, engine.prefill(engine.state(), ids.tolist()))
+    cache.keep("m", key_of(ids), engine.prefill(engine.state(), ids.tolist()))
     print(count, flush=True)
 """
 

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.errors import AnyMambaError, InputError
+from anymamba.errors import InputError, StateError
 from anymamba.runtime.generation.token_generator import TokenGenerator, TokenOutput
 from anymamba.runtime.network import CHUNK_TOKENS, Network
 from anymamba.runtime.prefill import next_parts
@@ -28,10 +28,11 @@ class _Text:
     generator: TokenGenerator | None
     unread: NDArray[np.int64]
     pauses: list[int]
+    goes_on: bool
     has_chosen: bool = False
 
 
-Outcome: TypeAlias = TokenOutput | AnyMambaError | None
+Outcome: TypeAlias = TokenOutput | Exception | None
 """What a step brings a text: a token; None for one that had only to read, and has; or why its next
 token could not be chosen."""
 
@@ -94,7 +95,7 @@ class Batch:
                 be copied as it is there.
 
         Raises:
-            InputError: the row writes already or is none of the batch, or a token is not in the
+            InputError: the row writes already or is not in the batch, or a token is not in the
                 vocabulary.
         """
         if row in self._texts or not 0 <= row < self.blocks.rows:
@@ -102,7 +103,7 @@ class Batch:
             raise InputError(f"row {row} {state}, expected a free one of {self.blocks.rows}")
         self.check_tokens(ids)
         left = sorted(ids.size - pause for pause in pauses if 0 < pause < ids.size)
-        self._texts[row] = _Text(generator, ids, left)
+        self._texts[row] = _Text(generator, ids, left, goes_on=bool(self.blocks.counts[row]))
 
     def step(self) -> list[tuple[int, Outcome]]:
         """Advance all texts by one call of the core.
@@ -110,9 +111,6 @@ class Batch:
         Returns:
             The rows that have read all they were given, and what that brings. A text that ends
             leaves the batch; the token that it chose last is not read.
-
-        Raises:
-            CheckpointError: the model's weights hold NaN or infinity, which a prompt met.
         """
         self._advance()
         ready = [(row, text) for row, text in self._texts.items() if not text.unread.size]
@@ -134,10 +132,7 @@ class Batch:
         for row, part in parts.items():
             text = self._texts[row]
             text.unread = text.unread[part.size :]
-            logits_v = self.blocks.logits[row]
-            if row in prompts and not text.unread.size and logits_v is not None:
-                self._network.check_numbers(logits_v)
-            elif row in prompts and part.size:
+            if row in prompts and text.unread.size and part.size:
                 self._texts[row] = self._texts.pop(row)  # next time others come first
 
     def _until_pause(self, text: _Text) -> NDArray[np.int64]:
@@ -147,20 +142,35 @@ class Batch:
         return text.unread[: text.unread.size - text.pauses[-1]] if text.pauses else text.unread
 
     def _choose(self, row: int, text: _Text) -> Outcome:
-        if text.generator is None:
-            self.cancel(row)
-            return None
-        logits_v = self.blocks.logits[row]
-        assert logits_v is not None
         try:
-            piece = text.generator.write(logits_v)
-        except AnyMambaError as error:  # of this text: the others go on
+            self._check_numbers(row, text)
+            piece = None if text.generator is None else self._write(row, text.generator)
+        except Exception as error:  # of this text, or of its constraint: the others go on
             self.cancel(row)
             return error
-        text.unread, text.has_chosen = np.array(piece.ids), True
-        if piece.finish_reason is not None:
+        if piece is None or piece.finish_reason is not None:
             self.cancel(row)
+        if piece is not None:
+            text.unread, text.has_chosen = np.array(piece.ids), True
         return piece
+
+    def _write(self, row: int, generator: TokenGenerator) -> TokenOutput:
+        logits_v = self.blocks.logits[row]
+        if logits_v is None:
+            raise StateError("the state does not say what comes next: give a token to read")
+        return generator.write(logits_v)
+
+    def _check_numbers(self, row: int, text: _Text) -> None:
+        """Refuse what a text has read, unless a number can say what comes next."""
+        logits_v = self.blocks.logits[row]
+        if text.has_chosen or logits_v is None:
+            return
+        if text.goes_on and not np.isfinite(logits_v.max()):
+            raise StateError(
+                "the state leads to numbers beyond float32, so that nothing can go on from it: "
+                "read its text again"
+            )
+        self._network.check_numbers(logits_v)
 
 
 def write_text(
@@ -215,7 +225,7 @@ def write_batch(
 
 
 def _token(outcome: Outcome) -> TokenOutput:
-    if isinstance(outcome, AnyMambaError):
+    if isinstance(outcome, Exception):
         raise outcome
     assert outcome is not None
     return outcome

@@ -8,6 +8,7 @@ the scheduler's thread.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -21,8 +22,12 @@ from numpy.typing import NDArray
 from anymamba.errors import AnyMambaError, InputError, OverloadError
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import Sampling, TokenGenerator, TokenOutput
-from anymamba.runtime.serving.prefix_cache import PrefixCache
+from anymamba.runtime.generation.batch import Outcome
+from anymamba.runtime.serving.prefix_cache import Found, Key, PrefixCache, TokenHash
 from anymamba.runtime.state import State
+
+_LOGGER = logging.getLogger("anymamba.server")
+_CLOSING = "the server is shutting down: try another server, or try again later"
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ class Request:
         model: which of the scheduler's engines, by name.
         client: whose turn it is.
         state: what was read before. It stays as it is.
-        keep_at: counts of tokens of `ids` after which the state is worth keeping, such as the ends
-            of a chat's messages. The ends of the prompt and of the answer are kept in any case.
+        keep_at: counts of tokens of `ids` after which the state is worth keeping, where the caller
+            knows that other texts go on from there. The ends of the prompt and of the answer are
+            kept in any case.
         row: which of several answers to one prompt this is; it draws with the seed `seed + row`.
     """
 
@@ -55,7 +61,7 @@ class Started:
 
     Args:
         cached_tokens: how many tokens need not be read again.
-        miss: why not one more, as `Found` has it; None where nothing was missing or asked.
+        miss: why no more were, as `Found` has it; None where nothing was missing or asked.
     """
 
     cached_tokens: int
@@ -64,7 +70,8 @@ class Started:
 
 Event: TypeAlias = Started | TokenOutput | State | AnyMambaError
 """What comes of a request: that it started, its tokens, of a text that is only read its state, or
-what went wrong. The last token has a finish reason; after it, a state or an error nothing comes."""
+what went wrong. The last token has a finish reason; after it, a state or an error no more events
+come."""
 
 Listener: TypeAlias = Callable[[Event], object]
 
@@ -76,14 +83,23 @@ class Submission:
     request: Request
     listener: Listener
     generator: TokenGenerator | None
-    tokens: list[int] = field(default_factory=list)
-    """All of the text's, those that were chosen among them."""
+    answer: list[int] = field(default_factory=list)
     keep_at: set[int] = field(default_factory=set)
     cancelled: bool = False
+    _read: TokenHash = field(default_factory=TokenHash)
 
     def cancel(self) -> None:
-        """End it: its row is free after the step that runs now, and nothing comes any more."""
+        """End it: its row is free after the step that runs now, and no more events come."""
         self.cancelled = True
+
+    def key_after(self, count: int) -> Key:
+        """The key of the text's first tokens, so many; never fewer than the last time."""
+        prompt, start = self.request.ids, self._read.count
+        self._read.add(prompt[start:count])
+        if count > prompt.size:
+            new = self.answer[self._read.count - prompt.size : count - prompt.size]
+            self._read.add(np.array(new, np.int64))
+        return self._read.key
 
     def tell(self, event: Event) -> None:
         """Let the listener know, unless nobody listens any more."""
@@ -138,7 +154,9 @@ class Scheduler:
         queue: how many requests wait at most.
         chunk_tokens: how much of all prompts is read between two tokens of the other texts.
         cache: states of texts that were read before.
-        snapshot_tokens: after so many tokens of a long prompt each, its state is kept as well.
+        snapshot_tokens: after so many tokens of a long prompt its state is kept as well, and again
+            where it is twice as long each time: a prompt of any length takes a few states.
+        prompt_tokens: how long a prompt may be.
 
     Raises:
         InputError: a number makes no sense.
@@ -162,12 +180,14 @@ class Scheduler:
         chunk_tokens: int = 256,
         cache: PrefixCache | None = None,
         snapshot_tokens: int = 4096,
+        prompt_tokens: int = 1 << 20,
     ) -> None:
         for name, number in (
             ("rows", rows),
             ("queue", queue),
             ("chunk_tokens", chunk_tokens),
             ("snapshot_tokens", snapshot_tokens),
+            ("prompt_tokens", prompt_tokens),
         ):
             if type(number) is not int or number < 1:
                 raise InputError(f"{name} is {number!r}, expected a whole number from 1 up")
@@ -175,9 +195,11 @@ class Scheduler:
         self._cache = cache
         self._queue_size = queue
         self._snapshot_tokens = snapshot_tokens
+        self._prompt_tokens = prompt_tokens
         self._condition = threading.Condition()
         self._waiting: dict[str, deque[Submission]] = {}  # by client, the next one first
         self._is_closing, self._deadline = False, 0.0
+        self._refusal = _CLOSING
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
 
@@ -190,12 +212,18 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """How many requests wait."""
-        return sum(map(len, self._waiting.values()))
+        with self._condition:
+            return sum(map(len, self._waiting.values()))
 
     @property
     def running(self) -> int:
         """How many texts are being written or read."""
         return sum(len(lane.running) for lane in self._lanes.values())
+
+    @property
+    def failure(self) -> str | None:
+        """Why nothing is served any more; None while all is well."""
+        return None if self._refusal == _CLOSING else self._refusal
 
     def submit(self, request: Request, listener: Listener) -> Submission:
         """Take a request in.
@@ -205,8 +233,8 @@ class Scheduler:
             listener: called in the scheduler's thread with each event; it must return at once.
 
         Raises:
-            InputError: there is no such model, a token is not in its vocabulary, or nothing is
-                there to continue.
+            InputError: there is no such model, a token is not in its vocabulary, the text is too
+                long, or nothing is there to continue.
             StateError: the state belongs to another model.
             OverloadError: too many requests wait, or the scheduler is closing.
         """
@@ -218,6 +246,10 @@ class Scheduler:
         if state is not None:
             state.batch_of(engine.identity)
         lane.batch.check_tokens(ids)
+        if ids.size > self._prompt_tokens:
+            raise InputError(
+                f"the text has {ids.size} tokens, expected at most {self._prompt_tokens}"
+            )
         if not ids.size and (state is None or state.logits is None):
             raise InputError("there is no token to continue from: give a text of one token or more")
         generator = None
@@ -226,7 +258,9 @@ class Scheduler:
         submission = Submission(request, listener, generator)
         with self._condition:
             if self._is_closing:
-                raise OverloadError("the server is shutting down: ask another, or later")
+                raise OverloadError(self._refusal)
+            if self.waiting >= self._queue_size:
+                self._drop_cancelled()
             if self.waiting >= self._queue_size:
                 raise OverloadError(
                     f"{self._queue_size} requests wait already, the most that may: try again later"
@@ -236,7 +270,7 @@ class Scheduler:
         return submission
 
     def close(self, seconds: float = 0.0) -> None:
-        """Take nothing in any more, let what runs go on for so long, and end.
+        """Take nothing in any more, let running requests go on for that long, and end.
 
         What is not finished then gets an `OverloadError`.
         """
@@ -247,7 +281,6 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        reason: AnyMambaError = OverloadError("the server is shutting down: ask another, or later")
         try:
             while self._wait():
                 self._admit()
@@ -255,7 +288,7 @@ class Scheduler:
                     if lane.running:
                         self._step(lane)
         except BaseException as error:
-            reason = OverloadError(f"the server has failed: {error!r}")
+            self._refusal = f"the server has failed, and must be started again: {error!r}"
             raise
         finally:
             with self._condition:
@@ -263,8 +296,10 @@ class Scheduler:
                 waiting = [s for submissions in self._waiting.values() for s in submissions]
                 self._waiting.clear()
             running = [s for lane in self._lanes.values() for s in lane.running.values()]
+            for lane in self._lanes.values():
+                lane.running.clear()
             for submission in waiting + running:
-                submission.tell(reason)
+                submission.tell(OverloadError(self._refusal))
 
     def _wait(self) -> bool:
         """Wait for work; False where there is to be no more."""
@@ -280,18 +315,24 @@ class Scheduler:
         for lane in self._lanes.values():
             for row in [row for row, running in lane.running.items() if running.cancelled]:
                 lane.release(row)
+        with self._condition:
+            self._drop_cancelled()
         while (submission := self._next_waiting()) is not None:
             self._start(self._lanes[submission.request.model], submission)
+
+    def _drop_cancelled(self) -> None:
+        for client, submissions in list(self._waiting.items()):
+            left = deque(waiting for waiting in submissions if not waiting.cancelled)
+            if left:
+                self._waiting[client] = left
+            else:
+                del self._waiting[client]
 
     def _next_waiting(self) -> Submission | None:
         """Of the clients that wait, in turns, the first whose next request can have a row."""
         with self._condition:
-            for client, submissions in list(self._waiting.items()):
-                while submissions and submissions[0].cancelled:
-                    submissions.popleft()
-                if not submissions:
-                    del self._waiting[client]
-                elif self._lanes[submissions[0].request.model].free:
+            for client, submissions in self._waiting.items():
+                if self._lanes[submissions[0].request.model].free:
                     admitted = submissions.popleft()
                     del self._waiting[client]
                     if submissions:
@@ -300,51 +341,93 @@ class Scheduler:
         return None
 
     def _start(self, lane: _Lane, submission: Submission) -> None:
-        """Copy what is known of the text into a free row, and let it read the rest."""
-        request, row = submission.request, lane.free.pop()
-        ids, state, started = request.ids, request.state, Started(0, None)
-        if state is None and self._cache is not None:
-            found = self._cache.find(request.model, ids, lane.engine.identity)
-            ids, state, started = ids[found.count :], found.state, Started(found.count, found.miss)
-        lane.restore(row, state)
-        pauses = set(range(self._snapshot_tokens, ids.size, self._snapshot_tokens))
-        if request.state is None and self._cache is not None:
-            pauses |= {at - started.cached_tokens for at in request.keep_at}
-            submission.tokens = request.ids.tolist()
-            submission.keep_at = {
-                started.cached_tokens + at for at in (*pauses, ids.size) if at > 0
-            }
-        lane.batch.add(row, ids, submission.generator, pauses)
+        """Give a text a free row, or tell why it cannot have one."""
+        row = lane.free.pop()
         lane.running[row] = submission
+        try:
+            started = self._begin(lane, row, submission)
+        except Exception as error:  # no memory for it, for one: the others go on
+            lane.release(row)
+            submission.tell(_as_told(error))
+            return
         submission.tell(started)
+
+    def _begin(self, lane: _Lane, row: int, submission: Submission) -> Started:
+        """Copy what is known of the text into its row, and let it read the rest."""
+        request = submission.request
+        if request.state is not None or self._cache is None:
+            lane.restore(row, request.state)
+            lane.batch.add(row, request.ids, submission.generator)
+            return Started(0, None)
+        found = self._find(self._cache, lane, request)
+        lane.restore(row, found.state)
+        count, at = request.ids.size, self._snapshot_tokens
+        snapshots = {at << i for i in range((count // at).bit_length())}
+        submission.keep_at = {
+            at for at in {*snapshots, *request.keep_at, count} if found.count < at <= count
+        }
+        pauses = [at - found.count for at in submission.keep_at]
+        lane.batch.add(row, request.ids[found.count :], submission.generator, pauses)
+        return Started(found.count, found.miss)
+
+    def _find(self, cache: PrefixCache, lane: _Lane, request: Request) -> Found:
+        """What is known of a text: nothing, where to look for it goes wrong."""
+        try:
+            return cache.find(request.model, request.ids, lane.engine.identity)
+        except Exception:
+            _LOGGER.warning("the cache could not be read", exc_info=True)
+            return Found(None, 0, "no such prefix")
 
     def _step(self, lane: _Lane) -> None:
         """Let all texts of a model advance by a step, and tell what came of it."""
         try:
             outcomes = lane.batch.step()
-        except (AnyMambaError, MemoryError) as error:  # of the model or the machine: all end
-            told = error if isinstance(error, AnyMambaError) else OverloadError("out of memory")
+        except Exception as error:  # of the model or the machine: all end
             for row, submission in list(lane.running.items()):
                 lane.release(row)
-                submission.tell(told)
+                submission.tell(_as_told(error))
             return
         for row, submission in lane.running.items():
-            if (count := lane.count(row)) in submission.keep_at:
-                submission.keep_at.remove(count)
+            if lane.count(row) in submission.keep_at:
+                submission.keep_at.remove(lane.count(row))
                 self._keep(lane, row, submission)
         for row, outcome in outcomes:
             submission = lane.running[row]
-            if isinstance(outcome, TokenOutput) and submission.tokens:
-                submission.tokens += outcome.ids
+            if isinstance(outcome, TokenOutput):
+                submission.answer += outcome.ids
                 if outcome.finish_reason is not None:
                     self._keep(lane, row, submission)
-            event = lane.snapshot(row) if outcome is None else outcome
+            event = self._event(lane, row, outcome)
             if row not in lane.batch.rows:
                 lane.release(row)
             submission.tell(event)
 
+    def _event(self, lane: _Lane, row: int, outcome: Outcome) -> Event:
+        """What a text's client hears of what a step brought."""
+        try:
+            event = lane.snapshot(row) if outcome is None else outcome
+        except Exception as error:
+            event = error
+        return _as_told(event) if isinstance(event, Exception) else event
+
     def _keep(self, lane: _Lane, row: int, submission: Submission) -> None:
-        """Keep what a row has read for texts that begin with it."""
-        assert self._cache is not None
-        ids = np.array(submission.tokens[: lane.count(row)], np.int64)
-        self._cache.keep(submission.request.model, ids, lane.snapshot(row))
+        """Keep what a row has read for texts that begin with it, if it can be continued."""
+        logits_v, request = lane.batch.blocks.logits[row], submission.request
+        if self._cache is None or request.state is not None or logits_v is None:
+            return
+        try:
+            if np.isfinite(logits_v.max()):
+                key = submission.key_after(lane.count(row))
+                self._cache.keep(request.model, key, lane.snapshot(row))
+        except Exception:  # no memory for it, for one: it is read again
+            _LOGGER.warning("a state could not be kept", exc_info=True)
+
+
+def _as_told(error: Exception) -> AnyMambaError:
+    """What a client hears of a fault."""
+    if isinstance(error, AnyMambaError):
+        return error
+    if isinstance(error, MemoryError):
+        return OverloadError("out of memory: try again later")
+    _LOGGER.error("a request has failed", exc_info=error)
+    return OverloadError(f"the request has failed: {error!r}")

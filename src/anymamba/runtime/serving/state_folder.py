@@ -1,23 +1,27 @@
 """States as files that outlive the program: written in the background, checked when read.
 
-A file's name tells how many tokens were read, which they were, and by which weights; its content
-is what `State.save` writes, atomically, so that after a crash each file is whole or not there.
+A file's name tells how many tokens were read, which they were, and by which weights in which
+arithmetic; its content is what `State.save` writes, atomically, so that after a crash each file is
+whole or not there.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from anymamba.checkpoint.io import user_path
-from anymamba.errors import AnyMambaError, CheckpointError, InputError, StateError
+from anymamba.errors import CheckpointError, InputError, StateError
 from anymamba.runtime.state import Identity, State, load_state
 
-_NAME = re.compile(r"(\d+)-([0-9a-f]{64})-([0-9a-f]{16})\.safetensors")
+_NAME = re.compile(r"(\d+)-([0-9a-f]{64})-([0-9a-f]{16}-[0-9a-z]+-[0-9a-z]+)\.safetensors")
+_LOGGER = logging.getLogger("anymamba.server")
 # States that wait to be written. Where the disk is slower than that, one is not kept as a file.
 _MOST_WAITING = 64
 
@@ -28,7 +32,8 @@ class StateFolder:
     Args:
         path: the folder, made where it is not there.
         most_bytes: of all files together.
-        on_error: called with what went wrong where a state could not be written.
+        on_error: called with what went wrong where a state could not be written, by default
+            logged, once a minute at most.
 
     Raises:
         CheckpointError: the folder cannot be made or read.
@@ -49,13 +54,13 @@ class StateFolder:
         self,
         path: str | os.PathLike[str],
         most_bytes: int,
-        on_error: Callable[[Exception], object] = lambda error: None,
+        on_error: Callable[[Exception], object] | None = None,
     ) -> None:
         if most_bytes < 0:
             raise InputError(f"the cache's folder is {most_bytes} bytes, expected 0 or more")
         self.path = user_path(path)
         self.most_bytes = most_bytes
-        self._on_error = on_error
+        self._on_error = on_error or _Log()
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}  # by name, the least recently used first
         self._find_files()
@@ -67,7 +72,7 @@ class StateFolder:
         """How many tokens the states have that this model may go on from."""
         with self._lock:
             found = [_NAME.fullmatch(name) for name in self._sizes]
-        model = identity.digest[:16]
+        model = _model_of(identity)
         return {int(match[1]) for match in found if match is not None and match[3] == model}
 
     def read(self, key: tuple[int, str], identity: Identity) -> State | None:
@@ -83,6 +88,8 @@ class StateFolder:
             self._sizes[name] = self._sizes.pop(name)
         try:
             state = load_state(self.path / name, identity)
+            if state.token_count != key[0] or state.logits is None:
+                raise StateError(f"{name} has read other tokens than its name says")
         except StateError:
             self._remove(name)
             raise
@@ -103,34 +110,38 @@ class StateFolder:
 
     def close(self) -> None:
         """Wait until all states are written."""
-        self._waiting.put(None)
-        self._writer.join()
+        while self._writer.is_alive():
+            with suppress(queue.Full):
+                self._waiting.put(None, timeout=0.1)
+                self._writer.join()
 
     def _find_files(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            entries = [entry for entry in os.scandir(self.path) if _NAME.fullmatch(entry.name)]
-            stats = sorted(
-                (entry.stat().st_mtime, entry.stat().st_size, entry.name) for entry in entries
-            )
+            stats = []
+            for entry in os.scandir(self.path):
+                if _NAME.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):  # another server has removed it meanwhile
+                        stats.append((entry.stat().st_mtime, entry.stat().st_size, entry.name))
         except OSError as error:
             raise CheckpointError(
                 f"the cache's folder {str(self.path)!r} cannot be used: {error.strerror}"
             ) from error
-        self._sizes = {name: size for _, size, name in stats}
+        self._sizes = {name: size for _, size, name in sorted(stats)}
 
     def _write_all(self) -> None:
         while (item := self._waiting.get()) is not None:
-            name, state = item
             try:
-                state.save(self.path / name)
-                size = (self.path / name).stat().st_size
-            except (AnyMambaError, OSError) as error:
+                self._write(*item)
+            except Exception as error:  # a full disk, no memory: the next one may be written
                 self._on_error(error)
-                continue
-            with self._lock:
-                self._sizes[name] = size
-            self._stay_within_budget()
+
+    def _write(self, name: str, state: State) -> None:
+        state.save(self.path / name)
+        size = (self.path / name).stat().st_size
+        with self._lock:
+            self._sizes[name] = size
+        self._stay_within_budget()
 
     def _stay_within_budget(self) -> None:
         while True:
@@ -143,9 +154,27 @@ class StateFolder:
     def _remove(self, name: str) -> None:
         with self._lock:
             self._sizes.pop(name, None)
-        (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # it may be gone, or not be ours to remove
+            (self.path / name).unlink()
+
+
+class _Log:
+    """Logs errors, of those within a minute the first."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, error: Exception) -> None:
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + 60
+            _LOGGER.warning("a state was not kept as a file: %s", error)
 
 
 def _name_of(key: tuple[int, str], identity: Identity) -> str:
     count, tokens = key
-    return f"{count}-{tokens}-{identity.digest[:16]}.safetensors"
+    return f"{count}-{tokens}-{_model_of(identity)}.safetensors"
+
+
+def _model_of(identity: Identity) -> str:
+    """Which weights, and how they are multiplied: a text is to be the same after a restart."""
+    return f"{identity.digest[:16]}-{identity.arithmetic}"

@@ -50,12 +50,16 @@ class BatchState:
         return self.counts.size
 
     def take(self, rows: Sequence[int]) -> BatchState:
-        """Copies of some rows, of each as often as it is named."""
+        """Copies of some rows, of each as often as it is named.
+
+        Logits are often a row of an array for many texts, all of which they would keep in memory.
+        """
+        logits = [self.logits[row] for row in rows]
         return BatchState(
             np.take(self.conv, rows, axis=1),
             np.take(self.ssm, rows, axis=1),
             np.take(self.counts, rows),
-            [self.logits[row] for row in rows],
+            [None if logits_v is None else logits_v.copy() for logits_v in logits],
         )
 
 

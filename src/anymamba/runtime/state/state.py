@@ -39,6 +39,8 @@ class Identity:
         config: the config's fields in Transformers' names.
         vocabulary: how many tokens the model has.
         compute_digest: reads all weights to tell which they are.
+        arithmetic: the types of the weights and of the products, such as "int8-float32". States
+            may go from one to another; what follows differs in the last digits.
 
     Attributes:
         sizes: the fields that decide the shapes of a state.
@@ -50,10 +52,15 @@ class Identity:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], vocabulary: int, compute_digest: Callable[[], str]
+        self,
+        config: Mapping[str, Any],
+        vocabulary: int,
+        compute_digest: Callable[[], str],
+        arithmetic: str = "f32-float32",
     ) -> None:
         self.sizes = state_identity(config)
         self.vocabulary = vocabulary
+        self.arithmetic = arithmetic
         self._compute_digest = compute_digest
 
     @cached_property
