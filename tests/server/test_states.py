@@ -11,6 +11,7 @@ import pytest
 from anymamba import Engine
 from tests.server.conftest import serving
 
+FILE = {"content-type": "application/octet-stream"}
 TEXT = "Once upon a time there was a king. " * 10
 
 
@@ -56,10 +57,10 @@ def test_a_file_there_and_back(http: httpx.Client, engine: Engine, tmp_path: Pat
     data = http.get(f"/v1/states/{state['id']}/file").content
     (tmp_path / "king.state").write_bytes(data)
     assert engine.load_state(tmp_path / "king.state").token_count == state["tokens"]
-    sent = http.post("/v1/states/file", params={"model": "m"}, content=data)
+    sent = http.post("/v1/states/file", params={"model": "m"}, content=data, headers=FILE)
     assert (sent.status_code, sent.json()["tokens"]) == (201, state["tokens"])
     for broken in (b"", data[:100], data[:-1], b"\xff" * 1000):
-        refused = http.post("/v1/states/file", params={"model": "m"}, content=broken)
+        refused = http.post("/v1/states/file", params={"model": "m"}, content=broken, headers=FILE)
         assert refused.status_code == 400, refused.text
         assert refused.json()["error"]["code"] == "invalid_state"
         assert "/tmp" not in refused.text

@@ -171,7 +171,7 @@ def read_state_file(
         raise StateError(f"{source} is broken: {error}; save the state again") from error
     metadata, tensors = header.metadata, header.tensors
     if metadata.get("format") != _FORMAT or tensors.keys() - {_LOGITS} != set(_BLOCKS):
-        raise StateError(f"{source} is no state that AnyMamba saved")
+        raise StateError(f"{source} is not a state that AnyMamba saved")
     version = metadata.get("format_version")
     if version != _FORMAT_VERSION:
         raise StateError(
@@ -238,11 +238,14 @@ def _json(metadata: Mapping[str, str], key: str, source: str) -> Any:
         raise StateError(f"{source} is broken: its {key!r} cannot be read") from error
 
 
+_MOST_TOKENS = 1 << 53  # so that every program that reads JSON can count on
+
+
 def _token_counts(metadata: Mapping[str, str], source: str) -> tuple[int, ...]:
     found = _json(metadata, "token_counts", source)
     counts = found if isinstance(found, list) else [None]
-    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
-        raise StateError(f"{source} is broken: its token counts are not integers >= 0")
+    if not all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts):
+        raise StateError(f"{source} is broken: its token counts are not integers from 0 to 2^53")
     return tuple(counts)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -14,18 +13,15 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anymamba.errors import AnyMambaError
 from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.engine import Engine
 from anymamba.server import states
-from anymamba.server.errors import ApiError, answer_error
+from anymamba.server.errors import ApiError, answer_error, answer_fault
+from anymamba.server.guard import Guard
 from anymamba.server.openai import chat, completions, models
 from anymamba.server.service import Service, Settings
-
-_OPEN = ("/health",)
-"""Paths that need no key."""
 
 
 def app(
@@ -65,8 +61,12 @@ def app(
 
     application = Starlette(
         routes=_routes(),
-        middleware=[Middleware(_Guard, api_key=service.settings.api_key)],
-        exception_handlers={AnyMambaError: answer_error, HTTPException: _answer_http_error},
+        middleware=[Middleware(Guard, api_key=service.settings.api_key)],
+        exception_handlers={
+            AnyMambaError: answer_error,
+            HTTPException: _answer_http_error,
+            Exception: answer_fault,
+        },
         lifespan=lifespan,
     )
     application.state.service = service
@@ -100,34 +100,13 @@ def _routes() -> list[Route]:
 async def health(http: Request) -> Response:
     """Whether the server takes requests, and how busy it is."""
     scheduler = http.app.state.service.scheduler
-    return JSONResponse(
-        {"status": "ok", "running": scheduler.running, "waiting": scheduler.waiting}
-    )
+    status = scheduler.failure or "ok"
+    body = {"status": status, "running": scheduler.running, "waiting": scheduler.waiting}
+    return JSONResponse(body, 200 if status == "ok" else 503)
 
 
 async def _answer_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{http.method} {http.url.path[:200]}: {error.detail}"
-    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code)
-
-
-class _Guard:
-    """Lets in who has the key. The comparison takes the same time for every wrong one."""
-
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self._app = app
-        self._expected = None if api_key is None else f"Bearer {api_key}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._lets_in(scope):
-            message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
-            body = ApiError(401, message, code="invalid_api_key").body()
-            await JSONResponse(body, 401)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _lets_in(self, scope: Scope) -> bool:
-        if self._expected is None or scope["path"] in _OPEN:
-            return True
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, self._expected)
+    body = ApiError(error.status_code, message).body()
+    return JSONResponse(body, error.status_code, headers=error.headers)

@@ -30,12 +30,16 @@ class ApiError(AnyMambaError):
 
     def body(self) -> dict[str, Any]:
         """The answer's JSON."""
+        message, param = _sendable(str(self)), self.param and _sendable(self.param)
         kind = _TYPES.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
-        return {
-            "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+
+def _sendable(text: str) -> str:
+    """The text with half characters, which JSON may hold and UTF-8 may not, spelt out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def as_api_error(error: AnyMambaError) -> ApiError:
@@ -53,3 +57,9 @@ async def answer_error(request: Request, error: Exception) -> Response:
     found = as_api_error(error)
     headers = {"retry-after": "1"} if found.status in (429, 503) else None
     return JSONResponse(found.body(), found.status, headers=headers)
+
+
+async def answer_fault(request: Request, error: Exception) -> Response:
+    """The response where there is a fault in the server, which logs it."""
+    message = f"the server has a fault: {type(error).__name__}; its log has more"
+    return JSONResponse(ApiError(500, message).body(), 500)

@@ -17,8 +17,11 @@ async def read_fields(request: Request, most_bytes: int) -> Fields:
     """Read a request's JSON object.
 
     Raises:
-        ApiError: it is larger than allowed (413), or no JSON object (400).
+        ApiError: it is larger than allowed (413), not a JSON object (400),
+            or not said to be JSON (415).
     """
+    # A page of another site cannot send this type without asking the browser first.
+    check_type(request, "application/json")
     data = bytearray()
     async for part in request.stream():
         data += part
@@ -30,14 +33,26 @@ async def read_fields(request: Request, most_bytes: int) -> Fields:
         body = json.loads(bytes(data), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(400, f"the request's body is no JSON: {reason[:200]}") from None
+        raise ApiError(400, f"the request's body is not valid JSON: {reason[:200]}") from None
     if not isinstance(body, dict):
         raise ApiError(400, f"the request's body is {shown(body)}, expected a JSON object")
     return Fields(body)
 
 
+def check_type(request: Request, expected: str) -> None:
+    """Refuse a body of another type.
+
+    Raises:
+        ApiError: the header says another, or none (415).
+    """
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != expected:
+        message = f"the header content-type is {shown(given)}, expected {expected!r}: send that"
+        raise ApiError(415, message, code="unsupported_media_type")
+
+
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 class Fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +12,36 @@ from starlette.applications import Starlette
 
 from anymamba.errors import InputError
 
+_LAST_SECONDS = 5
+"""How long clients have to read what was said to them at the end."""
+
 
 class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
+    """Says where it listens once it does, and lets running answers end before it hangs up."""
 
-    def __init__(self, config: uvicorn.Config, tell: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        tell: Callable[[], object],
+        stop: Callable[[float], object],
+        seconds: float,
+    ) -> None:
         super().__init__(config)
-        self._tell = tell
+        self._tell, self._stop, self._seconds = tell, stop, seconds
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._tell()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        stopping = asyncio.ensure_future(asyncio.to_thread(self._stop, self._seconds))
+        while not (stopping.done() or self.force_exit):
+            await asyncio.wait({stopping}, timeout=0.1)
+        if self.force_exit:  # the second Ctrl-C
+            await asyncio.to_thread(self._stop, 0.0)
+        await stopping
+        await super().shutdown(sockets)
 
 
 def listen(
@@ -37,8 +56,10 @@ def listen(
         tell: called with the server's address once it listens.
 
     Raises:
-        InputError: there is no such address, or another program listens there.
+        InputError: there is no such address, it is empty, or another program listens there.
     """
+    if not host:
+        raise InputError("the host is empty, expected an address such as '127.0.0.1'")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -53,6 +74,7 @@ def listen(
     shown = f"[{host}]" if family == socket.AF_INET6 else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
     options: dict[str, Any] = {"log_level": "warning", "server_header": False}
-    config = uvicorn.Config(application, timeout_graceful_shutdown=int(seconds), **options)
+    config = uvicorn.Config(application, timeout_graceful_shutdown=_LAST_SECONDS, **options)
+    stop = application.state.service.stop
     with listening:
-        _Server(config, lambda: tell(address)).run([listening])
+        _Server(config, lambda: tell(address), stop, seconds).run([listening])

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
-from anymamba.errors import AnyMambaError
+from anymamba.errors import AnyMambaError, OverloadError
 from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import TokenOutput
@@ -30,6 +30,8 @@ from anymamba.server.errors import ApiError, as_api_error
 from anymamba.server.stored_states import StoredStates
 
 T = TypeVar("T")
+_MOST_UNREAD = 10_000
+"""Events that a client has not taken yet; one that leaves more is not served further."""
 Heard: TypeAlias = Started | TokenOutput | State
 
 
@@ -46,7 +48,9 @@ class Settings:
         cache_dir: a folder where they are kept as files too, over a restart.
         cache_dir_bytes: of files in it.
         body_bytes: of a request at most.
-        most_tokens: how many tokens a request may ask for.
+        prompt_tokens: of a prompt at most.
+        most_tokens: how many tokens a request may ask for, of all its answers together; the
+            alternatives that `logprobs` asks for count too.
         state_bytes: the memory for states that clients keep.
         shutdown_seconds: how long what runs may go on once the server is to end.
     """
@@ -59,6 +63,7 @@ class Settings:
     cache_dir: Path | None = None
     cache_dir_bytes: int = 16 << 30
     body_bytes: int = 16 << 20
+    prompt_tokens: int = 1 << 20
     most_tokens: int = 1 << 20
     state_bytes: int = 1 << 30
     shutdown_seconds: float = 30.0
@@ -71,6 +76,9 @@ class Service:
         engines: by the names that clients call them.
         templates: the chat templates of those that have one, by name.
         settings: how to serve.
+
+    Raises:
+        CheckpointError: the cache's folder cannot be used.
     """
 
     def __init__(
@@ -86,24 +94,32 @@ class Service:
         self.states = StoredStates(settings.state_bytes)
         self._grammars: dict[str, Grammars] = {}
         self._folder: StateFolder | None = None
+        if settings.cache_dir is not None:
+            self._folder = StateFolder(settings.cache_dir, settings.cache_dir_bytes)
         self.scheduler: Scheduler
 
     def start(self) -> None:
         """Begin to serve."""
         settings = self.settings
-        if settings.cache_dir is not None:
-            self._folder = StateFolder(settings.cache_dir, settings.cache_dir_bytes)
+        if self._folder is not None:  # files tell models by it; computing it takes a while
+            for engine in self.engines.values():
+                _ = engine.identity.digest
         self.scheduler = Scheduler(
             self.engines,
             rows=settings.parallel,
             queue=settings.queue,
             chunk_tokens=settings.chunk_tokens,
             cache=PrefixCache(settings.cache_bytes, self._folder),
+            prompt_tokens=settings.prompt_tokens,
         )
 
-    def stop(self) -> None:
-        """Finish what runs as far as there is time, and write what is to be kept."""
-        self.scheduler.close(self.settings.shutdown_seconds)
+    def stop(self, seconds: float | None = None) -> None:
+        """Finish what runs as far as there is time, and write what is to be kept.
+
+        Args:
+            seconds: how much there is; by default what the settings say.
+        """
+        self.scheduler.close(self.settings.shutdown_seconds if seconds is None else seconds)
         if self._folder is not None:
             self._folder.close()
 
@@ -157,18 +173,17 @@ class Service:
     async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Heard]]:
         """Submit requests, and give out what comes of each by its place. Closing this cancels them.
 
+        Further answers to a prompt (those with a row above 0) wait until the first has read it, and
+        go on from the state that the cache then has.
+
         Raises:
-            ApiError: one cannot be served, or went wrong.
+            ApiError: one cannot be served, or went wrong, or nobody listens to what comes.
         """
-        loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
-
-        def listener(place: int) -> Callable[[Event], object]:
-            return lambda event: loop.call_soon_threadsafe(heard.put_nowait, (place, event))
-
-        submissions: list[Submission] = []
+        heard = asyncio.Queue[tuple[int, Event]]()
+        sent = _Sent(self.scheduler, heard)
+        waits = [request.row > 0 and request.state is None for request in requests]
         try:
-            for place, request in enumerate(requests):
-                submissions.append(self.scheduler.submit(request, listener(place)))
+            await asyncio.to_thread(sent.submit, requests, [not wait for wait in waits])
             left = len(requests)
             while left:
                 place, event = await heard.get()
@@ -176,11 +191,54 @@ class Service:
                     raise event
                 yield place, event
                 left -= isinstance(event, State) or bool(getattr(event, "finish_reason", None))
+                if any(waits) and isinstance(event, TokenOutput):
+                    ids = requests[place].ids
+                    due = [
+                        wait and request.ids is ids
+                        for wait, request in zip(waits, requests, strict=True)
+                    ]
+                    waits = [wait and not now for wait, now in zip(waits, due, strict=True)]
+                    await asyncio.to_thread(sent.submit, requests, due)
         except AnyMambaError as error:
             raise as_api_error(error) from error
         finally:
-            for submission in submissions:
-                submission.cancel()
+            sent.cancel()
+
+
+class _Sent:
+    """The requests of one client that were submitted, and what is heard of them."""
+
+    def __init__(self, scheduler: Scheduler, heard: asyncio.Queue[tuple[int, Event]]) -> None:
+        self._scheduler, self._heard = scheduler, heard
+        self._loop = asyncio.get_running_loop()
+        self._submissions: list[Submission] = []
+        self._is_over = False
+
+    def submit(self, requests: Sequence[Request], due: Sequence[bool]) -> None:
+        """Submit those that are due. This takes a while, and so is not for the event loop."""
+        for place, request in enumerate(requests):
+            if due[place]:
+                submission = self._scheduler.submit(request, self._listener(place))
+                self._submissions.append(submission)
+            if self._is_over:  # cancelled meanwhile
+                self.cancel()
+                return
+
+    def cancel(self) -> None:
+        """End them all, and those that are still to be submitted."""
+        self._is_over = True
+        for submission in self._submissions:
+            submission.cancel()
+
+    def _listener(self, place: int) -> Callable[[Event], object]:
+        def hear(event: Event) -> None:
+            if self._heard.qsize() > _MOST_UNREAD:
+                error = OverloadError("the client reads too slowly: the answer was given up")
+                self._loop.call_soon_threadsafe(self._heard.put_nowait, (place, error))
+                raise error  # nothing more is told to a listener that fails
+            self._loop.call_soon_threadsafe(self._heard.put_nowait, (place, event))
+
+        return hear
 
 
 async def unless_gone(http: HttpRequest, answer: Coroutine[Any, Any, T]) -> T:

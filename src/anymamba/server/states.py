@@ -5,6 +5,7 @@ A text is read once; any number of completions and forks then go on from its sta
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from anymamba.errors import AnyMambaError
+from anymamba.runtime.engine import Engine
 from anymamba.runtime.serving import Request
 from anymamba.runtime.state import State
 from anymamba.server.errors import ApiError, as_api_error
-from anymamba.server.fields import read_fields
+from anymamba.server.fields import check_type, read_fields
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.stored_states import Stored
 
 _FILE = "application/octet-stream"
+_HEADER_BYTES = 1 << 16  # of such a file
 
 
 async def create(http: HttpRequest) -> Response:
@@ -33,8 +36,9 @@ async def create(http: HttpRequest) -> Response:
     if not isinstance(given, str | list):
         raise fields.refuse("input", given, "a text or its tokens")
     fields.done()
+    service.states.check_room(_size_of(engine))
     try:
-        ids = engine.prompt_ids(given, state)
+        ids = await asyncio.to_thread(engine.prompt_ids, given, state)
     except AnyMambaError as error:
         raise ApiError(as_api_error(error).status, str(error), "input") from error
     request = Request(ids, None, model, state=state)
@@ -58,7 +62,7 @@ async def show(http: HttpRequest) -> Response:
 
 
 async def fork(http: HttpRequest) -> Response:
-    """Keep it by another id as well. States never change: this costs nothing but the room."""
+    """Keep it under another id too. States never change: this costs nothing but the room."""
     service: Service = http.app.state.service
     stored = service.states.get(http.path_params["state"])
     name = service.states.add(stored.model, stored.state)
@@ -74,34 +78,49 @@ async def remove(http: HttpRequest) -> Response:
 
 
 async def download(http: HttpRequest) -> Response:
-    """It as the file that `State.save` writes."""
+    """Send a state as the file that `State.save` writes."""
     service: Service = http.app.state.service
     stored = service.states.get(http.path_params["state"])
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "state"
-        stored.state.save(file)
-        return Response(file.read_bytes(), media_type=_FILE)
+    return Response(await asyncio.to_thread(_written, stored.state), media_type=_FILE)
 
 
 async def upload(http: HttpRequest) -> Response:
     """Keep a state that such a file holds, of the model that the query names."""
     service: Service = http.app.state.service
     model, engine = service.engine(http.query_params.get("model"))
-    data, most = bytearray(), service.settings.state_bytes
+    check_type(http, _FILE)
+    service.states.check_room(_size_of(engine))
+    data, most = bytearray(), _size_of(engine) + _HEADER_BYTES
     async for part in http.stream():
         data += part
         if len(data) > most:
             raise ApiError(413, f"the file is larger than {most} bytes, the most that may be")
+    state = await asyncio.to_thread(_read, engine, bytes(data))
+    name = service.states.add(model, state)
+    return JSONResponse(_described(name, service.states.get(name)), 201)
+
+
+def _size_of(engine: Engine) -> int:
+    """How many bytes each state of a model takes that says what comes next."""
+    return State(engine.identity).nbytes + 4 * engine.identity.vocabulary
+
+
+def _written(state: State) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "state"
+        state.save(file)
+        return file.read_bytes()
+
+
+def _read(engine: Engine, data: bytes) -> State:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "state"
         file.write_bytes(data)
         try:
-            state = engine.load_state(file).copy()  # the file goes
+            return engine.load_state(file).copy()  # the file goes
         except AnyMambaError as error:
             message = str(error).replace(repr(str(file)), "sent")
             raise ApiError(400, message, code="invalid_state") from error
-    name = service.states.add(model, state)
-    return JSONResponse(_described(name, service.states.get(name)), 201)
 
 
 def _described(name: str, stored: Stored) -> dict[str, Any]:

@@ -40,16 +40,24 @@ class StoredStates:
         Raises:
             ApiError: there is no room for it.
         """
-        if self.nbytes + state.nbytes > self._most_bytes:
-            raise ApiError(
-                507,
-                f"states take {self.nbytes} of {self._most_bytes} bytes, no room for "
-                f"{state.nbytes} more: delete some, or start the server with more",
-                code="out_of_memory",
-            )
+        self.check_room(state.nbytes)
         name = f"state-{secrets.token_urlsafe(18)}"
         self._states[name] = Stored(model, state)
         return name
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse what would not fit.
+
+        Raises:
+            ApiError: there is no room for so much.
+        """
+        if self.nbytes + nbytes > self._most_bytes:
+            raise ApiError(
+                507,
+                f"states take {self.nbytes} of {self._most_bytes} bytes, no room for "
+                f"{nbytes} more: delete some, or start the server with more",
+                code="out_of_memory",
+            )
 
     def get(self, name: str) -> Stored:
         """The state of this id.

@@ -21,7 +21,13 @@ from anymamba.server.errors import ApiError, as_api_error
 from anymamba.server.fields import Fields, read_fields
 from anymamba.server.openai import logprobs
 from anymamba.server.openai.answers import FINISH_REASONS, Answers
-from anymamba.server.openai.sampling import MOST_CHOICES, constrained, for_row, sampling_of
+from anymamba.server.openai.sampling import (
+    MOST_CHOICES,
+    check_size,
+    constrained,
+    for_row,
+    sampling_of,
+)
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
 
@@ -102,6 +108,7 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     older = fields.integer("max_tokens", 1, service.settings.most_tokens)
     most = fields.integer("max_completion_tokens", 1, service.settings.most_tokens, older) or 1024
     sampling = sampling_of(fields, most, (top or 0) if has_logprobs else None)
+    check_size(service.settings.most_tokens, n, sampling)
     if (form := fields.inner("response_format")) is not None:
         sampling = constrained(sampling, form, service.grammars(model))
     streams, options = fields.flag("stream"), fields.inner("stream_options")

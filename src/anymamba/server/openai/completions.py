@@ -21,7 +21,13 @@ from anymamba.server.errors import ApiError, as_api_error
 from anymamba.server.fields import Fields, read_fields
 from anymamba.server.openai import logprobs
 from anymamba.server.openai.answers import FINISH_REASONS, Answers
-from anymamba.server.openai.sampling import MOST_CHOICES, constrained, for_row, sampling_of
+from anymamba.server.openai.sampling import (
+    MOST_CHOICES,
+    check_size,
+    constrained,
+    for_row,
+    sampling_of,
+)
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
 
@@ -78,6 +84,7 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     top = fields.integer("logprobs", 0, 20)
     most = fields.integer("max_tokens", 1, service.settings.most_tokens, 16) or 16
     sampling = sampling_of(fields, most, top)
+    check_size(service.settings.most_tokens, n * len(prompts), sampling)
     if (form := fields.inner("response_format")) is not None:
         sampling = constrained(sampling, form, service.grammars(model))
     echo, streams = fields.flag("echo"), fields.flag("stream")
@@ -123,12 +130,14 @@ def _choice(wanted: _Wanted, place: int, pieces: Sequence[TokenOutput]) -> dict[
     return _part(wanted, place, pieces, text)
 
 
-def _part(wanted: _Wanted, place: int, pieces: Sequence[TokenOutput], text: str) -> dict[str, Any]:
+def _part(
+    wanted: _Wanted, place: int, pieces: Sequence[TokenOutput], text: str, offset: int = 0
+) -> dict[str, Any]:
     has_logprobs = wanted.sampling.top_logprobs is not None
     return {
         "index": place,
         "text": text,
-        "logprobs": logprobs.of_completion(wanted.engine, pieces) if has_logprobs else None,
+        "logprobs": logprobs.of_completion(wanted.engine, pieces, offset) if has_logprobs else None,
         "finish_reason": FINISH_REASONS[pieces[-1].finish_reason],
     }
 
@@ -144,12 +153,13 @@ def _body(wanted: _Wanted, answers: Answers, choices: list[dict[str, Any]]) -> d
 
 
 async def _chunks(wanted: _Wanted, answers: Answers) -> AsyncIterator[dict[str, Any]]:
-    begun: set[int] = set()
+    lengths: dict[int, int] = {}  # of the text of each choice so far
     async for place, piece in answers.tokens():
         beginning = ""
-        if wanted.echo and place not in begun:
+        if wanted.echo and place not in lengths:
             beginning = wanted.engine.detokenize(wanted.prompts[place // wanted.n].tolist())
-        begun.add(place)
-        yield _body(wanted, answers, [_part(wanted, place, [piece], beginning + piece.text)])
+        text, offset = beginning + piece.text, lengths.get(place, 0)
+        lengths[place] = offset + len(text)
+        yield _body(wanted, answers, [_part(wanted, place, [piece], text, offset)])
     if wanted.with_usage:
         yield _body(wanted, answers, []) | {"usage": answers.usage.body()}

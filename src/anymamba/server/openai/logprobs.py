@@ -7,6 +7,9 @@ from typing import Any
 
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import TokenOutput
+from anymamba.runtime.generation.token_generator import TopLogprobs
+
+_UNKNOWN = "\ufffd"
 
 
 def of_completion(
@@ -21,15 +24,18 @@ def of_completion(
     return {
         "tokens": tokens,
         "token_logprobs": [piece.logprob for piece in pieces],
-        "top_logprobs": [
-            {
-                engine.detokenize([id], skip_special=False): logprob
-                for id, logprob in piece.top_logprobs
-            }
-            for piece in pieces
-        ],
+        "top_logprobs": [_by_text(engine, piece.top_logprobs) for piece in pieces],
         "text_offset": offsets,
     }
+
+
+def _by_text(engine: Engine, likeliest: TopLogprobs) -> dict[str, float]:
+    """Log-probabilities by the tokens' texts; where two have the same, by "token_id:" for one."""
+    found: dict[str, float] = {}
+    for id, logprob in likeliest:
+        text = engine.detokenize([id], skip_special=False)
+        found[f"token_id:{id}" if text in found else text] = logprob
+    return found
 
 
 def of_chat(engine: Engine, pieces: Sequence[TokenOutput]) -> dict[str, Any]:
@@ -47,4 +53,5 @@ def of_chat(engine: Engine, pieces: Sequence[TokenOutput]) -> dict[str, Any]:
 
 def _token(engine: Engine, id: int, logprob: float | None) -> dict[str, Any]:
     text = engine.detokenize([id], skip_special=False)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    is_part = _UNKNOWN in text  # of a character: which bytes it has is not told
+    return {"token": text, "logprob": logprob, "bytes": None if is_part else list(text.encode())}

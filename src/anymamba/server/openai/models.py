@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -38,7 +39,7 @@ async def tokenize(http: HttpRequest) -> Response:
     text, special = fields.text("prompt") or "", fields.flag("add_special_tokens", True)
     fields.done()
     try:
-        ids = engine.tokenize(text, special)
+        ids = await asyncio.to_thread(engine.tokenize, text, special)
     except AnyMambaError as error:
         raise ApiError(as_api_error(error).status, str(error), "prompt") from error
     return JSONResponse({"tokens": ids, "count": len(ids)})
@@ -60,7 +61,7 @@ async def detokenize(http: HttpRequest) -> Response:
     )
     if not fits:
         raise fields.refuse("tokens", ids, f"a list of whole numbers from 0 to {most - 1}")
-    return JSONResponse({"prompt": engine.detokenize(ids)})
+    return JSONResponse({"prompt": await asyncio.to_thread(engine.detokenize, ids)})
 
 
 def _described(service: Service, name: str) -> dict[str, Any]:

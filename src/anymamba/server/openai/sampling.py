@@ -54,6 +54,22 @@ def sampling_of(fields: Fields, max_tokens: int, top_logprobs: int | None) -> Sa
         raise ApiError(400, str(error), str(error).split(" ", 1)[0]) from error
 
 
+def check_size(most: int, answers: int, sampling: Sampling) -> None:
+    """Refuse a request for more tokens than allowed, all its answers together.
+
+    Raises:
+        ApiError: it asks for more.
+    """
+    tokens = answers * (sampling.max_new_tokens or 0) * (1 + (sampling.top_logprobs or 0))
+    if tokens > most:
+        raise ApiError(
+            400,
+            f"n times max_tokens, with the alternatives of logprobs, is {tokens}, expected at most "
+            f"{most}: ask for fewer",
+            "max_tokens",
+        )
+
+
 def constrained(sampling: Sampling, given: Fields, grammars: Grammars) -> Sampling:
     """The settings with OpenAI's `response_format` enforced.
 

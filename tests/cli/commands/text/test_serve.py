@@ -57,12 +57,15 @@ def test_a_key(tmp_path: Path) -> None:
         (["--cache-memory", "much"], "'much' is not a size such as 500M"),
         (["--api-key", ""], "the API key is empty"),
         (["--host", "nowhere.invalid"], "cannot listen at 'nowhere.invalid'"),
+        (["--host", ""], "the host is empty"),
+        (["--cache-dir", __file__], "cannot be used"),
     ],
 )
 def test_mistakes(options: list[str], message: str) -> None:
     command = [sys.executable, "-m", "anymamba", "serve", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_port_that_is_taken() -> None:

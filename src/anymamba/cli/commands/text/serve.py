@@ -116,6 +116,7 @@ def run(options: Options) -> None:
     from anymamba.cli.terminal.output import tell
     from anymamba.runtime.chat.model_template import find_template
     from anymamba.server import Settings, app
+    from anymamba.server.guard import is_loopback
     from anymamba.server.listening import listen
 
     engine = open_engine(options)
@@ -131,6 +132,8 @@ def run(options: Options) -> None:
     )
     template = find_template(tokenizer_place(options))
     application = app({name: engine}, {name: template}, settings)
+    if api_key is None and not is_loopback(options.host):
+        tell(f"anymamba: warning: whoever reaches {options.host} may use it: give an --api-key")
     say = partial(_say_where, tell, name)
     listen(application, options.host, options.port, settings.shutdown_seconds, say)
 
