@@ -238,6 +238,17 @@ def test_a_full_queue_refuses(engine: Engine) -> None:
             Client(scheduler, words(5))
 
 
+def test_a_client_with_a_name_takes_half_of_the_queue(engine: Engine) -> None:
+    with Scheduler({"m": engine}, rows=1, queue=4) as scheduler:
+        many = {"max_new_tokens": 10**6}
+        Client(scheduler, words(5), sampling=many).started()
+        for _ in range(2):
+            Client(scheduler, words(5), client="greedy")
+        with pytest.raises(OverloadError, match="2 requests of this client wait already"):
+            Client(scheduler, words(5), client="greedy")
+        Client(scheduler, words(5), client="modest")
+
+
 def test_what_cannot_be_served_is_refused_at_once(engine: Engine, scheduler: Scheduler) -> None:
     with pytest.raises(InputError, match="model 'x' is not served here, expected 'm', 'm:a'"):
         Client(scheduler, words(2), model="x")

@@ -22,7 +22,7 @@ def describe(file: Path) -> dict[str, Any]:
     except (CheckpointError, ValueError, RecursionError) as error:
         raise StateError(f"{str(file)!r} is neither a model nor a state: {error}") from None
     if not isinstance(model, dict) or not {*SIZES} <= model.keys():
-        raise StateError(f"{str(file)!r} is no state that AnyMamba saved")
+        raise StateError(f"{str(file)!r} is not a state that AnyMamba saved")
     state = read_state_file(file, model)
     return {
         "state": str(file),

@@ -38,7 +38,7 @@ class Request:
         ids: the text's tokens; with `state` those behind what it has read.
         sampling: how it is continued; None where it is only to be read.
         model: which of the scheduler's engines, by name.
-        client: whose turn it is.
+        client: whose turn it is. One with a name may take half of the queue.
         state: what was read before. It stays as it is.
         keep_at: counts of tokens of `ids` after which the state is worth keeping, where the caller
             knows that other texts go on from there. The ends of the prompt and of the answer are
@@ -264,6 +264,12 @@ class Scheduler:
             if self.waiting >= self._queue_size:
                 raise OverloadError(
                     f"{self._queue_size} requests wait already, the most that may: try again later"
+                )
+            own = self._waiting.get(request.client, ())
+            if request.client and 2 * len(own) >= self._queue_size > 1:
+                raise OverloadError(
+                    f"{len(own)} requests of this client wait already, half of all that may: try "
+                    "again later"
                 )
             self._waiting.setdefault(request.client, deque()).append(submission)
             self._condition.notify()

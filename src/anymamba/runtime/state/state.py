@@ -237,7 +237,7 @@ class State:
 
 
 def check_state(state: object) -> State:
-    """Refuse what is no state.
+    """Refuse what is not a state.
 
     Raises:
         InputError: it is something else.

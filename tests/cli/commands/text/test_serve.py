@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from anymamba.cli.main import main
+
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
 
@@ -66,6 +68,21 @@ def test_mistakes(options: list[str], message: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "warns"),
+    [(["--host", "0.0.0.0"], True), (["--host", "0.0.0.0", "--api-key", "a"], False), ([], False)],
+)
+def test_an_open_server_without_a_key_warns(
+    options: list[str],
+    warns: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("anymamba.server.listening.listen", lambda *_: None)
+    main(["serve", *options])
+    assert ("warning: whoever reaches 0.0.0.0" in capsys.readouterr().err) == warns
 
 
 def test_a_port_that_is_taken() -> None:
