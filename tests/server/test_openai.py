@@ -139,6 +139,20 @@ def test_a_second_turn_costs_what_is_new(client: Any) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens >= known
 
 
+def test_instructions_are_read_once(client: Any, engine: Engine) -> None:
+    """Conversations that begin with the same system message go on from its end."""
+    cached = []
+    for question in ("Who?", "When?", "Where?"):
+        said = [
+            {"role": "system", "content": "Be as short as a king."},
+            {"role": "user", "content": question},
+        ]
+        found = client.chat.completions.create(model="m", messages=said, max_tokens=1)
+        cached.append(found.usage.prompt_tokens_details.cached_tokens)
+    known = len(engine.tokenize("system: Be as short as a king."))
+    assert cached == [0, known, known]
+
+
 def test_answers_have_the_form_that_is_asked_for(client: Any) -> None:
     schema = {
         "type": "object",

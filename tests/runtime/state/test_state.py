@@ -74,6 +74,19 @@ def test_bfloat16_halves_the_file_and_rounds(engine: Engine, state: State, tmp_p
         state.save(tmp_path / "x", dtype="int8")
 
 
+def test_more_tokens_than_can_be_counted_on_are_refused(
+    engine: Engine, state: State, tmp_path: Path
+) -> None:
+    for count, fits in ((1 << 53, True), ((1 << 53) + 1, False)):
+        state.assign(state.conv_states, state.ssm_states, count)
+        state.save(tmp_path / "a.state")
+        if fits:
+            assert engine.load_state(tmp_path / "a.state").token_count == count
+        else:
+            with pytest.raises(StateError, match="not integers from 0 to 2\\^53"):
+                engine.load_state(tmp_path / "a.state")
+
+
 def test_what_stands_in_the_file(engine: Engine, state: State, tmp_path: Path) -> None:
     """As documented, read by another library."""
     state.save(tmp_path / "a.state")

@@ -36,7 +36,7 @@ class Grammars:
         >>> import anymamba
         >>> engine = anymamba.load()
         >>> grammars = Grammars(engine.tokenizer, 256, engine.end_ids)
-        >>> wanted = grammars.json({"enum": ["yes", "no"]})
+        >>> wanted = grammars.json({"const": "no"})
         >>> found = engine.generate("ROMEO:", constraint=wanted, stop_ids=grammars.end_ids)
         >>> found.text in ('"yes"', '"no"'), found.finish_reason
         (True, 'eos')

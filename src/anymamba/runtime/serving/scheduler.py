@@ -40,9 +40,8 @@ class Request:
         model: which of the scheduler's engines, by name.
         client: whose turn it is. One with a name may take half of the queue.
         state: what was read before. It stays as it is.
-        keep_at: counts of tokens of `ids` after which the state is worth keeping, where the caller
-            knows that other texts go on from there. The ends of the prompt and of the answer are
-            kept in any case.
+        keep_at: counts of tokens of `ids` after which the state is worth keeping, such as the end
+            of a chat's instructions. The ends of the prompt and of the answer are kept in any case.
         row: which of several answers to one prompt this is; it draws with the seed `seed + row`.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,11 @@ async def chat_completions(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     fields = await read_fields(http, service.settings.body_bytes)
     wanted = await asyncio.to_thread(_read, fields, service)  # long texts, large schemas
-    ids = await asyncio.to_thread(prompt_of, service, wanted.model, wanted.messages)
+    ids, keep_at = await asyncio.to_thread(prompt_of, service, wanted.model, wanted.messages)
     requests = [
-        Request(ids, for_row(wanted.sampling), wanted.model, wanted.client, row=row)
+        Request(
+            ids, for_row(wanted.sampling), wanted.model, wanted.client, keep_at=keep_at, row=row
+        )
         for row in range(wanted.n)
     ]
     answers = Answers(service, requests)
@@ -67,8 +70,14 @@ async def chat_completions(http: HttpRequest) -> Response:
     return JSONResponse(body, headers=headers)
 
 
-def prompt_of(service: Service, model: str, messages: Sequence[Message]) -> NDArray[np.int64]:
+def prompt_of(
+    service: Service, model: str, messages: Sequence[Message]
+) -> tuple[NDArray[np.int64], list[int]]:
     """A conversation as tokens, up to where the answer begins.
+
+    Returns:
+        The tokens; and after how many of them the instructions end, with which other conversations
+        may begin too.
 
     Raises:
         ApiError: the model has no chat template, or it refuses the messages.
@@ -91,7 +100,16 @@ def prompt_of(service: Service, model: str, messages: Sequence[Message]) -> NDAr
         raise ApiError(as_api_error(error).status, str(error), param) from error
     if not ids:
         raise ApiError(400, "the messages make no text: say something in one of them", "messages")
-    return np.array(ids, np.int64)
+    instructions = _instructions(text, messages)
+    begin = service.engines[model].tokenize(instructions, special=False) if instructions else []
+    return np.array(ids, np.int64), [len(begin)] if begin and ids[: len(begin)] == begin else []
+
+
+def _instructions(text: str, messages: Sequence[Message]) -> str:
+    """A conversation's text up to where what the system says first ends, as far as that shows."""
+    leading = list(takewhile(lambda message: message["role"] == "system", messages))
+    said = leading[-1]["content"].strip() if leading else ""
+    return text[: text.find(said) + len(said)] if said in text else ""
 
 
 def _read(fields: Fields, service: Service) -> _Wanted:
