@@ -40,8 +40,9 @@ void parallel_with_arena(std::int64_t items, std::int64_t bytes, const Body& bod
   });
 }
 
+// p may be null where there are none.
 inline void fill_zeros(float* p, std::int64_t floats) {
-  __builtin_memset(p, 0, static_cast<std::size_t>(floats) * sizeof(float));
+  if (floats > 0) __builtin_memset(p, 0, static_cast<std::size_t>(floats) * sizeof(float));
 }
 
 // ---- Tiles -------------------------------------------------------------------------------------

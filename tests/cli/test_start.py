@@ -20,8 +20,8 @@ def imported_by(*arguments, before=""):
     return processes.imported_by(program, *arguments)
 
 
-# These write models, train, run other programs, or need a network.
-LONG = {"quantize", "convert", "merge", "run", "train", "finetune", "evaluate", "download"}
+# These write models, train, run other programs, serve, or need a network.
+LONG = {"quantize", "convert", "merge", "run", "train", "finetune", "evaluate", "download", "serve"}
 
 
 @pytest.mark.parametrize("command", sorted({*COMMANDS} - LONG))

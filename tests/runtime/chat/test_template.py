@@ -223,7 +223,7 @@ def test_without_jinja_the_error_says_what_to_install():
     [("3.1.5", False), ("2.11", False), ("3.1.6", True), ("3.2", True), ("4.0.0rc1", True)],
 )
 def test_a_jinja_with_a_broken_sandbox_is_refused(monkeypatch, version, safe):
-    monkeypatch.setattr(chat_template, "version", lambda name: version)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     if safe:
         assert render("a", [], True, {}) == "a"
     else:

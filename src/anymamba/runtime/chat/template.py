@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -121,6 +120,8 @@ def _require_jinja() -> None:
         raise MissingDependencyError(
             f"chat templates need the package 'jinja2', which is not installed: {_INSTALL}"
         )
+    from importlib.metadata import version  # slow, and most starts need no template
+
     installed = version("jinja2")
     if tuple(int(part) for part in installed.split(".")[:3] if part.isdigit()) < _FIRST_SAFE:
         raise MissingDependencyError(
