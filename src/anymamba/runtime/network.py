@@ -99,10 +99,10 @@ class Network:
         lengths_r = np.array([ids.size for _, ids in reading])
         tokens_l = np.concatenate([ids for _, ids in reading])
         logits_rv = np.empty((len(reading), self.vocabulary), np.float32)
-        ends_r = np.cumsum(lengths_r)
         if tokens_l.size == len(reading) <= _MOST_ROWS:
             compute = partial(self._model.step, tokens_l, None)
         else:
+            ends_r = np.cumsum(lengths_r)
             offsets = np.concatenate([[0], ends_r])
             compute = partial(self._model.read, tokens_l, None, offsets, ends_r - 1)
         rounds = self.matmul_dtype == "bfloat16"

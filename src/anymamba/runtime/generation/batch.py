@@ -125,14 +125,16 @@ class Batch:
         prompts = [
             row for row, text in self._texts.items() if text.unread.size and not text.has_chosen
         ]
-        left = [self._until_pause(self._texts[row]) for row in prompts]
         parts = {row: text.unread for row, text in self._texts.items() if text.has_chosen}
-        parts |= dict(zip(prompts, next_parts(left, self._chunk_tokens), strict=True))
-        self._network.advance(self.blocks, list(parts), list(parts.values()))
+        if prompts:
+            left = [self._until_pause(self._texts[row]) for row in prompts]
+            parts |= zip(prompts, next_parts(left, self._chunk_tokens), strict=True)
+        self._network.advance(self.blocks, [*parts], [*parts.values()])
         for row, part in parts.items():
             text = self._texts[row]
             text.unread = text.unread[part.size :]
-            if row in prompts and text.unread.size and part.size:
+        for row in prompts:
+            if self._texts[row].unread.size and parts[row].size:
                 self._texts[row] = self._texts.pop(row)  # next time others come first
 
     def _until_pause(self, text: _Text) -> NDArray[np.int64]:
