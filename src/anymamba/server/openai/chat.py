@@ -28,6 +28,7 @@ from anymamba.server.openai.sampling import (
     constrained,
     for_row,
     sampling_of,
+    streaming_of,
 )
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
@@ -129,10 +130,7 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     check_size(service.settings.most_tokens, n, sampling)
     if (form := fields.inner("response_format")) is not None:
         sampling = constrained(sampling, form, service.grammars(model))
-    streams, options = fields.flag("stream"), fields.inner("stream_options")
-    with_usage = options.flag("include_usage") if options else False
-    if options:
-        options.done()
+    streams, with_usage = streaming_of(fields)
     fields.only("modalities", ["text"], "the models read and write text")
     fields.only("store", False, "nothing is stored")
     client = fields.text("safety_identifier") or fields.text("user") or ""

@@ -27,6 +27,7 @@ from anymamba.server.openai.sampling import (
     constrained,
     for_row,
     sampling_of,
+    streaming_of,
 )
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
@@ -87,11 +88,7 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     check_size(service.settings.most_tokens, n * len(prompts), sampling)
     if (form := fields.inner("response_format")) is not None:
         sampling = constrained(sampling, form, service.grammars(model))
-    echo, streams = fields.flag("echo"), fields.flag("stream")
-    options = fields.inner("stream_options")
-    with_usage = options.flag("include_usage") if options else False
-    if options:
-        options.done()
+    echo, (streams, with_usage) = fields.flag("echo"), streaming_of(fields)
     fields.only("best_of", n, "ask for n answers, and choose among them")
     fields.only("suffix", "", "the models read from left to right only")
     if echo and top is not None:

@@ -107,6 +107,16 @@ def constrained(sampling: Sampling, given: Fields, grammars: Grammars) -> Sampli
     return replace(sampling, constraint=constraint, stop_ids=stops)
 
 
+def streaming_of(fields: Fields) -> tuple[bool, bool]:
+    """Whether the answer is to be streamed, and whether the stream tells its usage at the end."""
+    streams, options = fields.flag("stream"), fields.inner("stream_options")
+    if options is None:
+        return streams, False
+    with_usage = options.flag("include_usage")
+    options.done()
+    return streams, with_usage
+
+
 def for_row(sampling: Sampling) -> Sampling:
     """The settings for one of several answers: a constraint belongs to one text."""
     if isinstance(sampling.constraint, Constraint):
