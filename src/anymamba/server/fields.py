@@ -22,21 +22,30 @@ async def read_fields(request: Request, most_bytes: int) -> Fields:
     """
     # A page of another site cannot send this type without asking the browser first.
     check_type(request, "application/json")
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > most_bytes:
-            raise ApiError(
-                413, f"the request's body is larger than {most_bytes} bytes, the most that may be"
-            )
+    data = await read_bytes(request, most_bytes, "the request's body")
     try:
-        body = json.loads(bytes(data), parse_constant=_refuse_constant)
+        body = json.loads(data, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ApiError(400, f"the request's body is not valid JSON: {reason[:200]}") from None
     if not isinstance(body, dict):
         raise ApiError(400, f"the request's body is {shown(body)}, expected a JSON object")
     return Fields(body)
+
+
+async def read_bytes(request: Request, most_bytes: int, name: str) -> bytes:
+    """What a request sends; no more of it is read than may be.
+
+    Raises:
+        ApiError: it is larger (413); `name` is what the message calls it.
+    """
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > most_bytes:
+            message = f"{name} is larger than {most_bytes} bytes, the most that may be"
+            raise ApiError(413, message)
+    return bytes(data)
 
 
 def check_type(request: Request, expected: str) -> None:

@@ -18,7 +18,7 @@ from anymamba.runtime.engine import Engine
 from anymamba.runtime.serving import Request
 from anymamba.runtime.state import State
 from anymamba.server.errors import ApiError, as_api_error
-from anymamba.server.fields import check_type, read_fields
+from anymamba.server.fields import check_type, read_bytes, read_fields
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.stored_states import Stored
 
@@ -90,12 +90,8 @@ async def upload(http: HttpRequest) -> Response:
     model, engine = service.engine(http.query_params.get("model"))
     check_type(http, _FILE)
     service.states.check_room(_size_of(engine))
-    data, most = bytearray(), _size_of(engine) + _HEADER_BYTES
-    async for part in http.stream():
-        data += part
-        if len(data) > most:
-            raise ApiError(413, f"the file is larger than {most} bytes, the most that may be")
-    state = await asyncio.to_thread(_read, engine, bytes(data))
+    data = await read_bytes(http, _size_of(engine) + _HEADER_BYTES, "the file")
+    state = await asyncio.to_thread(_read, engine, data)
     name = service.states.add(model, state)
     return JSONResponse(_described(name, service.states.get(name)), 201)
 
