@@ -176,7 +176,7 @@ def test_a_file_that_is_neither_model_nor_state(content, tmp_path, anymamba):
 
 
 def test_weights_that_are_no_state(tiny, anymamba):
-    assert "no state" in anymamba("info", tiny / "model.safetensors").complaint
+    assert "not a state" in anymamba("info", tiny / "model.safetensors").complaint
 
 
 def test_another_program_s_quantization_is_named(tiny, tmp_path, anymamba):
