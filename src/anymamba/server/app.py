@@ -12,12 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from anymamba.errors import AnyMambaError
 from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.engine import Engine
-from anymamba.server import states
+from anymamba.server import page_files, states
 from anymamba.server.errors import ApiError, answer_error, answer_fault
 from anymamba.server.guard import Guard
 from anymamba.server.openai import chat, completions, models
@@ -60,7 +60,7 @@ def app(
             await asyncio.to_thread(service.stop)
 
     application = Starlette(
-        routes=_routes(),
+        routes=_routes(service.settings.page),
         middleware=[Middleware(Guard, api_key=service.settings.api_key)],
         exception_handlers={
             AnyMambaError: answer_error,
@@ -73,7 +73,7 @@ def app(
     return application
 
 
-def _routes() -> list[Route]:
+def _routes(with_page: bool) -> list[BaseRoute]:
     post: list[tuple[str, Callable[..., Any]]] = [
         ("/v1/completions", completions.completions),
         ("/v1/chat/completions", chat.chat_completions),
@@ -94,6 +94,7 @@ def _routes() -> list[Route]:
         *(Route(path, function, methods=["POST"]) for path, function in post),
         *(Route(path, function, methods=["GET"]) for path, function in get),
         Route("/v1/states/{state}", states.remove, methods=["DELETE"]),
+        *(page_files.routes() if with_page else []),
     ]
 
 

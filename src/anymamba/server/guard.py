@@ -9,9 +9,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from anymamba.server.errors import ApiError
+from anymamba.server.page_files import is_page
 
 _OPEN = ("/health",)
-"""Paths that need no key."""
+"""Paths that need no key, beside the page's."""
 
 
 class Guard:
@@ -34,7 +35,8 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        if scope["path"] in _OPEN:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # where it is mounted
+        if path in _OPEN or is_page(path):
             return None
         headers = dict(scope["headers"])
         if self._key is not None:

@@ -53,6 +53,7 @@ class Settings:
             alternatives that `logprobs` asks for count too.
         state_bytes: the memory for states that clients keep.
         shutdown_seconds: how long what runs may go on once the server is to end.
+        page: whether there is a page at `/` to chat in.
     """
 
     api_key: str | None = None
@@ -67,6 +68,7 @@ class Settings:
     most_tokens: int = 1 << 20
     state_bytes: int = 1 << 30
     shutdown_seconds: float = 30.0
+    page: bool = True
 
 
 class Service:

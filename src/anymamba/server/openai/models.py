@@ -73,4 +73,5 @@ def _described(service: Service, name: str) -> dict[str, Any]:
         "owned_by": "anymamba",
         "parameters": engine.n_parameters,
         "weights": engine.weight_type,
+        "has_chat_template": service.templates.get(name) is not None,
     }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from anymamba.cli.load_engine import model_name, open_engine, tokenizer_place
 from anymamba.cli.options.argument_types import byte_count
-from anymamba.cli.options.fields import integer_option, option
+from anymamba.cli.options.fields import flag, integer_option, option
 from anymamba.cli.options.model import AdapterOptions, EngineOptions
 from anymamba.errors import InputError, MissingDependencyError
 
@@ -101,6 +101,7 @@ class Options(AdapterOptions, EngineOptions):
         group=SERVING,
         help="how large the folder may become (default: 16G)",
     )
+    no_page: bool = flag("--no-page", "no page to chat in at /", group=SERVING)
 
 
 def run(options: Options) -> None:
@@ -129,14 +130,16 @@ def run(options: Options) -> None:
         cache_bytes=options.cache_memory,
         cache_dir=None if options.cache_dir is None else Path(options.cache_dir),
         cache_dir_bytes=options.cache_dir_size,
+        page=not options.no_page,
     )
     template = find_template(tokenizer_place(options))
     application = app({name: engine}, {name: template}, settings)
     if api_key is None and not is_loopback(options.host):
         tell(f"anymamba: warning: whoever reaches {options.host} may use it: give an --api-key")
-    say = partial(_say_where, tell, name)
+    say = partial(_say_where, tell, name, settings.page)
     listen(application, options.host, options.port, settings.shutdown_seconds, say)
 
 
-def _say_where(tell: Callable[[str], object], name: str, address: str) -> None:
-    tell(f"anymamba: {name} is served at {address}/v1; Ctrl-C ends it")
+def _say_where(tell: Callable[[str], object], name: str, has_page: bool, address: str) -> None:
+    page = f"; chat in a browser at {address}" if has_page else ""
+    tell(f"anymamba: {name} is served at {address}/v1{page}; Ctrl-C ends it")
