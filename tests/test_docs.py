@@ -2,11 +2,13 @@
 
 A fence says how its text is checked. `python` snippets of one file run in order, in one process
 and one namespace, as a reader would type them. `bash` snippets run in a shell. `text` is shown and
-not run, and there is no other kind, so that nothing escapes by accident.
+not run. `javascript` snippets run in Node.js, and find the server at the address that they name.
+There is no other kind, so that nothing escapes by accident.
 """
 
 import os
 import re
+import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+import anymamba
 from tests.support import processes
 from tests.support.warm import Warm
 
@@ -22,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 README, IN_CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 PAGES = [README, IN_CHINESE, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-KINDS = {"python", "bash", "text"}
+KINDS = {"python", "bash", "javascript", "text"}
 
 
 @dataclass
@@ -97,6 +100,24 @@ def test_commands_run(name: str, warm: Warm, tmp_path: Path) -> None:
     for snippet in snippets(ROOT / name):
         if snippet.kind == "bash":
             run(["bash", "-euo", "pipefail", "-c", snippet.text], tmp_path, warm)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("node") is None, reason="there is no Node.js")
+@pytest.mark.parametrize("name", names_of_pages_with("javascript"))
+def test_javascript_snippets_run(name: str, tmp_path: Path) -> None:
+    from tests.server.conftest import serving
+
+    engine = anymamba.load()
+    with serving(engine) as address:
+        for snippet in snippets(ROOT / name):
+            if snippet.kind == "javascript":
+                program = tmp_path / "snippet.mjs"
+                text = re.sub(r"http://127\.0\.0\.1:\d+", address, snippet.text)
+                program.write_text(text, encoding="utf-8")
+                done = processes.run("node", program, cwd=tmp_path, timeout=60)
+                assert done.returncode == 0, done.stderr
+                assert done.stdout == engine.generate("ROMEO:", max_new_tokens=20).text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
