@@ -137,8 +137,9 @@ def test_a_wheel_is_built_and_used_in_an_empty_environment(
     assert not wheel.name.endswith("-none-any.whl")
     names = names_in(wheel)
     assert sum(name.startswith("anymamba/_core.") for name in names) == 1
-    modules = (ROOT / "src" / "anymamba").rglob("*.py")
-    assert {str(path.relative_to(ROOT / "src")) for path in modules} <= names
+    package = ROOT / "src" / "anymamba"
+    files = [*package.rglob("*.py"), *(package / "server" / "page").iterdir()]
+    assert {str(path.relative_to(ROOT / "src")) for path in files} <= names
     assert not any(name.startswith(("core/", "tests/", "src/")) for name in names)
 
     empty = tmp_path / "empty"

@@ -1,7 +1,7 @@
 """A server on several machines: each conversation goes to the replica that has read it.
 
-serve run --working-dir . application:build model=state-spaces/mamba-130m-hf
-Run it in the example's folder; without a model it serves the bundled one.
+serve run --working-dir . application:build model=state-spaces/mamba-130m-hf cpus=8
+This is run in the example's folder. Without a model it serves the bundled one, a CPU for each.
 """
 
 import hashlib
@@ -15,13 +15,12 @@ from starlette.requests import Request
 from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
-SENT_ON = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string",
-           "root_path", "headers", "client", "server")  # fmt: skip
+SENT_ON = "type http_version method scheme path query_string root_path headers client server"
 MOST_BYTES = 64 << 20  # of a body: the application says what is too much for it
 BEGINNING = 64  # characters of a text, which its continuations begin with too
 
 
-@serve.deployment(max_ongoing_requests=4096)
+@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
 @serve.ingress()
 class Entrance:
     """Sends requests on, and streams the answers back."""
@@ -38,7 +37,7 @@ class Entrance:
             body += part[: MOST_BYTES - len(body)]
         session = request.headers.get("x-session-id") or fingerprint(bytes(body))
         replicas = self.replicas.options(stream=True, session_id=session)
-        kept = {name: scope[name] for name in SENT_ON if name in scope}
+        kept = {name: scope[name] for name in SENT_ON.split() if name in scope}
         async for message in replicas.answer.remote(kept, bytes(body)):
             await send(message)
 
@@ -57,4 +56,5 @@ def fingerprint(body: bytes) -> str:
 
 def build(arguments: dict[str, str]) -> serve.Application:
     """The application that `serve run` starts."""
-    return Entrance.bind(Replica.bind(arguments.get("model", "")))
+    model, cpus = arguments.get("model", ""), int(arguments.get("cpus", "1"))
+    return Entrance.bind(Replica.options(ray_actor_options={"num_cpus": cpus}).bind(model, cpus))

@@ -17,12 +17,11 @@ BY_SESSION = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter
     autoscaling_config={"min_replicas": 2, "max_replicas": 8, "target_ongoing_requests": 16},
     max_ongoing_requests=256,
     request_router_config=RequestRouterConfig(request_router_class=BY_SESSION),
-    ray_actor_options={"num_cpus": 1},
 )
 class Replica:
     """A model with its cache, which answers what other replicas would answer too."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, threads: int) -> None:
         import anymamba
         from anymamba.assets import bundled_model
         from anymamba.checkpoint import resolve
@@ -32,7 +31,8 @@ class Replica:
         place = resolve(model) if model else bundled_model()
         name = model.rpartition("/")[2] or "bundled"
         settings = Settings(api_key=os.environ.get("ANYMAMBA_API_KEY"))
-        self.app = app({name: anymamba.load(place)}, {name: find_template(place)}, settings)
+        engine = anymamba.load(place, threads=threads)
+        self.app = app({name: engine}, {name: find_template(place)}, settings)
         self.app.state.service.start()
 
     async def answer(self, scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
@@ -42,6 +42,7 @@ class Replica:
         async def receive() -> dict[str, Any]:
             return asked.pop() if asked else await asyncio.Event().wait()
 
+        scope["asgi"] = {"version": "3.0"}
         running = asyncio.ensure_future(self.app(scope, receive, sent.put))
         running.add_done_callback(lambda _: sent.put_nowait(None))
         try:

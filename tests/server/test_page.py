@@ -288,6 +288,8 @@ def test_at_360_pixels_nothing_sticks_out(opened: Opens) -> None:
 
     def check() -> None:
         assert page.evaluate("document.documentElement.scrollWidth") == 360
+        scroller = page.locator("#scroller")
+        assert scroller.evaluate("place => place.scrollWidth - place.clientWidth") == 0
         sides = "[...document.querySelectorAll('button, select, textarea, input, article')]"
         boxes = page.evaluate(f"{sides}.map(e => e.getBoundingClientRect().toJSON())")
         shown = [box for box in boxes if box["width"] > 1]

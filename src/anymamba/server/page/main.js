@@ -85,6 +85,7 @@ function toEnd() {
 // --- answering ---
 
 function submit(text) {
+  if (!modelOf(open)) return loadModels();
   const last = tree.path(open).at(-1) ?? null;
   if (form() === "text" && !text && last) return write(last);
   if (!text.trim()) return composer.focus();
@@ -294,7 +295,11 @@ window.addEventListener("storage", (event) => {
   if (open.id === id) open = found ?? tree.newConversation(storage.lastSettings());
   show();
 });
-window.addEventListener("pagehide", () => running && keep(running.conversation));
+window.addEventListener("pagehide", () => {
+  if (!running) return;
+  if (!running.node.text) tree.removeLeaf(running.conversation, running.node);
+  keep(running.conversation);
+});
 
 for (const [id, name] of [["open-list", "menu"], ["close-list", "close"], ["open-settings", "settings"], ["latest", "down"]]) {
   $(`#${id}`).append(icon(name));

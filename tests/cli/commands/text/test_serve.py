@@ -45,8 +45,9 @@ def test_it_serves_and_ends(tmp_path: Path) -> None:
     assert cached == [0, usage[0]["prompt_tokens"]]
 
 
-def test_a_key(tmp_path: Path) -> None:
-    with started("--api-key", "sesame") as (_, address):
+def test_a_key_and_no_page(tmp_path: Path) -> None:
+    with started("--api-key", "sesame", "--no-page") as (_, address):
+        assert httpx.get(f"{address.removesuffix('/v1')}/").status_code == 404
         assert httpx.get(f"{address}/models").status_code == 401
         found = httpx.get(f"{address}/models", headers={"authorization": "Bearer sesame"})
         assert [model["id"] for model in found.json()["data"]] == ["bundled"]
