@@ -116,7 +116,9 @@ def test_bodies(client: TestClient, data: bytes, status: int, message: str) -> N
     assert len(answer.content) < 2_000
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/nothing", "/v1/models/x", "/v1/states/none"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/page/nothing", "/v1/nothing", "/v1/models/x", "/v1/states/none"]
+)
 def test_other_paths(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 404
