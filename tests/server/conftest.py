@@ -32,10 +32,10 @@ def engine() -> Engine:
 
 
 @contextmanager
-def serving(engine: Engine, **settings: Any) -> Iterator[str]:
+def serving(engine: Engine, template: str = TEMPLATE, **settings: Any) -> Iterator[str]:
     """A server's address while it runs. The model has the names "m" and "m:adapter"."""
     engines = {"m": engine, "m:adapter": engine, "plain": engine}
-    templates = dict.fromkeys(("m", "m:adapter"), ChatTemplate(TEMPLATE, {}))
+    templates = dict.fromkeys(("m", "m:adapter"), ChatTemplate(template, {}))
     application = app(engines, templates, Settings(shutdown_seconds=1, **settings))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

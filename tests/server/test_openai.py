@@ -214,7 +214,7 @@ def test_wrong_fields_are_named(client: Any, fields: dict[str, Any], message: st
         ({"messages": [{"role": "king", "content": "a"}]}, r"messages\[0\].role is 'king'"),
         ({"messages": [{"role": "user", "content": 1}]}, r"messages\[0\].content is"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "'tools' is not a field"),
+        ({"functions": [{"name": "f"}]}, "'functions' is not a field"),
         ({"response_format": {"type": "xml"}}, "response_format.type is 'xml'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
         (

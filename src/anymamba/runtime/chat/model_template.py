@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from anymamba.checkpoint.gguf import find_gguf
 from anymamba.checkpoint.io import read_bounded, read_json_object
 from anymamba.errors import CheckpointError
-from anymamba.runtime.chat.template import render
+from anymamba.runtime.chat.template import Renderer
+from anymamba.runtime.chat.tools import Tool, as_text, is_in
 
-Message = dict[str, str]
-"""What was said: its `role` ("user" or "assistant") and its `content`."""
+Message = dict[str, Any]
+"""What was said: its `role` ("user" or "assistant") and its `content`, both text. The assistant's
+may have `tool_calls`, and one with the role "tool" is the result of such a call."""
 
 GGUF_SPECIAL = {
     "bos_token": "bos",
@@ -30,9 +33,25 @@ class ChatTemplate:
     source: str
     special_tokens: dict[str, str]
 
-    def render(self, messages: Sequence[Message]) -> str:
+    @cached_property
+    def knows_tools(self) -> bool:
+        """Whether it writes tools and their calls down, in the form that is enforced here."""
+        return is_in(self.source)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """The conversation as text, up to where the model's answer begins."""
-        return render(self.source, messages, True, self.special_tokens)
+        if not self.knows_tools:
+            messages, tools = as_text(messages, tools), ()
+        described = [tool.described for tool in tools]
+        return self._renderer.render(messages, True, self.special_tokens, described)
+
+    def start(self) -> None:
+        """Start the process that runs it ahead of the first conversation."""
+        self._renderer.start()
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        return Renderer(self.source)
 
 
 def find_template(place: Path) -> ChatTemplate | None:

@@ -17,18 +17,19 @@ from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import Sampling, TokenOutput
 from anymamba.runtime.serving import Request
 from anymamba.runtime.state import State
+from anymamba.server.answers import Answers
 from anymamba.server.errors import ApiError, as_api_error
 from anymamba.server.fields import Fields, read_fields
 from anymamba.server.openai import logprobs
-from anymamba.server.openai.answers import FINISH_REASONS, Answers
 from anymamba.server.openai.sampling import (
+    FINISH_REASONS,
     MOST_CHOICES,
-    check_size,
-    constrained,
-    for_row,
     sampling_of,
+    schema_of,
     streaming_of,
+    usage_body,
 )
+from anymamba.server.sampling import check_size, enforced, for_row
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
 
@@ -67,7 +68,7 @@ async def completions(http: HttpRequest) -> Response:
         return stream(_chunks(wanted, answers), headers)
     pieces = await unless_gone(http, answers.collect())
     choices = [_choice(wanted, place, found) for place, found in enumerate(pieces)]
-    body = _body(wanted, answers, choices) | {"usage": answers.usage.body()}
+    body = _body(wanted, answers, choices) | {"usage": usage_body(answers.usage)}
     return JSONResponse(body, headers=headers)
 
 
@@ -86,8 +87,8 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     most = fields.integer("max_tokens", 1, service.settings.most_tokens, 16) or 16
     sampling = sampling_of(fields, most, top)
     check_size(service.settings.most_tokens, n * len(prompts), sampling)
-    if (form := fields.inner("response_format")) is not None:
-        sampling = constrained(sampling, form, service.grammars(model))
+    schema = schema_of(fields.inner("response_format"))
+    sampling = enforced(service, model, sampling, schema)
     echo, (streams, with_usage) = fields.flag("echo"), streaming_of(fields)
     fields.only("best_of", n, "ask for n answers, and choose among them")
     fields.only("suffix", "", "the models read from left to right only")
@@ -159,4 +160,4 @@ async def _chunks(wanted: _Wanted, answers: Answers) -> AsyncIterator[dict[str, 
         lengths[place] = offset + len(text)
         yield _body(wanted, answers, [_part(wanted, place, [piece], text, offset)])
     if wanted.with_usage:
-        yield _body(wanted, answers, []) | {"usage": answers.usage.body()}
+        yield _body(wanted, answers, []) | {"usage": usage_body(answers.usage)}
