@@ -18,6 +18,7 @@ from anymamba.errors import AnyMambaError
 from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.engine import Engine
 from anymamba.server import states
+from anymamba.server.anthropic import messages
 from anymamba.server.errors import ApiError, answer_error, answer_fault
 from anymamba.server.guard import Guard
 from anymamba.server.openai import chat, completions, models
@@ -77,6 +78,8 @@ def _routes() -> list[Route]:
     post: list[tuple[str, Callable[..., Any]]] = [
         ("/v1/completions", completions.completions),
         ("/v1/chat/completions", chat.chat_completions),
+        ("/v1/messages", messages.messages),
+        ("/v1/messages/count_tokens", messages.count_tokens),
         ("/tokenize", models.tokenize),
         ("/detokenize", models.detokenize),
         ("/v1/states", states.create),
@@ -108,5 +111,5 @@ async def health(http: Request) -> Response:
 async def _answer_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{http.method} {http.url.path[:200]}: {error.detail}"
-    body = ApiError(error.status_code, message).body()
+    body = ApiError(error.status_code, message).body_for(http.url.path)
     return JSONResponse(body, error.status_code, headers=error.headers)

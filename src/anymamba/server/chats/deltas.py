@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from anymamba.runtime.chat.tool_calls import CallPart, ToolCallParser
 from anymamba.runtime.chat.tools import BEGIN, END
@@ -43,6 +44,12 @@ class Call:
     name: str
     arguments: str = ""
     is_whole: bool = False
+
+    @property
+    def parsed(self) -> dict[str, Any]:
+        """The arguments of a whole call."""
+        found: dict[str, Any] = json.loads(self.arguments)
+        return found
 
 
 @dataclass
