@@ -153,7 +153,7 @@ def test_tools(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     said = [
         *SAID,
-        {"role": "assistant", "content": whole.content},
+        {"role": "assistant", "content": streamed.content},
         {"role": "user", "content": [result, failed, {"type": "text", "text": "And?"}]},
     ]
     answer = ask(client, messages=said, tools=TOOLS, tool_choice={"type": "none"})

@@ -21,7 +21,7 @@ from anymamba.server import states
 from anymamba.server.anthropic import messages
 from anymamba.server.errors import ApiError, answer_error, answer_fault
 from anymamba.server.guard import Guard
-from anymamba.server.openai import chat, completions, models
+from anymamba.server.openai import chat, completions, models, responses
 from anymamba.server.service import Service, Settings
 
 
@@ -78,6 +78,7 @@ def _routes() -> list[Route]:
     post: list[tuple[str, Callable[..., Any]]] = [
         ("/v1/completions", completions.completions),
         ("/v1/chat/completions", chat.chat_completions),
+        ("/v1/responses", responses.responses),
         ("/v1/messages", messages.messages),
         ("/v1/messages/count_tokens", messages.count_tokens),
         ("/tokenize", models.tokenize),
@@ -90,12 +91,14 @@ def _routes() -> list[Route]:
         ("/health", health),
         ("/v1/models", models.models),
         ("/v1/models/{model:path}", models.model),
+        ("/v1/responses/{response}", responses.show),
         ("/v1/states/{state}", states.show),
         ("/v1/states/{state}/file", states.download),
     ]
     return [
         *(Route(path, function, methods=["POST"]) for path, function in post),
         *(Route(path, function, methods=["GET"]) for path, function in get),
+        Route("/v1/responses/{response}", responses.remove, methods=["DELETE"]),
         Route("/v1/states/{state}", states.remove, methods=["DELETE"]),
     ]
 

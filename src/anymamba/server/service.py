@@ -27,6 +27,7 @@ from anymamba.runtime.serving import (
 from anymamba.runtime.serving.scheduler import Event
 from anymamba.runtime.state import State
 from anymamba.server.errors import ApiError, as_api_error
+from anymamba.server.stored_responses import StoredResponses
 from anymamba.server.stored_states import StoredStates
 
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Settings:
         most_tokens: how many tokens a request may ask for, of all its answers together; the
             alternatives that `logprobs` asks for count too.
         state_bytes: the memory for states that clients keep.
+        response_bytes: the memory for responses that clients may ask for again.
         shutdown_seconds: how long what runs may go on once the server is to end.
     """
 
@@ -66,6 +68,7 @@ class Settings:
     prompt_tokens: int = 1 << 20
     most_tokens: int = 1 << 20
     state_bytes: int = 1 << 30
+    response_bytes: int = 256 << 20
     shutdown_seconds: float = 30.0
 
 
@@ -92,6 +95,7 @@ class Service:
         self.settings = settings
         self.started_at = int(time.time())
         self.states = StoredStates(settings.state_bytes)
+        self.responses = StoredResponses(settings.response_bytes)
         self._grammars: dict[str, Grammars] = {}
         self._folder: StateFolder | None = None
         if settings.cache_dir is not None:

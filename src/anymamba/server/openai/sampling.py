@@ -57,16 +57,30 @@ def schema_of(given: Fields | None) -> Schema | None:
     Raises:
         ApiError: it is none of "text", "json_object" and "json_schema".
     """
-    schema: Schema | None = None
-    if given is None:
-        return schema
-    name = given.take("type")
-    if name == "json_schema":
+    if given is not None and given.peek("type") == "json_schema":
+        given.take("type")
         given.require("json_schema", "a name and a schema")
         described = given.inner("json_schema")
         assert described is not None
         schema = json_schema_of(described)
         described.done()
+        given.done()
+        return schema
+    return form_of(given)
+
+
+def form_of(given: Fields | None) -> Schema | None:
+    """The same of `text.format`, which has the schema in itself.
+
+    Raises:
+        ApiError: it is none of "text", "json_object" and "json_schema".
+    """
+    schema: Schema | None = None
+    if given is None:
+        return schema
+    name = given.take("type")
+    if name == "json_schema":
+        schema = json_schema_of(given)
     elif name in ("text", "json_object"):
         schema = {"type": "object"} if name == "json_object" else None
     else:
