@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -108,6 +109,10 @@ class Service:
         if self._folder is not None:  # files tell models by it; computing it takes a while
             for engine in self.engines.values():
                 _ = engine.identity.digest
+        for template in {id(found): found for found in self.templates.values()}.values():
+            if template is not None:
+                with suppress(AnyMambaError):  # the first chat is told of it
+                    template.start()
         self.scheduler = Scheduler(
             self.engines,
             rows=settings.parallel,
@@ -124,6 +129,9 @@ class Service:
             seconds: how much there is; by default what the settings say.
         """
         self.scheduler.close(self.settings.shutdown_seconds if seconds is None else seconds)
+        for template in self.templates.values():
+            if template is not None:
+                template.close()
         if self._folder is not None:
             self._folder.close()
 

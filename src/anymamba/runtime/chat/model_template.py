@@ -49,6 +49,10 @@ class ChatTemplate:
         """Start the process that runs it ahead of the first conversation."""
         self._renderer.start()
 
+    def close(self) -> None:
+        """End the process that is kept for the next conversation."""
+        self._renderer.close()
+
     @cached_property
     def _renderer(self) -> Renderer:
         return Renderer(self.source)
