@@ -98,8 +98,9 @@ NEAR = st.recursive(
             st.sampled_from(
                 names(
                     "type role content text name id function arguments parameters input "
-                    "input_schema tool_calls tool_call_id tool_use_id call_id output json_schema schema format "
-                    "strict description properties is_error citations cache_control"
+                    "input_schema tool_calls tool_call_id tool_use_id call_id output "
+                    "json_schema schema format strict description properties is_error "
+                    "citations cache_control"
                 )
             ),
             inner,

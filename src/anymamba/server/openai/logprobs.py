@@ -8,6 +8,7 @@ from typing import Any
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import TokenOutput
 from anymamba.runtime.generation.token_generator import TopLogprobs
+from anymamba.runtime.token_bytes import token_bytes
 
 _UNKNOWN = "\ufffd"
 
@@ -53,5 +54,6 @@ def of_chat(engine: Engine, pieces: Sequence[TokenOutput]) -> dict[str, Any]:
 
 def _token(engine: Engine, id: int, logprob: float | None) -> dict[str, Any]:
     text = engine.detokenize([id], skip_special=False)
-    is_part = _UNKNOWN in text  # of a character: which bytes it has is not told
-    return {"token": text, "logprob": logprob, "bytes": None if is_part else list(text.encode())}
+    # A part of a character has no text that says which.
+    found = token_bytes(engine.tokenizer, id) if _UNKNOWN in text else text.encode()
+    return {"token": text, "logprob": logprob, "bytes": None if found is None else list(found)}
