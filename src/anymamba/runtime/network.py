@@ -109,17 +109,19 @@ class Network:
         compute = partial(compute, blocks.conv, blocks.ssm, logits_rv, rounds, slots_r)
         self._advance(blocks, compute, slots_r, lengths_r, logits_rv)
 
-    def read_all(self, blocks: BatchState, ids_l: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Let one text read some tokens, and return the logits (l, v) after each of them."""
+    def read_all(
+        self, blocks: BatchState, ids_l: NDArray[np.int64], row: int = 0
+    ) -> NDArray[np.float32]:
+        """Let a row's text read some tokens, and return the logits (l, v) after each of them."""
         logits_lv = np.empty((ids_l.size, self.vocabulary), np.float32)
         if ids_l.size:
             positions_l, offsets = np.arange(ids_l.size), np.array([0, ids_l.size])
-            rounds = self.matmul_dtype == "bfloat16"
+            slots_r, rounds = np.array([row]), self.matmul_dtype == "bfloat16"
             arguments = (ids_l, None, offsets, positions_l, blocks.conv, blocks.ssm)
-            compute = partial(self._model.read, *arguments, logits_lv, rounds)
+            compute = partial(self._model.read, *arguments, logits_lv, rounds, slots_r)
             last_bv = np.empty((1, self.vocabulary), np.float32)
             keep = partial(last_bv.__setitem__, slice(None), logits_lv[-1:])
-            self._advance(blocks, compute, np.zeros(1, np.int64), offsets[1:], last_bv, keep)
+            self._advance(blocks, compute, slots_r, offsets[1:], last_bv, keep)
         return logits_lv
 
     def check_tokens(self, ids: NDArray[np.integer]) -> None:

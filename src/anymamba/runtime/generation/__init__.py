@@ -4,6 +4,7 @@ from anymamba.renamed import old_names
 from anymamba.runtime.generation.batch import Batch, write_batch, write_text
 from anymamba.runtime.generation.detokenizer import StreamingDetokenizer
 from anymamba.runtime.generation.logits_processors import check_numbers
+from anymamba.runtime.generation.prompt_scores import PromptScores
 from anymamba.runtime.generation.sampling import Sampler
 from anymamba.runtime.generation.sampling_settings import (
     Sampling,
@@ -19,6 +20,7 @@ from anymamba.runtime.generation.token_generator import (
 __all__ = [
     "Batch",
     "GenerationOutput",
+    "PromptScores",
     "Sampler",
     "Sampling",
     "StreamingDetokenizer",

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.errors import InputError, StateError
+from anymamba.runtime.generation.prompt_scores import PromptScores
 from anymamba.runtime.generation.token_generator import TokenGenerator, TokenOutput
 from anymamba.runtime.network import CHUNK_TOKENS, Network
-from anymamba.runtime.prefill import next_parts
+from anymamba.runtime.prefill import most_with_logits, next_parts
 from anymamba.runtime.state import BatchState
 
 
@@ -29,6 +30,7 @@ class _Text:
     unread: NDArray[np.int64]
     pauses: list[int]
     goes_on: bool
+    scores: PromptScores | None = None
     has_chosen: bool = False
 
 
@@ -84,6 +86,7 @@ class Batch:
         ids: NDArray[np.int64],
         generator: TokenGenerator | None,
         pauses: Collection[int] = (),
+        scores: PromptScores | None = None,
     ) -> None:
         """Let a row write, from what its memory holds on.
 
@@ -93,6 +96,7 @@ class Batch:
             generator: chooses its tokens; None for a text that is only read.
             pauses: counts of tokens of `ids` after which a step ends, so that the row's memory can
                 be copied as it is there.
+            scores: gets the log-probabilities of the tokens of `ids`, which takes longer.
 
         Raises:
             InputError: the row writes already or is not in the batch, or a token is not in the
@@ -103,7 +107,8 @@ class Batch:
             raise InputError(f"row {row} {state}, expected a free one of {self.blocks.rows}")
         self.check_tokens(ids)
         left = sorted(ids.size - pause for pause in pauses if 0 < pause < ids.size)
-        self._texts[row] = _Text(generator, ids, left, goes_on=bool(self.blocks.counts[row]))
+        goes_on = bool(self.blocks.counts[row])
+        self._texts[row] = _Text(generator, ids, left, goes_on, scores)
 
     def step(self) -> list[tuple[int, Outcome]]:
         """Advance all texts by one call of the core.
@@ -129,13 +134,25 @@ class Batch:
         if prompts:
             left = [self._until_pause(self._texts[row]) for row in prompts]
             parts |= zip(prompts, next_parts(left, self._chunk_tokens), strict=True)
-        self._network.advance(self.blocks, [*parts], [*parts.values()])
+        scored = [row for row in prompts if self._texts[row].scores is not None]
+        others = {row: part for row, part in parts.items() if row not in scored}
+        self._network.advance(self.blocks, [*others], [*others.values()])
+        for row in scored:
+            parts[row] = self._score(row, parts[row])
         for row, part in parts.items():
             text = self._texts[row]
             text.unread = text.unread[part.size :]
         for row in prompts:
             if self._texts[row].unread.size and parts[row].size:
                 self._texts[row] = self._texts.pop(row)  # next time others come first
+
+    def _score(self, row: int, part: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Let a text read a part, and find how likely its tokens are; return what it has read."""
+        part, scores = part[: most_with_logits(self._network)], self._texts[row].scores
+        if part.size and scores is not None:
+            before_v = self.blocks.logits[row]
+            scores.add(before_v, part, self._network.read_all(self.blocks, part, row))
+        return part
 
     def _until_pause(self, text: _Text) -> NDArray[np.int64]:
         """What a text may read before its next pause."""

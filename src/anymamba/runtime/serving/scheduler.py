@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from anymamba.errors import AnyMambaError, InputError, OverloadError
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import Sampling, TokenGenerator, TokenOutput
+from anymamba.runtime.generation import PromptScores, Sampling, TokenGenerator, TokenOutput
 from anymamba.runtime.generation.batch import Outcome
 from anymamba.runtime.serving.prefix_cache import Found, Key, PrefixCache, TokenHash
 from anymamba.runtime.state import State
@@ -43,6 +43,7 @@ class Request:
         keep_at: counts of tokens of `ids` after which the state is worth keeping, such as the end
             of a chat's instructions. The ends of the prompt and of the answer are kept in any case.
         row: which of several answers to one prompt this is; it draws with the seed `seed + row`.
+        scores: gets the log-probabilities of the tokens of `ids`, all of which are then read.
     """
 
     ids: NDArray[np.int64]
@@ -52,6 +53,7 @@ class Request:
     state: State | None = None
     keep_at: Sequence[int] = ()
     row: int = 0
+    scores: PromptScores | None = None
 
 
 @dataclass(frozen=True)
@@ -362,9 +364,11 @@ class Scheduler:
         request = submission.request
         if request.state is not None or self._cache is None:
             lane.restore(row, request.state)
-            lane.batch.add(row, request.ids, submission.generator)
+            lane.batch.add(row, request.ids, submission.generator, (), request.scores)
             return Started(0, None)
-        found = self._find(self._cache, lane, request)
+        found = Found(None, 0, None)
+        if request.scores is None:
+            found = self._find(self._cache, lane, request)
         lane.restore(row, found.state)
         count, at = request.ids.size, self._snapshot_tokens
         snapshots = {at << i for i in range((count // at).bit_length())}
@@ -372,7 +376,8 @@ class Scheduler:
             at for at in {*snapshots, *request.keep_at, count} if found.count < at <= count
         }
         pauses = [at - found.count for at in submission.keep_at]
-        lane.batch.add(row, request.ids[found.count :], submission.generator, pauses)
+        ids = request.ids[found.count :]
+        lane.batch.add(row, ids, submission.generator, pauses, request.scores)
         return Started(found.count, found.miss)
 
     def _find(self, cache: PrefixCache, lane: _Lane, request: Request) -> Found:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import TokenOutput
+from anymamba.runtime.generation import PromptScores, StreamingDetokenizer, TokenOutput
 from anymamba.runtime.generation.token_generator import TopLogprobs
 from anymamba.runtime.token_bytes import token_bytes
 
@@ -25,9 +26,24 @@ def of_completion(
     return {
         "tokens": tokens,
         "token_logprobs": [piece.logprob for piece in pieces],
-        "top_logprobs": [_by_text(engine, piece.top_logprobs) for piece in pieces],
+        "top_logprobs": [
+            None if piece.logprob is None else _by_text(engine, piece.top_logprobs)
+            for piece in pieces
+        ],
         "text_offset": offsets,
     }
+
+
+def of_prompt(engine: Engine, ids: Sequence[int], scores: PromptScores) -> list[TokenOutput]:
+    """A prompt's tokens as if they were written: with their text and log-probabilities."""
+    stream = StreamingDetokenizer(engine.detokenize, ())
+    pieces = [
+        TokenOutput(stream.add(id), (id,), logprob, top)
+        for id, logprob, top in zip(ids, scores.logprobs, scores.top, strict=True)
+    ]
+    if pieces:
+        pieces[-1] = replace(pieces[-1], text=pieces[-1].text + stream.finish())
+    return pieces
 
 
 def _by_text(engine: Engine, likeliest: TopLogprobs) -> dict[str, float]:
