@@ -12,7 +12,8 @@ import pytest
 from anymamba import Engine
 from anymamba.runtime.chat import tool_grammar
 from anymamba.runtime.chat.tools import call_as_text
-from tests.server.conftest import TEMPLATE, serving
+from anymamba.runtime.generation.grammar import Constraint
+from tests.server.conftest import TEMPLATE, fails_later, serving
 
 anthropic = pytest.importorskip("anthropic")
 
@@ -213,3 +214,24 @@ def test_errors_have_anthropic_s_form(engine: Engine) -> None:
                     ask(client)
         answer = httpx.get(f"{address}/v1/messages", headers={"x-api-key": "sesame"})
         assert (answer.status_code, answer.json()["type"]) == (405, "error")
+
+
+def test_signs_of_life_and_errors_are_events(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("anymamba.server.sse.PING_SECONDS", 0.001)
+    body = {"max_tokens": 300, "messages": SAID, "stream": True}
+    with serving(engine) as address:
+        lines = httpx.post(f"{address}/v1/messages", json=body).text.split("\n")
+        assert lines.count("event: ping") > 1
+        assert lines.count('data: {"type":"ping"}') == lines.count("event: ping")
+        monkeypatch.setattr(Constraint, "__call__", fails_later)
+        body["output_config"] = {"format": {"type": "json_schema", "schema": {}}}
+        lines = httpx.post(f"{address}/v1/messages", json=body).text.split("\n")
+    assert "event: content_block_delta" in lines
+    name, data = [line for line in lines if line][-2:]
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: ")) == {
+        "type": "error",
+        "error": {"type": "invalid_request_error", "message": "the grammar fails"},
+    }

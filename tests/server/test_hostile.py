@@ -117,7 +117,7 @@ BODIES = st.sampled_from(list(FIELDS)).flatmap(
 )
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(request=BODIES)
 def test_fields_of_any_type_and_size(
     client: TestClient, request: tuple[str, dict[str, Any]]

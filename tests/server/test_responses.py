@@ -11,9 +11,10 @@ import pytest
 from anymamba import Engine
 from anymamba.runtime.chat import tool_grammar
 from anymamba.runtime.chat.tools import call_as_text
+from anymamba.runtime.generation.grammar import Constraint
 from anymamba.server.errors import ApiError
 from anymamba.server.stored_responses import StoredResponses
-from tests.server.conftest import serving
+from tests.server.conftest import fails_later, serving
 
 openai = pytest.importorskip("openai")
 
@@ -208,8 +209,11 @@ def test_wrong_fields_are_named(client: Any, fields: dict[str, Any], message: st
 
 
 def test_a_stream_tells_what_goes_wrong(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("anymamba.server.service._MOST_UNREAD", -1)
+    monkeypatch.setattr(Constraint, "__call__", fails_later)
+    form = {"type": "json_schema", "name": "a", "schema": {}}
     with serving(engine) as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        with pytest.raises(openai.APIError, match="reads too slowly"):
-            ask(client, stream=True)
+        *events, last = ask(client, stream=True, text={"format": form})
+    assert "response.output_text.delta" in [event.type for event in events]
+    assert (last.type, last.message) == ("error", "the grammar fails")
+    assert last.sequence_number == len(events)

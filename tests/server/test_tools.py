@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from anymamba import Engine
+from anymamba import Engine, Sampling
 from anymamba.runtime.chat import tool_grammar
 from anymamba.runtime.chat.model_template import ChatTemplate
-from anymamba.runtime.chat.tools import call_as_text
+from anymamba.runtime.chat.tool_grammar import ToolUse
+from anymamba.runtime.chat.tools import BEGIN, END, Tool, call_as_text
+from anymamba.runtime.generation import TokenOutput
+from anymamba.server.chats.deltas import collect
+from anymamba.server.chats.turn import Turn
 from tests.server.conftest import TEMPLATE, serving
 
 openai = pytest.importorskip("openai")
@@ -123,6 +130,34 @@ def test_text_and_several_calls(client: Any, monkeypatch: pytest.MonkeyPatch) ->
     assert [(part["name"], part["arguments"]) for part in parts.values()] == calls
 
 
+def test_what_looks_like_a_call_and_is_none(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced(monkeypatch, "Write\n<tool_")
+    choice = ask(client).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("Write\n<tool_", "stop")
+    assert streamed(ask(client, stream=True)) == ("Write\n<tool_", {}, "stop")
+
+
+def test_marks_that_are_special_tokens_have_no_text(engine: Engine) -> None:
+    tokenizer = Tokenizer.from_str(engine.tokenizer.to_str())
+    tokenizer.add_special_tokens([BEGIN, END])
+    known = SimpleNamespace(tokenizer=tokenizer, detokenize=tokenizer.decode)
+    use = ToolUse((Tool("f", {"type": "object"}),))
+    turn = Turn("m", known, ASKED, Sampling(), use)  # type: ignore[arg-type]
+    inner = call_as_text("f", {"a": 1}).removeprefix(BEGIN).removesuffix(END)
+    marks = [tokenizer.token_to_id(mark) for mark in (BEGIN, END)]
+    pieces = [TokenOutput("Well", (1,)), TokenOutput("", (marks[0],)), TokenOutput(inner, (1,))]
+    pieces += [TokenOutput("", (marks[1],)), TokenOutput("", (0,), finish_reason="eos")]
+    answers = SimpleNamespace(tokens=lambda: given(pieces))
+    (said,) = asyncio.run(collect(turn, answers))  # type: ignore[arg-type]
+    assert (said.text, said.ending) == ("Well", "calls")
+    assert [(call.name, call.parsed) for call in said.calls] == [("f", {"a": 1})]
+
+
+async def given(pieces: list[TokenOutput]) -> AsyncIterator[tuple[int, TokenOutput]]:
+    for piece in pieces:
+        yield 0, piece
+
+
 def test_a_second_turn_with_a_result(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client sends back what it was given, and the server reads only what is new."""
     forced(monkeypatch, call_as_text(*CALLS[0]))
@@ -161,7 +196,7 @@ def test_a_form_of_the_text_beside_tools(client: Any) -> None:
 
 
 def test_templates_are_told_in_their_own_way(engine: Engine) -> None:
-    tools = [tool_grammar.Tool("clock", {"type": "object"})]
+    tools = [Tool("clock", {"type": "object"})]
     knowing, plain = ChatTemplate(KNOWING, {}), ChatTemplate(TEMPLATE, {})
     assert (knowing.knows_tools, plain.knows_tools) == (True, False)
     assert knowing.render(ASKED, tools).startswith('<tools>\n{"type": "function"')

@@ -52,6 +52,18 @@ def check_size(most: int, answers: int, sampling: Sampling) -> None:
         )
 
 
+def json_schema_of(described: Fields) -> Schema:
+    """The schema of a described form, whose other fields change nothing: it is enforced."""
+    described.text("name")
+    described.text("description")
+    described.flag("strict")
+    described.require("schema", "a JSON schema")
+    schema = described.take("schema")
+    if not isinstance(schema, dict | bool):
+        raise described.refuse("schema", schema, "a JSON schema")
+    return schema
+
+
 def enforced(
     service: Service,
     model: str,
@@ -75,12 +87,12 @@ def enforced(
     """
     if schema is None and tools is None:
         return sampling
+    param = "tools" if schema is None else param
+    grammars = service.grammars(model, param)
     try:
-        grammars = service.grammars(model)
         if tools is None:
             constraint = grammars.json(schema)
         else:
-            param = "tools" if schema is None else param
             constraint = constraint_of(tools, grammars, schema)
         stops = (*sampling.stop_ids, *grammars.end_ids)
     except InputError as error:

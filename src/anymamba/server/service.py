@@ -166,8 +166,8 @@ class Service:
             raise ApiError(400, message, "state", "state_of_another_model")
         return stored.state
 
-    def grammars(self, model: str) -> Grammars:
-        """What makes constraints for a model's texts.
+    def grammars(self, model: str, param: str) -> Grammars:
+        """What makes constraints for a model's texts, which the field `param` asks for.
 
         Raises:
             ApiError: it cannot have any.
@@ -179,7 +179,7 @@ class Service:
                     engine.tokenizer, engine.identity.vocabulary, engine.end_ids
                 )
             except AnyMambaError as error:
-                raise ApiError(501, str(error), "response_format", "unsupported") from error
+                raise ApiError(501, str(error), param, "unsupported") from error
         return self._grammars[model]
 
     async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Heard]]:

@@ -17,8 +17,14 @@ from anymamba.server.chats.deltas import Said, collect, deltas, new_id
 from anymamba.server.chats.turn import Turn, answer, prompt_of
 from anymamba.server.errors import ApiError
 from anymamba.server.fields import Fields, read_fields
-from anymamba.server.openai.sampling import json_schema_of
-from anymamba.server.sampling import Schema, check_size, enforced, sampling_from, stops_of
+from anymamba.server.sampling import (
+    Schema,
+    check_size,
+    enforced,
+    json_schema_of,
+    sampling_from,
+    stops_of,
+)
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import EventForm, stream
 

@@ -7,7 +7,7 @@ from typing import Any
 from anymamba.runtime.generation import Sampling
 from anymamba.server.answers import Usage
 from anymamba.server.fields import Fields
-from anymamba.server.sampling import Schema, sampling_from, stops_of
+from anymamba.server.sampling import Schema, json_schema_of, sampling_from, stops_of
 
 MOST_CHOICES = 128
 FINISH_REASONS = {
@@ -86,18 +86,6 @@ def form_of(given: Fields | None) -> Schema | None:
     else:
         raise given.refuse("type", name, "'text', 'json_object' or 'json_schema'")
     given.done()
-    return schema
-
-
-def json_schema_of(described: Fields) -> Schema:
-    """The schema of a described form, whose other fields change nothing: it is enforced."""
-    described.text("name")
-    described.text("description")
-    described.flag("strict")
-    described.require("schema", "a JSON schema")
-    schema = described.take("schema")
-    if not isinstance(schema, dict | bool):
-        raise described.refuse("schema", schema, "a JSON schema")
     return schema
 
 
