@@ -291,11 +291,25 @@ def test_a_hostile_template_leaves_nothing_for_the_next_conversation(monkeypatch
     renderer.close()
 
 
-def test_threads_share_a_renderer():
+def test_threads_share_a_renderer(monkeypatch):
+    started = []
+    start = chat_template._Process.__init__
+    monkeypatch.setattr(
+        chat_template._Process, "__init__", lambda self: started.append(1) or start(self)
+    )
+    monkeypatch.setattr(chat_template, "_PATIENCE", 30.0)
     renderer = Renderer("{{ messages[0].content }}")
     with ThreadPoolExecutor(4) as threads:
         texts = [str(number) for number in range(20)]
         chats = [[{"role": "user", "content": text}] for text in texts]
         assert list(threads.map(renderer.render, chats)) == texts
-    assert len(renderer._idle) == 1
+    assert len(renderer._idle) == len(started) == 1
+    renderer.close()
+
+
+def test_nobody_waits_long_for_a_slow_conversation(monkeypatch):
+    monkeypatch.setattr(chat_template, "_PATIENCE", 0.01)
+    renderer = Renderer("{{ messages[0].content }}")
+    renderer._busy = 1  # somebody else's, which never comes back
+    assert renderer.render(CHAT) == "Be brief."
     renderer.close()

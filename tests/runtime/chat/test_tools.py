@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 import anymamba
 from anymamba.errors import InputError
-from anymamba.runtime.chat.model_template import ChatTemplate
+from anymamba.runtime.chat.model_template import ChatTemplate, find_template
 from anymamba.runtime.chat.tool_calls import CallPart, ToolCallParser
 from anymamba.runtime.chat.tool_grammar import ToolUse, constraint_of
 from anymamba.runtime.chat.tools import BEGIN, END, Tool, as_text, call_as_text
@@ -122,6 +123,29 @@ def test_a_template_gets_tools_and_calls_as_transformers_gives_them():
     described = [tool.described for tool in TOOLS]
     [expected], _ = render_jinja_template([said], tools=described, chat_template=TEMPLATE)
     assert ChatTemplate(TEMPLATE, {}).render(said, TOOLS) == expected
+
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_template_of_its_own_for_tools(tmp_path, in_files):
+    """As Transformers' tokenizers choose among several, and with only the other one's words."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=anymamba.load().tokenizer)
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": TEMPLATE}
+    tokenizer.save_pretrained(tmp_path, save_jinja_files=in_files)
+    template = find_template(tmp_path)
+    said, described = [{"role": "user", "content": "3?"}], [tool.described for tool in TOOLS]
+    expected = tokenizer.apply_chat_template(said, tools=described, tokenize=False)
+    assert template.render(said, TOOLS) == expected
+    assert template.render(said) == tokenizer.apply_chat_template(said, tokenize=False)
+    call = {"id": "a", "function": {"name": "add", "arguments": {"a": 3}}}
+    said.append({"role": "assistant", "content": "", "tool_calls": [call]})
+    assert template.render(said) == f"user: 3? assistant: {ADD} "
+    other = ChatTemplate(PLAIN, {}, "{{ tools }}")  # which writes calls nobody knows how
+    assert other.render(said[:1], TOOLS).startswith("system: You may call functions")
+    for one in (template, other):
+        one.close()
 
 
 def test_calls_and_results_in_words():

@@ -26,6 +26,10 @@ from anymamba.errors import CheckpointError, InputError, MissingDependencyError
 MOST_SECONDS = 10.0
 """How long a template may take."""
 
+_PATIENCE = 0.2
+"""How long a conversation waits for the kept process that writes another one, which takes a
+thousandth of a second as a rule, before it starts one of its own."""
+
 # Before this one the sandbox had holes (CVE-2025-27516).
 _FIRST_SAFE = (3, 1, 6)
 _INSTALL = "pip install 'anymamba[chat]'"
@@ -55,7 +59,8 @@ class Renderer:
     def __init__(self, template: str) -> None:
         self._template = template
         self._idle: list[_Process] = []
-        self._lock = threading.Lock()
+        self._busy = 0
+        self._lock = threading.Condition()
         weakref.finalize(self, _end, self._idle)
 
     def start(self) -> None:
@@ -118,7 +123,18 @@ class Renderer:
 
     def _ask(self, line: bytes) -> dict[str, str]:
         with self._lock:
+            self._lock.wait_for(lambda: self._idle or not self._busy, _PATIENCE)
             kept = self._idle.pop() if self._idle else None
+            self._busy += 1
+        try:
+            return self._ask_one(kept, line)
+        finally:
+            with self._lock:
+                self._busy -= 1
+                self._lock.notify()
+
+    def _ask_one(self, kept: _Process | None, line: bytes) -> dict[str, str]:
+        """Ask the kept process, or a new one where there is none or it cannot answer."""
         if kept is not None:
             reply = kept.ask(line)
             if reply is not None and "memory" not in reply:
@@ -138,6 +154,7 @@ class Renderer:
         with self._lock:
             if process.is_alive and not self._idle:
                 self._idle.append(process)
+                self._lock.notify()
                 return
         process.end()
 
