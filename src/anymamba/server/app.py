@@ -85,6 +85,7 @@ def _routes() -> list[Route]:
     ]
     get: list[tuple[str, Callable[..., Any]]] = [
         ("/health", health),
+        ("/metrics", metrics),
         ("/v1/models", models.models),
         ("/v1/models/{model:path}", models.model),
         ("/v1/states/{state}", states.show),
@@ -103,6 +104,16 @@ async def health(http: Request) -> Response:
     status = scheduler.failure or "ok"
     body = {"status": status, "running": scheduler.running, "waiting": scheduler.waiting}
     return JSONResponse(body, 200 if status == "ok" else 503)
+
+
+async def metrics(http: Request) -> Response:
+    """What was done, for Prometheus."""
+    try:
+        text, kind = http.app.state.service.metrics.text()
+    except ModuleNotFoundError as error:
+        message = "metrics need prometheus_client: pip install 'anymamba[server]'"
+        raise ApiError(501, message, code="unsupported") from error
+    return Response(text, headers={"content-type": kind})
 
 
 async def _answer_http_error(http: Request, error: Exception) -> Response:

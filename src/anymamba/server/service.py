@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -17,6 +17,7 @@ from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import TokenOutput
 from anymamba.runtime.generation.grammar import Grammars
 from anymamba.runtime.serving import (
+    Event,
     PrefixCache,
     Request,
     Scheduler,
@@ -24,9 +25,9 @@ from anymamba.runtime.serving import (
     StateFolder,
     Submission,
 )
-from anymamba.runtime.serving.scheduler import Event
 from anymamba.runtime.state import State
 from anymamba.server.errors import ApiError, as_api_error
+from anymamba.server.metrics import Followed, Metrics
 from anymamba.server.stored_states import StoredStates
 
 T = TypeVar("T")
@@ -92,7 +93,9 @@ class Service:
         self.settings = settings
         self.started_at = int(time.time())
         self.states = StoredStates(settings.state_bytes)
+        self.metrics = Metrics(self.engines, self._gauges)
         self._grammars: dict[str, Grammars] = {}
+        self._cache: PrefixCache
         self._folder: StateFolder | None = None
         if settings.cache_dir is not None:
             self._folder = StateFolder(settings.cache_dir, settings.cache_dir_bytes)
@@ -104,12 +107,13 @@ class Service:
         if self._folder is not None:  # files tell models by it; computing it takes a while
             for engine in self.engines.values():
                 _ = engine.identity.digest
+        self._cache = PrefixCache(settings.cache_bytes, self._folder)
         self.scheduler = Scheduler(
             self.engines,
             rows=settings.parallel,
             queue=settings.queue,
             chunk_tokens=settings.chunk_tokens,
-            cache=PrefixCache(settings.cache_bytes, self._folder),
+            cache=self._cache,
             prompt_tokens=settings.prompt_tokens,
         )
 
@@ -180,7 +184,7 @@ class Service:
             ApiError: one cannot be served, or went wrong, or nobody listens to what comes.
         """
         heard = asyncio.Queue[tuple[int, Event]]()
-        sent = _Sent(self.scheduler, heard)
+        sent = _Sent(self.scheduler, self.metrics, heard)
         waits = [request.row > 0 and request.state is None for request in requests]
         try:
             await asyncio.to_thread(sent.submit, requests, [not wait for wait in waits])
@@ -204,12 +208,33 @@ class Service:
         finally:
             sent.cancel()
 
+    def _gauges(self) -> Iterator[tuple[str, str, dict[str, float]]]:
+        """What there is at the moment, for `Metrics`."""
+        loads = {model: self.scheduler.load(model) for model in self.engines}
+        for name, says, values in (
+            ("num_requests_running", "Texts that are being written or read.", 0),
+            ("num_requests_waiting", "Requests that wait for their turn.", 1),
+        ):
+            yield f"vllm:{name}", says, {model: load[values] for model, load in loads.items()}
+        rows = self.settings.parallel
+        used = {model: running / rows for model, (running, _) in loads.items()}
+        yield "vllm:kv_cache_usage_perc", "Of the rows for texts, the share that is in use.", used
+        for name, says, value in (
+            ("prefix_cache_bytes", "Memory of states of texts that were read.", self._cache.nbytes),
+            ("prefix_cache_states", "How many such states there are.", len(self._cache)),
+            ("stored_state_bytes", "Memory of states that clients keep.", self.states.nbytes),
+        ):
+            yield f"anymamba:{name}", says, {"": value}
+
 
 class _Sent:
     """The requests of one client that were submitted, and what is heard of them."""
 
-    def __init__(self, scheduler: Scheduler, heard: asyncio.Queue[tuple[int, Event]]) -> None:
-        self._scheduler, self._heard = scheduler, heard
+    def __init__(
+        self, scheduler: Scheduler, metrics: Metrics, heard: asyncio.Queue[tuple[int, Event]]
+    ) -> None:
+        self._scheduler, self._metrics, self._heard = scheduler, metrics, heard
+        self._followed: list[Followed] = []
         self._loop = asyncio.get_running_loop()
         self._submissions: list[Submission] = []
         self._is_over = False
@@ -218,8 +243,10 @@ class _Sent:
         """Submit those that are due. This takes a while, and so is not for the event loop."""
         for place, request in enumerate(requests):
             if due[place]:
-                submission = self._scheduler.submit(request, self._listener(place))
-                self._submissions.append(submission)
+                followed = self._metrics.follow(request)
+                listener = self._listener(place, followed)
+                self._submissions.append(self._scheduler.submit(request, listener))
+                self._followed.append(followed)
             if self._is_over:  # cancelled meanwhile
                 self.cancel()
                 return
@@ -229,9 +256,12 @@ class _Sent:
         self._is_over = True
         for submission in self._submissions:
             submission.cancel()
+        for followed in self._followed:
+            followed.end()
 
-    def _listener(self, place: int) -> Callable[[Event], object]:
+    def _listener(self, place: int, followed: Followed) -> Callable[[Event], object]:
         def hear(event: Event) -> None:
+            followed.hear(event)
             if self._heard.qsize() > _MOST_UNREAD:
                 error = OverloadError("the client reads too slowly: the answer was given up")
                 self._loop.call_soon_threadsafe(self._heard.put_nowait, (place, error))
