@@ -40,6 +40,7 @@ FIELDS = {
         "stream_options modalities store user temperature seed stop logit_bias tools wings"
     ),
     "/v1/states": names("model input state wings"),
+    "/v1/embeddings": names("model input encoding_format dimensions pooling normalize user wings"),
     "/tokenize": names("model prompt add_special_tokens wings"),
     "/detokenize": names("model tokens wings"),
 }
@@ -47,6 +48,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a", "max_tokens": 1},
     "/v1/chat/completions": {"messages": [], "max_tokens": 1},
     "/v1/states": {"input": "a"},
+    "/v1/embeddings": {"input": "a"},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
 }

@@ -20,7 +20,7 @@ from anymamba.runtime.engine import Engine
 from anymamba.server import states
 from anymamba.server.errors import ApiError, answer_error, answer_fault
 from anymamba.server.guard import Guard
-from anymamba.server.openai import chat, completions, models
+from anymamba.server.openai import chat, completions, embeddings, models
 from anymamba.server.service import Service, Settings
 
 
@@ -77,6 +77,7 @@ def _routes() -> list[Route]:
     post: list[tuple[str, Callable[..., Any]]] = [
         ("/v1/completions", completions.completions),
         ("/v1/chat/completions", chat.chat_completions),
+        ("/v1/embeddings", embeddings.embeddings),
         ("/tokenize", models.tokenize),
         ("/detokenize", models.detokenize),
         ("/v1/states", states.create),

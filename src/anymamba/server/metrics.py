@@ -93,7 +93,7 @@ class Followed:
     def __init__(self, figures: _Figures, request: Request) -> None:
         self._figures = figures
         self._prompt_tokens = request.ids.size
-        self._uses_cache = request.state is None
+        self._uses_cache = request.state is None and request.pooling is None
         self._tokens, self._ended = 0, False
         self._submitted = self._first = self._last = time.perf_counter()
 

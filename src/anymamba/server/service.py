@@ -14,7 +14,7 @@ from starlette.requests import Request as HttpRequest
 from anymamba.errors import AnyMambaError, OverloadError
 from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import TokenOutput
+from anymamba.runtime.generation import Embedding, TokenOutput
 from anymamba.runtime.generation.grammar import Grammars
 from anymamba.runtime.serving import (
     Event,
@@ -33,7 +33,7 @@ from anymamba.server.stored_states import StoredStates
 T = TypeVar("T")
 _MOST_UNREAD = 10_000
 """Events that a client has not taken yet; one that leaves more is not served further."""
-Heard: TypeAlias = Started | TokenOutput | State
+Heard: TypeAlias = Started | TokenOutput | Embedding | State
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ class Service:
                 if isinstance(event, AnyMambaError):
                     raise event
                 yield place, event
-                left -= isinstance(event, State) or bool(getattr(event, "finish_reason", None))
+                is_last = isinstance(event, State | Embedding)
+                left -= is_last or bool(getattr(event, "finish_reason", None))
                 if any(waits) and isinstance(event, TokenOutput):
                     ids = requests[place].ids
                     due = [

@@ -35,7 +35,7 @@ def generator(engine: Engine, ids: list[int], **chosen: Any) -> TokenGenerator:
 
 
 def empty(engine: Engine, rows: int = SLOTS) -> BatchState:
-    return BatchState.empty(engine._identity.sizes, rows)
+    return BatchState.empty(engine.identity.sizes, rows)
 
 
 def add(batch: Batch, engine: Engine, row: int, ids: list[int], **chosen: Any) -> None:

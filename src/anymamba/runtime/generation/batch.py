@@ -7,7 +7,7 @@ choose their next token. Rows of the memory are used where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,26 +15,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.errors import InputError, StateError
+from anymamba.runtime.generation.pooling import Pooling
 from anymamba.runtime.generation.token_generator import TokenGenerator, TokenOutput
 from anymamba.runtime.network import CHUNK_TOKENS, Network
 from anymamba.runtime.prefill import next_parts
 from anymamba.runtime.state import BatchState
+
+_EMBEDDED_ROWS = 16
+"""How many texts become vectors side by side: short ones share a call of the core."""
 
 
 @dataclass
 class _Text:
     """A text that is being written, and what it reads before it chooses its next token."""
 
-    generator: TokenGenerator | None
+    generator: TokenGenerator | Pooling | None
     unread: NDArray[np.int64]
     pauses: list[int]
     goes_on: bool
     has_chosen: bool = False
 
 
-Outcome: TypeAlias = TokenOutput | Exception | None
-"""What a step brings a text: a token; None for one that had only to read, and has; or why its next
-token could not be chosen."""
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The vector (d,) of a text."""
+
+    vector_d: NDArray[np.float32]
+
+
+Outcome: TypeAlias = TokenOutput | Embedding | Exception | None
+"""What a step brings a text: a token; the vector of one that becomes a vector; None for one that
+had only to read, and has; or why its next token could not be chosen."""
 
 
 class Batch:
@@ -82,7 +93,7 @@ class Batch:
         self,
         row: int,
         ids: NDArray[np.int64],
-        generator: TokenGenerator | None,
+        generator: TokenGenerator | Pooling | None,
         pauses: Collection[int] = (),
     ) -> None:
         """Let a row write, from what its memory holds on.
@@ -90,19 +101,22 @@ class Batch:
         Args:
             row: one that writes no text.
             ids: (l,) what it reads first; nothing, where its logits are there already.
-            generator: chooses its tokens; None for a text that is only read.
+            generator: chooses its tokens; a pooling for a text that becomes a vector; None for
+                one that is only read.
             pauses: counts of tokens of `ids` after which a step ends, so that the row's memory can
                 be copied as it is there.
 
         Raises:
-            InputError: the row writes already or is not in the batch, or a token is not in the
-                vocabulary.
+            InputError: the row writes already or is not in the batch, a token is not in the
+                vocabulary, or there is none to make a vector of.
         """
         if row in self._texts or not 0 <= row < self.blocks.rows:
             state = "writes a text already" if row in self._texts else "is not there"
             raise InputError(f"row {row} {state}, expected a free one of {self.blocks.rows}")
         self.check_tokens(ids)
         left = sorted(ids.size - pause for pause in pauses if 0 < pause < ids.size)
+        if isinstance(generator, Pooling) and not ids.size:
+            raise InputError("there is no text to make a vector of: give one token or more")
         self._texts[row] = _Text(generator, ids, left, goes_on=bool(self.blocks.counts[row]))
 
     def step(self) -> list[tuple[int, Outcome]]:
@@ -129,13 +143,29 @@ class Batch:
         if prompts:
             left = [self._until_pause(self._texts[row]) for row in prompts]
             parts |= zip(prompts, next_parts(left, self._chunk_tokens), strict=True)
-        self._network.advance(self.blocks, [*parts], [*parts.values()])
+        pooled = {row: ids for row, ids in parts.items() if self._pooling(row) is not None}
+        others = {row: ids for row, ids in parts.items() if row not in pooled}
+        self._network.advance(self.blocks, [*others], [*others.values()])
+        if pooled:
+            self._pool(pooled)
         for row, part in parts.items():
             text = self._texts[row]
             text.unread = text.unread[part.size :]
         for row in prompts:
             if self._texts[row].unread.size and parts[row].size:
                 self._texts[row] = self._texts.pop(row)  # next time others come first
+
+    def _pooling(self, row: int) -> Pooling | None:
+        generator = self._texts[row].generator
+        return generator if isinstance(generator, Pooling) else None
+
+    def _pool(self, parts: Mapping[int, NDArray[np.int64]]) -> None:
+        """Let texts that become vectors read their parts."""
+        hidden = self._network.read_hidden(self.blocks, [*parts], [*parts.values()])
+        for row, hidden_ld in zip(parts, hidden, strict=True):
+            pooling = self._pooling(row)
+            if pooling is not None and len(hidden_ld):
+                pooling.add(hidden_ld)
 
     def _until_pause(self, text: _Text) -> NDArray[np.int64]:
         """What a text may read before its next pause."""
@@ -145,6 +175,11 @@ class Batch:
 
     def _choose(self, row: int, text: _Text) -> Outcome:
         try:
+            if isinstance(text.generator, Pooling):
+                vector_d = text.generator.vector()
+                self._network.check_numbers(np.abs(vector_d))
+                self.cancel(row)
+                return Embedding(vector_d)
             self._check_numbers(row, text)
             piece = None if text.generator is None else self._write(row, text.generator)
         except Exception as error:  # of this text, or of its constraint: the others go on
@@ -226,8 +261,44 @@ def write_batch(
     return pieces
 
 
+def embed_batch(
+    network: Network,
+    sizes: Mapping[str, str | int],
+    texts: Sequence[NDArray[np.int64]],
+    pooling: str,
+    normalize: bool,
+) -> NDArray[np.float32]:
+    """Make a vector of each text, some of them side by side.
+
+    Args:
+        network: the model.
+        sizes: its `state_identity`.
+        texts: their tokens.
+        pooling, normalize: as `Pooling` has them.
+
+    Returns:
+        (b, d) float32.
+
+    Raises:
+        InputError: a text is empty, or there is no such pooling or token.
+    """
+    rows = max(1, min(len(texts), _EMBEDDED_ROWS))
+    vectors_bd = np.empty((len(texts), network.width), np.float32)
+    for at in range(0, len(texts), rows):
+        batch = Batch(network, BatchState.empty(sizes, rows))
+        for row, ids in enumerate(texts[at : at + rows]):
+            batch.add(row, ids, Pooling(pooling, normalize))
+        while batch.rows:
+            for row, outcome in batch.step():
+                if isinstance(outcome, Exception):
+                    raise outcome
+                assert isinstance(outcome, Embedding)
+                vectors_bd[at + row] = outcome.vector_d
+    return vectors_bd
+
+
 def _token(outcome: Outcome) -> TokenOutput:
     if isinstance(outcome, Exception):
         raise outcome
-    assert outcome is not None
+    assert isinstance(outcome, TokenOutput)
     return outcome

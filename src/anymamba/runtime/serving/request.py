@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.errors import AnyMambaError
-from anymamba.runtime.generation import Sampling, TokenGenerator, TokenOutput
+from anymamba.runtime.generation import Embedding, Pooling, Sampling, TokenGenerator, TokenOutput
 from anymamba.runtime.serving.prefix_cache import Key, TokenHash
 from anymamba.runtime.state import State
 
@@ -27,7 +27,12 @@ class Request:
         state: what was read before. It stays as it is.
         keep_at: counts of tokens of `ids` after which the state is worth keeping, such as the end
             of a chat's instructions. The ends of the prompt and of the answer are kept in any case.
+        pooling: makes a vector of the text, which is then neither continued nor kept.
         row: which of several answers to one prompt this is; it draws with the seed `seed + row`.
+
+    Example:
+        >>> Request(np.array([72, 105]), Sampling(max_new_tokens=5), "bundled").client
+        ''
     """
 
     ids: NDArray[np.int64]
@@ -37,6 +42,7 @@ class Request:
     state: State | None = None
     keep_at: Sequence[int] = ()
     row: int = 0
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,10 @@ class Started:
     miss: str | None
 
 
-Event: TypeAlias = Started | TokenOutput | State | AnyMambaError
-"""What comes of a request: that it started, its tokens, of a text that is only read its state, or
-what went wrong. The last token has a finish reason; after it, a state or an error no more events
-come."""
+Event: TypeAlias = Started | TokenOutput | Embedding | State | AnyMambaError
+"""What comes of a request: that it started, its tokens, of a text that is only read its state or
+its vector, or what went wrong. The last token has a finish reason; after it, a state, a vector or
+an error no more events come."""
 
 Listener: TypeAlias = Callable[[Event], object]
 
@@ -66,7 +72,7 @@ class Submission:
 
     request: Request
     listener: Listener
-    generator: TokenGenerator | None
+    generator: TokenGenerator | Pooling | None
     answer: list[int] = field(default_factory=list)
     keep_at: set[int] = field(default_factory=set)
     cancelled: bool = False

@@ -18,7 +18,7 @@ import numpy as np
 
 from anymamba.errors import AnyMambaError, InputError, OverloadError
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import TokenOutput
+from anymamba.runtime.generation import Pooling, TokenGenerator, TokenOutput
 from anymamba.runtime.generation.batch import Outcome
 from anymamba.runtime.serving.prefix_cache import Found, PrefixCache
 from anymamba.runtime.serving.request import Event, Listener, Request, Started, Submission
@@ -177,7 +177,7 @@ class Scheduler:
             )
         if not ids.size and (state is None or state.logits is None):
             raise InputError("there is no token to continue from: give a text of one token or more")
-        generator = None
+        generator: TokenGenerator | Pooling | None = request.pooling
         if request.sampling is not None:
             generator = engine.token_generator(ids, request.sampling, request.row)
         submission = Submission(request, listener, generator)
@@ -286,7 +286,7 @@ class Scheduler:
     def _begin(self, lane: _Lane, row: int, submission: Submission) -> Started:
         """Copy what is known of the text into its row, and let it read the rest."""
         request = submission.request
-        if request.state is not None or self._cache is None:
+        if request.state is not None or request.pooling is not None or self._cache is None:
             lane.restore(row, request.state)
             lane.batch.add(row, request.ids, submission.generator)
             return Started(0, None)
