@@ -154,6 +154,9 @@ class Batch:
         for row in prompts:
             if self._texts[row].unread.size and parts[row].size:
                 self._texts[row] = self._texts.pop(row)  # next time others come first
+                if (logits_v := self.blocks.logits[row]) is not None:
+                    # It may wait for many steps, and would keep the logits of all others in this.
+                    self.blocks.logits[row] = logits_v.copy()
 
     def _pooling(self, row: int) -> Pooling | None:
         generator = self._texts[row].generator

@@ -59,6 +59,7 @@ class _Lane:
         if row in self.batch.rows:
             self.batch.cancel(row)
         del self.running[row]
+        self.batch.blocks.logits[row] = None  # a view of the whole step's
         self.free.append(row)
 
 
