@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,7 @@ class Service:
         self.states = StoredStates(settings.state_bytes)
         self.metrics = Metrics(self.engines, self._gauges)
         self._grammars: dict[str, Grammars] = {}
+        self._mail: _Mailbox | None = None
         self._cache: PrefixCache
         self._folder: StateFolder | None = None
         if settings.cache_dir is not None:
@@ -184,7 +186,7 @@ class Service:
             ApiError: one cannot be served, or went wrong, or nobody listens to what comes.
         """
         heard = asyncio.Queue[tuple[int, Event]]()
-        sent = _Sent(self.scheduler, self.metrics, heard)
+        sent = _Sent(self.scheduler, self.metrics, self._mailbox(), heard)
         waits = [request.row > 0 and request.state is None for request in requests]
         try:
             await asyncio.to_thread(sent.submit, requests, [not wait for wait in waits])
@@ -209,6 +211,13 @@ class Service:
         finally:
             sent.cancel()
 
+    def _mailbox(self) -> _Mailbox:
+        """That of the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = _Mailbox(loop)
+        return self._mail
+
     def _gauges(self) -> Iterator[tuple[str, str, dict[str, float]]]:
         """What there is at the moment, for `Metrics`."""
         loads = {model: self.scheduler.load(model) for model in self.engines}
@@ -228,15 +237,41 @@ class Service:
             yield f"anymamba:{name}", says, {"": value}
 
 
+class _Mailbox:
+    """Brings events from the scheduler's thread to an event loop: those of a step all at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: deque[tuple[asyncio.Queue[tuple[int, Event]], tuple[int, Event]]] = deque()
+        self._is_due = False
+
+    def put(self, heard: asyncio.Queue[tuple[int, Event]], event: tuple[int, Event]) -> None:
+        """Let a queue of the loop have an event soon."""
+        self._waiting.append((heard, event))
+        if not self._is_due:
+            self._is_due = True
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_due = False  # what comes from now on is delivered here or the next time
+        while self._waiting:
+            heard, event = self._waiting.popleft()
+            heard.put_nowait(event)
+
+
 class _Sent:
     """The requests of one client that were submitted, and what is heard of them."""
 
     def __init__(
-        self, scheduler: Scheduler, metrics: Metrics, heard: asyncio.Queue[tuple[int, Event]]
+        self,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        mailbox: _Mailbox,
+        heard: asyncio.Queue[tuple[int, Event]],
     ) -> None:
         self._scheduler, self._metrics, self._heard = scheduler, metrics, heard
         self._followed: list[Followed] = []
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = mailbox
         self._submissions: list[Submission] = []
         self._is_over = False
 
@@ -265,9 +300,9 @@ class _Sent:
             followed.hear(event)
             if self._heard.qsize() > _MOST_UNREAD:
                 error = OverloadError("the client reads too slowly: the answer was given up")
-                self._loop.call_soon_threadsafe(self._heard.put_nowait, (place, error))
+                self._mailbox.put(self._heard, (place, error))
                 raise error  # nothing more is told to a listener that fails
-            self._loop.call_soon_threadsafe(self._heard.put_nowait, (place, event))
+            self._mailbox.put(self._heard, (place, event))
 
         return hear
 

@@ -319,20 +319,27 @@ class Scheduler:
                 lane.release(row)
                 submission.tell(_as_told(error))
             return
-        for row, submission in lane.running.items():
-            if lane.count(row) in submission.keep_at:
-                submission.keep_at.remove(lane.count(row))
-                self._keep(lane, row, submission)
+        going_on = set(lane.batch.rows)
         for row, outcome in outcomes:
             submission = lane.running[row]
             if isinstance(outcome, TokenOutput):
                 submission.answer += outcome.ids
-                if outcome.finish_reason is not None:
+            if row in going_on:
+                submission.tell(self._event(lane, row, outcome))
+        kept = set()  # clients have their tokens before states are copied
+        for row, submission in lane.running.items():
+            if lane.count(row) in submission.keep_at:
+                submission.keep_at.remove(lane.count(row))
+                self._keep(lane, row, submission)
+                kept.add(row)
+        for row, outcome in outcomes:
+            if row not in going_on:
+                submission = lane.running[row]
+                if isinstance(outcome, TokenOutput) and row not in kept:
                     self._keep(lane, row, submission)
-            event = self._event(lane, row, outcome)
-            if row not in lane.batch.rows:
+                event = self._event(lane, row, outcome)
                 lane.release(row)
-            submission.tell(event)
+                submission.tell(event)
 
     def _event(self, lane: _Lane, row: int, outcome: Outcome) -> Event:
         """What a text's client hears of what a step brought."""
