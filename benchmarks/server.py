@@ -38,7 +38,7 @@ from common.timing import Case, Timing, interleave
 
 CLIENTS = (1, 16, 64)
 WEIGHTS = "int8"
-PROMPT, STEPS = 16, 64
+PROMPT, STEPS = 16, 128
 PARALLEL = ("--parallel", 64)
 SPEED = Column("tokens_per_second", "tokens/s", "{:.4g}")
 SHARE = Column("share_of_limit", "of the bare engine", "{:.2f}")

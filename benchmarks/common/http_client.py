@@ -23,13 +23,19 @@ class Answer:
         status: HTTP's.
         seconds: from the request's start to each event, or to the whole answer.
         body: of an answer that is not streamed.
-        text: of one that is.
+        events: of one that is, each in JSON: reading them would take time from the server.
     """
 
     status: int
     seconds: list[float] = field(default_factory=list)
     body: dict[str, Any] = field(default_factory=dict)
-    text: str = ""
+    events: list[bytes] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """What was streamed."""
+        choices = [choice for event in self.events for choice in json.loads(event)["choices"]]
+        return "".join(choice["text"] for choice in choices)
 
     @property
     def cached(self) -> int:
@@ -67,8 +73,7 @@ async def ask(
         while line := await reader.readline():
             if line.startswith(_DATA) and not line.startswith(b"data: [DONE]"):
                 answer.seconds.append(time.perf_counter() - start)
-                found = json.loads(line[len(_DATA) :])
-                answer.text += "".join(choice["text"] for choice in found.get("choices", ()))
+                answer.events.append(line[len(_DATA) :])
                 if len(answer.seconds) == hang_up_after:
                     break
         return answer
