@@ -75,6 +75,7 @@ class Batch:
         self._network = network
         self._chunk_tokens = chunk_tokens
         self._texts: dict[int, _Text] = {}
+        self._is_short_turn = False
 
     @property
     def rows(self) -> list[int]:
@@ -141,8 +142,7 @@ class Batch:
         ]
         parts = {row: text.unread for row, text in self._texts.items() if text.has_chosen}
         if prompts:
-            left = [self._until_pause(self._texts[row]) for row in prompts]
-            parts |= zip(prompts, next_parts(left, self._chunk_tokens), strict=True)
+            parts |= self._prompt_parts(prompts)
         pooled = {row: ids for row, ids in parts.items() if self._pooling(row) is not None}
         others = {row: ids for row, ids in parts.items() if row not in pooled}
         self._network.advance(self.blocks, [*others], [*others.values()])
@@ -157,6 +157,21 @@ class Batch:
                 if (logits_v := self.blocks.logits[row]) is not None:
                     # It may wait for many steps, and would keep the logits of all others in this.
                     self.blocks.logits[row] = logits_v.copy()
+
+    def _prompt_parts(self, prompts: Sequence[int]) -> dict[int, NDArray[np.int64]]:
+        """What is read of prompts. Short ones come first in every other step, and alone.
+
+        So their first tokens wait for a step that runs, and not for a long prompt's next one, which
+        still has half of the steps at least.
+        """
+        texts = {row: self._texts[row] for row in prompts}
+        nothing = {row: text.unread[:0] for row, text in texts.items()}
+        short = [row for row, text in texts.items() if text.unread.size <= self._chunk_tokens]
+        self._is_short_turn = not self._is_short_turn and 0 < len(short) < len(prompts)
+        if self._is_short_turn:
+            prompts = sorted(short, key=lambda row: texts[row].unread.size)
+        left = [self._until_pause(texts[row]) for row in prompts]
+        return nothing | dict(zip(prompts, next_parts(left, self._chunk_tokens), strict=True))
 
     def _pooling(self, row: int) -> Pooling | None:
         generator = self._texts[row].generator
