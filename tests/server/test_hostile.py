@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from anymamba.server import Settings, app
 from tests.server.conftest import TEMPLATE, serving
 
 LIMIT = 1 << 16
+EXAMPLES = int(os.environ.get("ANYMAMBA_TEST_REQUESTS", "300"))
 JSON = {"content-type": "application/json"}
 HEAD = "POST /v1/completions HTTP/1.1\r\nhost: localhost:80\r\ncontent-type: application/json\r\n"
 
@@ -53,6 +55,7 @@ FIELDS = {
         "model messages system tools tool_choice thinking output_config cache_control wings"
     ),
     "/v1/states": names("model input state wings"),
+    "/v1/embeddings": names("model input encoding_format dimensions pooling normalize user wings"),
     "/tokenize": names("model prompt add_special_tokens wings"),
     "/detokenize": names("model tokens wings"),
 }
@@ -64,6 +67,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "/v1/messages": {"messages": [HELLO], "max_tokens": 1},
     "/v1/messages/count_tokens": {"messages": [HELLO]},
     "/v1/states": {"input": "a"},
+    "/v1/embeddings": {"input": "a"},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
 }
@@ -117,7 +121,7 @@ BODIES = st.sampled_from(list(FIELDS)).flatmap(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 @given(request=BODIES)
 def test_fields_of_any_type_and_size(
     client: TestClient, request: tuple[str, dict[str, Any]]

@@ -21,7 +21,7 @@ from anymamba.server import states
 from anymamba.server.anthropic import messages
 from anymamba.server.errors import ApiError, answer_error, answer_fault
 from anymamba.server.guard import Guard
-from anymamba.server.openai import chat, completions, models, responses
+from anymamba.server.openai import chat, completions, embeddings, models, responses
 from anymamba.server.service import Service, Settings
 
 
@@ -78,6 +78,7 @@ def _routes() -> list[Route]:
     post: list[tuple[str, Callable[..., Any]]] = [
         ("/v1/completions", completions.completions),
         ("/v1/chat/completions", chat.chat_completions),
+        ("/v1/embeddings", embeddings.embeddings),
         ("/v1/responses", responses.responses),
         ("/v1/messages", messages.messages),
         ("/v1/messages/count_tokens", messages.count_tokens),
@@ -89,6 +90,7 @@ def _routes() -> list[Route]:
     ]
     get: list[tuple[str, Callable[..., Any]]] = [
         ("/health", health),
+        ("/metrics", metrics),
         ("/v1/models", models.models),
         ("/v1/models/{model:path}", models.model),
         ("/v1/responses/{response}", responses.show),
@@ -109,6 +111,16 @@ async def health(http: Request) -> Response:
     status = scheduler.failure or "ok"
     body = {"status": status, "running": scheduler.running, "waiting": scheduler.waiting}
     return JSONResponse(body, 200 if status == "ok" else 503)
+
+
+async def metrics(http: Request) -> Response:
+    """What was done, for Prometheus."""
+    try:
+        text, kind = http.app.state.service.metrics.text()
+    except ModuleNotFoundError as error:
+        message = "metrics need prometheus_client: pip install 'anymamba[server]'"
+        raise ApiError(501, message, code="unsupported") from error
+    return Response(text, headers={"content-type": kind})
 
 
 async def _answer_http_error(http: Request, error: Exception) -> Response:

@@ -86,7 +86,7 @@ class Fields:
         return self._left.pop(name, default)
 
     def peek(self, name: str) -> Any:
-        """A field's value, which is still to be taken."""
+        """A field that is taken later; None where it is absent."""
         return self._left.get(name)
 
     def text(self, name: str, default: str | None = None) -> str | None:

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from anymamba.errors import AnyMambaError
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import PromptScores, Sampling, TokenOutput
 from anymamba.runtime.serving import Request
 from anymamba.runtime.state import State
 from anymamba.server.answers import Answers
-from anymamba.server.errors import ApiError, as_api_error
+from anymamba.server.errors import ApiError
 from anymamba.server.fields import Fields, read_fields
 from anymamba.server.openai import logprobs
+from anymamba.server.openai.prompts import texts_of
 from anymamba.server.openai.sampling import (
     FINISH_REASONS,
     MOST_CHOICES,
@@ -99,7 +99,7 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     model, engine = service.engine(fields.text("model"))
     state = service.state_of(fields.text("state"), model)
     fields.require("prompt", "a text, its tokens, or several")
-    prompts = _prompts(fields, engine, state)
+    prompts = texts_of(fields, "prompt", MOST_CHOICES, engine, state)
     n = fields.integer("n", 1, MOST_CHOICES, 1) or 1
     if n * len(prompts) > MOST_CHOICES:
         raise ApiError(
@@ -133,26 +133,6 @@ def _read(fields: Fields, service: Service) -> _Wanted:
         writes=writes,
         scores=scores,
     )
-
-
-def _prompts(fields: Fields, engine: Engine, state: State | None) -> list[NDArray[np.int64]]:
-    given = fields.take("prompt")
-    is_one = isinstance(given, str) or (
-        isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
-    )
-    prompts = [given] if is_one else given
-    if not isinstance(prompts, list) or not 0 < len(prompts) <= MOST_CHOICES:
-        raise fields.refuse("prompt", given, f"a text, its tokens, or up to {MOST_CHOICES} of them")
-    for prompt in prompts:
-        tokens = isinstance(prompt, list) and all(
-            type(token) is int and 0 <= token < 1 << 31 for token in prompt
-        )
-        if not (isinstance(prompt, str) or tokens):
-            raise fields.refuse("prompt", prompt, "a text or a list of tokens")
-    try:
-        return [engine.prompt_ids(prompt, state) for prompt in prompts]
-    except AnyMambaError as error:
-        raise ApiError(as_api_error(error).status, str(error), "prompt") from error
 
 
 def _choice(
