@@ -179,18 +179,19 @@ class PyModel : WeightTable {
   }
 
   // tokens (l,) int64 or hidden (l, d), the sequences one behind the other; offsets (b + 1,) and
-  // positions (w,) int64; conv, ssm and slots as above; logits (w, v).
+  // positions (w,) int64; conv, ssm and slots as above; logits (w, v), or without the head (w, d).
   void read(const MaybeIn& tokens, const MaybeIn& hidden, const In& offsets,
             const In& positions, const Out& conv, const Out& ssm, const Out& logits,
-            bool bf16_products, const MaybeIn& slots) const {
+            bool bf16_products, const MaybeIn& slots, bool without_head) const {
     if (tokens.has_value() == hidden.has_value()) refuse("give either tokens or hidden");
     const std::int64_t l = extent(tokens ? *tokens : *hidden, 0);
     Prompt prompt;
     prompt.bf16_products = bf16_products;
+    prompt.without_head = without_head;
     if (extent(offsets, 0) < 1) refuse("offsets is empty, expected one more than sequences");
     prompt.sequences = extent(offsets, 0) - 1;
     prompt.wanted = extent(positions, 0);
-    float* const out = floats("logits", logits, {prompt.wanted, model_.v});
+    float* const out = floats("logits", logits, {prompt.wanted, without_head ? model_.d : model_.v});
     const std::vector<std::int64_t> slot_of = chosen_slots(slots, prompt.sequences, extent(conv, 1));
     const States states = all_states(conv, ssm, prompt.sequences, slots ? &slot_of : nullptr);
     prompt.hidden = floats("hidden", hidden, {l, model_.d});
@@ -316,9 +317,9 @@ void add_model(nb::module_& m) {
            "One token for each row; the states advance in place, that of row i in slot slots[i].")
       .def("read", &PyModel::read, "tokens"_a.none(), "hidden"_a.none(), "offsets"_a,
            "positions"_a, "conv"_a, "ssm"_a, "logits"_a, "bf16_products"_a = false,
-           "slots"_a = nb::none(),
+           "slots"_a = nb::none(), "without_head"_a = false,
            "The tokens of several sequences; the states advance in place, that of sequence i in slot "
-           "slots[i].");
+           "slots[i]. Without the head, `logits` gets what it would read.");
   nb::class_<PyMixer>(m, "Mixer", "The weights of one layer's mixer as one table of checked pointers.")
       .def(nb::init<const nb::dict&, std::int64_t, float, std::int64_t, Limits, bool>(), "layer"_a, "d"_a,
            "eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep, "norm_before_gate"_a = false,

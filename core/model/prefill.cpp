@@ -269,6 +269,7 @@ class Prefill {
     for (std::int64_t i = 0; i < prompt_.wanted; ++i)
       std::memcpy(buf_.chosen.floats() + i * m_.d, buf_.hidden.floats() + prompt_.positions[i] * m_.d,
                   sizeof(float) * m_.d);
+    if (prompt_.without_head) return norm(m_.norm, buf_.chosen.floats(), prompt_.wanted, Buffer(logits));
     const Buffer normed = operand_for(m_.head, buf_.chosen_normed);
     norm(m_.norm, buf_.chosen.floats(), prompt_.wanted, normed);
     multiply(normed, m_.d, prompt_.wanted, m_.d, m_.head, m_.v, nullptr, logits);

@@ -17,6 +17,7 @@ from anymamba.errors import ConfigError, StateError
 from anymamba.modeling.auto import load_causal_lm
 from anymamba.runtime.analysis import inspect
 from anymamba.runtime.convert import convert, quantize_checkpoint
+from anymamba.runtime.generation import PromptScores
 from tests.support.files import write_folder
 from tests.support.reference import words
 from tests.support.tolerance import assert_same
@@ -58,6 +59,25 @@ def logits_of(model: Any, ids: list[int] = IDS) -> np.ndarray:
 
 def test_a_folder(folder: Path, model: Any) -> None:
     assert_same(anymamba.load(folder).logits(IDS), logits_of(model))
+
+
+@pytest.mark.parametrize("weights", ["f32", "bf16", "int8", "int4"])
+def test_prompts_are_scored_in_their_row(folder: Path, weights: str) -> None:
+    """Beside another text and in parts, each token as the logits before it say."""
+    engine = anymamba.load(folder, weights=weights)
+    batch, scores = engine.batch(rows=3, chunk_tokens=16), PromptScores(2)
+    other = np.array(IDS[::-1])
+    batch.add(0, other, None)
+    batch.add(2, np.array(IDS), None, (), scores)
+    while batch.rows:
+        batch.step()
+    logits_lv = engine.logits(IDS).astype(np.float64)
+    logprobs_lv = logits_lv - np.log(np.exp(logits_lv).sum(axis=1, keepdims=True))
+    expected = logprobs_lv[np.arange(len(IDS) - 1), IDS[1:]]
+    # Logits of a few units in float32, through another number of rows' products.
+    np.testing.assert_allclose(np.float64(scores.logprobs[1:]), expected, atol=1e-4)
+    for row, ids in ((0, other.tolist()), (2, IDS)):
+        assert_same(batch.blocks.logits[row], engine.logits(ids)[-1])
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("f32", 1e-4), ("f16", 2e-2), ("bf16", 2e-2)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
+import numpy as np
 import uvicorn
 
 import anymamba
 from anymamba import Engine
+from anymamba.errors import InputError
 from anymamba.runtime.chat.model_template import ChatTemplate
+from anymamba.runtime.generation.grammar import Constraint
 from anymamba.server import Settings, app
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -32,10 +35,10 @@ def engine() -> Engine:
 
 
 @contextmanager
-def serving(engine: Engine, **settings: Any) -> Iterator[str]:
+def serving(engine: Engine, template: str = TEMPLATE, **settings: Any) -> Iterator[str]:
     """A server's address while it runs. The model has the names "m" and "m:adapter"."""
     engines = {"m": engine, "m:adapter": engine, "plain": engine}
-    templates = dict.fromkeys(("m", "m:adapter"), ChatTemplate(TEMPLATE, {}))
+    templates = dict.fromkeys(("m", "m:adapter"), ChatTemplate(template, {}))
     application = app(engines, templates, Settings(shutdown_seconds=1, **settings))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -57,3 +60,10 @@ def address(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     folder: Path = tmp_path_factory.mktemp("cache")
     with serving(engine, cache_dir=folder, parallel=4, queue=64) as found:
         yield found
+
+
+def fails_later(constraint: Constraint, ids: Sequence[int], scores_v: object = None) -> Any:
+    """A constraint that fails when a text has begun."""
+    if len(ids) > 3:
+        raise InputError("the grammar fails")
+    return np.arange(256) == ord("a")

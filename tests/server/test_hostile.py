@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from anymamba.server import Settings, app
 from tests.server.conftest import TEMPLATE, serving
 
 LIMIT = 1 << 16
+EXAMPLES = int(os.environ.get("ANYMAMBA_TEST_REQUESTS", "300"))
 JSON = {"content-type": "application/json"}
 HEAD = "POST /v1/completions HTTP/1.1\r\nhost: localhost:80\r\ncontent-type: application/json\r\n"
 
@@ -37,16 +39,35 @@ FIELDS = {
     ),
     "/v1/chat/completions": names(
         "model messages n max_tokens max_completion_tokens logprobs top_logprobs stream "
-        "stream_options modalities store user temperature seed stop logit_bias tools wings"
+        "stream_options modalities store user temperature seed stop logit_bias tools tool_choice "
+        "parallel_tool_calls response_format safety_identifier wings"
+    ),
+    "/v1/responses": names(
+        "model input instructions previous_response_id store stream stream_options include "
+        "max_output_tokens top_logprobs temperature top_p text tools tool_choice metadata "
+        "parallel_tool_calls background truncation service_tier prompt_cache_key user wings"
+    ),
+    "/v1/messages": names(
+        "model messages system max_tokens stop_sequences temperature top_p top_k stream tools "
+        "tool_choice metadata thinking output_config service_tier cache_control wings"
+    ),
+    "/v1/messages/count_tokens": names(
+        "model messages system tools tool_choice thinking output_config cache_control wings"
     ),
     "/v1/states": names("model input state wings"),
+    "/v1/embeddings": names("model input encoding_format dimensions pooling normalize user wings"),
     "/tokenize": names("model prompt add_special_tokens wings"),
     "/detokenize": names("model tokens wings"),
 }
+HELLO = {"role": "user", "content": "a"}
 SOUND: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "a", "max_tokens": 1},
-    "/v1/chat/completions": {"messages": [], "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [HELLO], "max_tokens": 1},
+    "/v1/responses": {"input": "a", "max_output_tokens": 1},
+    "/v1/messages": {"messages": [HELLO], "max_tokens": 1},
+    "/v1/messages/count_tokens": {"messages": [HELLO]},
     "/v1/states": {"input": "a"},
+    "/v1/embeddings": {"input": "a"},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [1]},
 }
@@ -72,14 +93,35 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=2),
     max_leaves=5,
 )
+# Objects that are nearly what is expected: with any values under the names that are known.
+NEAR = st.recursive(
+    VALUES | st.sampled_from(names("function object string text tool auto message json_schema f")),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                names(
+                    "type role content text name id function arguments parameters input "
+                    "input_schema tool_calls tool_call_id tool_use_id call_id output "
+                    "json_schema schema format strict description properties is_error "
+                    "citations cache_control"
+                )
+            ),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=8,
+)
 BODIES = st.sampled_from(list(FIELDS)).flatmap(
     lambda path: st.tuples(
-        st.just(path), st.dictionaries(st.sampled_from(FIELDS[path]) | NAMES, VALUES, max_size=4)
+        st.just(path),
+        st.dictionaries(st.sampled_from(FIELDS[path]) | NAMES, VALUES | NEAR, max_size=4),
     )
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 @given(request=BODIES)
 def test_fields_of_any_type_and_size(
     client: TestClient, request: tuple[str, dict[str, Any]]
@@ -132,13 +174,18 @@ def test_a_client_that_hangs_up_frees_its_row(engine: Engine) -> None:
         {"prompt": "a", "max_tokens": 10**6},
         {"prompt": "a", "max_tokens": 10**6, "stream": True},
         {"prompt": "a" * 300_000, "max_tokens": 1},
+        {"messages": [HELLO], "max_tokens": 10**6, "stream": True},
+        {"input": "a", "max_output_tokens": 10**6, "stream": True},
+        {"messages": [HELLO], "max_tokens": 10**6, "stream": True, "stop_sequences": ["\0"]},
     ]
+    paths = ["completions"] * 3 + ["chat/completions", "responses", "messages"]
     with serving(engine, parallel=1) as address:
-        for body in bodies:
+        for path, body in zip(paths, bodies, strict=True):
             place = urlsplit(address)
             data = json.dumps(body).encode()
             with socket.create_connection((place.hostname, place.port)) as sent:
-                head = f"{HEAD}content-length: {len(data)}\r\n\r\n"
+                start = HEAD.replace("/v1/completions", f"/v1/{path}")
+                head = f"{start}content-length: {len(data)}\r\n\r\n"
                 sent.sendall(head.encode() + data)
                 wait_for(address, running=1)
             wait_for(address, running=0)

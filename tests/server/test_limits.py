@@ -232,14 +232,14 @@ def test_offsets_in_a_stream_go_on(engine: Engine) -> None:
 
 
 def test_parts_of_characters_in_log_probabilities(engine: Engine) -> None:
-    """Two tokens with the same text are told apart, and bytes are not made up."""
+    """Two tokens with the same text are told apart, by their bytes too."""
     piece = TokenOutput("", (0xC3,), -1.0, ((0xC3, -1.0), (0xC4, -2.0), (65, -3.0)))
     assert logprobs.of_completion(engine, [piece])["top_logprobs"] == [
         {"\ufffd": -1.0, "token_id:196": -2.0, "A": -3.0}
     ]
     (token,) = logprobs.of_chat(engine, [piece])["content"]
-    assert token["bytes"] is None
-    assert token["top_logprobs"][2]["bytes"] == [65]
+    assert token["bytes"] == [0xC3]
+    assert [one["bytes"] for one in token["top_logprobs"]] == [[0xC3], [0xC4], [65]]
 
 
 def test_a_client_that_goes_while_it_is_submitted_leaves_nothing(engine: Engine) -> None:

@@ -81,6 +81,31 @@ def test_echo(client: Any, engine: Engine) -> None:
     assert found.choices[0].text == "ROMEO:" + engine.generate("ROMEO:", max_new_tokens=8).text
 
 
+def test_echo_with_log_probabilities(client: Any, engine: Engine) -> None:
+    """As the engine scores the prompt, also where it was read before, and where nothing follows."""
+    prompt = "Once upon a time there was a kïng. " * 15
+    score, ids = engine.score(prompt), engine.tokenize(prompt)
+    written = engine.generate(prompt, max_new_tokens=3, top_logprobs=2)
+    for most, n in ((3, 2), (3, 1), (0, 1)):
+        options = {"echo": True, "logprobs": 2, "temperature": 0, "max_tokens": most, "n": n}
+        found = client.completions.create(model="m", prompt=prompt, **options)
+        for choice in found.choices:
+            expected = [None, *score.logprobs, *written.logprobs[:most]]
+            logprobs = choice.logprobs
+            assert choice.text == prompt + written.text * (most > 0)
+            assert logprobs.token_logprobs[0] is logprobs.top_logprobs[0] is None
+            np.testing.assert_allclose(logprobs.token_logprobs[1:], expected[1:], atol=1e-4)
+            assert all(len(top) == 2 for top in logprobs.top_logprobs[1:])
+            assert logprobs.text_offset == sorted(logprobs.text_offset)
+            assert len(logprobs.tokens) == len(ids) + most
+        assert found.usage.prompt_tokens_details.cached_tokens == 0
+        texts = [""] * n
+        for chunk in client.completions.create(model="m", prompt=prompt, stream=True, **options):
+            for part in chunk.choices:
+                texts[part.index] += part.text
+        assert texts == [choice.text for choice in found.choices]
+
+
 def test_log_probabilities(client: Any, engine: Engine) -> None:
     found = client.completions.create(model="m", prompt="ROMEO:", logprobs=2, **GREEDY)
     expected = engine.generate("ROMEO:", max_new_tokens=8, top_logprobs=2)
@@ -214,7 +239,7 @@ def test_wrong_fields_are_named(client: Any, fields: dict[str, Any], message: st
         ({"messages": [{"role": "king", "content": "a"}]}, r"messages\[0\].role is 'king'"),
         ({"messages": [{"role": "user", "content": 1}]}, r"messages\[0\].content is"),
         ({"top_logprobs": 2}, "top_logprobs needs logprobs"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "'tools' is not a field"),
+        ({"functions": [{"name": "f"}]}, "'functions' is not a field"),
         ({"response_format": {"type": "xml"}}, "response_format.type is 'xml'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema is missing"),
         (

@@ -38,17 +38,24 @@ def adapter_of(options: ModelOptions) -> str | None:
 
 def tokenizer_place(options: ModelOptions) -> Path:
     """The folder or file that the tokenizer comes from."""
-    from anymamba.checkpoint import resolve
-    from anymamba.checkpoint.gguf import find_gguf
     from anymamba.checkpoint.io import user_path
-    from anymamba.runtime.loading import model_of
 
     if options.tokenizer is not None:
         return user_path(options.tokenizer)
     adapter = adapter_of(options)
     if adapter is not None and (user_path(adapter) / "tokenizer.json").is_file():
         return user_path(adapter)
-    model = model_of(options.model, adapter)
+    return model_place(options)
+
+
+def model_place(options: ModelOptions) -> Path:
+    """The folder or GGUF file that the model lies in."""
+    from anymamba.checkpoint import resolve
+    from anymamba.checkpoint.gguf import find_gguf
+    from anymamba.checkpoint.io import user_path
+    from anymamba.runtime.loading import model_of
+
+    model = model_of(options.model, adapter_of(options))
     file = find_gguf(user_path(model))
     return file or resolve(model, offline=options.offline)
 

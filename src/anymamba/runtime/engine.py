@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anymamba.renamed import warn_renamed
 from anymamba.runtime.generation import (
     Batch,
     GenerationOutput,
@@ -18,10 +17,12 @@ from anymamba.runtime.generation import (
     TokenGenerator,
     TokenOutput,
     chosen_sampling,
+    embed_batch,
     write_batch,
     write_text,
 )
 from anymamba.runtime.network import CHUNK_TOKENS, Network
+from anymamba.runtime.old_engine import OldNames
 from anymamba.runtime.prefill import Progress, all_logits, read_texts
 from anymamba.runtime.prompts import Text, as_list, first_ids, ids_to_read
 from anymamba.runtime.scoring import Score, score_ids
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-class Engine:
+class Engine(OldNames):
     """A model in the native core, as `anymamba.load` opens it.
 
     It keeps nothing of what it reads: that is in the `State` that a call continues from and
@@ -49,8 +50,9 @@ class Engine:
         matmul_dtype: "float32" or "bfloat16"; see `anymamba.load`.
 
     Attributes:
-        weights: the model's tensors and config, as they were given.
+        weights: as given.
         config: the model's config, in Transformers' names.
+        identity: which model states of this engine belong to.
         weight_type: "f32", "bf16", "f16", "int8" or "int4".
         weight_bytes: the bytes that the weights take, which each decoded token reads.
         n_parameters: how many numbers were trained.
@@ -85,7 +87,7 @@ class Engine:
     ) -> None:
         self._network = Network(weights, threads, matmul_dtype)
         types = f"{weights.weight_type}-{self._network.matmul_dtype}"
-        self._identity = Identity(weights.config, self._network.vocabulary, weights.digest, types)
+        self.identity = Identity(weights.config, self._network.vocabulary, weights.digest, types)
         self._codec = TextCodec(open_tokenizer)
         self.weights = weights
         self.config = dict(weights.config)
@@ -102,17 +104,6 @@ class Engine:
         return f"Engine({sizes})"
 
     @property
-    def weights_kind(self) -> str:
-        """The name of `weight_type` in release 0.1."""
-        warn_renamed("Engine.weights_kind", "Engine.weight_type")
-        return self.weight_type
-
-    @property
-    def identity(self) -> Identity:
-        """Which model states of this engine belong to."""
-        return self._identity
-
-    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, as the `tokenizers` library has it."""
         return self._codec.tokenizer
@@ -123,9 +114,6 @@ class Engine:
         Args:
             text: any text.
             special: whether to add what the tokenizer puts at a text's beginning and end.
-
-        Returns:
-            The tokens.
 
         Raises:
             CheckpointError: the model came without a tokenizer.
@@ -165,16 +153,13 @@ class Engine:
             >>> anymamba.load().state().token_count
             0
         """
-        return State(self._identity)
+        return State(self.identity)
 
     def load_state(self, path: str | os.PathLike[str]) -> State:
         """Read a state from a file that `State.save` or `MambaCache.save` wrote.
 
         Args:
             path: the file.
-
-        Returns:
-            The state.
 
         Raises:
             StateError: there is no such file, it is broken, or it belongs to another model or to
@@ -184,10 +169,9 @@ class Engine:
             >>> import anymamba
             >>> anymamba.load().load_state("nowhere")
             Traceback (most recent call last):
-                ...
             anymamba.errors.StateError: state file 'nowhere' does not exist
         """
-        return load_state(path, self._identity)
+        return load_state(path, self.identity)
 
     def prefill(self, state: State, text: Text, progress: Progress | None = None) -> State:
         """Read a text into a state. It costs no memory however long the text is.
@@ -212,14 +196,9 @@ class Engine:
             >>> engine.prefill(engine.state(), "ROMEO:").token_count
             6
         """
-        blocks = check_state(state).batch_of(self._identity)
+        blocks = check_state(state).batch_of(self.identity)
         read_texts(self._network, blocks, [ids_to_read(text, self._codec, state)], progress)
         return state
-
-    def feed(self, state: State, text: Text, progress: Progress | None = None) -> State:
-        """The name of `prefill` in release 0.1."""
-        warn_renamed("Engine.feed", "Engine.prefill")
-        return self.prefill(state, text, progress)
 
     def logits(self, text: Text, state: State | None = None) -> NDArray[np.float32]:
         """What the model says after each token of a text.
@@ -242,7 +221,7 @@ class Engine:
         """
         state = self._started(state)
         ids_l = ids_to_read(text, self._codec, state)
-        return all_logits(self._network, check_state(state).batch_of(self._identity), ids_l)
+        return all_logits(self._network, check_state(state).batch_of(self.identity), ids_l)
 
     def score(self, text: Text, state: State | None = None) -> Score:
         """How well the model predicts a text. It costs little memory however long the text is.
@@ -265,11 +244,32 @@ class Engine:
             True
         """
         state = self._started(state)
-        return score_ids(
-            self._network,
-            check_state(state).batch_of(self._identity),
-            ids_to_read(text, self._codec, state),
-        )
+        blocks = check_state(state).batch_of(self.identity)
+        return score_ids(self._network, blocks, ids_to_read(text, self._codec, state))
+
+    def embed(
+        self, texts: Sequence[Text], pooling: str = "mean", normalize: bool = True
+    ) -> NDArray[np.float32]:
+        """Make a vector of each text, of what the model's last norm gives for its tokens.
+
+        Args:
+            texts: texts or their tokens, none of them empty.
+            pooling: "mean" over a text's tokens, or the "last" one's.
+            normalize: whether to bring each to length 1.
+
+        Returns:
+            (b, d) float32.
+
+        Raises:
+            InputError: a text is empty, or there is no such pooling or token.
+
+        Example:
+            >>> import anymamba
+            >>> anymamba.load().embed(["a rose", "a lily"]).shape
+            (2, 256)
+        """
+        sequences = [ids_to_read(text, self._codec, self.state()) for text in as_list(texts)]
+        return embed_batch(self._network, self.identity.sizes, sequences, pooling, normalize)
 
     def generate(
         self,
@@ -308,7 +308,7 @@ class Engine:
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
         ids = self.prompt_ids(prompt, started)
-        blocks, generator = started.batch_of(self._identity), self.token_generator(ids, chosen)
+        blocks, generator = started.batch_of(self.identity), self.token_generator(ids, chosen)
         pieces = write_text(self._network, blocks, ids, generator, keep=state is not None)
         return GenerationOutput.of(list(pieces), ids.tolist(), chosen)
 
@@ -343,7 +343,7 @@ class Engine:
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
         ids = self.prompt_ids(prompt, started)
-        blocks, generator = started.batch_of(self._identity), self.token_generator(ids, chosen)
+        blocks, generator = started.batch_of(self.identity), self.token_generator(ids, chosen)
         return write_text(self._network, blocks, ids, generator, keep=state is not None)
 
     def generate_batch(
@@ -381,7 +381,7 @@ class Engine:
         prompts = as_list(prompts)
         chosen = chosen_sampling(sampling, max_new_tokens, settings)
         started = self._started(state)
-        blocks = started.batch_of(self._identity).take([0] * len(prompts))
+        blocks = started.batch_of(self.identity).take([0] * len(prompts))
         sequences = [self.prompt_ids(prompt, started) for prompt in prompts]
         generators = [self.token_generator(ids, chosen, row) for row, ids in enumerate(sequences)]
         written = write_batch(self._network, blocks, sequences, generators)
@@ -403,7 +403,7 @@ class Engine:
             >>> [(row, token.ids) for row, token in batch.step()]
             [(0, (10,))]
         """
-        blocks = BatchState.empty(self._identity.sizes, rows)
+        blocks = BatchState.empty(self.identity.sizes, rows)
         return Batch(self._network, blocks, chunk_tokens)
 
     def token_generator(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from anymamba.arithmetic import check_matmul_dtype
 from anymamba.checkpoint import open_checkpoint, resolve
@@ -15,7 +16,7 @@ from anymamba.checkpoint.gguf import find_gguf
 from anymamba.checkpoint.io import read_json_object, user_path
 from anymamba.checkpoint.tokenizer import read_tokenizer, tokenizer_file, tokenizer_from_json
 from anymamba.errors import CheckpointError
-from anymamba.runtime.adapters import base_model_of, merge_adapter, read_adapter
+from anymamba.runtime.adapters import Adapter, base_model_of, merge_adapter, read_adapter
 from anymamba.runtime.engine import Engine
 from anymamba.runtime.generation import suggested_sampling
 from anymamba.runtime.native import wanted_threads
@@ -84,54 +85,134 @@ def load(
     if matmul_dtype is not None:
         check_matmul_dtype(matmul_dtype, "matmul_dtype")
     change = None if adapter is None else read_adapter(adapter)
-    if change is not None and tokenizer is None and (change.folder / "tokenizer.json").is_file():
-        tokenizer = change.folder
-    model = model_of(model, adapter)
-    file, places = find_gguf(user_path(model)), [] if change is None else [change.folder]
-    if file is None:
-        folder = resolve(
-            model,
+    place = user_path(model_of(model, adapter))
+    if find_gguf(place) is None:
+        place = resolve(
+            model_of(model, adapter),
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             offline=offline,
             subfolder=subfolder,
         )
-        places.append(folder)
-    settings = generation_config(places)
-    suggested = suggested_sampling(settings or {})
+    own_tokenizer = _tokenizer_in(change)
+    tokenizer = own_tokenizer if tokenizer is None else tokenizer
     # What is merged is brought into the type that was asked for afterwards.
     stored_type = weights if change is None else "auto"
+    opened = _open(place, stored_type, tokenizer)
+    if change is None:
+        return _engine(opened, opened.weights, [], threads, matmul_dtype)
+    merged = merge_adapter(opened.weights, change, weights)
+    return _engine(opened, merged, [change.folder], threads, matmul_dtype)
+
+
+def load_adapters(
+    base: Engine,
+    model: str | os.PathLike[str],
+    adapters: Mapping[str, str | os.PathLike[str]],
+    weights: str = "auto",
+    *,
+    matmul_dtype: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> dict[str, Engine]:
+    """Open a model's adapters beside it, each an engine of its own.
+
+    An adapter is merged: it takes the memory of the matrices that it changes. All others are the
+    model's own, which is there once.
+
+    Args:
+        base: the model as `load` opened it, by the same arguments.
+        model: its folder or GGUF file.
+        adapters: folders with LoRA or DoRA adapters of PEFT's, by name.
+        weights, matmul_dtype, tokenizer: as for `load`.
+
+    Returns:
+        The engines by the same names; each is what `load(model, adapter=...)` opens.
+
+    Raises:
+        CheckpointError: an adapter does not fit the model, or is of a kind that is not merged here.
+
+    Example:
+        >>> from anymamba.assets import bundled_model
+        >>> load_adapters(load(), bundled_model(), {})
+        {}
+    """
+    engines: dict[str, Engine] = {}
+    stored = _open(user_path(model), "auto", tokenizer)
+    whole = replace(stored.weights, digest=cache(stored.weights.digest))  # once for all of them
+    for name, folder in adapters.items():
+        change = read_adapter(folder)
+        own_tokenizer = _tokenizer_in(change)
+        opened = stored
+        if tokenizer is None and own_tokenizer is not None:
+            opened = replace(stored, tokenizer=partial(read_tokenizer, own_tokenizer))
+        merged = merge_adapter(whole, change, weights, base.weights)
+        engines[name] = _engine(opened, merged, [change.folder], base.threads, matmul_dtype)
+    return engines
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model's weights, and what comes with them.
+
+    Args:
+        weights: the weights.
+        tokenizer: opens the tokenizer.
+        ends: the tokens that the config has for a text's end.
+        folder: where its other files are, if it is one.
+    """
+
+    weights: Weights
+    tokenizer: Callable[[], Tokenizer] | None
+    ends: object
+    folder: Path | None = None
+
+
+def _open(place: Path, weights: str, tokenizer: str | os.PathLike[str] | None) -> _Opened:
+    """Open what is stored in a folder or a GGUF file."""
+    file = find_gguf(place)
     if file is None:
-        stored, open_tokenizer, ends = _open_folder(folder, stored_type)
+        opened = _open_folder(place, weights)
     else:
-        stored, open_tokenizer, ends = _open_gguf(file, stored_type, tokenizer is None)
-    return Engine(
-        stored if change is None else merge_adapter(stored, change, weights),
-        open_tokenizer if tokenizer is None else partial(read_tokenizer, tokenizer),
-        _ids_in(ends if settings is None else settings.get("eos_token_id")),
-        threads,
-        suggested,
-        matmul_dtype,
-    )
-
-
-_Opened: TypeAlias = tuple[Weights, Callable[[], "Tokenizer"] | None, object]
-"""The weights, what opens the tokenizer, and the tokens that the config has for a text's end."""
+        opened = _open_gguf(file, weights, tokenizer is None)
+    if tokenizer is not None:
+        return replace(opened, tokenizer=partial(read_tokenizer, tokenizer))
+    return opened
 
 
 def _open_folder(folder: Path, weights: str) -> _Opened:
     checkpoint, tokenizer = open_checkpoint(folder), tokenizer_file(folder)
     open_tokenizer = None if tokenizer is None else partial(read_tokenizer, tokenizer)
     ends = special_token(checkpoint.config, "eos_token_id")
-    return load_weights(checkpoint, weights), open_tokenizer, ends
+    return _Opened(load_weights(checkpoint, weights), open_tokenizer, ends, folder)
 
 
 def _open_gguf(file: Path, weights: str, tokenizer: bool) -> _Opened:
     stored, model = load_gguf_weights(file, weights, tokenizer=tokenizer)
     text, where = model.tokenizer_json, f"the tokenizer in {str(file)!r}"
     open_tokenizer = None if text is None else partial(tokenizer_from_json, text, where)
-    return stored, open_tokenizer, model.config.get("eos_token_id")
+    return _Opened(stored, open_tokenizer, model.config.get("eos_token_id"))
+
+
+def _tokenizer_in(change: Adapter | None) -> Path | None:
+    """The folder of an adapter that brings a tokenizer of its own."""
+    has_own = change is not None and (change.folder / "tokenizer.json").is_file()
+    return change.folder if change is not None and has_own else None
+
+
+def _engine(
+    opened: _Opened,
+    weights: Weights,
+    places: Sequence[Path],
+    threads: int | None,
+    matmul_dtype: str | None,
+) -> Engine:
+    """The engine of these weights; a generation_config.json in `places` goes before its own."""
+    places = [*places, *([] if opened.folder is None else [opened.folder])]
+    settings = generation_config(places)
+    ends = opened.ends if settings is None else settings.get("eos_token_id")
+    suggested = suggested_sampling(settings or {})
+    return Engine(weights, opened.tokenizer, _ids_in(ends), threads, suggested, matmul_dtype)
 
 
 def model_of(

@@ -76,7 +76,7 @@ class Network:
     ) -> None:
         self.threads = wanted_threads(threads)
         self.matmul_dtype = _wanted_matmul_dtype(matmul_dtype, weights.tensors)
-        self.vocabulary = weights.tensors[EMBEDDINGS].shape[0]
+        self.vocabulary, self.width = weights.tensors[EMBEDDINGS].shape
         self._check_files = weights.check
         self._tensors = weights.tensors
         self._core = core()
@@ -109,18 +109,44 @@ class Network:
         compute = partial(compute, blocks.conv, blocks.ssm, logits_rv, rounds, slots_r)
         self._advance(blocks, compute, slots_r, lengths_r, logits_rv)
 
-    def read_all(self, blocks: BatchState, ids_l: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Let one text read some tokens, and return the logits (l, v) after each of them."""
+    def read_all(
+        self, blocks: BatchState, ids_l: NDArray[np.int64], row: int = 0
+    ) -> NDArray[np.float32]:
+        """Let a row's text read some tokens, and return the logits (l, v) after each of them."""
         logits_lv = np.empty((ids_l.size, self.vocabulary), np.float32)
         if ids_l.size:
             positions_l, offsets = np.arange(ids_l.size), np.array([0, ids_l.size])
-            rounds = self.matmul_dtype == "bfloat16"
+            slots_r, rounds = np.array([row]), self.matmul_dtype == "bfloat16"
             arguments = (ids_l, None, offsets, positions_l, blocks.conv, blocks.ssm)
-            compute = partial(self._model.read, *arguments, logits_lv, rounds)
+            compute = partial(self._model.read, *arguments, logits_lv, rounds, slots_r)
             last_bv = np.empty((1, self.vocabulary), np.float32)
             keep = partial(last_bv.__setitem__, slice(None), logits_lv[-1:])
-            self._advance(blocks, compute, np.zeros(1, np.int64), offsets[1:], last_bv, keep)
+            self._advance(blocks, compute, slots_r, offsets[1:], last_bv, keep)
         return logits_lv
+
+    def read_hidden(
+        self, blocks: BatchState, rows: Sequence[int], sequences: Sequence[NDArray[np.int64]]
+    ) -> list[NDArray[np.float32]]:
+        """Let some texts read some tokens, as `advance`; return what the last norm gives for them.
+
+        Returns:
+            (l, d) for each text. What comes next is not computed, and `blocks` do not say it.
+        """
+        reading = [(row, ids) for row, ids in zip(rows, sequences, strict=True) if ids.size]
+        offsets = np.cumsum([0, *(ids.size for _, ids in reading)])
+        hidden_ld = np.empty((offsets[-1], self.width), np.float32)
+        if reading:
+            slots_r = np.array([row for row, _ in reading])
+            tokens_l = np.concatenate([ids for _, ids in reading])
+            positions_l = np.arange(tokens_l.size)
+            rounds = self.matmul_dtype == "bfloat16"
+            read = partial(self._model.read, tokens_l, None, offsets, positions_l)
+            compute = partial(
+                read, blocks.conv, blocks.ssm, hidden_ld, rounds, slots_r, without_head=True
+            )
+            self._advance(blocks, compute, slots_r, np.diff(offsets), [None] * len(reading))
+        ends = np.cumsum([ids.size for ids in sequences])
+        return np.split(hidden_ld, ends[:-1])
 
     def check_tokens(self, ids: NDArray[np.integer]) -> None:
         """Refuse tokens that the model does not have, before anything is read."""
@@ -144,7 +170,7 @@ class Network:
         compute: Callable[[], None],
         slots_r: NDArray[np.int64],
         lengths_r: NDArray[np.int64],
-        logits_rv: NDArray[np.float32],
+        logits_r: Sequence[NDArray[np.float32] | None] | NDArray[np.float32],
         *more: Callable[[], object],
     ) -> None:
         """Compute, keep the logits of the rows, and count their tokens; all of it or nothing."""
@@ -153,7 +179,7 @@ class Network:
             self._core.set_threads(self.threads)
         counts_b, logits_b = blocks.counts.copy(), blocks.logits.copy()
         for slot, length, logits_v in zip(
-            slots_r.tolist(), lengths_r.tolist(), logits_rv, strict=True
+            slots_r.tolist(), lengths_r.tolist(), logits_r, strict=True
         ):
             counts_b[slot] += length
             logits_b[slot] = logits_v

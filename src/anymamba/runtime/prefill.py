@@ -61,10 +61,15 @@ def read_with_logits(
         InputError: a token is not in the vocabulary; then nothing was read.
     """
     network.check_tokens(ids_l)
-    length = max(1, min(CHUNK_TOKENS, _MOST_LOGITS // network.vocabulary))
+    length = most_with_logits(network)
     for start in range(0, ids_l.size, length):
         part_w = ids_l[start : start + length]
         yield part_w, network.read_all(blocks, part_w)
+
+
+def most_with_logits(network: Network) -> int:
+    """How many tokens are read in a step where the logits after each of them are wanted."""
+    return max(1, min(CHUNK_TOKENS, _MOST_LOGITS // int(network.vocabulary)))
 
 
 def all_logits(

@@ -1,4 +1,4 @@
-"""Models behind HTTP: OpenAI's interface, and states that clients can keep and continue from."""
+"""Models behind HTTP: OpenAI's interface, Anthropic's, and states that clients hold."""
 
 from anymamba.server.app import app
 from anymamba.server.service import Settings

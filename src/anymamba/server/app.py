@@ -18,9 +18,10 @@ from anymamba.errors import AnyMambaError
 from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.engine import Engine
 from anymamba.server import page_files, states
+from anymamba.server.anthropic import messages
 from anymamba.server.errors import ApiError, answer_error, answer_fault
 from anymamba.server.guard import Guard
-from anymamba.server.openai import chat, completions, models
+from anymamba.server.openai import chat, completions, embeddings, models, responses
 from anymamba.server.service import Service, Settings
 
 
@@ -77,6 +78,10 @@ def _routes(with_page: bool) -> list[BaseRoute]:
     post: list[tuple[str, Callable[..., Any]]] = [
         ("/v1/completions", completions.completions),
         ("/v1/chat/completions", chat.chat_completions),
+        ("/v1/embeddings", embeddings.embeddings),
+        ("/v1/responses", responses.responses),
+        ("/v1/messages", messages.messages),
+        ("/v1/messages/count_tokens", messages.count_tokens),
         ("/tokenize", models.tokenize),
         ("/detokenize", models.detokenize),
         ("/v1/states", states.create),
@@ -85,14 +90,17 @@ def _routes(with_page: bool) -> list[BaseRoute]:
     ]
     get: list[tuple[str, Callable[..., Any]]] = [
         ("/health", health),
+        ("/metrics", metrics),
         ("/v1/models", models.models),
         ("/v1/models/{model:path}", models.model),
+        ("/v1/responses/{response}", responses.show),
         ("/v1/states/{state}", states.show),
         ("/v1/states/{state}/file", states.download),
     ]
     return [
         *(Route(path, function, methods=["POST"]) for path, function in post),
         *(Route(path, function, methods=["GET"]) for path, function in get),
+        Route("/v1/responses/{response}", responses.remove, methods=["DELETE"]),
         Route("/v1/states/{state}", states.remove, methods=["DELETE"]),
         *(page_files.routes() if with_page else []),
     ]
@@ -106,8 +114,18 @@ async def health(http: Request) -> Response:
     return JSONResponse(body, 200 if status == "ok" else 503)
 
 
+async def metrics(http: Request) -> Response:
+    """What was done, for Prometheus."""
+    try:
+        text, kind = http.app.state.service.metrics.text()
+    except ModuleNotFoundError as error:
+        message = "metrics need prometheus_client: pip install 'anymamba[server]'"
+        raise ApiError(501, message, code="unsupported") from error
+    return Response(text, headers={"content-type": kind})
+
+
 async def _answer_http_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{http.method} {http.url.path[:200]}: {error.detail}"
-    body = ApiError(error.status_code, message).body()
+    body = ApiError(error.status_code, message).body_for(http.url.path)
     return JSONResponse(body, error.status_code, headers=error.headers)

@@ -1,4 +1,4 @@
-"""What went wrong, in the form that OpenAI's clients read."""
+"""What went wrong, in the form that the clients of an interface read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from starlette.responses import JSONResponse, Response
 from anymamba.errors import AnyMambaError, CheckpointError, OverloadError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPES = {
+    **_TYPES,
+    403: "permission_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 
 
 class ApiError(AnyMambaError):
@@ -29,12 +35,22 @@ class ApiError(AnyMambaError):
         self.status, self.param, self.code = status, param, code
 
     def body(self) -> dict[str, Any]:
-        """The answer's JSON."""
+        """The answer's JSON in OpenAI's form."""
         message, param = _sendable(str(self)), self.param and _sendable(self.param)
         kind = _TYPES.get(
             self.status, "invalid_request_error" if self.status < 500 else "server_error"
         )
         return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
+
+    def anthropic_body(self) -> dict[str, Any]:
+        """The answer's JSON in Anthropic's form."""
+        other = "invalid_request_error" if self.status < 500 else "api_error"
+        kind = _ANTHROPIC_TYPES.get(self.status, other)
+        return {"type": "error", "error": {"type": kind, "message": _sendable(str(self))}}
+
+    def body_for(self, path: str) -> dict[str, Any]:
+        """The answer's JSON in the form of the interface that a path belongs to."""
+        return self.anthropic_body() if path.startswith("/v1/messages") else self.body()
 
 
 def _sendable(text: str) -> str:
@@ -56,10 +72,10 @@ async def answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, AnyMambaError)
     found = as_api_error(error)
     headers = {"retry-after": "1"} if found.status in (429, 503) else None
-    return JSONResponse(found.body(), found.status, headers=headers)
+    return JSONResponse(found.body_for(request.url.path), found.status, headers=headers)
 
 
 async def answer_fault(request: Request, error: Exception) -> Response:
     """The response where there is a fault in the server, which logs it."""
     message = f"the server has a fault: {type(error).__name__}; its log has more"
-    return JSONResponse(ApiError(500, message).body(), 500)
+    return JSONResponse(ApiError(500, message).body_for(request.url.path), 500)

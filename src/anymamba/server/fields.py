@@ -85,6 +85,10 @@ class Fields:
         """A field of any type, whose value somebody else checks."""
         return self._left.pop(name, default)
 
+    def peek(self, name: str) -> Any:
+        """A field that is taken later; None where it is absent."""
+        return self._left.get(name)
+
     def text(self, name: str, default: str | None = None) -> str | None:
         """A string."""
         found: str | None = self._of(

@@ -30,7 +30,8 @@ class Guard:
         error = self._refusal(scope) if scope["type"] == "http" else None
         if error is not None:
             headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-            await JSONResponse(error.body(), error.status, headers=headers)(scope, receive, send)
+            body = error.body_for(scope["path"])
+            await JSONResponse(body, error.status, headers=headers)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -41,9 +42,15 @@ class Guard:
         headers = dict(scope["headers"])
         if self._key is not None:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if hmac.compare_digest(given.strip(), self._key) and scheme.lower() == b"bearer":
+            is_bearer = (
+                hmac.compare_digest(given.strip(), self._key) and scheme.lower() == b"bearer"
+            )
+            if hmac.compare_digest(headers.get(b"x-api-key", b""), self._key) or is_bearer:
                 return None
-            message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+            message = (
+                "the API key is missing or wrong: send it as 'Authorization: Bearer KEY' or "
+                "'x-api-key: KEY'"
+            )
             return ApiError(401, message, code="invalid_api_key")
         address = (scope.get("server") or ("",))[0]
         host = headers.get(b"host", b"").decode("latin-1")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -14,9 +16,10 @@ from starlette.requests import Request as HttpRequest
 from anymamba.errors import AnyMambaError, OverloadError
 from anymamba.runtime.chat.model_template import ChatTemplate
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import TokenOutput
+from anymamba.runtime.generation import Embedding, TokenOutput
 from anymamba.runtime.generation.grammar import Grammars
 from anymamba.runtime.serving import (
+    Event,
     PrefixCache,
     Request,
     Scheduler,
@@ -24,15 +27,16 @@ from anymamba.runtime.serving import (
     StateFolder,
     Submission,
 )
-from anymamba.runtime.serving.scheduler import Event
 from anymamba.runtime.state import State
 from anymamba.server.errors import ApiError, as_api_error
+from anymamba.server.metrics import Followed, Metrics
+from anymamba.server.stored_responses import StoredResponses
 from anymamba.server.stored_states import StoredStates
 
 T = TypeVar("T")
 _MOST_UNREAD = 10_000
 """Events that a client has not taken yet; one that leaves more is not served further."""
-Heard: TypeAlias = Started | TokenOutput | State
+Heard: TypeAlias = Started | TokenOutput | Embedding | State
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Settings:
         most_tokens: how many tokens a request may ask for, of all its answers together; the
             alternatives that `logprobs` asks for count too.
         state_bytes: the memory for states that clients keep.
+        response_bytes: the memory for responses that clients may ask for again.
         shutdown_seconds: how long what runs may go on once the server is to end.
         page: whether there is a page at `/` to chat in.
     """
@@ -67,6 +72,7 @@ class Settings:
     prompt_tokens: int = 1 << 20
     most_tokens: int = 1 << 20
     state_bytes: int = 1 << 30
+    response_bytes: int = 256 << 20
     shutdown_seconds: float = 30.0
     page: bool = True
 
@@ -94,7 +100,11 @@ class Service:
         self.settings = settings
         self.started_at = int(time.time())
         self.states = StoredStates(settings.state_bytes)
+        self.responses = StoredResponses(settings.response_bytes)
+        self.metrics = Metrics(self.engines, self._gauges)
         self._grammars: dict[str, Grammars] = {}
+        self._mail: _Mailbox | None = None
+        self._cache: PrefixCache
         self._folder: StateFolder | None = None
         if settings.cache_dir is not None:
             self._folder = StateFolder(settings.cache_dir, settings.cache_dir_bytes)
@@ -106,12 +116,17 @@ class Service:
         if self._folder is not None:  # files tell models by it; computing it takes a while
             for engine in self.engines.values():
                 _ = engine.identity.digest
+        for template in {id(found): found for found in self.templates.values()}.values():
+            if template is not None:
+                with suppress(AnyMambaError):  # the first chat is told of it
+                    template.start()
+        self._cache = PrefixCache(settings.cache_bytes, self._folder)
         self.scheduler = Scheduler(
             self.engines,
             rows=settings.parallel,
             queue=settings.queue,
             chunk_tokens=settings.chunk_tokens,
-            cache=PrefixCache(settings.cache_bytes, self._folder),
+            cache=self._cache,
             prompt_tokens=settings.prompt_tokens,
         )
 
@@ -122,6 +137,9 @@ class Service:
             seconds: how much there is; by default what the settings say.
         """
         self.scheduler.close(self.settings.shutdown_seconds if seconds is None else seconds)
+        for template in self.templates.values():
+            if template is not None:
+                template.close()
         if self._folder is not None:
             self._folder.close()
 
@@ -156,8 +174,8 @@ class Service:
             raise ApiError(400, message, "state", "state_of_another_model")
         return stored.state
 
-    def grammars(self, model: str) -> Grammars:
-        """What makes constraints for a model's texts.
+    def grammars(self, model: str, param: str) -> Grammars:
+        """What makes constraints for a model's texts, which the field `param` asks for.
 
         Raises:
             ApiError: it cannot have any.
@@ -169,7 +187,7 @@ class Service:
                     engine.tokenizer, engine.identity.vocabulary, engine.end_ids
                 )
             except AnyMambaError as error:
-                raise ApiError(501, str(error), "response_format", "unsupported") from error
+                raise ApiError(501, str(error), param, "unsupported") from error
         return self._grammars[model]
 
     async def events(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Heard]]:
@@ -182,7 +200,7 @@ class Service:
             ApiError: one cannot be served, or went wrong, or nobody listens to what comes.
         """
         heard = asyncio.Queue[tuple[int, Event]]()
-        sent = _Sent(self.scheduler, heard)
+        sent = _Sent(self.scheduler, self.metrics, self._mailbox(), heard)
         waits = [request.row > 0 and request.state is None for request in requests]
         try:
             await asyncio.to_thread(sent.submit, requests, [not wait for wait in waits])
@@ -192,7 +210,8 @@ class Service:
                 if isinstance(event, AnyMambaError):
                     raise event
                 yield place, event
-                left -= isinstance(event, State) or bool(getattr(event, "finish_reason", None))
+                is_last = isinstance(event, State | Embedding)
+                left -= is_last or bool(getattr(event, "finish_reason", None))
                 if any(waits) and isinstance(event, TokenOutput):
                     ids = requests[place].ids
                     due = [
@@ -206,13 +225,67 @@ class Service:
         finally:
             sent.cancel()
 
+    def _mailbox(self) -> _Mailbox:
+        """That of the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if self._mail is None or self._mail.loop is not loop:
+            self._mail = _Mailbox(loop)
+        return self._mail
+
+    def _gauges(self) -> Iterator[tuple[str, str, dict[str, float]]]:
+        """What there is at the moment, for `Metrics`."""
+        loads = {model: self.scheduler.load(model) for model in self.engines}
+        for name, says, values in (
+            ("num_requests_running", "Texts that are being written or read.", 0),
+            ("num_requests_waiting", "Requests that wait for their turn.", 1),
+        ):
+            yield f"vllm:{name}", says, {model: load[values] for model, load in loads.items()}
+        rows = self.settings.parallel
+        used = {model: running / rows for model, (running, _) in loads.items()}
+        yield "vllm:kv_cache_usage_perc", "Of the rows for texts, the share that is in use.", used
+        for name, says, value in (
+            ("prefix_cache_bytes", "Memory of states of texts that were read.", self._cache.nbytes),
+            ("prefix_cache_states", "How many such states there are.", len(self._cache)),
+            ("stored_state_bytes", "Memory of states that clients keep.", self.states.nbytes),
+        ):
+            yield f"anymamba:{name}", says, {"": value}
+
+
+class _Mailbox:
+    """Brings events from the scheduler's thread to an event loop: those of a step all at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._waiting: deque[tuple[asyncio.Queue[tuple[int, Event]], tuple[int, Event]]] = deque()
+        self._is_due = False
+
+    def put(self, heard: asyncio.Queue[tuple[int, Event]], event: tuple[int, Event]) -> None:
+        """Let a queue of the loop have an event soon."""
+        self._waiting.append((heard, event))
+        if not self._is_due:
+            self._is_due = True
+            self.loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._is_due = False  # what comes from now on is delivered here or the next time
+        while self._waiting:
+            heard, event = self._waiting.popleft()
+            heard.put_nowait(event)
+
 
 class _Sent:
     """The requests of one client that were submitted, and what is heard of them."""
 
-    def __init__(self, scheduler: Scheduler, heard: asyncio.Queue[tuple[int, Event]]) -> None:
-        self._scheduler, self._heard = scheduler, heard
-        self._loop = asyncio.get_running_loop()
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        mailbox: _Mailbox,
+        heard: asyncio.Queue[tuple[int, Event]],
+    ) -> None:
+        self._scheduler, self._metrics, self._heard = scheduler, metrics, heard
+        self._followed: list[Followed] = []
+        self._mailbox = mailbox
         self._submissions: list[Submission] = []
         self._is_over = False
 
@@ -220,8 +293,10 @@ class _Sent:
         """Submit those that are due. This takes a while, and so is not for the event loop."""
         for place, request in enumerate(requests):
             if due[place]:
-                submission = self._scheduler.submit(request, self._listener(place))
-                self._submissions.append(submission)
+                followed = self._metrics.follow(request)
+                listener = self._listener(place, followed)
+                self._submissions.append(self._scheduler.submit(request, listener))
+                self._followed.append(followed)
             if self._is_over:  # cancelled meanwhile
                 self.cancel()
                 return
@@ -231,14 +306,17 @@ class _Sent:
         self._is_over = True
         for submission in self._submissions:
             submission.cancel()
+        for followed in self._followed:
+            followed.end()
 
-    def _listener(self, place: int) -> Callable[[Event], object]:
+    def _listener(self, place: int, followed: Followed) -> Callable[[Event], object]:
         def hear(event: Event) -> None:
+            followed.hear(event)
             if self._heard.qsize() > _MOST_UNREAD:
                 error = OverloadError("the client reads too slowly: the answer was given up")
-                self._loop.call_soon_threadsafe(self._heard.put_nowait, (place, error))
+                self._mailbox.put(self._heard, (place, error))
                 raise error  # nothing more is told to a listener that fails
-            self._loop.call_soon_threadsafe(self._heard.put_nowait, (place, event))
+            self._mailbox.put(self._heard, (place, event))
 
         return hear
 

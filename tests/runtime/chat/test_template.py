@@ -3,6 +3,7 @@
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -10,7 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from anymamba.errors import CheckpointError, InputError, MissingDependencyError
 from anymamba.runtime.chat import template as chat_template
 from anymamba.runtime.chat.rendering import MOST_CHARACTERS, MOST_COPIES
-from anymamba.runtime.chat.template import render
+from anymamba.runtime.chat.template import Renderer, render
 from tests.support import processes
 
 CHAT = [
@@ -231,3 +232,84 @@ def test_a_jinja_with_a_broken_sandbox_is_refused(monkeypatch, version, safe):
             MissingDependencyError, match=rf"jinja2 is {version}, .* 3\.1\.6 or later"
         ):
             render("a", [], True, {})
+
+
+def kept_process(renderer):
+    [kept] = renderer._idle
+    return kept._process
+
+
+def test_a_process_is_kept_for_the_next_conversation():
+    renderer = Renderer("{{ messages[0].content }}{{ tools | length if tools else '' }}")
+    renderer.start()
+    first = kept_process(renderer)
+    for text in ("a", "b\n", "\u2028é😀"):
+        assert renderer.render([{"role": "user", "content": text}]) == text
+        assert kept_process(renderer) is first
+    assert renderer.render(CHAT, tools=[{}, {}]).endswith("2")
+    renderer.close()
+    assert first.poll() is not None
+    assert renderer.render(CHAT) == CHAT[0]["content"]  # it starts another
+    renderer.close()
+
+
+def test_one_that_died_is_replaced():
+    renderer = Renderer("{{ messages[0].content }}")
+    assert renderer.render(CHAT) == "Be brief."
+    kept_process(renderer).kill()
+    assert renderer.render(CHAT) == "Be brief."
+    renderer.close()
+
+
+def test_a_hostile_template_leaves_nothing_for_the_next_conversation(monkeypatch):
+    """Not in what it sees, and no process that took too long or too much."""
+    renderer = Renderer(
+        "{% set word = messages[0].content %}{% if word == 'loop' %}"
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+        "{% elif word == 'fill' %}{{ 'x' * 10 ** 11 }}{% endif %}"
+        "{% if seen is defined %}leaked{% endif %}{% set seen = word %}{{ word }}"
+    )
+
+    def ask(word):
+        return renderer.render([{"role": "user", "content": word}])
+
+    assert [ask("a"), ask("b")] == ["a", "b"]
+    first = kept_process(renderer)
+    monkeypatch.setattr(chat_template, "MOST_SECONDS", 1.0)
+    with pytest.raises(CheckpointError, match="takes longer than"):
+        ask("loop")
+    assert first.poll() is not None
+    assert renderer._idle == []
+    monkeypatch.undo()
+    assert ask("c") == "c"
+    if sys.platform.startswith("linux"):
+        second = kept_process(renderer)
+        with pytest.raises(CheckpointError, match="MB of memory"):
+            ask("fill")
+        assert second.poll() is not None
+        assert ask("d") == "d"
+    renderer.close()
+
+
+def test_threads_share_a_renderer(monkeypatch):
+    started = []
+    start = chat_template._Process.__init__
+    monkeypatch.setattr(
+        chat_template._Process, "__init__", lambda self: started.append(1) or start(self)
+    )
+    monkeypatch.setattr(chat_template, "_PATIENCE", 30.0)
+    renderer = Renderer("{{ messages[0].content }}")
+    with ThreadPoolExecutor(4) as threads:
+        texts = [str(number) for number in range(20)]
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        assert list(threads.map(renderer.render, chats)) == texts
+    assert len(renderer._idle) == len(started) == 1
+    renderer.close()
+
+
+def test_nobody_waits_long_for_a_slow_conversation(monkeypatch):
+    monkeypatch.setattr(chat_template, "_PATIENCE", 0.01)
+    renderer = Renderer("{{ messages[0].content }}")
+    renderer._busy = 1  # somebody else's, which never comes back
+    assert renderer.render(CHAT) == "Be brief."
+    renderer.close()

@@ -35,7 +35,7 @@ def generator(engine: Engine, ids: list[int], **chosen: Any) -> TokenGenerator:
 
 
 def empty(engine: Engine, rows: int = SLOTS) -> BatchState:
-    return BatchState.empty(engine._identity.sizes, rows)
+    return BatchState.empty(engine.identity.sizes, rows)
 
 
 def add(batch: Batch, engine: Engine, row: int, ids: list[int], **chosen: Any) -> None:
@@ -110,6 +110,25 @@ def test_a_long_prompt_does_not_hold_up_others(engine: Engine) -> None:
     add(batch, engine, 1, words(3 * LONG), max_new_tokens=2)
     steps = [[row for row, _ in batch.step()] for _ in range(5)]
     assert steps == [[0], [0], [0], [0, 1], [0, 1]]
+
+
+def test_short_prompts_do_not_wait_for_long_ones(engine: Engine) -> None:
+    """A step each at most, and the long one has every other step."""
+    batch = Batch(engine._network, empty(engine), chunk_tokens=8)
+    batch.add(0, np.arange(200) % 16, None)
+    batch.step()
+    for turn in range(1, 6):
+        batch.add(1, np.arange(5), None)
+        batch.add(2, np.arange(3), None)
+        first = [row for row, _ in batch.step()]
+        second = [row for row, _ in batch.step()]
+        assert sorted(first + second) == [1, 2]
+        assert batch.blocks.counts[0] == 8 * (turn + 1)
+        batch.blocks.counts[1:3] = 0
+    while batch.rows:
+        before = int(batch.blocks.counts[0])
+        batch.step()
+        assert batch.blocks.counts[0] == min(200, before + 8)
 
 
 def test_a_cancelled_row_is_free_at_once(engine: Engine) -> None:

@@ -185,6 +185,42 @@ def test_a_prompt_has_a_most_length(engine: Engine) -> None:
         Client(scheduler, words(9))
 
 
+def test_rows_hold_no_logits_of_others_steps(engine: Engine) -> None:
+    """Neither one whose text has ended, nor one whose prompt waits while others are read."""
+    with Scheduler({"m": engine}, rows=3, chunk_tokens=8) as scheduler:
+        assert Client(scheduler, [1, 2]).ids()
+        lane = scheduler._lanes["m"]
+        assert lane.batch.blocks.logits == [None] * 3
+    batch = engine.batch(3, 8)
+    prompts = [np.arange(20) % 16 for _ in range(3)]
+    for row, ids in enumerate(prompts):
+        batch.add(row, ids, None)
+    for _ in range(4):
+        batch.step()
+    held = [logits_v for logits_v in batch.blocks.logits if logits_v is not None]
+    assert held
+    assert all(logits_v.base is None for logits_v in held)
+
+
+def test_a_folder_counts_its_files_as_they_come_and_go(engine: Engine, tmp_path: Path) -> None:
+    folder = StateFolder(tmp_path, 1 << 30)
+    states = {count: engine.prefill(engine.state(), [1] * count) for count in (1, 2, 3)}
+    for count, state in states.items():
+        for text in "ab":
+            folder.write((count, text * 64), state)
+    folder.close()
+    assert folder.counts(engine.identity) == {1, 2, 3}
+    again = StateFolder(tmp_path, 1 << 30)
+    assert again.counts(engine.identity) == {1, 2, 3}
+    size = next(tmp_path.iterdir()).stat().st_size
+    small = StateFolder(tmp_path, 4 * size)
+    small.write((4, "c" * 64), engine.prefill(engine.state(), [1] * 4))
+    small.close()
+    left = {int(path.name.partition("-")[0]) for path in tmp_path.iterdir()}
+    assert small.counts(engine.identity) == left
+    assert small._nbytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
 def test_a_kept_state_holds_no_others_logits(engine: Engine) -> None:
     with Scheduler({"m": engine}, cache=(cache := PrefixCache(1 << 24))) as scheduler:
         for client in [Client(scheduler, words(5 + i)) for i in range(4)]:

@@ -119,14 +119,14 @@ def test_one_state_for_all_kinds_of_weights(folder: Path, state: State, tmp_path
 def test_the_digest_is_computed_when_it_is_needed_and_once(folder: Path, tmp_path: Path) -> None:
     engine = anymamba.load(folder)
     asked = 0
-    compute = engine._identity._compute_digest
+    compute = engine.identity._compute_digest
 
     def counted() -> str:
         nonlocal asked
         asked += 1
         return compute()
 
-    engine._identity._compute_digest = counted
+    engine.identity._compute_digest = counted
     state = engine.prefill(engine.state(), words(3))
     assert asked == 0
     state.save(tmp_path / "a.state")

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from anymamba.checkpoint.quantization import Tensor
 
 
-def merge_adapter(weights: Weights, adapter: Adapter, weight_type: str = "auto") -> Weights:
+def merge_adapter(
+    weights: Weights, adapter: Adapter, weight_type: str = "auto", shared: Weights | None = None
+) -> Weights:
     """Merge an adapter into a model's weights, and bring all of them into a storage.
 
     Args:
@@ -38,6 +40,8 @@ def merge_adapter(weights: Weights, adapter: Adapter, weight_type: str = "auto")
         adapter: what `read_adapter` returned.
         weight_type: one of `WEIGHT_TYPES`. By "auto" a merged matrix is stored as it was before:
             in its type, or rounded to as many bits in groups of the same size.
+        shared: the same weights in that storage, where they are in use already: what the adapter
+            leaves as it is takes no memory then.
 
     Returns:
         Weights in which the adapted matrices are copies. Their digest is another, so that a
@@ -74,12 +78,13 @@ def merge_adapter(weights: Weights, adapter: Adapter, weight_type: str = "auto")
         tensors[HEAD] = tensors[EMBEDDINGS]
         config["tie_word_embeddings"] = False
     result: dict[str, Tensor] = {}
+    known = {} if shared is None else shared.tensors
     for name, tensor in tensors.items():
         if (change := adapter.changes.get(name)) is not None:
             wide = merged(as_float32(tensor), change, name)
             result[name] = _stored(name, wide, tensor, weight_type)
-        elif weight_type == "auto":
-            result[name] = tensor
+        elif weight_type == "auto" or name in known:
+            result[name] = known.get(name, tensor)
         else:
             result |= to_weight_type({name: tensor}, weight_type)
 

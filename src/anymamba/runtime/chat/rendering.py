@@ -1,15 +1,18 @@
 """The program that runs a chat template, in a process of its own with little memory.
 
-`template` starts it, gives it a request, reads a reply, and ends it where it takes too long.
+`template` starts it, gives it requests, a line each, reads a reply to each, and ends it where one
+takes too long.
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -27,6 +30,9 @@ MOST_COPIES = 4
 
 _MOST_REASON = 1000
 
+_LAST_SECONDS = 60
+"""When a request ends the process by itself, should nobody be there any more to end it."""
+
 # What Python raises in a template that adds a number to a text, and the like.
 _PROGRAM_ERRORS = (
     ArithmeticError,
@@ -39,14 +45,26 @@ _PROGRAM_ERRORS = (
 
 
 def main() -> None:
-    """Read a request from standard input, and write the reply to standard output."""
-    request = json.load(sys.stdin)
+    """Reply to each line of standard input by one of standard output, as far as memory goes."""
     _limit_memory()
-    try:
-        reply = answer(request)
-    except MemoryError:
-        reply = {"fails": f"it needs more than {MOST_MEGABYTES} MB of memory"}
-    json.dump(reply, sys.stdout)
+    for line in sys.stdin.buffer:
+        _limit_time(_LAST_SECONDS)
+        try:
+            reply = answer(json.loads(line))
+        except MemoryError:
+            reply = {"fails": f"it needs more than {MOST_MEGABYTES} MB of memory", "memory": ""}
+        except RecursionError:
+            reply = {"fails": "the messages are nested too deeply"}
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+        _limit_time(0)
+        if "memory" in reply:  # what is left of it is anybody's guess
+            return
+
+
+def _limit_time(seconds: int) -> None:
+    if hasattr(signal, "alarm"):  # not on Windows
+        signal.alarm(seconds)
 
 
 def _limit_memory() -> None:
@@ -84,19 +102,25 @@ def answer(request: Mapping[str, Any]) -> dict[str, str]:
         return {"refuses": str(error)[:_MOST_REASON]}
     except (TemplateError, *_PROGRAM_ERRORS) as error:
         return {"fails": str(error)[:_MOST_REASON]}
-    given = sum(
-        len(value) for message in request["names"].get("messages", ()) for value in message.values()
-    )
-    most = MOST_CHARACTERS + MOST_COPIES * given
+    most = MOST_CHARACTERS + MOST_COPIES * _given(request["names"])
     if len(text) > most:
         return {"fails": f"it makes a text of {len(text)} characters, more than {most}"}
     return {"text": text}
+
+
+def _given(names: Mapping[str, Any]) -> int:
+    """How many characters the template was given to write down."""
+    values = [value for message in names.get("messages", ()) for value in message.values()]
+    texts = (value if isinstance(value, str) else json.dumps(value) for value in values)
+    tools = names.get("tools")
+    return sum(map(len, texts)) + (len(json.dumps(tools)) if tools else 0)
 
 
 class _Refused(Exception):
     """What a template raises on purpose."""
 
 
+@lru_cache(maxsize=1)  # a process is asked for one template
 def _compiled(source: str) -> Template:
     from jinja2 import nodes
     from jinja2.ext import Extension, loopcontrols

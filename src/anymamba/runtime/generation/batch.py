@@ -7,7 +7,7 @@ choose their next token. Rows of the memory are used where they lie.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -15,26 +15,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anymamba.errors import InputError, StateError
+from anymamba.runtime.generation.pooling import Pooling
+from anymamba.runtime.generation.prompt_scores import PromptScores
 from anymamba.runtime.generation.token_generator import TokenGenerator, TokenOutput
 from anymamba.runtime.network import CHUNK_TOKENS, Network
-from anymamba.runtime.prefill import next_parts
+from anymamba.runtime.prefill import most_with_logits, next_parts
 from anymamba.runtime.state import BatchState
+
+_EMBEDDED_ROWS = 16
+"""How many texts become vectors side by side: short ones share a call of the core."""
 
 
 @dataclass
 class _Text:
     """A text that is being written, and what it reads before it chooses its next token."""
 
-    generator: TokenGenerator | None
+    generator: TokenGenerator | Pooling | None
     unread: NDArray[np.int64]
     pauses: list[int]
     goes_on: bool
+    scores: PromptScores | None = None
     has_chosen: bool = False
 
 
-Outcome: TypeAlias = TokenOutput | Exception | None
-"""What a step brings a text: a token; None for one that had only to read, and has; or why its next
-token could not be chosen."""
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The vector (d,) of a text."""
+
+    vector_d: NDArray[np.float32]
+
+
+Outcome: TypeAlias = TokenOutput | Embedding | Exception | None
+"""What a step brings a text: a token; the vector of one that becomes a vector; None for one that
+had only to read, and has; or why its next token could not be chosen."""
 
 
 class Batch:
@@ -64,6 +77,7 @@ class Batch:
         self._network = network
         self._chunk_tokens = chunk_tokens
         self._texts: dict[int, _Text] = {}
+        self._is_short_turn = False
 
     @property
     def rows(self) -> list[int]:
@@ -82,28 +96,34 @@ class Batch:
         self,
         row: int,
         ids: NDArray[np.int64],
-        generator: TokenGenerator | None,
+        generator: TokenGenerator | Pooling | None,
         pauses: Collection[int] = (),
+        scores: PromptScores | None = None,
     ) -> None:
         """Let a row write, from what its memory holds on.
 
         Args:
             row: one that writes no text.
             ids: (l,) what it reads first; nothing, where its logits are there already.
-            generator: chooses its tokens; None for a text that is only read.
+            generator: chooses its tokens; a pooling for a text that becomes a vector; None for
+                one that is only read.
             pauses: counts of tokens of `ids` after which a step ends, so that the row's memory can
                 be copied as it is there.
+            scores: gets the log-probabilities of the tokens of `ids`, which takes longer.
 
         Raises:
-            InputError: the row writes already or is not in the batch, or a token is not in the
-                vocabulary.
+            InputError: the row writes already or is not in the batch, a token is not in the
+                vocabulary, or there is none to make a vector of.
         """
         if row in self._texts or not 0 <= row < self.blocks.rows:
             state = "writes a text already" if row in self._texts else "is not there"
             raise InputError(f"row {row} {state}, expected a free one of {self.blocks.rows}")
         self.check_tokens(ids)
         left = sorted(ids.size - pause for pause in pauses if 0 < pause < ids.size)
-        self._texts[row] = _Text(generator, ids, left, goes_on=bool(self.blocks.counts[row]))
+        if isinstance(generator, Pooling) and not ids.size:
+            raise InputError("there is no text to make a vector of: give one token or more")
+        goes_on = bool(self.blocks.counts[row])
+        self._texts[row] = _Text(generator, ids, left, goes_on, scores)
 
     def step(self) -> list[tuple[int, Outcome]]:
         """Advance all texts by one call of the core.
@@ -127,15 +147,59 @@ class Batch:
         ]
         parts = {row: text.unread for row, text in self._texts.items() if text.has_chosen}
         if prompts:
-            left = [self._until_pause(self._texts[row]) for row in prompts]
-            parts |= zip(prompts, next_parts(left, self._chunk_tokens), strict=True)
-        self._network.advance(self.blocks, [*parts], [*parts.values()])
+            parts |= self._prompt_parts(prompts)
+        pooled = {row: ids for row, ids in parts.items() if self._pooling(row) is not None}
+        scored = [row for row in prompts if self._texts[row].scores is not None]
+        others = {row: ids for row, ids in parts.items() if row not in pooled and row not in scored}
+        self._network.advance(self.blocks, [*others], [*others.values()])
+        if pooled:
+            self._pool(pooled)
+        for row in scored:
+            parts[row] = self._score(row, parts[row])
         for row, part in parts.items():
             text = self._texts[row]
             text.unread = text.unread[part.size :]
         for row in prompts:
             if self._texts[row].unread.size and parts[row].size:
                 self._texts[row] = self._texts.pop(row)  # next time others come first
+                if (logits_v := self.blocks.logits[row]) is not None:
+                    # It may wait for many steps, and would keep the logits of all others in this.
+                    self.blocks.logits[row] = logits_v.copy()
+
+    def _prompt_parts(self, prompts: Sequence[int]) -> dict[int, NDArray[np.int64]]:
+        """What is read of prompts. Short ones come first in every other step, and alone.
+
+        So their first tokens wait for a step that runs, and not for a long prompt's next one, which
+        still has half of the steps at least.
+        """
+        texts = {row: self._texts[row] for row in prompts}
+        nothing = {row: text.unread[:0] for row, text in texts.items()}
+        short = [row for row, text in texts.items() if text.unread.size <= self._chunk_tokens]
+        self._is_short_turn = not self._is_short_turn and 0 < len(short) < len(prompts)
+        if self._is_short_turn:
+            prompts = sorted(short, key=lambda row: texts[row].unread.size)
+        left = [self._until_pause(texts[row]) for row in prompts]
+        return nothing | dict(zip(prompts, next_parts(left, self._chunk_tokens), strict=True))
+
+    def _pooling(self, row: int) -> Pooling | None:
+        generator = self._texts[row].generator
+        return generator if isinstance(generator, Pooling) else None
+
+    def _pool(self, parts: Mapping[int, NDArray[np.int64]]) -> None:
+        """Let texts that become vectors read their parts."""
+        hidden = self._network.read_hidden(self.blocks, [*parts], [*parts.values()])
+        for row, hidden_ld in zip(parts, hidden, strict=True):
+            pooling = self._pooling(row)
+            if pooling is not None and len(hidden_ld):
+                pooling.add(hidden_ld)
+
+    def _score(self, row: int, part: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Let a text read a part, and find how likely its tokens are; return what it has read."""
+        part, scores = part[: most_with_logits(self._network)], self._texts[row].scores
+        if part.size and scores is not None:
+            before_v = self.blocks.logits[row]
+            scores.add(before_v, part, self._network.read_all(self.blocks, part, row))
+        return part
 
     def _until_pause(self, text: _Text) -> NDArray[np.int64]:
         """What a text may read before its next pause."""
@@ -145,6 +209,11 @@ class Batch:
 
     def _choose(self, row: int, text: _Text) -> Outcome:
         try:
+            if isinstance(text.generator, Pooling):
+                vector_d = text.generator.vector()
+                self._network.check_numbers(np.abs(vector_d))
+                self.cancel(row)
+                return Embedding(vector_d)
             self._check_numbers(row, text)
             piece = None if text.generator is None else self._write(row, text.generator)
         except Exception as error:  # of this text, or of its constraint: the others go on
@@ -226,8 +295,44 @@ def write_batch(
     return pieces
 
 
+def embed_batch(
+    network: Network,
+    sizes: Mapping[str, str | int],
+    texts: Sequence[NDArray[np.int64]],
+    pooling: str,
+    normalize: bool,
+) -> NDArray[np.float32]:
+    """Make a vector of each text, some of them side by side.
+
+    Args:
+        network: the model.
+        sizes: its `state_identity`.
+        texts: their tokens.
+        pooling, normalize: as `Pooling` has them.
+
+    Returns:
+        (b, d) float32.
+
+    Raises:
+        InputError: a text is empty, or there is no such pooling or token.
+    """
+    rows = max(1, min(len(texts), _EMBEDDED_ROWS))
+    vectors_bd = np.empty((len(texts), network.width), np.float32)
+    for at in range(0, len(texts), rows):
+        batch = Batch(network, BatchState.empty(sizes, rows))
+        for row, ids in enumerate(texts[at : at + rows]):
+            batch.add(row, ids, Pooling(pooling, normalize))
+        while batch.rows:
+            for row, outcome in batch.step():
+                if isinstance(outcome, Exception):
+                    raise outcome
+                assert isinstance(outcome, Embedding)
+                vectors_bd[at + row] = outcome.vector_d
+    return vectors_bd
+
+
 def _token(outcome: Outcome) -> TokenOutput:
     if isinstance(outcome, Exception):
         raise outcome
-    assert outcome is not None
+    assert isinstance(outcome, TokenOutput)
     return outcome

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 MOST_CHARACTERS = 100_000
 """How long a schema may be."""
 
+MOST_GRAMMAR = 2 * MOST_CHARACTERS
+"""How long a grammar may be, with all schemas in it."""
+
 
 class Grammars:
     """Makes constraints for `Sampling` of forms that a text is to have.
@@ -84,19 +87,37 @@ class Grammars:
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=options)
         except (ValueError, RecursionError) as error:
             raise InputError(f"the JSON schema cannot be enforced: {str(error)[:500]}") from None
-        constraint = Constraint(self._matcher(grammar), self._vocabulary)
-        constraint.fresh()(())  # what is too much for the limits shows here
-        return constraint
+        return self._constraint(grammar, "JSON schema")
 
-    def _matcher(self, grammar: str) -> Any:
+    def lark(self, grammar: str) -> Constraint:
+        """A constraint to what a grammar in llguidance's variant of Lark describes.
+
+        Raises:
+            InputError: it is no grammar, or is too large.
+        """
+        from llguidance import LLMatcher
+
+        if len(grammar) > MOST_GRAMMAR:
+            message = f"it has {len(grammar)} characters, more than {MOST_GRAMMAR}"
+            raise InputError(f"the grammar cannot be enforced: {message}")
+        return self._constraint(LLMatcher.grammar_from_lark(grammar), "grammar")
+
+    def special_token(self, text: str) -> str | None:
+        """A special token as such a grammar names it, or None where the text is not one."""
+        found = self._tokenizer.token_to_id(text)
+        added = self._tokenizer.get_added_tokens_decoder() if found is not None else {}
+        return text if found in added and added[found].special else None
+
+    def _constraint(self, grammar: str, kind: str) -> Constraint:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._known_tokens, grammar, log_level=0, limits=self._limits())
         if matcher.is_error():
-            raise InputError(
-                f"the JSON schema cannot be enforced: {str(matcher.get_error()).strip()[:500]}"
-            )
-        return matcher
+            reason = str(matcher.get_error()).strip()[:500]
+            raise InputError(f"the {kind} cannot be enforced: {reason}")
+        constraint = Constraint(matcher, self._vocabulary)
+        constraint.fresh()(())  # what is too much for the limits shows here
+        return constraint
 
     @staticmethod
     def _limits() -> Any:

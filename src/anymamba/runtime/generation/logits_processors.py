@@ -202,6 +202,23 @@ def log_normalizer(scores_c: Scores) -> np.float32:
     return np.float32(largest + np.log(np.exp(scores_c - largest).sum()))
 
 
+def likeliest(
+    logits_v: Scores, normalizer: np.float32, count: int
+) -> tuple[tuple[int, float], ...]:
+    """The likeliest tokens and their log-probabilities, of equals those with lower numbers first.
+
+    Example:
+        >>> likeliest(np.float32([0, 2, 2]), np.float32(2), 2)
+        ((1, 0.0), (2, 0.0))
+    """
+    if count == 0:
+        return ()
+    ids_c = np.flatnonzero(keep_top_k(logits_v, count))
+    ids_c = ids_c[np.argsort(-logits_v[ids_c], kind="stable")][:count]
+    logprobs_c = logits_v[ids_c] - normalizer
+    return tuple(zip(ids_c.tolist(), logprobs_c.tolist(), strict=True))
+
+
 def _probabilities(scores_c: Scores) -> Scores:
     weights_c: Scores = np.exp(scores_c - scores_c.max())
     weights_c /= weights_c.sum()

@@ -24,6 +24,7 @@ from anymamba.runtime.generation.logits_processors import (
     keep_top_k,
     keep_top_p,
     keep_typical,
+    likeliest,
     log_normalizer,
     penalize_presence_and_frequency,
     penalize_repetition,
@@ -228,14 +229,7 @@ class Sampler:
             return Sampled(chosen)
         normalizer = log_normalizer(logits_v)
         logprob = float(logits_v[chosen] - normalizer)
-        if wanted == 0:
-            return Sampled(chosen, logprob)
-        ids_c = np.flatnonzero(keep_top_k(logits_v, wanted))
-        ids_c = ids_c[np.argsort(-logits_v[ids_c], kind="stable")][:wanted]
-        logprobs_c = logits_v[ids_c] - normalizer
-        return Sampled(
-            chosen, logprob, tuple(zip(ids_c.tolist(), logprobs_c.tolist(), strict=True))
-        )
+        return Sampled(chosen, logprob, likeliest(logits_v, normalizer, wanted))
 
 
 def _rules(sampling: Sampling) -> list[tuple[Callable[[Any, Any], NDArray[np.bool_]], float]]:

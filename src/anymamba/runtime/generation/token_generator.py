@@ -33,6 +33,7 @@ class TokenOutput:
         logprob: its log-probability, if the settings ask for it.
         top_logprobs: the likeliest tokens and theirs, if the settings ask for them.
         finish_reason: on the last piece, what ended the text.
+        stop_string: on the last piece, the stop string that ended it, if one did.
     """
 
     text: str
@@ -40,6 +41,7 @@ class TokenOutput:
     logprob: float | None = None
     top_logprobs: TopLogprobs = ()
     finish_reason: FinishReason | None = None
+    stop_string: str | None = None
 
     @property
     def stopped_by(self) -> str | None:
@@ -132,4 +134,11 @@ class TokenGenerator:
             text += self._stream.finish()
         if self._stream.stop_string is not None:  # finishing may show one too
             self.finish_reason = "stop"
-        return TokenOutput(text, (chosen.id,), chosen.logprob, chosen.top, self.finish_reason)
+        return TokenOutput(
+            text,
+            (chosen.id,),
+            chosen.logprob,
+            chosen.top,
+            self.finish_reason,
+            self._stream.stop_string,
+        )

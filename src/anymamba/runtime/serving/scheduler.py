@@ -12,102 +12,20 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from anymamba.errors import AnyMambaError, InputError, OverloadError
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import Sampling, TokenGenerator, TokenOutput
+from anymamba.runtime.generation import Pooling, TokenGenerator, TokenOutput
 from anymamba.runtime.generation.batch import Outcome
-from anymamba.runtime.serving.prefix_cache import Found, Key, PrefixCache, TokenHash
+from anymamba.runtime.serving.prefix_cache import Found, PrefixCache
+from anymamba.runtime.serving.request import Event, Listener, Request, Started, Submission
 from anymamba.runtime.state import State
 
 _LOGGER = logging.getLogger("anymamba.server")
 _CLOSING = "the server is shutting down: try another server, or try again later"
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a client wants.
-
-    Args:
-        ids: the text's tokens; with `state` those behind what it has read.
-        sampling: how it is continued; None where it is only to be read.
-        model: which of the scheduler's engines, by name.
-        client: whose turn it is. One with a name may take half of the queue.
-        state: what was read before. It stays as it is.
-        keep_at: counts of tokens of `ids` after which the state is worth keeping, such as the end
-            of a chat's instructions. The ends of the prompt and of the answer are kept in any case.
-        row: which of several answers to one prompt this is; it draws with the seed `seed + row`.
-    """
-
-    ids: NDArray[np.int64]
-    sampling: Sampling | None
-    model: str
-    client: str = ""
-    state: State | None = None
-    keep_at: Sequence[int] = ()
-    row: int = 0
-
-
-@dataclass(frozen=True)
-class Started:
-    """A request got a row.
-
-    Args:
-        cached_tokens: how many tokens need not be read again.
-        miss: why no more were, as `Found` has it; None where nothing was missing or asked.
-    """
-
-    cached_tokens: int
-    miss: str | None
-
-
-Event: TypeAlias = Started | TokenOutput | State | AnyMambaError
-"""What comes of a request: that it started, its tokens, of a text that is only read its state, or
-what went wrong. The last token has a finish reason; after it, a state or an error no more events
-come."""
-
-Listener: TypeAlias = Callable[[Event], object]
-
-
-@dataclass(eq=False)
-class Submission:
-    """A request on its way. `cancel` ends it, from any thread, within a step."""
-
-    request: Request
-    listener: Listener
-    generator: TokenGenerator | None
-    answer: list[int] = field(default_factory=list)
-    keep_at: set[int] = field(default_factory=set)
-    cancelled: bool = False
-    _read: TokenHash = field(default_factory=TokenHash)
-
-    def cancel(self) -> None:
-        """End it: its row is free after the step that runs now, and no more events come."""
-        self.cancelled = True
-
-    def key_after(self, count: int) -> Key:
-        """The key of the text's first tokens, so many; never fewer than the last time."""
-        prompt, start = self.request.ids, self._read.count
-        self._read.add(prompt[start:count])
-        if count > prompt.size:
-            new = self.answer[self._read.count - prompt.size : count - prompt.size]
-            self._read.add(np.array(new, np.int64))
-        return self._read.key
-
-    def tell(self, event: Event) -> None:
-        """Let the listener know, unless nobody listens any more."""
-        if self.cancelled:
-            return
-        try:
-            self.listener(event)
-        except Exception:  # a client that is gone may not end the others'
-            self.cancelled = True
 
 
 class _Lane:
@@ -141,6 +59,7 @@ class _Lane:
         if row in self.batch.rows:
             self.batch.cancel(row)
         del self.running[row]
+        self.batch.blocks.logits[row] = None  # a view of the whole step's
         self.free.append(row)
 
 
@@ -162,6 +81,7 @@ class Scheduler:
 
     Example:
         >>> import anymamba, queue
+        >>> from anymamba import Sampling
         >>> engine, events = anymamba.load(), queue.Queue()
         >>> with Scheduler({"bundled": engine}) as scheduler:
         ...     ids, sampling = engine.prompt_ids("ROMEO:"), Sampling(max_new_tokens=1)
@@ -219,6 +139,13 @@ class Scheduler:
         """How many texts are being written or read."""
         return sum(len(lane.running) for lane in self._lanes.values())
 
+    def load(self, model: str) -> tuple[int, int]:
+        """How many texts of a model are written or read, and how many requests wait for it."""
+        with self._condition:
+            waiting = [s for submissions in self._waiting.values() for s in submissions]
+        running = len(self._lanes[model].running)
+        return running, sum(submission.request.model == model for submission in waiting)
+
     @property
     def failure(self) -> str | None:
         """Why nothing is served any more; None while all is well."""
@@ -251,7 +178,7 @@ class Scheduler:
             )
         if not ids.size and (state is None or state.logits is None):
             raise InputError("there is no token to continue from: give a text of one token or more")
-        generator = None
+        generator: TokenGenerator | Pooling | None = request.pooling
         if request.sampling is not None:
             generator = engine.token_generator(ids, request.sampling, request.row)
         submission = Submission(request, listener, generator)
@@ -360,11 +287,13 @@ class Scheduler:
     def _begin(self, lane: _Lane, row: int, submission: Submission) -> Started:
         """Copy what is known of the text into its row, and let it read the rest."""
         request = submission.request
-        if request.state is not None or self._cache is None:
+        if request.state is not None or request.pooling is not None or self._cache is None:
             lane.restore(row, request.state)
-            lane.batch.add(row, request.ids, submission.generator)
+            lane.batch.add(row, request.ids, submission.generator, (), request.scores)
             return Started(0, None)
-        found = self._find(self._cache, lane, request)
+        found = Found(None, 0, None)
+        if request.scores is None:
+            found = self._find(self._cache, lane, request)
         lane.restore(row, found.state)
         count, at = request.ids.size, self._snapshot_tokens
         snapshots = {at << i for i in range((count // at).bit_length())}
@@ -372,7 +301,8 @@ class Scheduler:
             at for at in {*snapshots, *request.keep_at, count} if found.count < at <= count
         }
         pauses = [at - found.count for at in submission.keep_at]
-        lane.batch.add(row, request.ids[found.count :], submission.generator, pauses)
+        ids = request.ids[found.count :]
+        lane.batch.add(row, ids, submission.generator, pauses, request.scores)
         return Started(found.count, found.miss)
 
     def _find(self, cache: PrefixCache, lane: _Lane, request: Request) -> Found:
@@ -392,20 +322,27 @@ class Scheduler:
                 lane.release(row)
                 submission.tell(_as_told(error))
             return
-        for row, submission in lane.running.items():
-            if lane.count(row) in submission.keep_at:
-                submission.keep_at.remove(lane.count(row))
-                self._keep(lane, row, submission)
+        going_on = set(lane.batch.rows)
         for row, outcome in outcomes:
             submission = lane.running[row]
             if isinstance(outcome, TokenOutput):
                 submission.answer += outcome.ids
-                if outcome.finish_reason is not None:
+            if row in going_on:
+                submission.tell(self._event(lane, row, outcome))
+        kept = set()  # clients have their tokens before states are copied
+        for row, submission in lane.running.items():
+            if lane.count(row) in submission.keep_at:
+                submission.keep_at.remove(lane.count(row))
+                self._keep(lane, row, submission)
+                kept.add(row)
+        for row, outcome in outcomes:
+            if row not in going_on:
+                submission = lane.running[row]
+                if isinstance(outcome, TokenOutput) and row not in kept:
                     self._keep(lane, row, submission)
-            event = self._event(lane, row, outcome)
-            if row not in lane.batch.rows:
+                event = self._event(lane, row, outcome)
                 lane.release(row)
-            submission.tell(event)
+                submission.tell(event)
 
     def _event(self, lane: _Lane, row: int, outcome: Outcome) -> Event:
         """What a text's client hears of what a step brought."""

@@ -13,6 +13,7 @@ import queue
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -63,6 +64,8 @@ class StateFolder:
         self._on_error = on_error or _Log()
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}  # by name, the least recently used first
+        self._nbytes = 0  # of all of them
+        self._counts: dict[str, Counter[int]] = {}  # by model, how many files of each length
         self._find_files()
         self._waiting: queue.Queue[tuple[str, State] | None] = queue.Queue(_MOST_WAITING)
         self._writer = threading.Thread(target=self._write_all, name="states", daemon=True)
@@ -71,9 +74,7 @@ class StateFolder:
     def counts(self, identity: Identity) -> set[int]:
         """How many tokens the states have that this model may go on from."""
         with self._lock:
-            found = [_NAME.fullmatch(name) for name in self._sizes]
-        model = _model_of(identity)
-        return {int(match[1]) for match in found if match is not None and match[3] == model}
+            return set(self._counts.get(_model_of(identity), ()))
 
     def read(self, key: tuple[int, str], identity: Identity) -> State | None:
         """The state of a text, or None where there is none.
@@ -127,7 +128,8 @@ class StateFolder:
             raise CheckpointError(
                 f"the cache's folder {str(self.path)!r} cannot be used: {error.strerror}"
             ) from error
-        self._sizes = {name: size for _, size, name in sorted(stats)}
+        for _, size, name in sorted(stats):
+            self._add(name, size)
 
     def _write_all(self) -> None:
         while (item := self._waiting.get()) is not None:
@@ -140,22 +142,38 @@ class StateFolder:
         state.save(self.path / name)
         size = (self.path / name).stat().st_size
         with self._lock:
-            self._sizes[name] = size
+            self._forget(name)
+            self._add(name, size)
         self._stay_within_budget()
 
     def _stay_within_budget(self) -> None:
         while True:
             with self._lock:
-                if sum(self._sizes.values()) <= self.most_bytes:
+                if self._nbytes <= self.most_bytes:
                     return
                 oldest = next(iter(self._sizes))
             self._remove(oldest)
 
     def _remove(self, name: str) -> None:
         with self._lock:
-            self._sizes.pop(name, None)
+            self._forget(name)
         with suppress(OSError):  # it may be gone, or not be ours to remove
             (self.path / name).unlink()
+
+    def _add(self, name: str, size: int) -> None:
+        count, model = _count_and_model(name)
+        self._sizes[name] = size
+        self._nbytes += size
+        self._counts.setdefault(model, Counter())[count] += 1
+
+    def _forget(self, name: str) -> None:
+        if name not in self._sizes:
+            return
+        count, model = _count_and_model(name)
+        self._nbytes -= self._sizes.pop(name)
+        self._counts[model][count] -= 1
+        if not self._counts[model][count]:
+            del self._counts[model][count]
 
 
 class _Log:
@@ -173,6 +191,13 @@ class _Log:
 def _name_of(key: tuple[int, str], identity: Identity) -> str:
     count, tokens = key
     return f"{count}-{tokens}-{_model_of(identity)}.safetensors"
+
+
+def _count_and_model(name: str) -> tuple[int, str]:
+    """What a file's name says of it."""
+    found = _NAME.fullmatch(name)
+    assert found is not None
+    return int(found[1]), found[3]
 
 
 def _model_of(identity: Identity) -> str:

@@ -3,50 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from anymamba.errors import AnyMambaError, InputError
 from anymamba.runtime.chat.model_template import Message
-from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import Sampling, TokenOutput
-from anymamba.runtime.serving import Request
-from anymamba.server.errors import ApiError, as_api_error
+from anymamba.runtime.chat.tool_grammar import ToolUse
+from anymamba.runtime.chat.tools import Tool
+from anymamba.runtime.generation import TokenOutput
+from anymamba.server.answers import Answers
+from anymamba.server.chats.deltas import Delta, Said, collect, deltas, new_id
+from anymamba.server.chats.tool_fields import (
+    MOST_TOOLS,
+    arguments_of,
+    call_of,
+    name_of,
+    tool_of,
+    tool_use,
+    with_names,
+)
+from anymamba.server.chats.turn import MOST_MESSAGES, Turn, answer
+from anymamba.server.errors import ApiError
 from anymamba.server.fields import Fields, read_fields
 from anymamba.server.openai import logprobs
-from anymamba.server.openai.answers import FINISH_REASONS, Answers
 from anymamba.server.openai.sampling import (
+    FINISH_REASONS,
     MOST_CHOICES,
-    check_size,
-    constrained,
-    for_row,
     sampling_of,
+    schema_of,
     streaming_of,
+    usage_body,
 )
+from anymamba.server.sampling import check_size, enforced
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
 
-MOST_MESSAGES = 10_000
-_ROLES = ("system", "developer", "user", "assistant")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    model: str
-    engine: Engine
-    messages: list[Message]
-    n: int
-    sampling: Sampling
+    turn: Turn
     streams: bool
     with_usage: bool
-    client: str
 
 
 async def chat_completions(http: HttpRequest) -> Response:
@@ -54,63 +56,14 @@ async def chat_completions(http: HttpRequest) -> Response:
     service: Service = http.app.state.service
     fields = await read_fields(http, service.settings.body_bytes)
     wanted = await asyncio.to_thread(_read, fields, service)  # long texts, large schemas
-    ids, keep_at = await asyncio.to_thread(prompt_of, service, wanted.model, wanted.messages)
-    requests = [
-        Request(
-            ids, for_row(wanted.sampling), wanted.model, wanted.client, keep_at=keep_at, row=row
-        )
-        for row in range(wanted.n)
-    ]
-    answers = Answers(service, requests)
-    headers = await unless_gone(http, answers.start())
+    turn = wanted.turn
+    answers, headers = await answer(http, service, turn)
     if wanted.streams:
         return stream(_chunks(wanted, answers), headers)
-    pieces = await unless_gone(http, answers.collect())
-    choices = [_choice(wanted, place, found) for place, found in enumerate(pieces)]
-    body = _body(wanted, answers, "chat.completion", choices) | {"usage": answers.usage.body()}
+    said = await unless_gone(http, collect(turn, answers))
+    choices = [_choice(turn, place, found) for place, found in enumerate(said)]
+    body = _body(turn, answers, "chat.completion", choices) | {"usage": usage_body(answers.usage)}
     return JSONResponse(body, headers=headers)
-
-
-def prompt_of(
-    service: Service, model: str, messages: Sequence[Message]
-) -> tuple[NDArray[np.int64], list[int]]:
-    """A conversation as tokens, up to where the answer begins.
-
-    Returns:
-        The tokens; and after how many of them the instructions end, with which other conversations
-        may begin too.
-
-    Raises:
-        ApiError: the model has no chat template, or it refuses the messages.
-    """
-    template = service.templates.get(model)
-    if template is None:
-        raise ApiError(
-            400,
-            f"model {model!r} has no chat template, so that nobody knows how it writes a "
-            "conversation: use /v1/completions",
-            "model",
-            "no_chat_template",
-        )
-    try:
-        text = template.render(messages)
-        # A template writes what special tokens there are to be.
-        ids = service.engines[model].tokenize(text, special=False)
-    except AnyMambaError as error:
-        param = "messages" if isinstance(error, InputError) else None
-        raise ApiError(as_api_error(error).status, str(error), param) from error
-    if not ids:
-        raise ApiError(400, "the messages make no text: say something in one of them", "messages")
-    instructions = _instructions(text, messages)
-    begin = service.engines[model].tokenize(instructions, special=False) if instructions else []
-    return np.array(ids, np.int64), [len(begin)] if begin and ids[: len(begin)] == begin else []
-
-
-def _instructions(text: str, messages: Sequence[Message]) -> str:
-    """A conversation's text up to where what the system says first ends, as far as that shows."""
-    leading = list(takewhile(lambda message: message["role"] == "system", messages))
-    said = leading[-1]["content"].strip() if leading else ""
-    return text[: text.find(said) + len(said)] if said in text else ""
 
 
 def _read(fields: Fields, service: Service) -> _Wanted:
@@ -120,6 +73,7 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     messages = [_message(message) for message in fields.objects("messages", MOST_MESSAGES)]
     if not messages:
         raise fields.refuse("messages", [], "one message or more")
+    messages = with_names(messages, "messages")
     n = fields.integer("n", 1, MOST_CHOICES, 1) or 1
     has_logprobs, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, 20)
     if top is not None and not has_logprobs:
@@ -128,71 +82,163 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     most = fields.integer("max_completion_tokens", 1, service.settings.most_tokens, older) or 1024
     sampling = sampling_of(fields, most, (top or 0) if has_logprobs else None)
     check_size(service.settings.most_tokens, n, sampling)
-    if (form := fields.inner("response_format")) is not None:
-        sampling = constrained(sampling, form, service.grammars(model))
+    tools = _tools(fields)
+    schema = schema_of(fields.inner("response_format"))
+    sampling = enforced(service, model, sampling, schema, tools)
     streams, with_usage = streaming_of(fields)
     fields.only("modalities", ["text"], "the models read and write text")
-    fields.only("store", False, "nothing is stored")
+    fields.only("store", False, "nothing is stored here, only by /v1/responses")
     client = fields.text("safety_identifier") or fields.text("user") or ""
     fields.done()
-    return _Wanted(model, engine, messages, n, sampling, streams, with_usage, client)
+    turn = Turn(model, engine, messages, sampling, tools, n, client)
+    return _Wanted(turn, streams, with_usage)
 
 
 def _message(fields: Fields) -> Message:
-    """A message as templates take it: a role and a text."""
+    """A message as templates take it: a role, a text, and calls of tools."""
     fields.require("role", "who says it")
     role = fields.choice("role", _ROLES) or ""
-    given = fields.take("content", "")
-    parts = given if isinstance(given, list) else [{"type": "text", "text": given}]
-    texts = []
-    for part in parts:
-        is_text = isinstance(part, dict) and part.get("type") == "text"
-        if not is_text or not isinstance(part.get("text"), str):
-            raise fields.refuse("content", part, "a text, or a list of parts of type text")
-        texts.append(part["text"])
+    message: Message = {"role": "system" if role == "developer" else role}
+    message["content"] = text_of(fields, "content", ("text",))
     fields.take("name")  # templates that know names are rare, and OpenAI's models ignore it too
+    if role == "assistant":
+        fields.only("refusal", "", "what the assistant said is its content")
+        calls = [_call(call) for call in fields.objects("tool_calls", MOST_TOOLS)]
+        if calls:
+            message["tool_calls"] = calls
+    elif role == "tool":
+        fields.require("tool_call_id", "the id of the call whose result this is")
+        message["tool_call_id"] = fields.text("tool_call_id")
     fields.done()
-    return {"role": "system" if role == "developer" else role, "content": "".join(texts)}
+    return message
 
 
-def _choice(wanted: _Wanted, place: int, pieces: Sequence[TokenOutput]) -> dict[str, Any]:
-    message = {
-        "role": "assistant",
-        "content": "".join(piece.text for piece in pieces),
-        "refusal": None,
-    }
-    return {"index": place, "message": message, **_ending(wanted, pieces)}
+def text_of(fields: Fields, name: str, kinds: Sequence[str]) -> str:
+    """A text, or a list of parts that are texts."""
+    given = fields.take(name, "")
+    if isinstance(given, str):
+        return given
+    expected = f"a text, or a list of parts of type {' or '.join(kinds)}"
+    texts = []
+    for part in given if isinstance(given, list) else [given]:
+        is_text = isinstance(part, dict) and part.get("type") in kinds
+        if not is_text or not isinstance(part.get("text"), str):
+            raise fields.refuse(name, part, expected)
+        texts.append(part["text"])
+    return "".join(texts)
 
 
-def _ending(wanted: _Wanted, pieces: Sequence[TokenOutput]) -> dict[str, Any]:
-    has_logprobs = wanted.sampling.top_logprobs is not None
+def _call(fields: Fields) -> dict[str, Any]:
+    fields.require("id", "the call's id")
+    id = fields.text("id") or ""
+    function = _function(fields)
+    call = call_of(id, name_of(function), arguments_of(function, "arguments"))
+    function.done()
+    fields.done()
+    return call
+
+
+def _function(fields: Fields) -> Fields:
+    """What an object of the type "function" describes."""
+    kind = fields.take("type")
+    if kind != "function":
+        raise fields.refuse("type", kind, "'function', the only one that is supported")
+    fields.require("function", "a function")
+    function = fields.inner("function")
+    assert function is not None
+    return function
+
+
+def _tools(fields: Fields) -> ToolUse | None:
+    tools = [_tool(tool) for tool in fields.objects("tools", MOST_TOOLS)]
+    mode, only = tool_choice_of(fields, _chosen)
+    return tool_use(tools, mode, only, fields.flag("parallel_tool_calls", True))
+
+
+def _tool(fields: Fields) -> Tool:
+    function = _function(fields)
+    tool = tool_of(function)
+    function.done()
+    fields.done()
+    return tool
+
+
+def _chosen(fields: Fields) -> str:
+    function = _function(fields)
+    name = name_of(function)
+    function.done()
+    return name
+
+
+def tool_choice_of(
+    fields: Fields, named: Callable[[Fields], str]
+) -> tuple[Literal["none", "auto", "required"] | None, str | None]:
+    """How tools may be used, and which one must be; `named` reads an object that names it."""
+    given = fields.take("tool_choice", None)
+    if given in (None, "none", "auto", "required"):
+        return given, None
+    if not isinstance(given, dict):
+        expected = "'none', 'auto', 'required' or an object that names a function"
+        raise fields.refuse("tool_choice", given, expected)
+    inner = Fields(given, "tool_choice.")
+    name = named(inner)
+    inner.done()
+    return "required", name
+
+
+def _choice(turn: Turn, place: int, said: Said) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": said.text, "refusal": None}
+    if said.calls:
+        function = [{"name": call.name, "arguments": call.arguments} for call in said.calls]
+        message["content"] = said.text or None
+        message["tool_calls"] = [
+            {"id": new_id("call"), "type": "function", "function": one} for one in function
+        ]
+    return {"index": place, "message": message, **_ending(turn, said.pieces, said.ending)}
+
+
+def _ending(turn: Turn, pieces: Sequence[TokenOutput], ending: str | None) -> dict[str, Any]:
+    has_logprobs = turn.sampling.top_logprobs is not None
     return {
-        "logprobs": logprobs.of_chat(wanted.engine, pieces) if has_logprobs else None,
-        "finish_reason": FINISH_REASONS[pieces[-1].finish_reason],
+        "logprobs": logprobs.of_chat(turn.engine, pieces) if has_logprobs else None,
+        "finish_reason": FINISH_REASONS[ending],
     }
 
 
-def _body(
-    wanted: _Wanted, answers: Answers, name: str, choices: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _body(turn: Turn, answers: Answers, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "id": f"chatcmpl-{answers.id}",
         "object": name,
         "created": answers.created,
-        "model": wanted.model,
+        "model": turn.model,
         "choices": choices,
     }
 
 
 async def _chunks(wanted: _Wanted, answers: Answers) -> AsyncIterator[dict[str, Any]]:
-    name = "chat.completion.chunk"
+    name, turn = "chat.completion.chunk", wanted.turn
     begun: set[int] = set()
-    async for place, piece in answers.tokens():
-        delta: dict[str, Any] = {"content": piece.text}
-        if place not in begun:
-            delta = {"role": "assistant", **delta}
-        begun.add(place)
-        choice = {"index": place, "delta": delta, **_ending(wanted, [piece])}
-        yield _body(wanted, answers, name, [choice])
+    async for delta in deltas(turn, answers):
+        content = _delta(delta)
+        if delta.place not in begun:
+            content = {"role": "assistant", **content}
+        begun.add(delta.place)
+        ending = _ending(turn, [delta.piece], delta.ending)
+        choice = {"index": delta.place, "delta": content, **ending}
+        yield _body(turn, answers, name, [choice])
     if wanted.with_usage:
-        yield _body(wanted, answers, name, []) | {"usage": answers.usage.body()}
+        yield _body(turn, answers, name, []) | {"usage": usage_body(answers.usage)}
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    if not delta.calls:
+        return {"content": delta.text}
+    parts: list[dict[str, Any]] = []
+    for part in delta.calls:
+        begins = {} if part.name is None else {"id": new_id("call"), "type": "function"}
+        function = {} if part.name is None else {"name": part.name}
+        if part.name is not None or part.arguments:
+            function = {**function, "arguments": part.arguments}
+            parts.append({"index": part.index, **begins, "function": function})
+    content = {"content": delta.text} if delta.text else {}
+    return {**content, **({"tool_calls": parts} if parts else {})}

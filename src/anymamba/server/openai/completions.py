@@ -12,23 +12,24 @@ from numpy.typing import NDArray
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
-from anymamba.errors import AnyMambaError
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import Sampling, TokenOutput
+from anymamba.runtime.generation import PromptScores, Sampling, TokenOutput
 from anymamba.runtime.serving import Request
 from anymamba.runtime.state import State
-from anymamba.server.errors import ApiError, as_api_error
+from anymamba.server.answers import Answers
+from anymamba.server.errors import ApiError
 from anymamba.server.fields import Fields, read_fields
 from anymamba.server.openai import logprobs
-from anymamba.server.openai.answers import FINISH_REASONS, Answers
+from anymamba.server.openai.prompts import texts_of
 from anymamba.server.openai.sampling import (
+    FINISH_REASONS,
     MOST_CHOICES,
-    check_size,
-    constrained,
-    for_row,
     sampling_of,
+    schema_of,
     streaming_of,
+    usage_body,
 )
+from anymamba.server.sampling import check_size, enforced, for_row
 from anymamba.server.service import Service, unless_gone
 from anymamba.server.sse import stream
 
@@ -45,14 +46,33 @@ class _Wanted:
     with_usage: bool
     client: str
     state: State | None
+    writes: bool
+    scores: list[PromptScores | None]
 
     def requests(self) -> list[Request]:
         """One for each choice, the choices of a prompt one behind the other."""
         return [
-            Request(ids, for_row(self.sampling), self.model, self.client, self.state, row=row)
-            for ids in self.prompts
+            Request(
+                ids,
+                for_row(self.sampling) if self.writes else None,
+                self.model,
+                self.client,
+                self.state,
+                row=row,
+                scores=None if row else scores,
+            )
+            for ids, scores in zip(self.prompts, self.scores, strict=True)
             for row in range(self.n)
         ]
+
+    def echoed(self, place: int) -> list[TokenOutput]:
+        """The prompt of a choice, as if it were written; nothing where it is not to be echoed."""
+        if not self.echo:
+            return []
+        ids, scores = self.prompts[place // self.n].tolist(), self.scores[place // self.n]
+        if scores is None:
+            return [TokenOutput(self.engine.detokenize(ids), ())]
+        return logprobs.of_prompt(self.engine, ids, scores)
 
 
 async def completions(http: HttpRequest) -> Response:
@@ -66,8 +86,11 @@ async def completions(http: HttpRequest) -> Response:
     if wanted.streams:
         return stream(_chunks(wanted, answers), headers)
     pieces = await unless_gone(http, answers.collect())
-    choices = [_choice(wanted, place, found) for place, found in enumerate(pieces)]
-    body = _body(wanted, answers, choices) | {"usage": answers.usage.body()}
+    choices = [
+        _choice(wanted, place, [*wanted.echoed(place), *found])
+        for place, found in enumerate(pieces)
+    ]
+    body = _body(wanted, answers, choices) | {"usage": usage_body(answers.usage)}
     return JSONResponse(body, headers=headers)
 
 
@@ -76,66 +99,53 @@ def _read(fields: Fields, service: Service) -> _Wanted:
     model, engine = service.engine(fields.text("model"))
     state = service.state_of(fields.text("state"), model)
     fields.require("prompt", "a text, its tokens, or several")
-    prompts = _prompts(fields, engine, state)
+    prompts = texts_of(fields, "prompt", MOST_CHOICES, engine, state)
     n = fields.integer("n", 1, MOST_CHOICES, 1) or 1
     if n * len(prompts) > MOST_CHOICES:
         raise ApiError(
             400, f"n times the prompts is {n * len(prompts)}, expected at most {MOST_CHOICES}", "n"
         )
-    top = fields.integer("logprobs", 0, 20)
-    most = fields.integer("max_tokens", 1, service.settings.most_tokens, 16) or 16
+    top, echo = fields.integer("logprobs", 0, 20), fields.flag("echo")
+    # A prompt that is only to be echoed may be wanted for its log-probabilities.
+    most = fields.integer("max_tokens", 0 if echo and n == 1 else 1, service.settings.most_tokens)
+    writes, most = most != 0, most or 16
     sampling = sampling_of(fields, most, top)
     check_size(service.settings.most_tokens, n * len(prompts), sampling)
-    if (form := fields.inner("response_format")) is not None:
-        sampling = constrained(sampling, form, service.grammars(model))
-    echo, (streams, with_usage) = fields.flag("echo"), streaming_of(fields)
+    schema = schema_of(fields.inner("response_format"))
+    sampling = enforced(service, model, sampling, schema)
+    streams, with_usage = streaming_of(fields)
     fields.only("best_of", n, "ask for n answers, and choose among them")
     fields.only("suffix", "", "the models read from left to right only")
-    if echo and top is not None:
-        raise ApiError(
-            400, "echo with logprobs is not supported: ask for one of them", "echo", "unsupported"
-        )
+    scores = [None if top is None or not echo else PromptScores(top) for _ in prompts]
     client = fields.text("user") or ""
     fields.done()
-    return _Wanted(model, engine, prompts, n, sampling, echo, streams, with_usage, client, state)
-
-
-def _prompts(fields: Fields, engine: Engine, state: State | None) -> list[NDArray[np.int64]]:
-    given = fields.take("prompt")
-    is_one = isinstance(given, str) or (
-        isinstance(given, list) and bool(given) and all(type(token) is int for token in given)
+    return _Wanted(
+        model=model,
+        engine=engine,
+        prompts=prompts,
+        n=n,
+        sampling=sampling,
+        echo=echo,
+        streams=streams,
+        with_usage=with_usage,
+        client=client,
+        state=state,
+        writes=writes,
+        scores=scores,
     )
-    prompts = [given] if is_one else given
-    if not isinstance(prompts, list) or not 0 < len(prompts) <= MOST_CHOICES:
-        raise fields.refuse("prompt", given, f"a text, its tokens, or up to {MOST_CHOICES} of them")
-    for prompt in prompts:
-        tokens = isinstance(prompt, list) and all(
-            type(token) is int and 0 <= token < 1 << 31 for token in prompt
-        )
-        if not (isinstance(prompt, str) or tokens):
-            raise fields.refuse("prompt", prompt, "a text or a list of tokens")
-    try:
-        return [engine.prompt_ids(prompt, state) for prompt in prompts]
-    except AnyMambaError as error:
-        raise ApiError(as_api_error(error).status, str(error), "prompt") from error
 
 
-def _choice(wanted: _Wanted, place: int, pieces: Sequence[TokenOutput]) -> dict[str, Any]:
-    text = "".join(piece.text for piece in pieces)
-    if wanted.echo:
-        text = wanted.engine.detokenize(wanted.prompts[place // wanted.n].tolist()) + text
-    return _part(wanted, place, pieces, text)
-
-
-def _part(
-    wanted: _Wanted, place: int, pieces: Sequence[TokenOutput], text: str, offset: int = 0
+def _choice(
+    wanted: _Wanted, place: int, pieces: Sequence[TokenOutput], offset: int = 0
 ) -> dict[str, Any]:
+    """A choice or a part of one, whose text begins `offset` characters after the choice's."""
     has_logprobs = wanted.sampling.top_logprobs is not None
+    reason = pieces[-1].finish_reason if wanted.writes else "length"
     return {
         "index": place,
-        "text": text,
+        "text": "".join(piece.text for piece in pieces),
         "logprobs": logprobs.of_completion(wanted.engine, pieces, offset) if has_logprobs else None,
-        "finish_reason": FINISH_REASONS[pieces[-1].finish_reason],
+        "finish_reason": FINISH_REASONS[reason],
     }
 
 
@@ -152,11 +162,12 @@ def _body(wanted: _Wanted, answers: Answers, choices: list[dict[str, Any]]) -> d
 async def _chunks(wanted: _Wanted, answers: Answers) -> AsyncIterator[dict[str, Any]]:
     lengths: dict[int, int] = {}  # of the text of each choice so far
     async for place, piece in answers.tokens():
-        beginning = ""
-        if wanted.echo and place not in lengths:
-            beginning = wanted.engine.detokenize(wanted.prompts[place // wanted.n].tolist())
-        text, offset = beginning + piece.text, lengths.get(place, 0)
-        lengths[place] = offset + len(text)
-        yield _body(wanted, answers, [_part(wanted, place, [piece], text, offset)])
+        pieces = [piece] if place in lengths else [*wanted.echoed(place), piece]
+        choice = _choice(wanted, place, pieces, lengths.get(place, 0))
+        lengths[place] = lengths.get(place, 0) + len(choice["text"])
+        yield _body(wanted, answers, [choice])
+    if not wanted.writes:
+        for place in range(len(wanted.prompts)):
+            yield _body(wanted, answers, [_choice(wanted, place, wanted.echoed(place))])
     if wanted.with_usage:
-        yield _body(wanted, answers, []) | {"usage": answers.usage.body()}
+        yield _body(wanted, answers, []) | {"usage": usage_body(answers.usage)}

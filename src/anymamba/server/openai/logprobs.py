@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from anymamba.runtime.engine import Engine
-from anymamba.runtime.generation import TokenOutput
+from anymamba.runtime.generation import PromptScores, StreamingDetokenizer, TokenOutput
 from anymamba.runtime.generation.token_generator import TopLogprobs
+from anymamba.runtime.token_bytes import token_bytes
 
 _UNKNOWN = "\ufffd"
 
@@ -24,9 +26,24 @@ def of_completion(
     return {
         "tokens": tokens,
         "token_logprobs": [piece.logprob for piece in pieces],
-        "top_logprobs": [_by_text(engine, piece.top_logprobs) for piece in pieces],
+        "top_logprobs": [
+            None if piece.logprob is None else _by_text(engine, piece.top_logprobs)
+            for piece in pieces
+        ],
         "text_offset": offsets,
     }
+
+
+def of_prompt(engine: Engine, ids: Sequence[int], scores: PromptScores) -> list[TokenOutput]:
+    """A prompt's tokens as if they were written: with their text and log-probabilities."""
+    stream = StreamingDetokenizer(engine.detokenize, ())
+    pieces = [
+        TokenOutput(stream.add(id), (id,), logprob, top)
+        for id, logprob, top in zip(ids, scores.logprobs, scores.top, strict=True)
+    ]
+    if pieces:
+        pieces[-1] = replace(pieces[-1], text=pieces[-1].text + stream.finish())
+    return pieces
 
 
 def _by_text(engine: Engine, likeliest: TopLogprobs) -> dict[str, float]:
@@ -53,5 +70,6 @@ def of_chat(engine: Engine, pieces: Sequence[TokenOutput]) -> dict[str, Any]:
 
 def _token(engine: Engine, id: int, logprob: float | None) -> dict[str, Any]:
     text = engine.detokenize([id], skip_special=False)
-    is_part = _UNKNOWN in text  # of a character: which bytes it has is not told
-    return {"token": text, "logprob": logprob, "bytes": None if is_part else list(text.encode())}
+    # A part of a character has no text that says which.
+    found = token_bytes(engine.tokenizer, id) if _UNKNOWN in text else text.encode()
+    return {"token": text, "logprob": logprob, "bytes": None if found is None else list(found)}

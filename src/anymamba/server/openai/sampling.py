@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from anymamba.errors import InputError
 from anymamba.runtime.generation import Sampling
-from anymamba.runtime.generation.grammar import Constraint, Grammars
-from anymamba.server.errors import ApiError
+from anymamba.server.answers import Usage
 from anymamba.server.fields import Fields
+from anymamba.server.sampling import Schema, json_schema_of, sampling_from, stops_of
 
-MOST_STOPS = 4
 MOST_CHOICES = 128
+FINISH_REASONS = {
+    "eos": "stop",
+    "stop": "stop",
+    "length": "length",
+    "calls": "tool_calls",
+    None: None,
+}
+"""OpenAI's words for why an answer has ended."""
 
 
 def sampling_of(fields: Fields, max_tokens: int, top_logprobs: int | None) -> Sampling:
@@ -37,74 +42,61 @@ def sampling_of(fields: Fields, max_tokens: int, top_logprobs: int | None) -> Sa
         "repetition_penalty": fields.number("repetition_penalty", 0.01, 100, 1.0),
         "seed": fields.integer("seed", -(1 << 63), (1 << 63) - 1),
         "logit_bias": _bias(fields),
-        "stop": _stops(fields),
+        "stop": stops_of(fields, "stop"),
         "max_new_tokens": max_tokens,
         "top_logprobs": top_logprobs,
     }
     if settings["seed"] is not None:
         settings["seed"] %= 1 << 63  # OpenAI takes negative ones too
-    if settings["temperature"] is not None and 0 < settings["temperature"] < 1e-6:
-        settings["temperature"] = 0.0
-    for name in ("top_p", "typical_p"):
-        if settings[name] == 0:  # the likeliest alone, as with OpenAI
-            settings[name], settings["temperature"] = None, 0.0
-    try:
-        return Sampling(**settings)
-    except InputError as error:
-        raise ApiError(400, str(error), str(error).split(" ", 1)[0]) from error
+    return sampling_from(settings)
 
 
-def check_size(most: int, answers: int, sampling: Sampling) -> None:
-    """Refuse a request for more tokens than allowed, all its answers together.
+def schema_of(given: Fields | None) -> Schema | None:
+    """The JSON schema that `response_format` asks for; None where any text will do.
 
     Raises:
-        ApiError: it asks for more.
+        ApiError: it is none of "text", "json_object" and "json_schema".
     """
-    tokens = answers * (sampling.max_new_tokens or 0) * (1 + (sampling.top_logprobs or 0))
-    if tokens > most:
-        raise ApiError(
-            400,
-            f"n times max_tokens, with the alternatives of logprobs, is {tokens}, expected at most "
-            f"{most}: ask for fewer",
-            "max_tokens",
-        )
-
-
-def constrained(sampling: Sampling, given: Fields, grammars: Grammars) -> Sampling:
-    """The settings with OpenAI's `response_format` enforced.
-
-    Args:
-        sampling: the settings without it.
-        given: the field's object.
-        grammars: of the model.
-
-    Raises:
-        ApiError: it is none of "text", "json_object" and "json_schema", or cannot be enforced.
-    """
-    given.require("type", "'text', 'json_object' or 'json_schema'")
-    name = given.choice("type", ("text", "json_object", "json_schema"))
-    schema: object = None
-    if name == "json_schema":
+    if given is not None and given.peek("type") == "json_schema":
+        given.take("type")
+        given.require("json_schema", "a name and a schema")
         described = given.inner("json_schema")
-        if described is None:
-            raise ApiError(400, "response_format.json_schema is missing", "response_format")
-        described.text("name")
-        described.text("description")
-        described.flag("strict")  # a schema is always enforced
-        described.require("schema", "a JSON schema")
-        schema = described.take("schema")
-        if not isinstance(schema, dict | bool):
-            raise described.refuse("schema", schema, "a JSON schema")
+        assert described is not None
+        schema = json_schema_of(described)
         described.done()
+        given.done()
+        return schema
+    return form_of(given)
+
+
+def form_of(given: Fields | None) -> Schema | None:
+    """The same of `text.format`, which has the schema in itself.
+
+    Raises:
+        ApiError: it is none of "text", "json_object" and "json_schema".
+    """
+    schema: Schema | None = None
+    if given is None:
+        return schema
+    name = given.take("type")
+    if name == "json_schema":
+        schema = json_schema_of(given)
+    elif name in ("text", "json_object"):
+        schema = {"type": "object"} if name == "json_object" else None
+    else:
+        raise given.refuse("type", name, "'text', 'json_object' or 'json_schema'")
     given.done()
-    if name == "text":
-        return sampling
-    try:
-        constraint = grammars.json(schema)  # type: ignore[arg-type]
-        stops = (*sampling.stop_ids, *grammars.end_ids)
-    except InputError as error:
-        raise ApiError(400, str(error), "response_format") from error
-    return replace(sampling, constraint=constraint, stop_ids=stops)
+    return schema
+
+
+def usage_body(usage: Usage) -> dict[str, object]:
+    """How many tokens were read and written, as completions and chats tell it."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached},
+    }
 
 
 def streaming_of(fields: Fields) -> tuple[bool, bool]:
@@ -115,13 +107,6 @@ def streaming_of(fields: Fields) -> tuple[bool, bool]:
     with_usage = options.flag("include_usage")
     options.done()
     return streams, with_usage
-
-
-def for_row(sampling: Sampling) -> Sampling:
-    """The settings for one of several answers: a constraint belongs to one text."""
-    if isinstance(sampling.constraint, Constraint):
-        return replace(sampling, constraint=sampling.constraint.fresh())
-    return sampling
 
 
 def _bias(fields: Fields) -> dict[int, float]:
@@ -136,16 +121,3 @@ def _bias(fields: Fields) -> dict[int, float]:
             raise fields.refuse("logit_bias", {token: value}, expected)
         bias[int(token)] = float(value)
     return bias
-
-
-def _stops(fields: Fields) -> list[str]:
-    given = fields.take("stop", [])
-    stops = [given] if isinstance(given, str) else given
-    fits = (
-        isinstance(stops, list)
-        and len(stops) <= MOST_STOPS
-        and all(isinstance(stop, str) and 0 < len(stop) <= 1000 for stop in stops)
-    )
-    if not fits:
-        raise fields.refuse("stop", given, f"a string, or at most {MOST_STOPS} of them, none empty")
-    return list(stops)

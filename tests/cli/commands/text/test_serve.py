@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -9,9 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from anymamba import load
 from anymamba.cli.main import main
 
 httpx = pytest.importorskip("httpx")
@@ -61,6 +66,9 @@ def test_a_key_and_no_page(tmp_path: Path) -> None:
         (["--api-key", ""], "the API key is empty"),
         (["--host", "nowhere.invalid"], "cannot listen at 'nowhere.invalid'"),
         (["--host", ""], "the host is empty"),
+        (["--adapters", "nowhere"], "there is no folder 'nowhere'"),
+        (["--adapters", "a", "--adapter", "b"], "not both"),
+        (["--shutdown-seconds", "-1"], "is out of range"),
         (["--cache-dir", __file__], "cannot be used"),
     ],
 )
@@ -95,3 +103,44 @@ def test_a_port_that_is_taken() -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert f"port {port}: Address already in use" in done.stderr
+
+
+def test_limits_and_adapters_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each option reaches what it is for, and what is served is said."""
+    engine = load()
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    n, k = engine.weights.tensors[name].shape
+    place = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+    (tmp_path / "bard").mkdir()
+    factors = {"A": np.ones((1, k), np.float32), "B": np.ones((n, 1), np.float32)}
+    tensors = {f"{place}{part}.weight": factor for part, factor in factors.items()}
+    save_file(tensors, tmp_path / "bard" / "adapter_model.safetensors")
+    config = json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1})
+    (tmp_path / "bard" / "adapter_config.json").write_text(config)
+    services = []
+
+    def listen(application: Any, host: str, port: int, seconds: float, tell: Any) -> None:
+        services.append(application.state.service)
+        tell("http://a:1")
+
+    monkeypatch.setattr("anymamba.server.listening.listen", listen)
+    limits = {
+        "prompt-tokens": 11,
+        "most-tokens": 12,
+        "body-size": 13,
+        "chunk-tokens": 14,
+        "shutdown-seconds": 1.5,
+        "state-memory": 16,
+    }
+    options = [part for key, value in limits.items() for part in (f"--{key}", str(value))]
+    main(["serve", "--adapters", str(tmp_path), *options])
+    settings, said = services[0].settings, capsys.readouterr().err
+    assert (settings.prompt_tokens, settings.most_tokens, settings.body_bytes) == (11, 12, 13)
+    assert (settings.chunk_tokens, settings.shutdown_seconds) == (14, 1.5)
+    assert settings.state_bytes == 16
+    assert list(services[0].engines) == ["bundled", "bundled:bard"]
+    assert "bundled is served at http://a:1/v1" in said
+    assert "3,045,888 parameters in bf16 take 6.1 MB, each of 16 texts at a time" in said
+    assert f"bundled:bard takes {2 * n * k / 1e3:.1f} kB more" in said

@@ -11,9 +11,6 @@ from anymamba.runtime.generation import TokenOutput
 from anymamba.runtime.serving import Request, Started
 from anymamba.server.service import Service
 
-FINISH_REASONS = {"eos": "stop", "stop": "stop", "length": "length", None: None}
-"""OpenAI's words for the runtime's."""
-
 
 @dataclass
 class Usage:
@@ -22,15 +19,6 @@ class Usage:
     prompt: int
     cached: int = 0
     completion: int = 0
-
-    def body(self) -> dict[str, object]:
-        """In OpenAI's form."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
 
 
 @dataclass
