@@ -145,8 +145,9 @@ class PyModel : WeightTable {
  public:
   PyModel(const nb::object& embeddings, const nb::object& head, const In& norm, float eps,
           const nb::list& layers, bool constant, float mixer_eps, std::int64_t groups,
-          Limits dt_limit, bool norm_before_gate) {
+          Limits dt_limit, bool norm_before_gate, bool in_order) {
     take_heads(groups, dt_limit, norm_before_gate);
+    model_.in_order = in_order;
     model_.d = extent(norm, 0);
     model_.mixer_eps = mixer_eps;
     model_.v = rows_of(embeddings);
@@ -305,13 +306,15 @@ void add_model(nb::module_& m) {
   using namespace nb::literals;
   nb::class_<PyModel>(m, "Model", "A model's weights as one table of checked pointers.")
       .def(nb::init<const nb::object&, const nb::object&, const In&, float, const nb::list&, bool,
-                    float, std::int64_t, Limits, bool>(),
+                    float, std::int64_t, Limits, bool, bool>(),
            "embeddings"_a, "head"_a, "norm"_a, "eps"_a, "layers"_a, "constant"_a = false,
            "mixer_eps"_a = 0.0f, "groups"_a = 1, "dt_limit"_a = kAnyStep, "norm_before_gate"_a = false,
+           "in_order"_a = false,
            "With `constant` the weights never change, and what follows from them is kept. "
            "`mixer_eps` is that of dt_norm, B_norm and C_norm, which layers may have, or of gated_norm. "
            "A_log of one number a head makes it a Mamba-2 with `groups` of B and C, whose step sizes "
-           "stay within `dt_limit`; its gated_norm, which may be absent, comes behind the gate or before it.")
+           "stay within `dt_limit`; its gated_norm, which may be absent, comes behind the gate or before it. "
+           "With `in_order` a text's results are the same bits whatever is computed beside it.")
       .def("step", &PyModel::step, "tokens"_a.none(), "hidden"_a.none(), "conv"_a, "ssm"_a,
            "logits"_a, "bf16_products"_a = false, "slots"_a = nb::none(),
            "One token for each row; the states advance in place, that of row i in slot slots[i].")

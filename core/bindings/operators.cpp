@@ -408,15 +408,14 @@ void py_gemm(const In& a, const In& b, const MaybeIn& bias, const Out& c, bool a
 void py_gemv(const In& x, const In& weight, const MaybeIn& bias, const Out& y) {
   const std::int64_t m = extent(x, 0), n = extent(weight, 0), k = extent(weight, 1);
   const Weight w = dense_weight("weight", weight, n, k);
-  if (m > 16) refuse("x has more than 16 rows");
-  const Gemv gemv = {k, w.data, w.type, w.row_stride, floats("bias", bias, {n}),
-                     floats("x", x, {m, k}), k, floats("y", y, {m, n}), n, static_cast<int>(m)};
+  const Gemv gemv = {k, w.data, w.type, w.row_stride, floats("bias", bias, {n}), floats("x", x, {m, k}),
+                     DType::f32, k, floats("y", y, {m, n}), n, m};
   if (m == 0) return;
   const WithoutGil unlocked;
-  parallel_region([&](int worker, int workers, Barrier&) {
+  parallel_region(gemv_scratch(m, k), [&](int worker, int workers, Barrier&, Arena&) {
     const RowRange mine = share(n, worker, workers);
     kernels().gemv(gemv, mine.first, mine.last);
-  });
+  }, Threads::count());
 }
 
 // y (m, n) = x (m, k) times a quantized weight (n, k), by the kernel for few rows or for many.

@@ -355,8 +355,8 @@ void add_parts(const ConvGradients& d, const float* sums, std::int64_t parts, st
     }
 }
 
-// One row of a step, some channels: sums (channels,) = bias + sum_j w_j input_j, and the window
-// moves on. x is taken as it is, before the window's type rounds it.
+// One row of a step, some channels: sums (channels,) = bias + sum_j w_j input_j, in the order of many
+// steps, and the window moves on. x is taken as it is, before the window's type rounds it.
 // With K > 0 all lies as models keep it: channels side by side, each with a window of K columns.
 template <DType X, DType M, int K>
 void shift_row(float* __restrict sums, const ConvStep& step, const void* __restrict x,
@@ -368,11 +368,10 @@ void shift_row(float* __restrict sums, const ConvStep& step, const void* __restr
   const float* __restrict const weight = step.weight;  // (e, k)
   for (std::int64_t c = 0; c < channels; ++c) {
     const std::int64_t channel = first + c, at = channel * channel_stride;
-    float total = weight[channel * k + k - 1] * read(x, X, channel * x_stride);
+    float total = step.bias != nullptr ? step.bias[channel] : 0.0f;
     for (std::int64_t j = 0; j < k - 1; ++j)
-      total += weight[channel * k + j] *
-               read(window, M, at + (columns - (k - 1) + j) * column_stride);
-    sums[c] = total;
+      total = fma(weight[channel * k + j], read(window, M, at + (columns - (k - 1) + j) * column_stride), total);
+    sums[c] = fma(weight[channel * k + k - 1], read(x, X, channel * x_stride), total);
     for (std::int64_t column = 0; column < columns - 1; ++column)
       copy_number(window, M, at + column * column_stride, window, M,
                   at + (column + 1) * column_stride);
@@ -449,8 +448,6 @@ void conv_step(const ConvStep& step, std::int64_t first, std::int64_t last) {
           });
         });
       });
-      if (step.bias != nullptr)
-        for (int i = 0; i < channels; ++i) sums[i] += step.bias[c + i];
       for (int i = channels; i % kLanes != 0; ++i) sums[i] = 0;
       if (step.silu)
         for (int i = 0; i < channels; i += kLanes) store(sums + i, silu_of(load(sums + i)));

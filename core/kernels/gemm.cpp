@@ -5,7 +5,7 @@
 //
 //   for each cut of k (depth)                                   at most kDepth steps
 //     for each part of the rows                                 at most kBlockRows
-//       packed (part / kTileRows, depth, kTileRows) = left      floats, by all workers for all; in L2
+//       packed (tiles, depth, kTileRows) = left                 floats, by all workers for all; in L2
 //       for each block of the part of c                         a task, on any worker
 //         for each kTileColumns columns of the block
 //           panel (depth, kTileColumns) = right                 floats, in L1
@@ -15,20 +15,17 @@
 //               sums += a packed number of each row x the panel's vectors
 //             c (kTileRows, kTileColumns) += sums               or a buffer beside c
 //
-// How k is cut depends on k alone, and every number of c is summed in the order of k by one worker,
-// in tiles of any size in the same way: results are the same for any number of threads and any cut
-// of c.
+// Every number of c is summed as summation.h says, by one worker, in tiles of any size in the same
+// way: results are the same for any number of threads and any cut of c.
 #include "kernels/gemm_packing.h"
 #include "kernels/kernels.h"
+#include "kernels/summation.h"
 #include "simd/lanes.h"
 #include "simd/scratch.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-// Of k at a time: fewer passes over c against panels that leave L1. A panel takes 48 KiB with
-// AVX-512, 24 KiB with AVX2.
-constexpr int kDepth = 384;
 // Of the left operand in L2: 560 rows with AVX-512, about 900 KiB.
 constexpr int kBlockRows = 40 * kTileRows;
 static_assert((kBlockRows * kDepth + kTileColumns * kDepth) * 4 + 256 <= kGemmScratch);
@@ -40,7 +37,6 @@ constexpr int64_t kTasksEach = 8, kFewTasksEach = 2;
 constexpr int64_t kTaskFlops = 1 << 20;  // less is not worth a hand-over to another thread
 constexpr int64_t kTaskWeights = 1 << 16;  // the same where reading them is what takes the time
 constexpr int kUnrolled = 4, kMostSteps = 16;  // of k, in one turn of the loop and between prefetches
-constexpr int64_t kGemvRows = 16, kGemvDepth = 1 << 15;  // beyond these, blocked
 
 struct Job {
   int64_t rows, columns, depth;
@@ -49,18 +45,9 @@ struct Job {
   const float* bias;  // (columns,) or null
   bool accumulate;
   bool alone;  // on this thread
+  bool in_order;
   bool pairs = false;
 };
-
-// Two bfloat16 neighbours along k as one number of 32 bits, where the processor multiplies such
-// pairs: half as many of them, moved and packed as floats are. Only the sums know the difference.
-bool multiplies_pairs(const Operand& left, const Operand& right, int64_t depth) {
-  const auto in_pairs = [](const Operand& o) {
-    return o.type == DType::bf16 && o.depth_stride == 1 && o.stride % 2 == 0 &&
-           reinterpret_cast<std::uintptr_t>(o.data) % 4 == 0;
-  };
-  return kMultipliesPairs && in_pairs(left) && in_pairs(right) && depth % 2 == 0;
-}
 
 Job as_pairs(Job job) {
   for (Operand* operand : {&job.left, &job.right}) {
@@ -244,28 +231,23 @@ struct Sums {
   bool add_old;
 };
 
-// sums (rows, columns) = left (rows, depth) panel (depth, columns), for the columns of one panel.
-void run_panel(const float* left, int64_t rows, const float* panel, int64_t columns, int64_t depth,
+// sums (rows, columns) = left (rows, depth) panel (depth, columns), for the columns of one panel. `high`
+// rows a tile.
+void run_panel(const float* left, int64_t rows, int64_t high, const float* panel, int64_t columns, int64_t depth,
                const Sums& sums, bool pairs, Ahead ahead) {
   const int vectors = static_cast<int>(ceil_div(columns, kLanes));
-  const int64_t tiles = ceil_div(rows, kTileRows);
+  const int64_t tiles = ceil_div(rows, high);
   const int64_t rate = smaller(depth / kTileRows, tiles * depth / larger(1, ahead.lines()));
   const int64_t steps = kUnrolled * larger(1, smaller(kMostSteps, rate) / kUnrolled);
   const int64_t lines = ceil_div(ahead.lines(), tiles * ceil_div(depth, steps));
   Tile tile = {left, panel, depth, sums.data, sums.stride, sums.bias, sums.add_old, pairs, &ahead, steps,
                lines};
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    tile.left = left + i * depth;
+  for (int64_t i = 0; i < rows; i += high, tile.left += panel_floats(depth)) {
     tile.c = sums.data + i * sums.stride;
-    const int64_t tile_rows = smaller(kTileRows, rows - i);
+    const int64_t tile_rows = smaller(high, rows - i);
     if (columns % kLanes == 0) run_micro_kernel(tile_rows, vectors, tile);
     else run_partial_tile(tile_rows, vectors, columns, tile);
   }
-}
-
-// How k is cut: it depends on nothing else, or sums would.
-int64_t depth_step_of(const Job& job) {
-  return round_up(ceil_div(job.depth, ceil_div(job.depth, kDepth)), 16);
 }
 
 // A block of rows in L2.
@@ -282,32 +264,27 @@ void for_each_task(const Job& job, int64_t tasks, int64_t bytes, const Body& bod
 
 // The floats that a part of so many rows or fewer takes when packed, and a panel.
 int64_t packed_floats(const Job& job, int64_t rows) {
-  return smaller(kBlockRows, round_up(rows, kTileRows)) * depth_step_of(job);
+  return ceil_div(smaller(kBlockRows, rows), kTileRows) * panel_floats(depth_step_of(job.depth));
 }
 
 int64_t panel_bytes(const Job& job) {
-  return Scratch<float>::in_arena(kTileColumns * depth_step_of(job));
+  return Scratch<float>::in_arena(kTileColumns * depth_step_of(job.depth));
 }
 
-// Steps [p, p + depth) of k.
-struct Cut {
-  int64_t p, depth;
-};
-
-// The rows [first, first + count) of the left operand, packed by all workers.
-void pack_part(const Job& job, const Packing& packing, int64_t first, int64_t count, const Cut& cut,
+// The rows [first, first + count) of the left operand, packed by all workers, `high` a tile.
+void pack_part(const Job& job, const Packing& packing, int64_t first, int64_t count, int64_t high, const Cut& cut,
                float* packed) {
-  const int64_t rows = job.alone ? count : kPackedTiles * kTileRows;
+  const int64_t tiles = job.alone ? ceil_div(count, high) : kPackedTiles, rows = tiles * high;
   for_each_task(job, ceil_div(count, rows), 0, [&](int64_t task) {
     const int64_t row = task * rows;
-    packing.left(job.left, first + row, smaller(rows, count - row), cut.p, cut.depth,
-                 packed + row * cut.depth);
+    packing.left(job.left, first + row, smaller(rows, count - row), high, cut.p, cut.depth,
+                 packed + task * tiles * panel_floats(cut.depth));
   });
 }
 
-// The size of the blocks of (rows, columns) that tasks take. Each packs its own columns of the right
+// The size of the blocks of (rows, columns) that tasks take, in tiles of `tile` rows. Each packs its own columns of the right
 // operand, so that rows are divided only where there are too few columns.
-Block task_block(const Job& job, int64_t rows, int64_t columns, int64_t depth) {
+Block task_block(const Job& job, int64_t rows, int64_t tile, int64_t columns, int64_t depth) {
   if (job.alone) return {0, rows, 0, columns};
   const int64_t workers = Threads::count();
   const int64_t most = smaller(kTasksEach * workers, 2 * rows * columns * depth / kTaskFlops);
@@ -315,13 +292,13 @@ Block task_block(const Job& job, int64_t rows, int64_t columns, int64_t depth) {
   while (wide > kTileColumns && ceil_div(columns, wide) < most)
     wide = round_up(ceil_div(wide, 2), kTileColumns);
   const int64_t few = smaller(most, kFewTasksEach * workers);
-  while (high > kTileRows && ceil_div(columns, wide) * ceil_div(rows, high) < few)
-    high = round_up(ceil_div(high, 2), kTileRows);
+  while (high > tile && ceil_div(columns, wide) * ceil_div(rows, high) < few)
+    high = round_up(ceil_div(high, 2), tile);
   return {0, high, 0, wide};
 }
 
 // A block of a part's packed rows, its rows and columns being counted within `sums`.
-void run_block(const Job& job, const Packing& packing, const float* packed, const Block& block,
+void run_block(const Job& job, const Packing& packing, const float* packed, int64_t high, const Block& block,
                int64_t first_column, const Cut& cut, const Sums& sums) {
   const int64_t rows = block.last_row - block.first_row;
   const Scratch<float> panel(kTileColumns * cut.depth);
@@ -333,7 +310,7 @@ void run_block(const Job& job, const Packing& packing, const float* packed, cons
     const Ahead ahead = ahead_of(job.right, first_column + next, next_width, cut.p, cut.depth);
     const Sums of_panel = {sums.data + block.first_row * sums.stride + j, sums.stride,
                            sums.bias != nullptr ? sums.bias + j : nullptr, sums.add_old};
-    run_panel(packed + block.first_row * cut.depth, rows, panel, width, cut.depth, of_panel, job.pairs,
+    run_panel(packed + block.first_row / high * panel_floats(cut.depth), rows, high, panel, width, cut.depth, of_panel, job.pairs,
               ahead);
   }
 }
@@ -342,7 +319,7 @@ void run_block(const Job& job, const Packing& packing, const float* packed, cons
 void run_blocks(const Job& job, const Block& all) {
   const Packing packing = packing_of(job.left.type, job.right.type);
   const int64_t rows = all.last_row - all.first_row, columns = all.last_column - all.first_column;
-  const int64_t row_step = row_step_of(rows), depth_step = depth_step_of(job);
+  const int64_t row_step = row_step_of(rows), depth_step = depth_step_of(job.depth);
   const bool in_place = sums_in_place(job);
   const int64_t stride = in_place ? job.c.row_stride : round_up(columns, 16);
   const Scratch<float> beside(in_place ? 0 : rows * stride), packed(packed_floats(job, rows));
@@ -354,15 +331,15 @@ void run_blocks(const Job& job, const Block& all) {
     const bool first = in_place && p == 0;
     const float* bias = first && job.bias != nullptr ? job.bias + all.first_column : nullptr;
     for (int64_t i = 0; i < rows; i += row_step) {
-      const int64_t part = smaller(row_step, rows - i);
-      pack_part(job, packing, all.first_row + i, part, cut, packed);
+      const int64_t part = smaller(row_step, rows - i), tile = rows_of_tiles(part);
+      pack_part(job, packing, all.first_row + i, part, tile, cut, packed);
       const Sums sums = {c + i * stride, stride, bias, p > 0 || (in_place && job.accumulate)};
-      const Block size = task_block(job, part, columns, cut.depth);
+      const Block size = task_block(job, part, tile, columns, cut.depth);
       const int64_t high = size.last_row, wide = size.last_column, across = ceil_div(columns, wide);
       for_each_task(job, across * ceil_div(part, high), panel_bytes(job), [&](int64_t task) {
         const int64_t row = task / across * high, column = task % across * wide;
         const Block block = {row, smaller(row + high, part), column, smaller(column + wide, columns)};
-        run_block(job, packing, packed, block, all.first_column, cut, sums);
+        run_block(job, packing, packed, tile, block, all.first_column, cut, sums);
       });
     }
   }
@@ -401,59 +378,56 @@ void run_blocks(Job job) {
 
 // ---- Few rows of the left operand, spread over the workers by weight rows -----------------------
 
-bool are_floats(const Operand& left) { return left.type == DType::f32 && left.depth_stride == 1; }
-
-struct FloatRows {
-  const float* data;
-  int64_t stride;
-};
-
-// Left rows as rows of floats: themselves where they are, in x (rows, depth) otherwise.
-FloatRows rows_of_floats(const Operand& left, int64_t rows, int64_t depth, float* x) {
-  if (are_floats(left)) return {static_cast<const float*>(left.data), left.stride};
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t p = 0; p < depth; ++p)
-      x[i * depth + p] = read(left.data, left.type, i * left.stride + p * left.depth_stride);
-  return {x, depth};
+bool needs_copy(const Job& job) {
+  const bool are_floats = job.left.type == DType::f32 && job.left.depth_stride == 1;
+  return !are_floats && !multiplies_pairs(job.left, job.right, job.depth);
 }
 
-bool suits_gemv(const Job& job) {
-  return job.rows <= kGemvRows && job.right.depth_stride == 1 && job.depth <= kGemvDepth;
+// Rows as gemv reads them: where they lie, or as floats in a copy, (rows, depth).
+Operand rows_for_gemv(const Job& job, float* copy) {
+  if (!needs_copy(job)) return job.left;
+  const Operand& left = job.left;
+  for (int64_t i = 0; i < job.rows; ++i)
+    for (int64_t p = 0; p < job.depth; ++p)
+      copy[i * job.depth + p] = read(left.data, left.type, i * left.stride + p * left.depth_stride);
+  return {copy, DType::f32, job.depth, 1};
 }
+
+bool suits_gemv(const Job& job) { return job.rows <= kInOrderVectors && job.right.depth_stride == 1; }
 
 // The floats of sums beside c for some of its columns.
-int64_t gemv_sums(const Job& job, int64_t columns) {
-  return sums_in_place(job) && !job.accumulate ? 0 : job.rows * columns;
-}
+int64_t gemv_sums(const Job& job, int64_t columns) { return sums_in_place(job) ? 0 : job.rows * columns; }
 
 // The columns [first, last) of c.
-void run_gemv(const Job& job, const FloatRows& x, int64_t first, int64_t last) {
-  const bool in_place = sums_in_place(job) && !job.accumulate;
-  const int64_t size = size_of(job.right.type);
+void run_gemv(const Job& job, const Operand& x, int64_t first, int64_t last) {
+  const bool in_place = sums_in_place(job);
   const Scratch<float> beside(gemv_sums(job, last - first));
-  float* const y = in_place ? static_cast<float*>(job.c.data) + first : static_cast<float*>(beside);
-  const int64_t y_stride = in_place ? job.c.row_stride : last - first;
-  const Gemv gemv = {job.depth,
-                     static_cast<const char*>(job.right.data) + first * job.right.stride * size,
-                     job.right.type, job.right.stride,
-                     in_place && job.bias != nullptr ? job.bias + first : nullptr,
-                     x.data, x.stride, y, y_stride, static_cast<int>(job.rows)};
+  Gemv gemv;
+  gemv.k = job.depth;
+  gemv.weight = static_cast<const char*>(job.right.data) + first * job.right.stride * size_of(job.right.type);
+  gemv.type = job.right.type, gemv.weight_row_stride = job.right.stride;
+  gemv.x = x.data, gemv.x_type = x.type, gemv.x_row_stride = x.stride, gemv.m = job.rows;
+  gemv.y = in_place ? static_cast<float*>(job.c.data) + first : static_cast<float*>(beside);
+  gemv.y_row_stride = in_place ? job.c.row_stride : last - first;
+  gemv.bias = in_place && job.bias != nullptr ? job.bias + first : nullptr;
+  gemv.accumulate = in_place && job.accumulate;
+  gemv.in_order = job.in_order;
   ANYMAMBA_ISA::gemv(gemv, 0, last - first);
-  if (!in_place) finish(job, {0, job.rows, first, last}, y, y_stride);
+  if (!in_place) finish(job, {0, job.rows, first, last}, gemv.y, gemv.y_row_stride);
 }
 
 void run_gemv(const Job& job) {
-  const Scratch<float> converted(are_floats(job.left) ? 0 : job.rows * job.depth);
-  const FloatRows x = rows_of_floats(job.left, job.rows, job.depth, converted);
+  const Scratch<float> copy(needs_copy(job) ? job.rows * job.depth : 0);
+  const Operand x = rows_for_gemv(job, copy);
   const int64_t worth = job.columns * job.depth / kTaskWeights;
   const int64_t most = job.alone ? 1 : larger(1, smaller(kFewTasksEach * Threads::count(), worth));
-  const int64_t width = smaller(ceil_div(job.columns, most), kSumsRows * kSumsColumns / kGemvRows);
+  const int64_t width = smaller(round_up(ceil_div(job.columns, most), kLanes), kSumsRows * kSumsColumns / kLanes);
   const int64_t tasks = ceil_div(job.columns, width);
   const auto run = [&](int64_t task) {
     run_gemv(job, x, task * width, smaller((task + 1) * width, job.columns));
   };
-  if (most > 1)
-    return parallel_for(tasks, Scratch<float>::in_arena(gemv_sums(job, width)), run);
+  const int64_t bytes = Scratch<float>::in_arena(gemv_sums(job, width)) + gemv_scratch(1, job.depth);
+  if (most > 1) return parallel_for(tasks, bytes, run);
   for (int64_t task = 0; task < tasks; ++task) run(task);
 }
 
@@ -464,7 +438,7 @@ void gemm(const Gemm& p) {
   const Job job = {p.m, p.n, p.k,
                    {p.a.data, p.a.type, p.a.row_stride, p.a.column_stride},
                    {p.b.data, p.b.type, p.b.column_stride, p.b.row_stride},
-                   p.c, p.bias, p.accumulate, p.alone};
+                   p.c, p.bias, p.accumulate, p.alone, p.in_order};
   if (p.k <= 0) run_empty(job);
   else if (suits_gemv(job)) run_gemv(job);
   else run_blocks(multiplies_pairs(job.left, job.right, job.depth) ? as_pairs(job) : job);

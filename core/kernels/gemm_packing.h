@@ -23,6 +23,16 @@ struct Operand {
   int64_t stride, depth_stride;
 };
 
+// Two bfloat16 neighbours along k as one number of 32 bits, where the processor multiplies such
+// pairs: half as many of them, moved and packed as floats are. Only the sums know the difference.
+inline bool multiplies_pairs(const Operand& left, const Operand& right, int64_t depth) {
+  const auto in_pairs = [](const Operand& o) {
+    return o.type == DType::bf16 && o.depth_stride == 1 && o.stride % 2 == 0 &&
+           reinterpret_cast<std::uintptr_t>(o.data) % 4 == 0;
+  };
+  return kMultipliesPairs && in_pairs(left) && in_pairs(right) && depth % 2 == 0;
+}
+
 // `count` neighbours from number `from` on, as floats. A count that the compiler knows becomes a few
 // moves.
 template <DType type>
@@ -34,22 +44,30 @@ ANYMAMBA_INLINE void read_neighbours(float* to, const void* data, int64_t from, 
     for (int64_t r = 0; r < count; ++r) to[r] = read(data, type, from + r);
 }
 
-// Panels of kTileRows rows that are neighbours in memory. A few steps of k at a time go through all
+// What a panel of left rows takes, and how many rows each has at most, so that the last is not much
+// smaller than the others: a tile of few rows does little with what it reads of the right operand.
+constexpr int64_t panel_floats(int64_t depth) { return kTileRows * depth; }
+
+ANYMAMBA_INLINE int64_t rows_of_tiles(int64_t rows) {
+  return ceil_div(rows, larger(1, ceil_div(rows, kTileRows)));
+}
+
+// Panels of `high` rows that are neighbours in memory. A few steps of k at a time go through all
 // panels, so that each line of cache is read once, however far apart the steps lie: at a power of
 // two they share few sets.
 template <DType type>
-void interleave_neighbours(const Operand& left, int64_t start, int64_t rows, int64_t depth,
+void interleave_neighbours(const Operand& left, int64_t start, int64_t rows, int64_t high, int64_t depth,
                            float* packed) {
   constexpr int64_t kSteps = 8;
   for (int64_t first = 0; first < depth; first += kSteps) {
     const int64_t last = smaller(depth, first + kSteps);
-    for (int64_t i = 0; i < rows; i += kTileRows) {
-      float* to = packed + i * depth + first * kTileRows;
+    for (int64_t i = 0; i < rows; i += high) {
+      float* to = packed + i / high * panel_floats(depth) + first * kTileRows;
       int64_t from = start + i + first * left.depth_stride;
-      const bool whole = i + kTileRows <= rows;
+      const int64_t count = smaller(high, rows - i);
       for (int64_t p = first; p < last; ++p, to += kTileRows, from += left.depth_stride)
-        if (whole) read_neighbours<type>(to, left.data, from, kTileRows);
-        else read_neighbours<type>(to, left.data, from, rows - i);
+        if (count == kTileRows) read_neighbours<type>(to, left.data, from, kTileRows);
+        else read_neighbours<type>(to, left.data, from, count);
     }
   }
 }
@@ -63,9 +81,20 @@ ANYMAMBA_INLINE int64_t for_each_step(const Operand& rows, int64_t start, int64_
   if (type == DType::f32 && count >= kLanes)
     for (; p + 4 <= depth; p += 4) {
       FloatVec v[4];
-      load_columns(v, static_cast<const float*>(rows.data) + start + p, rows.stride);
+      load_columns(v, static_cast<const float*>(rows.data) + start + p, 4 * rows.stride);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) each(p + i, v[i]);
+    }
+  const auto* const halves = static_cast<const std::uint16_t*>(rows.data) + start;
+  if (type == DType::bf16 && count >= kLanes)  // two numbers a word
+    for (; p + 8 <= depth; p += 8) {
+      FloatVec words[4];
+      load_columns(words, halves + p, 2 * rows.stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        each(p + 2 * i, first_of_pairs(words[i]));
+        each(p + 2 * i + 1, second_of_pairs(words[i]));
+      }
     }
   for (; p + kLanes <= depth; p += kLanes) {
     FloatVec v[kLanes];
@@ -92,17 +121,17 @@ void interleave_rows(const Operand& left, int64_t start, int64_t count, int64_t 
       to[p * kTileRows + r] = read(left.data, type, start + r * left.stride + p);
 }
 
-// packed: panels of kTileRows rows, (depth, kTileRows), a row's number beside the next row's. What
-// the last panel lacks of rows means nothing.
+// packed: panels of `high` rows, (depth, kTileRows), a row's number beside the next row's. What a
+// panel lacks of kTileRows rows means nothing.
 template <DType type>
-void pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_t first_depth,
+void pack_left(const Operand& left, int64_t first_row, int64_t rows, int64_t high, int64_t first_depth,
                int64_t depth, float* packed) {
   const int64_t start = first_row * left.stride + first_depth * left.depth_stride;
   if (left.stride == 1 && left.depth_stride != 1)
-    return interleave_neighbours<type>(left, start, rows, depth, packed);
-  for (int64_t i = 0; i < rows; i += kTileRows) {
-    const int64_t from = start + i * left.stride, count = smaller(kTileRows, rows - i);
-    float* const to = packed + i * depth;
+    return interleave_neighbours<type>(left, start, rows, high, depth, packed);
+  for (int64_t i = 0; i < rows; i += high) {
+    const int64_t from = start + i * left.stride, count = smaller(high, rows - i);
+    float* const to = packed + i / high * panel_floats(depth);
     if (left.depth_stride == 1) {
       interleave_rows<type>(left, from, rows - i, depth, to);
       continue;

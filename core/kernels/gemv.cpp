@@ -1,23 +1,27 @@
-// Weights times a few vectors: bound by reading the weights once.
+// Weights times a few vectors: bound by reading the weights once, as they lie in memory.
 //
-// However the rows are cut, and with however many vectors beside it, a row's sum is made in the
-// same way: over k a whole vector at a time, then over the lanes in pairs.
+// However the rows are cut, and with as many vectors beside it as the registers hold, a row's sum is
+// made in the same way: over k a whole vector at a time, then over the lanes in pairs. That is not the
+// order of summation.h, in which transposed rows take up to a fifth longer.
+#include "kernels/gemm_packing.h"
+#include "kernels/gemv_in_order.h"
 #include "kernels/kernels.h"
-#include "simd/lanes.h"
+#include "simd/scratch.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-using std::int64_t;
+static_assert(kGemvVectors <= kInOrderVectors);
 
 // Weight rows go gemv_rows(M) at a time for M vectors, which takes as many accumulators as there are
 // registers. One vector takes the rows one after the other: a single stream through memory arrives
 // a tenth faster than eight beside each other (benchmarks/decode.py).
-constexpr int64_t kChunkBytes = 128 << 10;  // of weights, in L2
 // How far ahead a single stream is prefetched: into L2, which can wait for more lines at a time than
 // L1 can.
 constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kLine = 64;
+
+const float* x_of(const Gemv& gemv) { return static_cast<const float*>(gemv.x); }
 
 // What is left of row times vector from column p on, and the row's bias.
 template <DType type>
@@ -25,8 +29,13 @@ ANYMAMBA_INLINE float rest_of_row(const Gemv& gemv, int64_t row, int vector, int
   float sum = 0;
   for (; p < gemv.k; ++p)
     sum += read(gemv.weight, type, row * gemv.weight_row_stride + p) *
-           gemv.x[vector * gemv.x_row_stride + p];
+           x_of(gemv)[vector * gemv.x_row_stride + p];
   return gemv.bias != nullptr ? sum + gemv.bias[row] : sum;
+}
+
+ANYMAMBA_INLINE void write_result(const Gemv& gemv, int64_t row, int vector, float result) {
+  float& y = gemv.y[vector * gemv.y_row_stride + row];
+  y = gemv.accumulate ? y + result : result;
 }
 
 // The products of one vector with the rows first.. up to last.
@@ -34,6 +43,7 @@ template <DType type>
 void one_vector(const Gemv& gemv, int64_t first, int64_t last) {
   constexpr int64_t size = type == DType::f32 ? 4 : 2;
   const int64_t stride = gemv.weight_row_stride * size, whole = gemv.k - gemv.k % kLanes;
+  const float* const x = x_of(gemv);
   for (int64_t row = first; row < last; row += kLanes) {
     const char* weight = static_cast<const char*>(gemv.weight) + row * stride;
     const int64_t rows = smaller(kLanes, last - row);
@@ -45,28 +55,27 @@ void one_vector(const Gemv& gemv, int64_t first, int64_t last) {
         const char* from = weight + r * stride + p * size;
         for (int64_t byte = 0; byte < 2 * kLanes * size; byte += kLine)
           __builtin_prefetch(from + byte + kPrefetchBytes, 0, 2);
-        sum = fma(read_vector(from, type, 0), load(gemv.x + p), sum);
-        sum = fma(read_vector(from, type, kLanes), load(gemv.x + p + kLanes), sum);
+        sum = fma(read_vector(from, type, 0), load(x + p), sum);
+        sum = fma(read_vector(from, type, kLanes), load(x + p + kLanes), sum);
       }
       if (p < whole)
-        sum = fma(read_vector(weight + r * stride + p * size, type, 0), load(gemv.x + p), sum);
+        sum = fma(read_vector(weight + r * stride + p * size, type, 0), load(x + p), sum);
       sums[r] = sum;
     }
     float totals[kLanes];
     store(totals, sums_of_lanes(sums));
     for (int64_t r = 0; r < rows; ++r)
-      gemv.y[row + r] = totals[r] + rest_of_row<type>(gemv, row + r, 0, whole);
+      write_result(gemv, row + r, 0, totals[r] + rest_of_row<type>(gemv, row + r, 0, whole));
   }
 }
 
-// y (M vectors, R rows) from weight rows row.. and x rows vector..; rows `ahead` bytes further on
-// are prefetched meanwhile.
+// y (M vectors, R rows) from weight rows row..; rows `ahead` bytes further on are prefetched meanwhile.
 template <DType type, int R, int M>
-void dot_products(const Gemv& gemv, int64_t row, int vector, int64_t ahead) {
+void dot_products(const Gemv& gemv, int64_t row, int64_t ahead) {
   constexpr int64_t size = type == DType::f32 ? 4 : 2;
   const char* weight = static_cast<const char*>(gemv.weight) + row * gemv.weight_row_stride * size;
   const int64_t stride = gemv.weight_row_stride * size;
-  const float* x = gemv.x + vector * gemv.x_row_stride;
+  const float* x = x_of(gemv);
   FloatVec sums[R][M] = {};
   int64_t p = 0;
   for (; p + kLanes <= gemv.k; p += kLanes) {
@@ -95,59 +104,66 @@ void dot_products(const Gemv& gemv, int64_t row, int vector, int64_t ahead) {
   }
   for (int m = 0; m < M; ++m)
     for (int r = 0; r < R; ++r)
-      gemv.y[(vector + m) * gemv.y_row_stride + row + r] =
-          totals[r * M + m] + rest_of_row<type>(gemv, row + r, vector + m, p);
+      write_result(gemv, row + r, m, totals[r * M + m] + rest_of_row<type>(gemv, row + r, m, p));
 }
 
-template <DType type, int R, int M>
-void dot_products_of(int vectors, const Gemv& gemv, int64_t row, int vector, int64_t ahead) {
-  if (vectors == M) return dot_products<type, R, M>(gemv, row, vector, ahead);
-  if constexpr (M > 1) dot_products_of<type, R, M - 1>(vectors, gemv, row, vector, ahead);
-}
-
-// Vectors in groups of at most M. Each group goes over a chunk of weight rows that L2 holds, so
-// that the group's part of x stays in L1 and memory is read once.
 template <DType type, int M>
 void gemv_of(const Gemv& gemv, int64_t first, int64_t last) {
+  if constexpr (M == 1) return one_vector<type>(gemv, first, last);
   constexpr int R = gemv_rows(M);
-  const int64_t row_bytes = gemv.weight_row_stride * (type == DType::f32 ? 4 : 2);
-  const int64_t chunk =
-      gemv.m > M ? larger(1, kChunkBytes / larger(1, R * row_bytes)) * R : last - first;
-  for (int64_t start = first; start < last; start += chunk) {
-    const int64_t stop = smaller(start + chunk, last);
-    for (int vector = 0; vector < gemv.m; vector += M) {
-      const int vectors = gemv.m - vector < M ? gemv.m - vector : M;
-      int64_t row = start;
-      for (; row + R <= stop; row += R) {
-        const int64_t ahead = row + 2 * R <= last ? R * row_bytes : 0;
-        dot_products_of<type, R, M>(vectors, gemv, row, vector, ahead);
-      }
-      for (; row < stop; ++row) dot_products_of<type, 1, M>(vectors, gemv, row, vector, 0);
-    }
-  }
+  const int64_t row_bytes = gemv.weight_row_stride * size_of(type);
+  int64_t row = first;
+  for (; row + R <= last; row += R) dot_products<type, R, M>(gemv, row, row + 2 * R <= last ? R * row_bytes : 0);
+  for (; row < last; ++row) dot_products<type, 1, M>(gemv, row, 0);
 }
 
 template <DType type, int M>
-void gemv_in_groups(int group, const Gemv& gemv, int64_t first, int64_t last) {
-  if constexpr (M == 1) {
-    if (group == 1) one_vector<type>(gemv, first, last);
-  } else {
-    if (group == M) return gemv_of<type, M>(gemv, first, last);
-    gemv_in_groups<type, M - 1>(group, gemv, first, last);
-  }
+void gemv_of_vectors(const Gemv& gemv, int64_t first, int64_t last) {
+  if (gemv.m == M) return gemv_of<type, M>(gemv, first, last);
+  if constexpr (M > 1) gemv_of_vectors<type, M - 1>(gemv, first, last);
+}
+
+// More vectors than registers: as a product of matrices.
+void multiply_many(const Gemv& gemv, int64_t first, int64_t last) {
+  const char* const weight =
+      static_cast<const char*>(gemv.weight) + first * gemv.weight_row_stride * size_of(gemv.type);
+  Gemm gemm = {gemv.m, last - first, gemv.k,
+               {const_cast<void*>(gemv.x), gemv.x_type, gemv.x_row_stride, 1},
+               {const_cast<char*>(weight), gemv.type, 1, gemv.weight_row_stride},
+               {gemv.y + first, DType::f32, gemv.y_row_stride, 1},
+               gemv.bias != nullptr ? gemv.bias + first : nullptr, gemv.accumulate};
+  gemm.alone = true;
+  ANYMAMBA_ISA::gemm(gemm);
+}
+
+void multiply(const Gemv& gemv, int64_t first, int64_t last) {
+  if (gemv.in_order || gemv.m > kGemvVectors) return gemv_in_order(gemv, first, last);
+  with_type(gemv.type, [&](auto type) {
+    gemv_of_vectors<decltype(type)::value, kGemvVectors>(gemv, first, last);
+  });
+}
+
+// bfloat16 vectors that are not multiplied in pairs become floats.
+void multiply_as_floats(Gemv gemv, int64_t first, int64_t last) {
+  const Scratch<float> x(gemv.m * gemv.k);
+  for (int64_t i = 0; i < gemv.m; ++i)
+    to_float32(static_cast<const std::uint16_t*>(gemv.x) + i * gemv.x_row_stride, gemv.x_type, x + i * gemv.k,
+               gemv.k);
+  gemv.x = x, gemv.x_type = DType::f32, gemv.x_row_stride = gemv.k;
+  multiply(gemv, first, last);
 }
 
 }  // namespace
 
 void gemv(const Gemv& gemv, int64_t first, int64_t last) {
-  const int groups = static_cast<int>(ceil_div(gemv.m, kGemvVectors));
-  const int group = static_cast<int>(ceil_div(gemv.m, groups > 0 ? groups : 1));
-  constexpr int M = kGemvVectors;
-  switch (gemv.type) {
-    case DType::f32: return gemv_in_groups<DType::f32, M>(group, gemv, first, last);
-    case DType::bf16: return gemv_in_groups<DType::bf16, M>(group, gemv, first, last);
-    case DType::f16: return gemv_in_groups<DType::f16, M>(group, gemv, first, last);
-  }
+  if (first >= last) return;
+  if (gemv.m > kInOrderVectors) return multiply_many(gemv, first, last);
+  if (gemv.x_type == DType::f32) return multiply(gemv, first, last);
+  const bool in_order = gemv.in_order || gemv.m > kGemvVectors;
+  const Operand x = {gemv.x, gemv.x_type, gemv.x_row_stride, 1};
+  if (in_order && multiplies_pairs(x, {gemv.weight, gemv.type, gemv.weight_row_stride, 1}, gemv.k))
+    return gemv_in_order(gemv, first, last);
+  multiply_as_floats(gemv, first, last);
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -199,6 +199,15 @@ struct Chunk {
   }
 };
 
+// C h over M states of kLanes channels.
+template <int M>
+ANYMAMBA_INLINE FloatVec sum_of_states(const FloatVec* h, const float* C) {
+  FloatVec sum = h[0] * splat(C[0]);
+#pragma GCC unroll 16
+  for (int j = 1; j < M; ++j) sum = fma(h[j], splat(C[j]), sum);
+  return sum;
+}
+
 // Takes states [i, i + M) of the vector at column c through the chunk. With kKeep it leaves each
 // step's decay in decays (steps, M, kLanes) and the states in states (steps + 1, M, kLanes); without
 // it, each step asks for memory ahead.
@@ -216,19 +225,17 @@ ANYMAMBA_INLINE void advance(const Chunk& k, std::int64_t i, int c, float* decay
     const FloatVec delta = load(k.delta + t * k.columns + c), dx = load(k.dx + t * k.columns + c);
     const float *B = k.B + t * k.n + i, *C = k.C + t * k.n + i;
     if (!kKeep) ahead.fetch_line();
-    FloatVec sum{};
 #pragma GCC unroll 16
     for (int j = 0; j < M; ++j) {
       const FloatVec decay = exp2_of(delta * A[j]);
       h[j] = fma(decay, h[j], dx * splat(B[j]));
-      sum = j == 0 ? h[j] * splat(C[j]) : fma(h[j], splat(C[j]), sum);
       if (kKeep) {
         store(decays + (t * M + j) * kLanes, decay);
         store(states + ((t + 1) * M + j) * kLanes, h[j]);
       }
     }
     float* u = k.u + t * k.columns + c;
-    store(u, load(u) + sum);
+    store(u, M == 1 ? fma(h[0], splat(C[0]), load(u)) : load(u) + sum_of_states<M>(h, C));
   }
 #pragma GCC unroll 16
   for (int j = 0; j < M; ++j) store(k.h + (i + j) * k.columns + c, h[j]);

@@ -16,10 +16,10 @@ constexpr std::int64_t kWorkBetweenBarriers = 24 << 10;
 
 // The activations of one step, shared by the workers.
 struct Buffers {
-  std::vector<float> hidden, projected, convolved, rBC, delta, y, change;
+  std::vector<float> hidden, projected, convolved, rBC, delta, y;
   Buffers(const Model& m, std::int64_t b)
       : hidden(b * m.d), projected(b * m.projected()), convolved(b * m.conv_channels()),
-        rBC(b * m.x_projected()), delta(b * m.dt_projected()), y(b * m.e), change(b * m.d) {}
+        rBC(b * m.x_projected()), delta(b * m.dt_projected()), y(b * m.e) {}
 };
 
 // A worker's own memory: float32 forms of a layer's small tensors, of which it fills its own rows,
@@ -32,7 +32,7 @@ struct WorkerScratch {
   WorkerScratch(const Model& m, std::int64_t b, bool bf16_products, Arena& memory)
       : normed(memory.floats(b * m.d)), rBC(memory.floats(b * m.x_projected())),
         normed_y(memory.floats(m.has_heads() ? b * m.e : 0)), small(m, memory),
-        rounding(b, widest(m), bf16_products, memory) {}
+        rounding(b, widest(m), bf16_products, m.in_order, memory) {}
 
   // What a worker needs, the scratch memory of the kernels included that it calls: norm,
   // quantized_gemv, and scan_step or ssd_step.
@@ -41,8 +41,8 @@ struct WorkerScratch {
     Arena counted;
     WorkerScratch(m, b, bf16_products, counted);
     for (std::int64_t row = 0; row < b; row += kNormRows) counted.floats(3 * (widest(m) + 2 * kVector));
-    counted.floats(2 * b * (widest(m) / VectorRounding::kSmallestGroup + kVector));
     counted.floats(2 * (m.n + kVector));
+    counted.take(std::max(gemv_scratch(b, widest(m)), quantized_worker_scratch(widest(m))));
     return counted.used();
   }
 
@@ -84,11 +84,9 @@ class DecodeStep {
     const auto n_layer = static_cast<std::int64_t>(m_.layers.size());
     for (std::int64_t index = 0; index < n_layer; ++index) {
       const Layer& layer = m_.layers[index];
-      const RowRange rows = share(m_.d, worker, workers);
       rms_norm(b_, m_.d, {buf_.hidden.data(), DType::f32, m_.d}, layer.norm, own.small.norm, m_.eps,
                {own.normed, DType::f32, m_.d});
       mix(index, worker, workers, barrier, own);
-      add_back(rows);
       Prefetch to_next = index + 1 < n_layer
           ? Prefetch(m_.layers[index + 1].in_proj, m_.d, share(m_.e, worker, workers))
           : Prefetch(m_.head, m_.d, share(m_.v, worker, workers));
@@ -96,11 +94,11 @@ class DecodeStep {
     }
     rms_norm(b_, m_.d, {buf_.hidden.data(), DType::f32, m_.d}, m_.norm, own.small.norm, m_.eps,
              {own.normed, DType::f32, m_.d});
-    project(m_.head, {own.normed, b_, m_.d, m_.d, own.rounding}, nullptr, logits_, m_.v,
+    project(m_.head, {own.normed, b_, m_.d, m_.d, own.rounding}, nullptr, {logits_, m_.v},
             share(m_.v, worker, workers));
   }
 
-  // `change` (b, d): a layer's mixer of `normed`, of which this worker computes its own columns.
+  // hidden (b, d) += a layer's mixer of `normed`, of which this worker computes its own columns.
   void mix(std::int64_t index, int worker, int workers, Barrier& barrier, WorkerScratch& own) {
     const Layer& layer = m_.layers[index];
     const RowRange rows = share(m_.d, worker, workers);
@@ -108,7 +106,8 @@ class DecodeStep {
     const float* const y = m_.has_heads() ? mix_heads(index, worker, workers, barrier, own, to_out_proj)
                                           : mix_channels(index, worker, workers, barrier, own, to_out_proj);
     const float* bias = floats(layer.out_proj_bias, own.small.out_proj_bias, rows);
-    project(layer.out_proj, {y, b_, m_.e, m_.e, own.rounding}, bias, buf_.change.data(), m_.d, rows);
+    project(layer.out_proj, {y, b_, m_.e, m_.e, own.rounding}, bias,
+            {buf_.hidden.data(), m_.d, true}, rows);
   }
 
  private:
@@ -126,8 +125,8 @@ class DecodeStep {
     const RowRange narrow = share(wide(), worker, workers, 4);
     Prefetch to_x_proj(layer.x_proj, m_.e, narrow);
     barrier.wait([&] { to_x_proj.fetch_line(); });
-    project(layer.x_proj, {buf_.convolved.data(), b_, m_.e, m_.e, own.rounding}, nullptr, buf_.rBC.data(),
-            wide(), narrow);
+    project(layer.x_proj, {buf_.convolved.data(), b_, m_.e, m_.e, own.rounding}, nullptr,
+            {buf_.rBC.data(), wide()}, narrow);
     Prefetch to_dt_proj(layer.dt_proj, m_.r, channels);
     barrier.wait([&] { to_dt_proj.fetch_line(); });
     scan(layer, index, own, channels, normed_rBC(layer, own));
@@ -171,8 +170,8 @@ class DecodeStep {
   // Rows of what in_proj gives.
   void in_project(const Layer& layer, WorkerScratch& own, RowRange rows) {
     const float* bias = floats(layer.in_proj_bias, own.small.in_proj_bias, rows);
-    project(layer.in_proj, {own.normed, b_, m_.d, m_.d, own.rounding}, bias, buf_.projected.data(),
-            m_.projected(), rows);
+    project(layer.in_proj, {own.normed, b_, m_.d, m_.d, own.rounding}, bias,
+            {buf_.projected.data(), m_.projected()}, rows);
     scale_projected(m_, layer, own.small, b_, buf_.projected.data(), rows);
   }
 
@@ -199,7 +198,7 @@ class DecodeStep {
       fetch(layer.A != nullptr ? Array{layer.A, DType::f32} : layer.A_log, next);
       fetch({first_state, DType::f32}, next);
       project(layer.dt_proj, {rBC, b_, m_.r, wide(), own.rounding}, nullptr,
-              buf_.delta.data(), m_.e, some);
+              {buf_.delta.data(), m_.e}, some);
       compute_A(m_, layer, own.small, some);
       kernels_.scan_step(scan, some.first, some.last);
     }
@@ -216,13 +215,6 @@ class DecodeStep {
     const char* const last = static_cast<const char*>(at(array, rows.last * m_.n));
     for (const char* p = static_cast<const char*>(at(array, rows.first * m_.n)); p < last; p += 64)
       __builtin_prefetch(p);
-  }
-
-  // hidden += change, for this worker's columns.
-  void add_back(RowRange rows) {
-    for (std::int64_t row = 0; row < b_; ++row)
-      for (std::int64_t i = rows.first; i < rows.last; ++i)
-        buf_.hidden[row * m_.d + i] += buf_.change[row * m_.d + i];
   }
 
   const Kernels& kernels_;
@@ -268,7 +260,7 @@ void mixer_step(const Model& model, const States& state, const Rows& x, const Ro
       workers_worth(model, b));
   for (std::int64_t row = 0; row < b; ++row) {
     const auto offset = row * y.row_stride * size_of(y.type);
-    kernels().convert(buffers.change.data() + row * model.d, DType::f32,
+    kernels().convert(buffers.hidden.data() + row * model.d, DType::f32,
                       static_cast<char*>(y.data) + offset, y.type, model.d);
   }
 }

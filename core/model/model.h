@@ -53,6 +53,9 @@ struct Model {
   float dt_low = 0, dt_high = __builtin_inff();  // limits of a head's step size
   float eps = 0;
   float mixer_eps = 0;                 // of dt_norm, B_norm and C_norm, or of gated_norm
+  // Whether a text's results are the same, bit for bit, whatever is computed beside it and however it is
+  // cut. Where no weight is quantized, that takes longer.
+  bool in_order = false;
   bool norm_before_gate = false;       // gated_norm's result is multiplied by the gate, not its input
   Weight embeddings;                   // (v, d)
   Weight head;                         // (v, d)

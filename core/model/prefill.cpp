@@ -150,8 +150,9 @@ class Prefill {
     const std::int64_t mixer =
         m_.has_heads() ? std::max(ssd_worker_scratch(m_.n), norm_worker_scratch(m_.e / m_.g))
                        : std::max(scan_worker_scratch(m_.n), norm_worker_scratch(std::max(m_.r, m_.n)));
-    const std::int64_t worker = std::max({kGemmScratch, quantized_worker_scratch(widest), mixer,
-                                          conv_worker_scratch(m_.k), norm_worker_scratch(m_.d)});
+    const std::int64_t worker =
+        std::max({kGemmScratch, gemv_scratch(1, widest), quantized_worker_scratch(widest), mixer,
+                  conv_worker_scratch(m_.k), norm_worker_scratch(m_.d)});
     constexpr std::int64_t kGemvRows = 16, kLists = 4;  // rows that become float32; of all sequences
     const std::int64_t converted = std::min(l_, kGemvRows) * widest * 4;
     const std::int64_t lists = kLists * in_arena((prompt_.sequences + 1) * 8);
@@ -207,9 +208,8 @@ class Prefill {
   }
 
   // c (m, n) = a (m, k) weight^T + bias, or the same added to c; `stride` between rows of a.
-  static void multiply(const Buffer& a, std::int64_t stride, std::int64_t m, std::int64_t k,
-                       const Weight& weight, std::int64_t n, const float* bias, float* c,
-                       bool accumulate = false) {
+  void multiply(const Buffer& a, std::int64_t stride, std::int64_t m, std::int64_t k, const Weight& weight,
+                std::int64_t n, const float* bias, float* c, bool accumulate = false) const {
     if (weight.quantized.bits != 0) {
       return kernels().quantized_gemm(
           {m, n, k, a.floats(), stride, weight.quantized, c, n, bias, accumulate});
@@ -218,7 +218,7 @@ class Prefill {
                     {a.data(), a.type(), stride, 1},
                     {const_cast<void*>(weight.data), weight.type, 1, weight.row_stride},
                     {c, DType::f32, n, 1},
-                    bias, accumulate});
+                    bias, accumulate, false, m_.in_order});
   }
 
   // What in_proj gives, then the convolution's channels of it through the convolution.
@@ -255,8 +255,8 @@ class Prefill {
     float* const state = states_of(m_, states_, index);
     const bool has_norm = layer.gated_norm.data != nullptr;
     const Buffer y = has_norm ? buf_.y : operand_for(layer.out_proj, buf_.y);
-    kernels().ssd({ssd_of(m_, layer, buf_.small, activations()), segments(), state},
-                  {rows(y, m_.e), state});
+    const auto compute = m_.in_order ? kernels().ssd_in_order : kernels().ssd;
+    compute({ssd_of(m_, layer, buf_.small, activations()), segments(), state}, {rows(y, m_.e), state});
     if (!has_norm) return y;
     // What the convolution gave is spent: its memory holds the normed y.
     const Buffer normed = operand_for(layer.out_proj, buf_.convolved);

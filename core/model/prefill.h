@@ -17,15 +17,16 @@ struct Prompt {
   const float* hidden = nullptr;          // (., d) in their place
   std::int64_t wanted = 0;                // positions that get logits
   const std::int64_t* positions = nullptr;  // (wanted,)
-  bool without_head = false;              // they get what the head would read, (wanted, d)
   bool bf16_products = false;             // see operand_type
+  bool without_head = false;              // they get what the head would read, (wanted, d)
   std::function<bool()> interrupted = {};  // asked between layers whether to stop, or empty
 };
 
 // What `interrupted` led to.
 struct Interrupted {};
 
-// logits (wanted, v), or without the head (wanted, d). Throws std::bad_alloc or Interrupted; then the states are as before.
+// logits (wanted, v), or without the head (wanted, d). Throws std::bad_alloc or Interrupted; then the
+// states are as before.
 void prefill(const Model& model, const States& states, const Prompt& prompt, float* logits);
 
 }  // namespace anymamba

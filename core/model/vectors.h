@@ -33,31 +33,28 @@ class Prefetch {
   const char *next_, *end_;
 };
 
-// A worker's room for its vectors as weights want them: rounded to 8 bits, or to bfloat16.
+// How a worker's vectors are multiplied, and its room for them as weights want them: rounded to 8 bits,
+// or to bfloat16.
 struct VectorRounding {
   static constexpr int kSmallestGroup = 32;
-  const bool bf16_products;
+  const bool bf16_products, in_order;
   std::int8_t* q;
   float* scales;
   std::int32_t* sums;
   std::uint16_t* narrow;
-  float* wide;
 
   // Room for b vectors (k,) of `most` numbers at most.
-  VectorRounding(std::int64_t b, std::int64_t most, bool bf16_products, Arena& memory)
-      : bf16_products(bf16_products), q(static_cast<std::int8_t*>(memory.take(b * most))),
+  VectorRounding(std::int64_t b, std::int64_t most, bool bf16_products, bool in_order, Arena& memory)
+      : bf16_products(bf16_products), in_order(in_order), q(static_cast<std::int8_t*>(memory.take(b * most))),
         scales(memory.floats(b * most / kSmallestGroup)),
         sums(static_cast<std::int32_t*>(memory.take(b * most / kSmallestGroup * 4))),
-        narrow(static_cast<std::uint16_t*>(memory.take(bf16_products ? most * 2 : 0))),
-        wide(memory.floats(bf16_products ? b * most : 0)) {}
+        narrow(static_cast<std::uint16_t*>(memory.take(bf16_products ? b * most * 2 : 0))) {}
 
-  // x (b, k) rounded to bfloat16, as floats without gaps.
-  const float* to_bf16(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k) {
-    for (std::int64_t row = 0; row < b; ++row) {
-      kernels().convert(x + row * stride, DType::f32, narrow, DType::bf16, k);
-      kernels().to_float32(narrow, DType::bf16, wide + row * k, k);
-    }
-    return wide;
+  // x (b, k) rounded to bfloat16, without gaps.
+  const std::uint16_t* to_bf16(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k) {
+    for (std::int64_t row = 0; row < b; ++row)
+      kernels().convert(x + row * stride, DType::f32, narrow + row * k, DType::bf16, k);
+    return narrow;
   }
 
   QuantizedActivations quantize(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k, int group) {
@@ -74,29 +71,28 @@ struct Vectors {
   VectorRounding& rounding;
 };
 
+// Where results go, (b, .), or are added.
+struct Results {
+  float* data;
+  std::int64_t stride;
+  bool accumulate = false;
+};
+
 // y (b, .) = x weight^T + bias for the weight's rows [first, last).
-inline void project(const Weight& weight, const Vectors& x, const float* bias, float* y,
-             std::int64_t y_stride, RowRange rows) {
+inline void project(const Weight& weight, const Vectors& x, const float* bias, const Results& y, RowRange rows) {
   if (const QuantizedWeight& quantized = weight.quantized; quantized.bits != 0) {
     const QuantizedActivations quantized_x =
         x.rounding.quantize(x.data, x.stride, x.b, x.k, quantized.group);
-    return kernels().quantized_gemv({quantized, quantized_x, bias, y, y_stride}, rows.first, rows.last);
+    return kernels().quantized_gemv({quantized, quantized_x, bias, y.data, y.stride, y.accumulate}, rows.first,
+                                    rows.last);
   }
-  constexpr int kMostVectors = 16;          // that gemv takes at once
-  constexpr std::int64_t kWeightRows = 32;  // read from memory once, then used for all vectors
-  const bool rounds = operand_type(weight, x.rounding.bf16_products) == DType::bf16;
-  const float* const data = rounds ? x.rounding.to_bf16(x.data, x.stride, x.b, x.k) : x.data;
-  const std::int64_t stride = rounds ? x.k : x.stride;
-  const std::int64_t block = x.b <= kMostVectors ? rows.last - rows.first : kWeightRows;
-  for (std::int64_t first = rows.first; first < rows.last; first += block) {
-    const std::int64_t last = std::min(rows.last, first + block);
-    for (std::int64_t row = 0; row < x.b; row += kMostVectors) {
-      const auto m = static_cast<int>(std::min<std::int64_t>(kMostVectors, x.b - row));
-      kernels().gemv({x.k, weight.data, weight.type, weight.row_stride, bias, data + row * stride,
-                      stride, y + row * y_stride, y_stride, m},
-                     first, last);
-    }
+  Gemv gemv = {x.k, weight.data, weight.type, weight.row_stride, bias, x.data, DType::f32, x.stride,
+               y.data, y.stride, x.b, y.accumulate, x.rounding.in_order};
+  if (operand_type(weight, x.rounding.bf16_products) == DType::bf16) {
+    gemv.x = x.rounding.to_bf16(x.data, x.stride, x.b, x.k);
+    gemv.x_type = DType::bf16, gemv.x_row_stride = x.k;
   }
+  kernels().gemv(gemv, rows.first, rows.last);
 }
 
 }  // namespace anymamba

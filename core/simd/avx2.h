@@ -9,7 +9,7 @@ namespace anymamba::ANYMAMBA_ISA {
 inline constexpr int kLanes = 8;
 inline constexpr bool kFusedMultiplyAdd = true, kMultipliesPairs = false;
 inline constexpr int kGemmTileRows = 6, kQuantizedTileRows = 3;
-inline constexpr int kGemvVectors = 4, kQuantizedGemvVectors = 4;
+inline constexpr int kGemvVectors = 4, kInOrderVectors = 4, kQuantizedGemvVectors = 4;
 constexpr int gemv_rows(int vectors) { return vectors == 2 ? 4 : 2; }
 
 }  // namespace anymamba::ANYMAMBA_ISA
@@ -79,9 +79,24 @@ ANYMAMBA_INLINE FloatVec join_high(FloatVec a, FloatVec b) {
   return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
 }
 
-ANYMAMBA_INLINE FloatVec load_fours(const float* p, std::int64_t stride) {
-  return (FloatVec)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
-                                        _mm_loadu_ps(p + stride), 1);
+// Lane i is the sum of row i of parts (kLanes, kLanes). Exact.
+ANYMAMBA_INLINE IntVec sums_of_rows(const IntVec* parts) {
+  IntVec v[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; ++i) v[i] = parts[i];
+#pragma GCC unroll 4
+  for (int left = kLanes / 2; left > 0; left /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < left; ++i) {
+      const FloatVec a = (FloatVec)v[i], b = (FloatVec)v[i + left];
+      v[i] = (IntVec)interleave_low(a, b) + (IntVec)interleave_high(a, b);
+    }
+  return v[0];
+}
+
+ANYMAMBA_INLINE FloatVec load_fours(const char* p, std::int64_t stride) {
+  const auto four = [](const char* from) { return _mm_loadu_ps(reinterpret_cast<const float*>(from)); };
+  return (FloatVec)_mm256_insertf128_ps(_mm256_castps128_ps256(four(p)), four(p + stride), 1);
 }
 
 ANYMAMBA_INLINE Exp2Parts split_exp2(FloatVec x) { return generic::split_exp2(at_most(x, 128.0f)); }

@@ -19,7 +19,7 @@ inline constexpr bool kMultipliesPairs = false;
 
 // Tiles: as many accumulators as the 32 registers leave room for beside the operands.
 inline constexpr int kGemmTileRows = 14, kQuantizedTileRows = 12;  // times two vectors
-inline constexpr int kGemvVectors = 6, kQuantizedGemvVectors = 8;
+inline constexpr int kGemvVectors = 6, kInOrderVectors = 8, kQuantizedGemvVectors = 8;
 constexpr int gemv_rows(int vectors) { return vectors == 2 ? 8 : vectors <= 4 ? 6 : 4; }
 
 }  // namespace anymamba::ANYMAMBA_ISA
@@ -98,6 +98,27 @@ ANYMAMBA_INLINE IntVec dot4(IntVec sum, ByteVec a, ByteVec b) {
   return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
 
+// Lane i is the sum of row i of parts (kLanes, kLanes). Exact. Halves of vectors, because two ports
+// shuffle those within their quarters, and one whole vectors.
+ANYMAMBA_INLINE IntVec sums_of_rows(const IntVec* parts) {
+  const auto row = [=](int i) {
+    const auto* const halves = reinterpret_cast<const __m256i*>(parts + i);
+    return _mm256_add_epi32(_mm256_load_si256(halves), _mm256_load_si256(halves + 1));
+  };
+  const auto four = [=](int i) {  // in each quarter the parts of rows i to i + 3
+    const __m256i a = row(i), b = row(i + 1), c = row(i + 2), d = row(i + 3);
+    const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+    const __m256i cd = _mm256_add_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+  };
+  const auto eight = [=](int i) {
+    const __m256i low = four(i), high = four(i + 4);
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20),
+                            _mm256_permute2x128_si256(low, high, 0x31));
+  };
+  return (IntVec)_mm512_inserti64x4(_mm512_castsi256_si512(eight(0)), eight(8), 1);
+}
+
 // The lower, and the upper, halves of a and b with their lanes taken in turn.
 ANYMAMBA_INLINE FloatVec interleave_low(FloatVec a, FloatVec b) {
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -125,12 +146,12 @@ ANYMAMBA_INLINE FloatVec join_high(FloatVec a, FloatVec b) {
   return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-// Four floats each from places `stride` apart.
-ANYMAMBA_INLINE FloatVec load_fours(const float* p, std::int64_t stride) {
-  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
-                                          _mm_loadu_ps(p + stride), 1);
-  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 2 * stride)),
-                                           _mm_loadu_ps(p + 3 * stride), 1);
+// Four words of 32 bits each from places `stride` bytes apart.
+ANYMAMBA_INLINE FloatVec load_fours(const char* p, std::int64_t stride) {
+  const auto four = [](const char* from) { return _mm_loadu_ps(reinterpret_cast<const float*>(from)); };
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(four(p)), four(p + stride), 1);
+  const __m256 high =
+      _mm256_insertf128_ps(_mm256_castps128_ps256(four(p + 2 * stride)), four(p + 3 * stride), 1);
   return (FloatVec)_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
 }
 

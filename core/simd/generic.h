@@ -71,6 +71,10 @@ ANYMAMBA_INLINE void store_bf16(std::uint16_t* p, FloatVec v) {
   __builtin_memcpy(p, &h, sizeof h);
 }
 
+// The first and the second of two bfloat16 neighbours that each lane holds as bits.
+ANYMAMBA_INLINE FloatVec first_of_pairs(FloatVec v) { return (FloatVec)((UintVec)v << 16); }
+ANYMAMBA_INLINE FloatVec second_of_pairs(FloatVec v) { return (FloatVec)((UintVec)v & 0xffff0000u); }
+
 // Adding and subtracting 1.5 * 2^23 rounds to an integer, which the low bits of the sum hold.
 inline constexpr float kRounder = 12582912.0f;
 
@@ -110,9 +114,8 @@ ANYMAMBA_INLINE FloatVec load_some_bf16(const std::uint16_t* p, int count) {
 // sum + the products of two bfloat16 neighbours a lane, held as the bits of a float; a is the same in
 // all lanes.
 ANYMAMBA_INLINE FloatVec fma_bf16_pairs(const float* a, FloatVec b, FloatVec sum) {
-  const UintVec x = (UintVec)splat(*a), y = (UintVec)b;
-  return sum + (FloatVec)(x << 16) * (FloatVec)(y << 16) +
-         (FloatVec)(x & 0xffff0000u) * (FloatVec)(y & 0xffff0000u);
+  const FloatVec x = splat(*a);
+  return sum + first_of_pairs(x) * first_of_pairs(b) + second_of_pairs(x) * second_of_pairs(b);
 }
 
 // Of x no larger than 128. The low bits of `power` are the whole number.

@@ -21,12 +21,13 @@ ANYMAMBA_INLINE void transpose(FloatVec (&v)[kLanes]) {
   }
 }
 
-// Lane i of v[s] is number s of row i: four neighbours of each of kLanes rows, `stride` apart. That
-// takes fewer instructions than transposing whole vectors.
-ANYMAMBA_INLINE void load_columns(FloatVec (&v)[4], const float* rows, std::int64_t stride) {
+// Lane i of v[s] is word s of row i: four neighbours of 32 bits of each of kLanes rows, `stride` bytes
+// apart. That takes fewer instructions than transposing whole vectors.
+ANYMAMBA_INLINE void load_columns(FloatVec (&v)[4], const void* rows, std::int64_t stride) {
+  const char* const first = static_cast<const char*>(rows);
   FloatVec fours[4];  // of the rows i, i + 4, ...
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) fours[i] = load_fours(rows + i * stride, 4 * stride);
+  for (int i = 0; i < 4; ++i) fours[i] = load_fours(first + i * stride, 4 * stride);
   const FloatVec low = zip_low(fours[0], fours[1]), low_end = zip_low(fours[2], fours[3]);
   const FloatVec high = zip_high(fours[0], fours[1]), high_end = zip_high(fours[2], fours[3]);
   v[0] = join_low(low, low_end);

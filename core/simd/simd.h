@@ -19,6 +19,11 @@
 
 namespace anymamba::ANYMAMBA_ISA {
 
+// a b + c as for a vector.
+ANYMAMBA_INLINE float fma(float a, float b, float c) {
+  return kFusedMultiplyAdd ? __builtin_fmaf(a, b, c) : a * b + c;
+}
+
 // One number of a tensor, as float.
 ANYMAMBA_INLINE float read(const void* p, DType type, std::int64_t index) {
   switch (type) {

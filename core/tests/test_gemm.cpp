@@ -215,6 +215,28 @@ void test_not_finite() {
       }
 }
 
+// The same product by gemm, of which the bits are the same if sums are in order.
+void check_order(Gemv gemv, int64_t n, const Stored& y) {
+  gemv.in_order = true;
+  kernels().gemv(gemv, 0, n / 3);
+  kernels().gemv(gemv, n / 3, n);
+  for (const int64_t rows : {gemv.m, int64_t{40}}) {  // that many more
+    const Stored x(rows, gemv.k, DType::f32, MatrixLayout::rows);
+    Stored c(rows, n, DType::f32, MatrixLayout::rows);
+    for (int64_t i = 0; i < gemv.m; ++i)
+      std::memcpy(const_cast<float*>(x.floats()) + i * x.row_stride,
+                  static_cast<const float*>(gemv.x) + i * gemv.x_row_stride, gemv.k * sizeof(float));
+    Gemm gemm = {rows, n, gemv.k, x.view(), {const_cast<void*>(gemv.weight), gemv.type, 1, gemv.weight_row_stride},
+                 c.view(), gemv.bias};
+    gemm.in_order = true;
+    kernels().gemm(gemm);
+    for (int64_t i = 0; i < gemv.m; ++i)
+      for (int64_t j = 0; j < n; ++j)
+        CHECK(c.at(i, j) == y.at(i, j), "m %d n %d k %d %s beside %d rows, at %d %d: %g, not %g", int(gemv.m),
+              int(n), int(gemv.k), kNames[int(gemv.type)], int(rows), int(i), int(j), y.at(i, j), c.at(i, j));
+  }
+}
+
 void check_gemv(int m, int64_t n, int64_t k, DType type, bool padded, bool bias) {
   const MatrixLayout layout = padded ? MatrixLayout::padded : MatrixLayout::rows;
   const Stored weight(n, k, type, layout, padded), x(m, k, DType::f32, layout, padded ? 2 : 0);
@@ -227,6 +249,7 @@ void check_gemv(int m, int64_t n, int64_t k, DType type, bool padded, bool bias)
   gemv.x = x.floats(), gemv.x_row_stride = x.row_stride;
   gemv.y = y.floats(), gemv.y_row_stride = y.row_stride;
   gemv.m = m;
+  check_order(gemv, n, y);
 
   const std::vector<double> x_mk = x.values(), weight_nk = weight.values();
   std::vector<double> product(m * n);
@@ -237,6 +260,7 @@ void check_gemv(int m, int64_t n, int64_t k, DType type, bool padded, bool bias)
     }
 
   for (int64_t first = 0; first <= n; first += 5) {
+    gemv.in_order = first % 2 != 0;
     const int64_t last = first + (n - first) * 2 / 3 + (first == 0 ? (n + 2) / 3 : 0);
     const int64_t end = last < n ? last : n;
     for (int64_t i = 0; i < m; ++i)
@@ -256,7 +280,7 @@ void check_gemv(int m, int64_t n, int64_t k, DType type, bool padded, bool bias)
 void test_gemv() {
   for (int m = 1; m <= 16; ++m)
     for (const DType type : kTypes)
-      for (const int64_t k : {0, 1, 15, 16, 17, 33, 100, 256})
+      for (const int64_t k : {0, 1, 15, 16, 17, 33, 100, 256, 777})
         for (const int64_t n : {0, 1, 3, 8, 9, 17, 26})
           check_gemv(m, n, k, type, (m + n + k) % 2 != 0, (m + k) % 3 == 0);
 }

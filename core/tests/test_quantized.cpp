@@ -52,8 +52,11 @@ void test_case(const Case& c, Random& random) {
   std::vector<std::int32_t> sums(c.m * groups);
   const QuantizedActivations rows = {c.m, c.k, c.group, q.data(), scales.data(), sums.data()};
   kernels().quantize_activations(problem.x.data(), c.k, rows, 0, c.m);
-  std::vector<float> few(c.m * c.n), many(c.m * c.n, 1.0f);
-  kernels().quantized_gemv({problem.weight, rows, nullptr, few.data(), c.n}, 0, c.n);
+  std::vector<float> few(c.m * c.n, 1.0f), many = few, alone = few;
+  const std::int64_t border = random.below(c.n + 1);
+  const QuantizedGemv vectors = {problem.weight, rows, nullptr, few.data(), c.n, true};
+  kernels().quantized_gemv(vectors, 0, border);
+  kernels().quantized_gemv(vectors, border, c.n);
   QuantizedGemm product;
   product.m = c.m, product.n = c.n, product.k = c.k;
   product.a = problem.x.data(), product.a_row_stride = c.k;
@@ -61,6 +64,14 @@ void test_case(const Case& c, Random& random) {
   product.c = many.data(), product.c_row_stride = c.n;
   product.accumulate = true;
   kernels().quantized_gemm(product);
+  // One row at a time, all at once, or spread over threads: the same bits.
+  for (std::int64_t r = 0; r < c.m; ++r) {
+    const QuantizedActivations row = {1, c.k, c.group, rows.q + r * c.k, rows.scales + r * groups,
+                                      rows.sums + r * groups};
+    kernels().quantized_gemv({problem.weight, row, nullptr, alone.data() + r * c.n, c.n, true}, 0, c.n);
+  }
+  CHECK(few == many, "bits %d group %d, %d rows: few are not many", c.bits, c.group, int(c.m));
+  CHECK(few == alone, "bits %d group %d, %d rows: few are not one by one", c.bits, c.group, int(c.m));
   for (std::int64_t r = 0; r < c.m; ++r) {
     for (std::int64_t p = 0; p < c.k; ++p) {
       const double back = double(q[r * c.k + p]) * scales[r * groups + p / c.group];
@@ -72,7 +83,7 @@ void test_case(const Case& c, Random& random) {
       for (std::int64_t p = 0; p < c.k; ++p)
         expected += double(q[r * c.k + p]) * scales[r * groups + p / c.group] * problem.number(i, p);
       const double tolerance = 1e-5 * std::fmax(1, std::fabs(expected)) * std::sqrt(double(c.k));
-      CHECK(std::fabs(few[r * c.n + i] - expected) <= tolerance, "few: bits %d group %d: %g, expected %g",
+      CHECK(std::fabs(few[r * c.n + i] - 1 - expected) <= tolerance, "few: bits %d group %d: %g, expected %g",
             c.bits, c.group, few[r * c.n + i], expected);
       CHECK(std::fabs(many[r * c.n + i] - 1 - expected) <= tolerance,
             "many: bits %d group %d: %g, expected %g", c.bits, c.group, many[r * c.n + i], expected);
@@ -89,7 +100,7 @@ int main() {
     for (const int group : {32, 64, 128})
       for (const bool offset : {false, true})
         for (const std::int64_t groups : {1, 3, 20})
-          test_case({1 + random.below(16), 1 + random.below(50), groups * group, bits, group, offset}, random);
+          test_case({1 + random.below(40), 1 + random.below(50), groups * group, bits, group, offset}, random);
   test_case({90, 300, 256, 4, 128, false}, random);  // over all threads
   return finish("quantized");
 }

@@ -135,15 +135,16 @@ struct Case {
   }
 
   void test_forward() {
-    for (const int threads : {1, 3}) {
-      Threads::set_count(threads);
-      Floats found_last = last;
-      kernels().ssd(ssd, {y.view(), last.empty() ? nullptr : found_last.data()});
-      check_forward(found_last);
-      static Memory first;
-      if (threads == 1) first = y.memory;
-      CHECK(first == y.memory, "%s: %d threads give another y than one", what.c_str(), threads);
-    }
+    for (const auto kernel : {kernels().ssd, kernels().ssd_in_order})
+      for (const int threads : {1, 3}) {
+        Threads::set_count(threads);
+        Floats found_last = last;
+        kernel(ssd, {y.view(), last.empty() ? nullptr : found_last.data()});
+        check_forward(found_last);
+        static Memory first;
+        if (threads == 1) first = y.memory;
+        CHECK(first == y.memory, "%s: %d threads give another y than one", what.c_str(), threads);
+      }
   }
 
   void check_forward(const Floats& found_last) const {
