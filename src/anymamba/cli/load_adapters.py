@@ -53,6 +53,7 @@ def open_adapters(
         adapters,
         options.weights,
         matmul_dtype=options.matmul_dtype,
+        deterministic=options.deterministic,
         tokenizer=options.tokenizer,
     )
 

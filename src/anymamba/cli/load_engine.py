@@ -22,6 +22,7 @@ def open_engine(options: EngineOptions) -> Engine:
         weights=options.weights,
         threads=options.threads,
         matmul_dtype=options.matmul_dtype,
+        deterministic=options.deterministic,
         adapter=adapter_of(options),
         tokenizer=options.tokenizer,
         offline=options.offline,

@@ -30,6 +30,7 @@ WITHOUT_COUNTERPART = {
     "save_state": None,
     "adapter": None,
     "matmul_dtype": None,
+    "deterministic": False,
 }
 
 

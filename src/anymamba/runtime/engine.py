@@ -26,7 +26,7 @@ from anymamba.runtime.old_engine import OldNames
 from anymamba.runtime.prefill import Progress, all_logits, read_texts
 from anymamba.runtime.prompts import Text, as_list, first_ids, ids_to_read
 from anymamba.runtime.scoring import Score, score_ids
-from anymamba.runtime.state import BatchState, Identity, State, check_state, load_state
+from anymamba.runtime.state import BatchState, State, check_state, load_state
 from anymamba.runtime.tokenizer import TextCodec
 from anymamba.runtime.weights import Weights
 
@@ -47,7 +47,7 @@ class Engine(OldNames):
         end_ids: the tokens that end a text.
         threads: how many threads compute; None takes `ANYMAMBA_NUM_THREADS`, else all processors.
         suggested_sampling: as for the attribute.
-        matmul_dtype: "float32" or "bfloat16"; see `anymamba.load`.
+        matmul_dtype, deterministic: as `anymamba.load` has them.
 
     Attributes:
         weights: as given.
@@ -58,6 +58,7 @@ class Engine(OldNames):
         n_parameters: how many numbers were trained.
         threads: how many threads compute.
         matmul_dtype: what activations are when they are multiplied with bfloat16 weights.
+        deterministic: whether a text's logits are the same bits whatever is computed beside it.
         end_ids: the tokens that end a text.
         suggested_sampling: the fields of `Sampling` that the model's generation_config.json sets.
             Nothing uses them unless asked to: `engine.generate(text, **engine.suggested_sampling)`.
@@ -84,18 +85,17 @@ class Engine(OldNames):
         threads: int | None = None,
         suggested_sampling: Mapping[str, Any] | None = None,
         matmul_dtype: str | None = None,
+        deterministic: bool = False,
     ) -> None:
-        self._network = Network(weights, threads, matmul_dtype)
-        types = f"{weights.weight_type}-{self._network.matmul_dtype}"
-        self.identity = Identity(weights.config, self._network.vocabulary, weights.digest, types)
+        network = self._network = Network(weights, threads, matmul_dtype, deterministic)
+        self.identity, self.threads = network.identity, network.threads
         self._codec = TextCodec(open_tokenizer)
         self.weights = weights
         self.config = dict(weights.config)
         self.weight_type = weights.weight_type
         self.weight_bytes = weights.nbytes
         self.n_parameters = weights.n_parameters
-        self.threads = self._network.threads
-        self.matmul_dtype = self._network.matmul_dtype
+        self.matmul_dtype, self.deterministic = network.matmul_dtype, network.deterministic
         self.end_ids = tuple(end_ids)
         self.suggested_sampling = dict(suggested_sampling or {})
 

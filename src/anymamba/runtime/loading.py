@@ -34,6 +34,7 @@ def load(
     threads: int | None = None,
     *,
     matmul_dtype: str | None = None,
+    deterministic: bool = False,
     adapter: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -56,6 +57,9 @@ def load(
             coarser, and faster at reading prompts on AMD's processors since Zen 4; refused where
             the processor does not multiply bfloat16. None takes `ANYMAMBA_MATMUL_DTYPE`, else
             "float32".
+        deterministic: whether a text's logits are the same bits whatever is computed beside it and
+            however it is cut. 8- and 4-bit weights always are; others then decode up to a fifth
+            slower (docs/native.md).
         adapter: a folder with a LoRA or DoRA adapter of PEFT's, which is merged now, in float32.
             A tokenizer.json or generation_config.json in it counts in place of the model's.
         tokenizer: a folder with a tokenizer.json, or that file, where the model comes without one.
@@ -101,9 +105,9 @@ def load(
     stored_type = weights if change is None else "auto"
     opened = _open(place, stored_type, tokenizer)
     if change is None:
-        return _engine(opened, opened.weights, [], threads, matmul_dtype)
+        return _engine(opened, opened.weights, [], threads, matmul_dtype, deterministic)
     merged = merge_adapter(opened.weights, change, weights)
-    return _engine(opened, merged, [change.folder], threads, matmul_dtype)
+    return _engine(opened, merged, [change.folder], threads, matmul_dtype, deterministic)
 
 
 def load_adapters(
@@ -113,6 +117,7 @@ def load_adapters(
     weights: str = "auto",
     *,
     matmul_dtype: str | None = None,
+    deterministic: bool = False,
     tokenizer: str | os.PathLike[str] | None = None,
 ) -> dict[str, Engine]:
     """Open a model's adapters beside it, each an engine of its own.
@@ -124,7 +129,7 @@ def load_adapters(
         base: the model as `load` opened it, by the same arguments.
         model: its folder or GGUF file.
         adapters: folders with LoRA or DoRA adapters of PEFT's, by name.
-        weights, matmul_dtype, tokenizer: as for `load`.
+        weights, matmul_dtype, deterministic, tokenizer: as for `load`.
 
     Returns:
         The engines by the same names; each is what `load(model, adapter=...)` opens.
@@ -147,7 +152,8 @@ def load_adapters(
         if tokenizer is None and own_tokenizer is not None:
             opened = replace(stored, tokenizer=partial(read_tokenizer, own_tokenizer))
         merged = merge_adapter(whole, change, weights, base.weights)
-        engines[name] = _engine(opened, merged, [change.folder], base.threads, matmul_dtype)
+        places, threads = [change.folder], base.threads
+        engines[name] = _engine(opened, merged, places, threads, matmul_dtype, deterministic)
     return engines
 
 
@@ -206,13 +212,15 @@ def _engine(
     places: Sequence[Path],
     threads: int | None,
     matmul_dtype: str | None,
+    deterministic: bool,
 ) -> Engine:
     """The engine of these weights; a generation_config.json in `places` goes before its own."""
     places = [*places, *([] if opened.folder is None else [opened.folder])]
     settings = generation_config(places)
     ends = opened.ends if settings is None else settings.get("eos_token_id")
     suggested = suggested_sampling(settings or {})
-    return Engine(weights, opened.tokenizer, _ids_in(ends), threads, suggested, matmul_dtype)
+    tokenizer, end_ids = opened.tokenizer, _ids_in(ends)
+    return Engine(weights, tokenizer, end_ids, threads, suggested, matmul_dtype, deterministic)
 
 
 def model_of(

@@ -37,7 +37,7 @@ from anymamba.runtime.native import (
     mixer_epsilon_of,
     wanted_threads,
 )
-from anymamba.runtime.state import BatchState
+from anymamba.runtime.state import BatchState, Identity
 from anymamba.runtime.tokenizer import check_vocabulary
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class Network:
         threads: how many threads compute; None leaves the choice to the environment.
         matmul_dtype: "float32", or "bfloat16" to round what is multiplied with bfloat16 weights;
             None leaves the choice to the environment.
+        deterministic: whether a text's logits are the same bits whatever is computed beside it and
+            however it is cut into calls. Quantized weights always are; others take longer for it.
 
     Raises:
         BackendError: there is no such type, or this processor does not multiply it.
@@ -72,7 +74,11 @@ class Network:
     """
 
     def __init__(
-        self, weights: Weights, threads: int | None = None, matmul_dtype: str | None = None
+        self,
+        weights: Weights,
+        threads: int | None = None,
+        matmul_dtype: str | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.threads = wanted_threads(threads)
         self.matmul_dtype = _wanted_matmul_dtype(matmul_dtype, weights.tensors)
@@ -80,7 +86,14 @@ class Network:
         self._check_files = weights.check
         self._tensors = weights.tensors
         self._core = core()
-        self._model = self._core.Model(**_table(weights), constant=True)
+        quantized = any(not isinstance(tensor, np.ndarray) for tensor in weights.tensors.values())
+        self.deterministic = deterministic or quantized
+        arithmetic = f"{weights.weight_type}-{self.matmul_dtype}"
+        if deterministic:
+            arithmetic += "-deterministic"
+        self.identity = Identity(weights.config, self.vocabulary, weights.digest, arithmetic)
+        table = _table(weights)
+        self._model = self._core.Model(**table, constant=True, in_order=self.deterministic)
 
     def advance(
         self, blocks: BatchState, rows: Sequence[int], sequences: Sequence[NDArray[np.int64]]

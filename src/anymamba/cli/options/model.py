@@ -72,4 +72,10 @@ class EngineOptions(ModelOptions):
         help="the type of activations that are multiplied with bfloat16 weights; bfloat16 is "
         "coarser, and faster on some processors (default: ANYMAMBA_MATMUL_DTYPE, else float32)",
     )
+    deterministic: bool = of_computing(
+        "--deterministic",
+        action="store_true",
+        help="compute the same bits for a text whatever is computed beside it; 8- and 4-bit "
+        "weights always do, with others a token takes up to a fifth longer",
+    )
     threads: int | None = threads_option(group=COMPUTING)
