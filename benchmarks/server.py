@@ -157,17 +157,17 @@ def peer(
     write_gguf(file, wide.config, cast(Any, wide.tensors), "q8_0", text)
     source = random.Random(1)
 
-    def run() -> float:
-        texts = ["".join(map(chr, prompt(source, PROMPT))) for _ in range(count)]
+    def run(asking: int = count) -> float:
+        texts = ["".join(map(chr, prompt(source, PROMPT))) for _ in range(asking)]
         bodies = [{"prompt": text, "max_tokens": steps, "temperature": 0} for text in texts]
         start = time.perf_counter()
         answers = all_at_once(server.port, bodies)
         took = time.perf_counter() - start
         written: int = sum(answer.body["usage"]["completion_tokens"] for answer in answers)
-        return took * count * steps / written  # where a text has ended early
+        return took * asking * steps / written  # where a text has ended early
 
     with TheirServer(file, free_port(), torch.get_num_threads()) as server:
-        case = Case(name, run, own_clock=True)
+        case = Case(name, run, warm_up=partial(run, 1), own_clock=True)
         return interleave([case], min(PEER_ROUNDS, options.rounds or PEER_ROUNDS)), []
 
 

@@ -221,6 +221,16 @@ def test_a_folder_counts_its_files_as_they_come_and_go(engine: Engine, tmp_path:
     assert small._nbytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
+def test_a_burst_of_small_states_is_kept_whole(engine: Engine, tmp_path: Path) -> None:
+    errors: list[Exception] = []
+    folder, state = StateFolder(tmp_path, 1 << 30, errors.append), state_of(engine, 3)
+    for number in range(100):
+        folder.write((3, f"{number:064x}"), state)
+    folder.close()
+    assert (errors, len(list(tmp_path.iterdir()))) == ([], 100)
+    assert folder._waiting_bytes == 0
+
+
 def test_a_kept_state_holds_no_others_logits(engine: Engine) -> None:
     with Scheduler({"m": engine}, cache=(cache := PrefixCache(1 << 24))) as scheduler:
         for client in [Client(scheduler, words(5 + i)) for i in range(4)]:

@@ -68,8 +68,10 @@ def test_a_broken_file_is_read_anew(engine: Engine, tmp_path: Path, damage: str)
 
 def test_the_budget_holds_and_the_last_used_stay(engine: Engine, tmp_path: Path) -> None:
     fill(tmp_path, engine, [5, 6, 7])
-    size = next(tmp_path.glob("5-*")).stat().st_size
-    files = StateFolder(tmp_path, int(3.5 * size))
+    for count in (5, 6, 7):  # several write at once, in any order
+        (file,) = tmp_path.glob(f"{count}-*")
+        os.utime(file, (count, count))
+    files = StateFolder(tmp_path, int(3.5 * file.stat().st_size))
     cache = PrefixCache(0, files)
     assert cache.find("m", np.array(words(5)), engine.identity).count == 5  # used just now
     cache.keep("m", key_of(np.array(words(8))), read_text(engine, words(8)))

@@ -23,8 +23,10 @@ from anymamba.runtime.state import Identity, State, load_state
 
 _NAME = re.compile(r"(\d+)-([0-9a-f]{64})-([0-9a-f]{16}-[0-9a-z]+-[0-9a-z]+)\.safetensors")
 _LOGGER = logging.getLogger("anymamba.server")
-# States that wait to be written. Where the disk is slower than that, one is not kept as a file.
-_MOST_WAITING = 64
+# States that wait to be written: so many, or more if they take so few bytes. Where the disk is
+# slower than that, one is not kept as a file.
+_MOST_WAITING, _MOST_WAITING_BYTES = 64, 64 << 20
+_WRITERS = 4  # a disk takes long to say that a file is safe, and says it of several at once
 
 
 class StateFolder:
@@ -67,9 +69,14 @@ class StateFolder:
         self._nbytes = 0  # of all of them
         self._counts: dict[str, Counter[int]] = {}  # by model, how many files of each length
         self._find_files()
-        self._waiting: queue.Queue[tuple[str, State] | None] = queue.Queue(_MOST_WAITING)
-        self._writer = threading.Thread(target=self._write_all, name="states", daemon=True)
-        self._writer.start()
+        self._waiting: queue.Queue[tuple[str, State] | None] = queue.Queue()
+        self._waiting_bytes = 0
+        self._writers = [
+            threading.Thread(target=self._write_all, name="states", daemon=True)
+            for _ in range(_WRITERS)
+        ]
+        for writer in self._writers:
+            writer.start()
 
     def counts(self, identity: Identity) -> set[int]:
         """How many tokens the states have that this model may go on from."""
@@ -104,17 +111,20 @@ class StateFolder:
         with self._lock:
             if name in self._sizes:
                 return
-        try:
-            self._waiting.put_nowait((name, state))
-        except queue.Full:
+            waiting = self._waiting_bytes + state.nbytes
+            has_room = self._waiting.qsize() < _MOST_WAITING or waiting <= _MOST_WAITING_BYTES
+            if has_room:
+                self._waiting_bytes = waiting
+                self._waiting.put((name, state))
+        if not has_room:
             self._on_error(CheckpointError("the disk is too slow: a state was not written"))
 
     def close(self) -> None:
         """Wait until all states are written."""
-        while self._writer.is_alive():
-            with suppress(queue.Full):
-                self._waiting.put(None, timeout=0.1)
-                self._writer.join()
+        for _ in self._writers:
+            self._waiting.put(None)
+        for writer in self._writers:
+            writer.join()
 
     def _find_files(self) -> None:
         try:
@@ -137,6 +147,9 @@ class StateFolder:
                 self._write(*item)
             except Exception as error:  # a full disk, no memory: the next one may be written
                 self._on_error(error)
+            with self._lock:
+                self._waiting_bytes -= item[1].nbytes
+            del item  # its memory is free while this waits for the next
 
     def _write(self, name: str, state: State) -> None:
         state.save(self.path / name)
