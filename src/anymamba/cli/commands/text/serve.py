@@ -167,7 +167,7 @@ class Options(AdapterOptions, EngineOptions):
     shutdown_seconds: float = option(
         "--shutdown-seconds",
         metavar="SECONDS",
-        type=number(0),
+        type=number(0, 86_400),
         default=30.0,
         group=LIMITS,
         help="how long what runs may go on after SIGTERM (default: 30)",
