@@ -261,18 +261,25 @@ def test_a_writer_goes_on_after_any_fault(
     ]
 
 
+@pytest.mark.parametrize("settings", [{"weights": "int8"}, {"deterministic": True}])
 def test_files_of_another_arithmetic_are_not_read(
-    engine: Engine, folder: Path, tmp_path: Path
+    engine: Engine, folder: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     files = StateFolder(tmp_path, 1 << 30)
     files.write(key := key_of(np.array(words(5))), state_of(engine, 5))
     files.close()
     files = StateFolder(tmp_path, 1 << 30)
     assert files.counts(engine.identity) == {5}
-    other = anymamba.load(folder, weights="int8").identity
-    assert other.digest == engine.identity.digest
-    assert files.counts(other) == set()
-    assert files.read(key, other) is None
+    other = anymamba.load(folder, **settings)
+    assert other.identity.digest == engine.identity.digest
+    assert files.counts(other.identity) == set()
+    assert files.read(key, other.identity) is None
+    files.write(key, state_of(other, 5))
+    files.close()
+    files = StateFolder(tmp_path, 1 << 30)  # after a restart, each finds its own
+    for found in (engine, other):
+        assert files.counts(found.identity) == {5}
+        assert files.read(key, found.identity) is not None
 
 
 def test_a_file_that_goes_meanwhile_is_not_missed(

@@ -21,7 +21,7 @@ from anymamba.checkpoint.io import user_path
 from anymamba.errors import CheckpointError, InputError, StateError
 from anymamba.runtime.state import Identity, State, load_state
 
-_NAME = re.compile(r"(\d+)-([0-9a-f]{64})-([0-9a-f]{16}-[0-9a-z]+-[0-9a-z]+)\.safetensors")
+_NAME = re.compile(r"(\d+)-([0-9a-f]{64})-([0-9a-f]{16}(?:-[0-9a-z]+)+)\.safetensors")
 _LOGGER = logging.getLogger("anymamba.server")
 # States that wait to be written: so many, or more if they take so few bytes. Where the disk is
 # slower than that, one is not kept as a file.
