@@ -42,6 +42,10 @@ class CheckpointError(AnyMambaError, OSError):
     """Files of a model are missing, broken, or do not belong to the model."""
 
 
+class NoTokenizerError(CheckpointError):
+    """A text was given or asked for, and the model comes without a tokenizer."""
+
+
 class HubError(CheckpointError):
     """A model could not be fetched from the hub."""
 

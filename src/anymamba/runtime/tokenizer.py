@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from anymamba.checkpoint.io import check_surrogates, shown
 from anymamba.checkpoint.tokenizer import HELP, raise_if_foreign, reason_of
-from anymamba.errors import CheckpointError, InputError
+from anymamba.errors import InputError, NoTokenizerError
 from anymamba.renamed import old_names
 
 if TYPE_CHECKING:
@@ -53,10 +53,11 @@ class TextCodec:
         """The tokenizer itself.
 
         Raises:
-            CheckpointError: there is none, or it cannot be read.
+            NoTokenizerError: there is none.
+            CheckpointError: it cannot be read.
         """
         if self._open is None:
-            raise CheckpointError(f"the model comes without a tokenizer. {HELP}")
+            raise NoTokenizerError(f"the model comes without a tokenizer. {HELP}")
         tokenizer = self._open()
         self._encodes_slowly = _has_pattern(tokenizer.normalizer, tokenizer.pre_tokenizer)
         self._decodes_slowly = _has_pattern(tokenizer.decoder)

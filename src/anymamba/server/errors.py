@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from anymamba.errors import AnyMambaError, CheckpointError, OverloadError
+from anymamba.errors import AnyMambaError, CheckpointError, NoTokenizerError, OverloadError
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ANTHROPIC_TYPES = {
@@ -64,6 +64,8 @@ def as_api_error(error: AnyMambaError) -> ApiError:
         return error
     if isinstance(error, OverloadError):
         return ApiError(503, str(error), code="overloaded")
+    if isinstance(error, NoTokenizerError):
+        return ApiError(400, str(error), code="no_tokenizer")
     return ApiError(500 if isinstance(error, CheckpointError) else 400, str(error))
 
 

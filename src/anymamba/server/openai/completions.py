@@ -106,6 +106,10 @@ def _read(fields: Fields, service: Service) -> _Wanted:
             400, f"n times the prompts is {n * len(prompts)}, expected at most {MOST_CHOICES}", "n"
         )
     top, echo = fields.integer("logprobs", 0, 20), fields.flag("echo")
+    if echo and top is None:
+        engine.detokenize(
+            []
+        )  # refuses where there is no tokenizer, and log-probabilities need none
     # A prompt that is only to be echoed may be wanted for its log-probabilities.
     most = fields.integer("max_tokens", 0 if echo and n == 1 else 1, service.settings.most_tokens)
     writes, most = most != 0, most or 16
