@@ -52,6 +52,23 @@ def test_what_is_counted_is_what_happened(engine: Engine) -> None:
     assert found["anymamba:prefix_cache_bytes", ""] > 0
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "ROMEO:", "echo": True, "logprobs": 0, "max_tokens": 1}),
+        ("/v1/embeddings", {"input": "ROMEO:"}),
+    ],
+)
+def test_what_is_read_as_a_whole_does_not_ask_the_cache(
+    engine: Engine, path: str, body: dict[str, object]
+) -> None:
+    with TestClient(app({"m": engine}, {}, Settings(shutdown_seconds=0))) as client:
+        assert client.post(path, json=body).status_code == 200
+        found = samples(client.get("/metrics").text)
+    assert found["vllm:prompt_tokens_total", ""] == 6
+    assert found["vllm:prefix_cache_queries_total", ""] == 0
+
+
 def test_an_answer_that_is_given_up_counts_once_as_aborted(engine: Engine, address: str) -> None:
     url = f"{address}/v1/completions"
     body = {"model": "m", "prompt": "a", "max_tokens": 10**6, "stream": True}

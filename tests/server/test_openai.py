@@ -164,6 +164,21 @@ def test_a_second_turn_costs_what_is_new(client: Any) -> None:
     assert second.usage.prompt_tokens_details.cached_tokens >= known
 
 
+def test_a_second_turn_reads_the_answer_s_last_token_and_what_is_new(engine: Engine) -> None:
+    """Where a template writes an answer as the model did, nothing but its last token is unread."""
+    said = [{"role": "user", "content": "Once upon a time there was a king."}]
+    with serving(engine, TEMPLATE + " ") as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        first = client.chat.completions.create(model="m", messages=said, max_tokens=9)
+        said += [
+            {"role": "assistant", "content": first.choices[0].message.content},
+            {"role": "user", "content": "And then?"},
+        ]
+        second = client.chat.completions.create(model="m", messages=said, max_tokens=1)
+    read = first.usage.total_tokens - 1
+    assert second.usage.prompt_tokens_details.cached_tokens == read
+
+
 def test_instructions_are_read_once(client: Any, engine: Engine) -> None:
     """Conversations that begin with the same system message go on from its end."""
     cached = []

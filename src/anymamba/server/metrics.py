@@ -93,7 +93,8 @@ class Followed:
     def __init__(self, figures: _Figures, request: Request) -> None:
         self._figures = figures
         self._prompt_tokens = request.ids.size
-        self._uses_cache = request.state is None and request.pooling is None
+        others = (request.state, request.pooling, request.scores)
+        self._uses_cache = all(other is None for other in others)
         self._tokens, self._ended = 0, False
         self._submitted = self._first = self._last = time.perf_counter()
 
