@@ -93,6 +93,22 @@ def test_half_a_character_is_refused_by_name(engine: Engine) -> None:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "\\ud800")
 
 
+def test_a_client_that_goes_while_it_sends_is_no_fault(engine: Engine) -> None:
+    """What is raised out of the application is a fault, which the log has with its traceback."""
+    parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
+
+    async def receive() -> Any:
+        return next(parts, {"type": "http.disconnect"})
+
+    async def send(_: Any) -> None:
+        pass
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+    scope |= {"query_string": b"", "root_path": "", "server": ("testserver", 80)}
+    asyncio.run(app({"m": engine})(scope, receive, send))
+
+
 def test_health_tells_of_a_thread_that_died(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from anymamba.checkpoint.io import shown
 from anymamba.server.errors import ApiError
@@ -37,14 +37,17 @@ async def read_bytes(request: Request, most_bytes: int, name: str) -> bytes:
     """What a request sends; no more of it is read than may be.
 
     Raises:
-        ApiError: it is larger (413); `name` is what the message calls it.
+        ApiError: it is larger (413; `name` is what the message calls it), or the client goes.
     """
     data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > most_bytes:
-            message = f"{name} is larger than {most_bytes} bytes, the most that may be"
-            raise ApiError(413, message)
+    try:
+        async for part in request.stream():
+            data += part
+            if len(data) > most_bytes:
+                message = f"{name} is larger than {most_bytes} bytes, the most that may be"
+                raise ApiError(413, message)
+    except ClientDisconnect:  # nobody hears it, and it is no fault that a log should show
+        raise ApiError(499, "the client has closed the connection") from None
     return bytes(data)
 
 

@@ -106,6 +106,11 @@ def test_a_schema_that_is_too_large_is_refused(grammars: Grammars) -> None:
         grammars.json({"enum": ["a" * 200_000]})
 
 
+def test_a_schema_without_an_end_is_refused_in_a_line(grammars: Grammars) -> None:
+    with pytest.raises(InputError, match=r"\Athe grammar fails: .{3,500}\Z"):
+        grammars.json({"$ref": "#"})
+
+
 @pytest.mark.parametrize("schema", BOMBS, ids=range(len(BOMBS)))
 def test_bombs_end_in_bounded_time(bundled: Engine, grammars: Grammars, schema: Any) -> None:
     """Refused, or written by: no schema keeps the server busy for long."""

@@ -155,10 +155,15 @@ class Constraint:
         """The mask of allowed tokens after those chosen so far."""
         for id in ids[self._read :]:
             if not self._matcher.consume_token(id):
-                raise InputError(f"the grammar fails: {str(self._matcher.get_error())[:500]}")
+                raise self._failed()
         self._read = len(ids)
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
-            raise InputError(f"the grammar fails: {str(self._matcher.get_error())[:500]}")
+            raise self._failed()
         allowed_v = np.unpackbits(bits, bitorder="little")[: self._vocabulary]
         return allowed_v.astype(np.bool_)
+
+    def _failed(self) -> InputError:
+        """Why no token may come; behind the first line, llguidance tells its whole state."""
+        reason = str(self._matcher.get_error()).strip().partition("\n")[0]
+        return InputError(f"the grammar fails: {reason[:500]}")
