@@ -311,3 +311,24 @@ def test_a_stream_hears_of_the_end(engine: Engine) -> None:
         last = [line for line in answer.iter_lines() if line][-1]
     assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
     thread.join()
+
+
+def test_a_second_signal_ends_at_once_and_says_so(engine: Engine) -> None:
+    """What runs hears of it, and the application's own end comes, not a traceback."""
+    application = app({"m": engine}, {}, Settings())
+    config = uvicorn.Config(application, port=0, log_level="warning", timeout_graceful_shutdown=5)
+    is_up = threading.Event()
+    server = listening._Server(config, is_up.set, application.state.service.stop, 60.0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    is_up.wait()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    body = {"prompt": "a", "max_tokens": 10**6, "stream": True}
+    with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        server.should_exit = server.force_exit = True
+        last = [line for line in lines if line][-1]
+    assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    thread.join()
+    assert server.lifespan.shutdown_event.is_set()

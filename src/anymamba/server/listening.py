@@ -40,6 +40,7 @@ class _Server(uvicorn.Server):
             await asyncio.wait({stopping}, timeout=0.1)
         if self.force_exit:  # the second Ctrl-C
             await asyncio.to_thread(self._stop, 0.0)
+            self.force_exit = False  # all has ended; uvicorn would leave the rest with tracebacks
         await stopping
         await super().shutdown(sockets)
 

@@ -207,8 +207,9 @@ class Scheduler:
         What is not finished then gets an `OverloadError`.
         """
         with self._condition:
+            deadline = time.monotonic() + seconds
+            self._deadline = min(self._deadline, deadline) if self._is_closing else deadline
             self._is_closing = True
-            self._deadline = time.monotonic() + seconds
             self._condition.notify()
         self._thread.join()
 
