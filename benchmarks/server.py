@@ -37,12 +37,15 @@ from common.tables import NAME, NOTE, Column, Row, Table, not_measured, timed
 from common.timing import Case, Timing, interleave
 
 CLIENTS = (1, 16, 64)
+KINDS = ("f32", "bf16", "int8", "int4")
 WEIGHTS = "int8"
 PROMPT, STEPS = 16, 128
 PARALLEL = ("--parallel", 64)
 SPEED = Column("tokens_per_second", "tokens/s", "{:.4g}")
 SHARE = Column("share_of_limit", "of the bare engine", "{:.2f}")
 MS = Column("ms", "ms", "{:.4g}")
+OVER_ONE = Column("over_one", "times one text", "{:.2f}")
+OF_PROMPT = Column("share_of_prompt", "of a prompt's speed", "{:.2f}")
 VALUE = Column("value", "", "{:.4g}")
 TARGET = Column("target", "target")
 PEER_ROUNDS = 2
@@ -113,6 +116,35 @@ def speeds(model: Path, folder: Path, options: Options) -> Table:
         bare_timing = timings[f"bare engine, {count} texts"]
         table.rows.append(timed(name, timing, count * steps, bare_timing))
     table.rows += missing
+    return table
+
+
+def texts(model: Path, folder: Path, options: Options) -> Table:
+    """The bare engine: texts at once beside one, and beside reading, by weight type."""
+    steps, length = (4, 16) if options.quick else (32, 512)
+    source, cases = random.Random(0), []
+    for kind in KINDS:
+        engine = anymamba.load(model, weights=kind, threads=torch.get_num_threads())
+        read = partial(engine.generate, prompt(source, length), max_new_tokens=1)
+        cases.append(Case(f"{kind}: a prompt of {length} tokens", read))
+        for count in CLIENTS:
+            prompts = [[5 + row] for row in range(count)]
+            write = partial(engine.generate_batch, prompts, max_new_tokens=steps, stop_ids=())
+            cases.append(Case(f"{kind}: {count} texts", write))
+    timings = interleave(cases, options.rounds or 5)
+    table = Table(
+        f"Texts at once, {steps} tokens each, bare engine", (NAME, MS, SPEED, OVER_ONE, OF_PROMPT)
+    )
+    for name, timing in timings.items():
+        kind = name.split(":")[0]
+        reading = length / timings[f"{kind}: a prompt of {length} tokens"].median
+        one = steps / timings[f"{kind}: 1 texts"].median
+        tokens = length if "prompt" in name else int(name.split()[1]) * steps
+        row = timed(name, timing, tokens)
+        if "texts" in name:
+            speed = tokens / timing.median
+            row |= {"over_one": speed / one, "share_of_prompt": speed / reading}
+        table.rows.append(row)
     return table
 
 
@@ -403,6 +435,7 @@ def starts(model: Path, folder: Path, options: Options) -> Table:
 
 
 SECTIONS: dict[str, Callable[[Path, Path, Options], Table]] = {
+    "texts": texts,
     "speeds": speeds,
     "first_tokens": first_tokens,
     "turns": turns,
