@@ -16,6 +16,7 @@ static_assert(kGemvVectors <= kInOrderVectors);
 // Weight rows go gemv_rows(M) at a time for M vectors, which takes as many accumulators as there are
 // registers. One vector takes the rows one after the other: a single stream through memory arrives
 // a tenth faster than eight beside each other (benchmarks/decode.py).
+//
 // How far ahead a single stream is prefetched: into L2, which can wait for more lines at a time than
 // L1 can.
 constexpr int64_t kPrefetchBytes = 8192;

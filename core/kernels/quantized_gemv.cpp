@@ -1,15 +1,15 @@
 // Products of a few vectors with quantized weights, at the speed of reading the weights.
 //
 // A group's whole numbers are summed exactly, in any order; the groups' results are floats, added in the
-// order of k in the lane of a weight row, whatever else is computed beside it. One to four vectors take
-// the rows one after the other, for a single stream through memory arrives faster than many:
+// order of k in the lane of a weight row, whatever else is computed beside it. A single vector takes the
+// rows one after the other, for one stream through memory arrives faster than many:
 //
 //   for each kLanes weight rows
 //     for each row, for each group of k
-//       parts (group, vectors, row) = dot4 over the group      kLanes sums of whole numbers
+//       parts (group, row) = dot4 over the group               kLanes sums of whole numbers
 //     for each group of k
-//       total (vectors) += sums of the rows' parts x the two scales
-//     y (vectors, kLanes) = total
+//       total (kLanes) += sums of the rows' parts x the two scales
+//     y (kLanes) = total
 //
 // For more vectors the rows go along the lanes at once, transposed on the way by words of 32 bits:
 //
@@ -29,8 +29,7 @@ namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 4096;  // ahead in the stream of weights
-constexpr int64_t kPartsAtOnce = 32;      // of a row: they stay in L1
-constexpr int kRowByRowVectors = 1;       // at most
+constexpr int64_t kPartsAtOnce = 32;      // groups of kLanes rows: their parts stay in L1
 
 // kLanes weight rows, of which `count` have results, and their scales (groups, kLanes).
 struct RowBlock {
@@ -75,45 +74,37 @@ ANYMAMBA_INLINE ByteVec chunk_of(const std::uint8_t* row, int64_t index) {
   }
 }
 
-// parts (groups, M, kLanes rows), of each group from `first` on the whole numbers' sums in kLanes parts.
-template <int bits, int G, int M>
+// parts (groups, kLanes rows), of each group from `first` on the whole numbers' sums in kLanes parts.
+template <int bits, int G>
 ANYMAMBA_INLINE void multiply_groups(const QuantizedGemv& f, const RowBlock& block, int64_t first, int64_t groups,
                                      IntVec* parts) {
   constexpr int64_t chunks = G / kBytes;
-  const int64_t k = f.x.k, stride = k * bits / 8, count = block.count;
+  const int64_t stride = f.x.k * bits / 8, count = block.count;
   const std::int8_t* const x = f.x.q + first * G;
   const std::uint8_t* q = block.rows.q + first * (G * bits / 8);
-  for (int64_t r = 0; r < count; ++r, q += stride) {
+  for (int64_t r = 0; r < count; ++r, q += stride)
     for (int64_t g = 0; g < groups; ++g) {
-      IntVec whole[M] = {};
+      IntVec whole{};
 #pragma GCC unroll 8
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t chunk = g * chunks + c;
         if (bits == 8 || c % 2 == 0) __builtin_prefetch(q + chunk * kBytes * bits / 8 + kPrefetchBytes, 0, 2);
-        const ByteVec v = chunk_of<bits, G>(q, chunk);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
-          whole[m] = dot4(whole[m], v, load_bytes(x + m * k + chunk * kBytes));
+        whole = dot4(whole, chunk_of<bits, G>(q, chunk), load_bytes(x + chunk * kBytes));
       }
-      for (int m = 0; m < M; ++m) parts[(g * M + m) * kLanes + r] = whole[m];
+      parts[g * kLanes + r] = whole;
     }
-  }
 }
 
-template <int bits, int G, int M>
-void multiply_row_by_row(const QuantizedGemv& f, const RowBlock& block, FloatVec* totals) {
+template <int bits, int G>
+void multiply_row_by_row(const QuantizedGemv& f, const RowBlock& block, FloatVec& total) {
   alignas(64) IntVec parts[kPartsAtOnce * kLanes];
   const int64_t groups = f.x.k / G;
-  constexpr int64_t at_once = kPartsAtOnce / M;
   if (block.count < kLanes) __builtin_memset(parts, 0, sizeof parts);
-  for (int64_t first = 0; first < groups; first += at_once) {
-    const int64_t some = smaller(at_once, groups - first);
-    multiply_groups<bits, G, M>(f, block, first, some, parts);
+  for (int64_t first = 0; first < groups; first += kPartsAtOnce) {
+    const int64_t some = smaller(kPartsAtOnce, groups - first);
+    multiply_groups<bits, G>(f, block, first, some, parts);
     for (int64_t g = 0; g < some; ++g)
-      for (int m = 0; m < M; ++m) {
-        const IntVec whole = sums_of_rows(parts + (g * M + m) * kLanes);
-        totals[m] = add_group(f, block, m, first + g, whole, totals[m]);
-      }
+      total = add_group(f, block, 0, first + g, sums_of_rows(parts + g * kLanes), total);
   }
 }
 
@@ -146,10 +137,10 @@ void multiply_across(const QuantizedGemv& f, const RowBlock& block, Stream strea
 
 template <int bits, int M>
 void multiply_block(const QuantizedGemv& f, const RowBlock& block, const Stream& stream, FloatVec* totals) {
-  if constexpr (M <= kRowByRowVectors) {
-    if (f.weight.group == 128) return multiply_row_by_row<bits, 128, M>(f, block, totals);
-    if (f.weight.group == 64) return multiply_row_by_row<bits, 64, M>(f, block, totals);
-    if constexpr (kBytes <= 32) return multiply_row_by_row<bits, 32, M>(f, block, totals);
+  if constexpr (M == 1) {
+    if (f.weight.group == 128) return multiply_row_by_row<bits, 128>(f, block, totals[0]);
+    if (f.weight.group == 64) return multiply_row_by_row<bits, 64>(f, block, totals[0]);
+    if constexpr (kBytes <= 32) return multiply_row_by_row<bits, 32>(f, block, totals[0]);
   }
   multiply_across<bits, M>(f, block, stream, totals);
 }
