@@ -79,21 +79,6 @@ ANYMAMBA_INLINE FloatVec join_high(FloatVec a, FloatVec b) {
   return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
 }
 
-// Lane i is the sum of row i of parts (kLanes, kLanes). Exact.
-ANYMAMBA_INLINE IntVec sums_of_rows(const IntVec* parts) {
-  IntVec v[kLanes];
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes; ++i) v[i] = parts[i];
-#pragma GCC unroll 4
-  for (int left = kLanes / 2; left > 0; left /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < left; ++i) {
-      const FloatVec a = (FloatVec)v[i], b = (FloatVec)v[i + left];
-      v[i] = (IntVec)interleave_low(a, b) + (IntVec)interleave_high(a, b);
-    }
-  return v[0];
-}
-
 ANYMAMBA_INLINE FloatVec load_fours(const char* p, std::int64_t stride) {
   const auto four = [](const char* from) { return _mm_loadu_ps(reinterpret_cast<const float*>(from)); };
   return (FloatVec)_mm256_insertf128_ps(_mm256_castps128_ps256(four(p)), four(p + stride), 1);
