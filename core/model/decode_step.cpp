@@ -35,7 +35,7 @@ struct WorkerScratch {
         rounding(b, widest(m), bf16_products, m.in_order, memory) {}
 
   // What a worker needs, the scratch memory of the kernels included that it calls: norm,
-  // quantized_gemv, and scan_step or ssd_step.
+  // gemv, quantized_gemv, and scan_step or ssd_step.
   static std::int64_t bytes(const Model& m, std::int64_t b, bool bf16_products) {
     constexpr std::int64_t kVector = 16, kNormRows = 16;
     Arena counted;

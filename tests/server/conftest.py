@@ -26,6 +26,13 @@ from anymamba.runtime.generation.grammar import Constraint
 from anymamba.server import Settings, app
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+# The arguments of a tool.
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="session")

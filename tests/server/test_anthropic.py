@@ -13,18 +13,12 @@ from anymamba import Engine
 from anymamba.runtime.chat import tool_grammar
 from anymamba.runtime.chat.tools import call_as_text
 from anymamba.runtime.generation.grammar import Constraint
-from tests.server.conftest import TEMPLATE, fails_later, serving
+from tests.server.conftest import CITY, TEMPLATE, fails_later, serving
 
 anthropic = pytest.importorskip("anthropic")
 
 SAID = [{"role": "user", "content": "Who?"}]
 WRITTEN = "system: Be brief.\nuser: Who?\nassistant:"
-CITY = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
 TOOLS = [
     {"name": "weather", "description": "Of tomorrow.", "input_schema": CITY},
     {"type": "custom", "name": "clock", "input_schema": {"type": "object", "properties": {}}},

@@ -14,17 +14,11 @@ from anymamba.runtime.chat.tools import call_as_text
 from anymamba.runtime.generation.grammar import Constraint
 from anymamba.server.errors import ApiError
 from anymamba.server.stored_responses import StoredResponses
-from tests.server.conftest import fails_later, serving
+from tests.server.conftest import CITY, fails_later, serving
 
 openai = pytest.importorskip("openai")
 
 WRITTEN = "system: Be brief.\nuser: Who?\nassistant:"
-CITY = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
 TOOLS = [
     {"type": "function", "name": "weather", "parameters": CITY, "strict": True},
     {"type": "function", "name": "clock"},

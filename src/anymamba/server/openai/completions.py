@@ -107,9 +107,8 @@ def _read(fields: Fields, service: Service) -> _Wanted:
         )
     top, echo = fields.integer("logprobs", 0, 20), fields.flag("echo")
     if echo and top is None:
-        engine.detokenize(
-            []
-        )  # refuses where there is no tokenizer, and log-probabilities need none
+        # Refuses where there is no tokenizer; log-probabilities need none.
+        engine.detokenize([])
     # A prompt that is only to be echoed may be wanted for its log-probabilities.
     most = fields.integer("max_tokens", 0 if echo and n == 1 else 1, service.settings.most_tokens)
     writes, most = most != 0, most or 16
