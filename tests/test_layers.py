@@ -54,7 +54,7 @@ def modules(room: str) -> list[Path]:
 
 def imports(file: Path, only_at_import_time: bool = False) -> Iterator[str]:
     """The absolute names that a file imports; not those for type checkers alone."""
-    pending: list[ast.AST] = [ast.parse(file.read_text())]
+    pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):

@@ -178,6 +178,6 @@ def test_norm_before_gate_norms_before_the_gate() -> None:
 
 def test_examples_and_independence() -> None:
     assert doctest.testmod(minimal_mamba2).failed == 0
-    tree = ast.parse(Path(minimal_mamba2.__file__).read_text())
+    tree = ast.parse(Path(minimal_mamba2.__file__).read_text(encoding="utf-8"))
     imported = {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert not any(name.startswith("anymamba") for name in imported)

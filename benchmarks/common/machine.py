@@ -81,6 +81,6 @@ def _version(name: str) -> str | None:
 
 def _text(path: str | Path) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError:  # not Linux, or a container that hides it
         return ""

@@ -27,14 +27,14 @@ def peak_above(warm_up: Callable[[], object], run: Callable[[], object]) -> int:
     gc.collect()
     # Linux keeps the highest number of a process's life; 5 makes it start again from now. The
     # number that getrusage gives cannot be used: it includes that of the parent.
-    _CLEAR.write_text("5")
+    _CLEAR.write_text("5", encoding="utf-8")
     before = _bytes("VmRSS")
     run()
     return _bytes("VmHWM") - before
 
 
 def _bytes(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"{_STATUS} does not tell {field}")

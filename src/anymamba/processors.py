@@ -51,7 +51,7 @@ def quota_of_processors(root: Path = Path("/")) -> float | None:
 
 def _quotas(root: Path) -> Iterator[float]:
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeError):
         return
     mounted = root / "sys/fs/cgroup"
@@ -83,10 +83,14 @@ def _quotas_of_groups(top: Path, place: str, quota_of: QuotaOf) -> Iterator[floa
 
 
 def _quota_of_version_2(group: Path) -> float | None:
-    quota, period = (group / "cpu.max").read_text().split()
+    quota, period = (group / "cpu.max").read_text(encoding="utf-8").split()
     return None if quota == "max" else int(quota) / int(period)
 
 
 def _quota_of_version_1(group: Path) -> float | None:
-    quota = int((group / "cpu.cfs_quota_us").read_text())
-    return quota / int((group / "cpu.cfs_period_us").read_text()) if quota > 0 else None
+    quota = int((group / "cpu.cfs_quota_us").read_text(encoding="utf-8"))
+    return (
+        quota / int((group / "cpu.cfs_period_us").read_text(encoding="utf-8"))
+        if quota > 0
+        else None
+    )

@@ -43,7 +43,7 @@ def test_generate_chat_score_inspect_ingest_bench(folder, text, tmp_path, monkey
     assert len(written["new_tokens"]) == 4
     through_torch = anymamba("generate", "To", "--model", folder, "--device", "cpu", *NEW).json
     assert through_torch["text"] == written["text"]
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello\n"), encoding="utf-8"))
     assert json.loads(anymamba("chat", "--model", folder, *NEW).out)["new_tokens"]
     assert anymamba("score", text, "--model", folder, "--json").json["perplexity"] > 1
     assert anymamba("inspect", "To be", "--model", folder, "--json").json["step_size"]

@@ -1,10 +1,12 @@
 """The dispatcher: what it imports, how it complains, how it ends."""
 
+import errno
 import os
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -151,6 +153,38 @@ def test_a_terminal_without_a_character_does_not_end_the_program():
     )
     done = processes.python("-c", program, env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "caf?\n", "")
+
+
+def test_a_pipe_that_is_closed_on_windows(monkeypatch):
+    """There it is called an invalid argument."""
+
+    def run(argv):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(main_module, "run_command", run)
+    monkeypatch.setattr(main_module, "forget", lambda stream: None)
+    with pytest.raises(OSError, match="Invalid argument"):
+        main([])
+    monkeypatch.setattr(main_module, "os", SimpleNamespace(name="nt"))
+    assert main([]) == 141
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locales as POSIX has them")
+def test_files_and_pipes_get_utf_8_whatever_the_locale():
+    """As commands read it; Windows would write its code page, and its ends of lines."""
+    program = (
+        "import sys\n"
+        "from anymamba.cli import main as m\n"
+        "assert sys.stdout.encoding.lower() not in ('utf-8', 'utf8')\n"
+        "sys.stdout.reconfigure(newline='\\r\\n')\n"
+        "m.run_command = lambda argv: print('caf\\u00e9 \\U0001f40d')\n"
+        "sys.exit(m.main([]))\n"
+    )
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONIOENCODING"}
+    done = processes.python("-c", program, env=environment | plain, text=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == "caf\u00e9 \U0001f40d\n".encode()
 
 
 def test_a_defect_of_the_program_is_not_hidden():

@@ -39,7 +39,7 @@ def quick(warm: Warm, name: str, output: Path) -> dict[str, Any]:
     script = str(EXAMPLES / name / "train.py")
     done = processes.run(warm.python, script, "--quick", "--output", output)
     assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(output.read_text())
+    result: dict[str, Any] = json.loads(output.read_text(encoding="utf-8"))
     assert result["quick"]
     return result
 

@@ -33,7 +33,7 @@ class Memory:
         self._blocks: list[bytearray] = []
 
     def __enter__(self) -> Self:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
         used = pages * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used, resource.RLIM_INFINITY))
         for size in BLOCKS:

@@ -85,7 +85,7 @@ def serve(address: str) -> None:
     import transformers
 
     import anymamba.training.finetune.run
-    import anymamba.training.pretrain.run
+    import anymamba.training.pretrain.run  # noqa: F401
 
     for name in ("Trainer", "PreTrainedTokenizerFast", "DataCollatorWithPadding"):
         getattr(transformers, name)  # which Transformers imports when it is asked for

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from anymamba.checkpoint.files import ADAPTER_NAMES, SAFETENSORS_NAMES
 from anymamba.checkpoint.hub import SMALL_FILES
-from anymamba.checkpoint.io import flush_to_disk, listed, shown, user_path, workplace_beside
+from anymamba.checkpoint.io import (
+    flush_to_disk,
+    listed,
+    move_into_place,
+    shown,
+    user_path,
+    workplace_beside,
+)
 from anymamba.errors import CheckpointError, ConfigError
 
 _KNOWN = (*SMALL_FILES, *SAFETENSORS_NAMES, *ADAPTER_NAMES, "README.md", "LICENSE")
@@ -25,10 +32,15 @@ def check_apart(source: str | os.PathLike[str], destination: str | os.PathLike[s
         >>> check_apart("model", "model-int4")
     """
     real, target = (Path(os.path.realpath(user_path(path))) for path in (source, destination))
-    if target == real or target in real.parents:
+    if any(_is_same(target, place) for place in (real, *real.parents)):
         raise ConfigError(
             f"the destination {str(target)!r} would replace the source; choose another place"
         )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    # A folder may have several names: capitals do not count on most Macs, nor on Windows.
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
 
 
 def check_destination(
@@ -119,9 +131,9 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             flush_to_disk(entry)
         replaces = target.is_dir()
         if replaces:
-            target.rename(aside)
+            move_into_place(target, aside)
         try:
-            unfinished.rename(target)
+            move_into_place(unfinished, target)
         except OSError:
             if replaces:
                 aside.rename(target)

@@ -105,7 +105,8 @@ def resolve(
 
 
 def _looks_like_path(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+    is_path = model.startswith((".", "/", "~")) or "\\" in model or model.count("/") > 1
+    return is_path or model[1:2] == ":"  # a drive of Windows, as in C:/models
 
 
 def _is_on(variable: str) -> bool:

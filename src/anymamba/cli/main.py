@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from importlib import import_module
@@ -18,7 +19,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from anymamba import __version__
-from anymamba.cli.terminal.output import forget, open_missing, tell, tell_error
+from anymamba.cli.terminal.output import forget, open_missing, prepare, tell, tell_error
 from anymamba.errors import AnyMambaError, InputError
 
 COMMANDS = {
@@ -122,8 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_missing()
     # Other people's programs keep the output that Python gives them.
     if isinstance(sys.stdout, io.TextIOWrapper) and argv[:1] != ["run"]:
-        # A terminal that lacks a character shows a question mark, which is better than ending.
-        sys.stdout.reconfigure(errors="replace")
+        prepare(sys.stdout)
     try:
         run_command(argv)
         sys.stdout.flush()
@@ -132,15 +132,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_FAILURE
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        forget(sys.stdout)
-        return EXIT_CLOSED_PIPE
     except (MemoryError, RuntimeError) as error:
         if not is_lack_of_memory(error):
             raise
         tell(f"anymamba: {OUT_OF_MEMORY}")
         return EXIT_FAILURE
     except OSError as error:
+        if is_closed_pipe(error):
+            forget(sys.stdout)
+            return EXIT_CLOSED_PIPE
         # Files are written by functions that say which one it was: what is left is the output.
         if error.errno in NO_SPACE:
             forget(sys.stdout)
@@ -157,6 +157,12 @@ def is_lack_of_memory(error: Exception) -> bool:
     """Whether the system or a GPU gave no more memory, in Python's words or in PyTorch's."""
     told = str(error)
     return isinstance(error, MemoryError) or "not enough memory" in told or "out of memory" in told
+
+
+def is_closed_pipe(error: OSError) -> bool:
+    """Whether nobody reads the output any more, which Windows calls an invalid argument."""
+    is_on_windows = os.name == "nt" and error.errno == errno.EINVAL and error.filename is None
+    return isinstance(error, BrokenPipeError) or is_on_windows
 
 
 def is_without_folder(error: OSError) -> bool:

@@ -63,7 +63,9 @@ def listen(
         raise InputError("the host is empty, expected an address such as '127.0.0.1'")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Windows would let a second server listen at the same address, unless it is told not to.
+    exclusive = getattr(socket, "SO_EXCLUSIVEADDRUSE", None)
+    listening.setsockopt(socket.SOL_SOCKET, exclusive or socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
     except OSError as error:

@@ -163,3 +163,101 @@ def test_a_private_file_stays_private(tmp_path):
     write_atomically(target, lambda path: path.write_text("new") and None)
     assert target.read_text() == "new"
     assert target.stat().st_mode & 0o777 == 0o600
+
+
+class InUse(PermissionError):
+    """What Windows says of a file that a process has open."""
+
+    winerror = 32
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_file_that_is_in_use_for_a_moment_is_replaced_after_it(tmp_path, monkeypatch, times):
+    target, replace, refused = tmp_path / "state", os.replace, []
+
+    def at_times(*places):
+        if len(refused) < times:
+            refused.append(places)
+            raise InUse(errno.EACCES, "The process cannot access the file")
+        replace(*places)
+
+    target.write_text("old")
+    monkeypatch.setattr("os.replace", at_times)
+    write_atomically(target, write("new"))
+    assert (target.read_text(), len(refused)) == ("new", times)
+
+
+def test_a_file_that_stays_in_use_is_named_with_what_to_do(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise InUse(errno.EACCES, "The process cannot access the file")
+
+    target = tmp_path / "state"
+    target.write_text("old")
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(CheckpointError, match="end the programs that have it open") as caught:
+        write_atomically(target, write("new"))
+    one_line(caught.value)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_what_is_not_permitted_is_not_tried_again(tmp_path, monkeypatch):
+    calls = []
+
+    def refuse(*places):
+        calls.append(places)
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr("os.replace", refuse)
+    with pytest.raises(CheckpointError, match="choose a place that you may write to"):
+        write_atomically(tmp_path / "state", write("new"))
+    assert len(calls) == 1
+
+
+def test_a_folder_that_does_not_open_is_not_flushed(tmp_path, monkeypatch):
+    """Windows opens no folder; elsewhere one may be open to writers and closed to readers."""
+    opened = os.open
+
+    def open_file(path, *rest, **options):
+        if os.path.isdir(path):  # noqa: PTH112
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr("os.open", open_file)
+    write_atomically(tmp_path / "state", write("new"))
+    assert (tmp_path / "state").read_text() == "new"
+
+
+def test_a_file_reaches_the_disk_before_it_may_not_be_written_to(tmp_path, monkeypatch):
+    """Windows flushes no file that is read-only, as one is that replaces such a one."""
+    flushed, fsync = [], os.fsync
+
+    def note(descriptor):
+        flushed.append(os.fstat(descriptor).st_mode & 0o777)
+        fsync(descriptor)
+
+    target = tmp_path / "state"
+    target.write_text("old")
+    target.chmod(0o444)
+    monkeypatch.setattr("os.fsync", note)
+    write_atomically(target, write("new"))
+    assert flushed[0] & stat.S_IWUSR
+    assert target.stat().st_mode & 0o777 == 0o444
+
+
+def test_macos_is_asked_to_bring_a_file_to_the_disk_itself(tmp_path, monkeypatch):
+    """Its fsync stops at the memory of the drive. A disk that cannot do more gets an fsync."""
+    fcntl = pytest.importorskip("fcntl", reason="macOS has fcntl")
+    asked = []
+
+    def full(descriptor, command):
+        asked.append(command)
+        if len(asked) > 1:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    synced = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full)
+    monkeypatch.setattr("os.fsync", synced.append)
+    write_atomically(tmp_path / "state", write("new"))
+    assert asked == [51, 51]  # the file, and its folder
+    assert len(synced) == 1

@@ -35,7 +35,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_lines(file: Path, *lines: Any) -> list[str]:
-    file.write_text("\n".join(map(json.dumps, lines)))
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     return [str(file)]
 
 

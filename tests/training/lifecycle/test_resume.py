@@ -199,7 +199,7 @@ def test_another_run_is_refused_and_nothing_is_changed(
     changes: dict[str, Any], words: str, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(done)
-    Path("another.txt").write_text("Another text. " * 400)
+    Path("another.txt").write_text("Another text. " * 400, encoding="utf-8")
     settings = small(done, **{"order": "carried", "steps": 20, **changes})
     before = content(done / "run")
     with pytest.raises((TrainingError, InputError), match=words):

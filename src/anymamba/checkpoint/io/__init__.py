@@ -4,6 +4,7 @@ from anymamba.checkpoint.io.atomic_file import (
     cannot_write,
     check_writable,
     flush_to_disk,
+    move_into_place,
     workplace_beside,
     write_atomically,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "escaped",
     "flush_to_disk",
     "listed",
+    "move_into_place",
     "not_text",
     "parse_json_lines",
     "parse_json_object",

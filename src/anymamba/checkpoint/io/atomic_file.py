@@ -6,11 +6,12 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from anymamba.checkpoint.io.paths import user_path
+from anymamba.checkpoint.io.paths import of_any_length, user_path
 from anymamba.errors import AnyMambaError, CheckpointError
 
 _ADVICE = {
@@ -22,6 +23,12 @@ _ADVICE = {
     errno.EIO: "the disk may be broken: choose another place",
 }
 
+# What Windows says of a file or folder that a process has open or mapped: access denied, sharing
+# violation, lock violation, user-mapped section.
+_IN_USE = (5, 32, 33, 1224)
+_PAUSES = (0.01, 0.04, 0.15, 0.4)
+"""Seconds between attempts to rename what is in use."""
+
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], object]) -> None:
     """Create or replace a file in one step.
@@ -31,14 +38,17 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     folder is removed. A link is followed: the file it points to is replaced. What replaces a file
     has its permissions: a private one stays private.
 
+    Windows replaces no file that a process has open or mapped, as the weights of a loaded model
+    are. Such a target stays, too, and the error says so.
+
     Args:
         path: the file to create or replace.
         write: called once with the path to write to. What it raises is passed on, an `OSError`
             as a `CheckpointError`.
 
     Raises:
-        CheckpointError: the target is a folder or a device; its folder does not exist or cannot
-            be written to; or the disk is full.
+        CheckpointError: the target is a folder or a device, or in use on Windows; its folder does
+            not exist or cannot be written to; or the disk is full.
 
     Example:
         >>> import tempfile
@@ -55,10 +65,42 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], objec
     with workplace_beside(target) as workplace:
         unfinished = workplace / target.name
         write(unfinished)
-        if target.exists():
-            shutil.copymode(target, unfinished)
         flush_to_disk(unfinished)
-        unfinished.replace(target)
+        if target.exists():  # after the flush, which takes a file that can be written to
+            shutil.copymode(target, unfinished)
+        move_into_place(unfinished, target)
+
+
+def move_into_place(made: Path, target: Path) -> None:
+    """Rename a file or folder; a file replaces one of that name.
+
+    Windows refuses this while a process has one of them open, which for an instant virus scanners
+    do with all that is new: it is tried again for about half a second.
+
+    Raises:
+        OSError: the system refuses it.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> _ = (folder / "new").write_text("ready")
+        >>> move_into_place(folder / "new", folder / "state.txt")
+        >>> (folder / "state.txt").read_text()
+        'ready'
+    """
+    for pause in _PAUSES:
+        try:
+            made.replace(target)
+        except PermissionError as error:
+            if not _is_in_use(error):
+                raise
+            time.sleep(pause)
+        else:
+            return
+    made.replace(target)
+
+
+def _is_in_use(error: OSError) -> bool:
+    return getattr(error, "winerror", None) in _IN_USE
 
 
 @contextmanager
@@ -69,7 +111,8 @@ def workplace_beside(target: Path) -> Iterator[Path]:
         CheckpointError: there can be no such folder, or what is done in it raises an `OSError`.
     """
     try:
-        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=target.parent))
+        beside = of_any_length(target.parent)
+        workplace = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=beside))
         try:
             yield workplace
         finally:
@@ -119,6 +162,9 @@ def cannot_write(target: Path, error: OSError) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
     advice = _ADVICE.get(error.errno or 0, "choose a place that you may write to")
+    if _is_in_use(error):
+        advice = "end the programs that have it open, a model that was loaded from it for example, "
+        advice += "or choose a place that you may write to"
     return CheckpointError(f"cannot write {str(target)!r}: {error.strerror or error}; {advice}")
 
 
@@ -131,11 +177,25 @@ def flush_to_disk(path: Path) -> None:
     Example:
         >>> flush_to_disk(Path(tempfile.mkdtemp()))
     """
-    if path.is_dir() and os.name != "posix":  # Windows cannot open a folder to flush it
-        return
-    # Windows flushes only what is open for writing; a folder opens only for reading.
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    is_folder = path.is_dir()
     try:
-        os.fsync(descriptor)
+        # Windows flushes only what is open for writing; a folder opens only for reading.
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except PermissionError:
+        if is_folder:  # no folder opens on Windows, elsewhere none that we may not list
+            return
+        raise
+    try:
+        _flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    # On macOS, fsync leaves the data in the memory of the drive.
+    with suppress(ImportError, KeyError, OSError):  # OSError: some disks of a network
+        import fcntl
+
+        fcntl.fcntl(descriptor, vars(fcntl)["F_FULLFSYNC"])
+        return
+    os.fsync(descriptor)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 from anymamba.checkpoint.io.messages import shown
 from anymamba.errors import AnyMambaError, CheckpointError
+
+# Of a path to a folder; a file's may have 259 characters.
+_MOST_ON_WINDOWS = 247
 
 
 def user_path(path: str | os.PathLike[str], error: type[AnyMambaError] = CheckpointError) -> Path:
@@ -39,6 +42,8 @@ def user_path(path: str | os.PathLike[str], error: type[AnyMambaError] = Checkpo
         raise error("expected a path, got '': name a file or a folder")
     with suppress(RuntimeError):  # shells, too, leave ~ where they know no such user
         place = place.expanduser()
+    if os.name == "nt" and len(str(place.absolute())) > _MOST_ON_WINDOWS:
+        place = of_any_length(place)
     try:
         place.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -47,3 +52,26 @@ def user_path(path: str | os.PathLike[str], error: type[AnyMambaError] = Checkpo
         reason = cause.strerror if isinstance(cause, OSError) else cause
         raise error(f"cannot use the path {shown(str(path))}: {reason}") from None
     return place
+
+
+def of_any_length(path: Path) -> Path:
+    """A path in the spelling in which Windows takes more than 259 characters; elsewhere as it is.
+
+    Example:
+        >>> of_any_length(Path("model")) == Path("model")
+        True
+    """
+    return Path(extended(os.path.realpath(path))) if os.name == "nt" else path
+
+
+def extended(path: str) -> str:
+    r"""An absolute path of Windows with the prefix that lifts the limit on its length.
+
+    Example:
+        >>> print(extended(r"C:\models\mamba"), extended(r"\\server\share\mamba"))
+        \\?\C:\models\mamba \\?\UNC\server\share\mamba
+    """
+    drive = PureWindowsPath(path).drive
+    if drive.startswith("\\\\?\\"):
+        return path
+    return rf"\\?\UNC{path[1:]}" if drive.startswith("\\\\") else rf"\\?\{path}"

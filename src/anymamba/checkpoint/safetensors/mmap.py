@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ class FileMap:
         self._access = mmap.ACCESS_COPY if private else mmap.ACCESS_READ
         self._maps: dict[Path, mmap.mmap] = {}
         self._headers: dict[Path, SafetensorsHeader] = {}
+
+    def close(self) -> None:
+        """Let go of the files, but for those that arrays or views still lie in.
+
+        Windows neither replaces nor removes a file that is mapped.
+        """
+        for whole in self._maps.values():
+            with suppress(BufferError):
+                whole.close()
+        self._maps.clear()
 
     def header(self, path: Path) -> SafetensorsHeader:
         """The header of the very file whose bytes are given out, whatever became of its name.

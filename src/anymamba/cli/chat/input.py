@@ -92,7 +92,7 @@ def remember(readline: object, history: str) -> None:
     lines = cast(Any, readline)
     path = user_path(history, InputError)
     try:
-        if path.exists():
+        if path.exists() and path.stat().st_size > 0:  # libedit, on macOS, refuses an empty one
             lines.read_history_file(path)
         else:
             path.touch(mode=0o600)

@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from contextlib import suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +19,19 @@ from anymamba.checkpoint.io import escaped
 
 # Of an error's message. What a file adds to it is short, unless it is hostile.
 MOST_OF_ERROR = 4000
+
+
+def prepare(stream: TextIOWrapper) -> None:
+    """Let any text be written to standard output.
+
+    A terminal that lacks a character shows a question mark, which is better than ending. A file or
+    a pipe gets UTF-8 and plain line ends on all systems, as commands read them, whatever code page
+    Windows has; unless `PYTHONIOENCODING` asks for another.
+    """
+    if stream.isatty() or os.environ.get("PYTHONIOENCODING"):
+        stream.reconfigure(errors="replace")
+    else:
+        stream.reconfigure(encoding="utf-8", errors="replace", newline="\n")
 
 
 def write(text: str) -> None:

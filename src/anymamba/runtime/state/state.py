@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import cached_property
 from typing import Any, Literal, NoReturn
 
@@ -263,7 +264,12 @@ def load_state(path: str | os.PathLike[str], identity: Identity) -> State:
             ...
         anymamba.errors.StateError: state file 'nowhere' does not exist
     """
-    files = FileMap()
+    # Closed in any case: Windows would not remove a broken file that is still mapped.
+    with closing(FileMap()) as files:
+        return _load_state(files, path, identity)
+
+
+def _load_state(files: FileMap, path: str | os.PathLike[str], identity: Identity) -> State:
     # Of one open file, which another process may replace by a newer state at any moment.
     file = read_state_file(path, identity.sizes, files.header)
     if len(file.token_counts) != 1:

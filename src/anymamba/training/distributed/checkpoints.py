@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from anymamba.checkpoint.config import read_config
-from anymamba.checkpoint.io import flush_to_disk, user_path
+from anymamba.checkpoint.io import flush_to_disk, move_into_place, user_path
 from anymamba.errors import CheckpointError
 from anymamba.modeling.auto import CLASSES, new_causal_lm
 from anymamba.modeling.mamba import MambaForCausalLM
@@ -170,7 +170,7 @@ def _finish(model: nn.Module, progress: dict[str, Any], unfinished: Path, target
     (unfinished / _PROGRESS).write_text(json.dumps(progress), encoding="utf-8")
     for file in unfinished.iterdir():
         flush_to_disk(file)
-    unfinished.rename(target)
+    move_into_place(unfinished, target)
 
 
 def _progress_of(source: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from anymamba.checkpoint.io import flush_to_disk
+from anymamba.checkpoint.io import flush_to_disk, move_into_place
 from anymamba.errors import TrainingError
 from anymamba.renamed import old_names
 
@@ -45,7 +45,7 @@ def remove(entry: Path) -> None:
     if entry.exists():
         doomed = entry.with_name(f"{PARTIAL}-removed-{entry.name}")
         shutil.rmtree(doomed, ignore_errors=True)
-        entry.rename(doomed)
+        move_into_place(entry, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -54,7 +54,7 @@ def publish(partial: Path, target: Path) -> None:
     for entry in (*partial.rglob("*"), partial):
         flush_to_disk(entry)
     remove(target)
-    partial.rename(target)
+    move_into_place(partial, target)
     flush_to_disk(target.parent)
 
 

@@ -7,11 +7,15 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
+_NAMES = ("SIGTERM", "SIGINT", "SIGBREAK")  # the last is Windows' alone
+_STOPPING = [signal.Signals[name] for name in _NAMES if name in signal.Signals.__members__]
+
 
 class StopSignals:
     """While it is entered, SIGTERM and Ctrl-C ask for an end after the step, and end nothing.
 
-    A second Ctrl-C ends at once. Only the main thread can do this; elsewhere it does nothing.
+    On Windows, where nothing sends SIGTERM to another process, Ctrl-Break does the same. A second
+    Ctrl-C ends at once. Only the main thread can do this; elsewhere it does nothing.
 
     Attributes:
         received: the first signal that came, or None.
@@ -23,7 +27,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _STOPPING:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from anymamba.checkpoint.io import user_path
+from anymamba.checkpoint.io import move_into_place, user_path
 from anymamba.errors import ConfigError, InputError
 from anymamba.modeling import MambaForCausalLM, load_causal_lm
 from anymamba.modeling.auto import CLASSES, new_causal_lm
@@ -351,7 +351,7 @@ def finish(
     result = trainer.checkpoints / "result"
     store(model, result, settings.store, trainer.checkpoints, tokenizer)
     for file in result.iterdir():
-        file.replace(folder / file.name)
+        move_into_place(file, folder / file.name)
     result.rmdir()
     if validation is not None:
         figures |= measure(folder, validation, settings)

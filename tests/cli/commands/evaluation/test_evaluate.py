@@ -212,7 +212,7 @@ def test_mistakes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_task(tmp_path, "last_words", LAST_WORDS)
-    Path("nameless.yaml").write_text("dataset_path: json\n")
+    Path("nameless.yaml").write_text("dataset_path: json\n", encoding="utf-8")
     Path("broken").mkdir()
     for name, old, new in (
         ("no_split", "test_split: test", "test_split: nope"),

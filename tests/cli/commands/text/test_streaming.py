@@ -41,7 +41,9 @@ def endless(tiny):
 
 def test_each_piece_leaves_the_program_at_once(monkeypatch):
     outside = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(outside)))
+    monkeypatch.setattr(
+        sys, "stdout", io.TextIOWrapper(io.BufferedWriter(outside), encoding="utf-8")
+    )
     write("piece")
     assert outside.getvalue() == b"piece"
 
