@@ -135,6 +135,42 @@ def test_the_drop_in_is_active(folder: Path, warm: Warm) -> None:
     ]
 
 
+SPAWNING = """
+import multiprocessing, sys
+import causal_conv1d
+
+def look(depth):
+    import selective_scan_cuda, torch
+    print(depth, __name__, causal_conv1d.__name__, selective_scan_cuda.__name__, flush=True)
+    device = "cpu" if torch.cuda.is_available() else "cuda"
+    print(torch.zeros(1, device=device).device, flush=True)
+    if depth < 2:
+        start(depth + 1)
+
+def start(depth):
+    process = multiprocessing.get_context(sys.argv[1]).Process(target=look, args=(depth,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+if __name__ == "__main__":
+    start(1)
+"""
+
+
+@pytest.mark.parametrize("words", ["program.py", "-m program"])
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_that_are_started_anew_have_it_too(
+    method: str, words: str, tmp_path: Path
+) -> None:
+    """As all of multiprocessing's are on macOS and Windows; and those that they start in turn."""
+    (tmp_path / "program.py").write_text(SPAWNING)
+    status, printed, shown = outcome([*RUN, *words.split(), method], tmp_path)
+    assert status == 0, shown
+    names = "__mp_main__ anymamba.dropin.causal_conv1d anymamba.dropin.selective_scan_cuda"
+    assert printed.splitlines() == [f"1 {names}", "cpu", f"2 {names}", "cpu"]
+
+
 FORK = "import selective_scan_cuda\nNAME = 'of the fork'\n"
 
 

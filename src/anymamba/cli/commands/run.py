@@ -10,10 +10,11 @@ import zipfile
 from argparse import REMAINDER
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.terminal.output import tell
@@ -84,21 +85,8 @@ def run(options: Options) -> None:
         what = "a script" if options.module is None else "a module after -m"
         raise InputError(f"anymamba run needs {what} (see anymamba run --help)")
     program, folder = module(words[0]) if options.module else script(words[0])
-    from anymamba import dropin
-    from anymamba.dropin.common.after_import import AfterImportFinder
-
-    dropin.install(
-        force=options.force,
-        own=packages_of_its_own(options, folder),
-        decode_steps=options.decode_steps,
-    )
-    if "torch" in sys.modules:
-        put_cuda_on_the_cpu()
-    else:
-        # Not earlier, because programs set variables of the environment that PyTorch reads when it
-        # is imported.
-        act = {"torch": lambda torch: put_cuda_on_the_cpu()}
-        sys.meta_path.insert(0, AfterImportFinder(act))
+    own = packages_of_its_own(options, folder)
+    TakeOver(options.force, frozenset(own), options.decode_steps)()
     sys.argv[:] = words
     # The first place is the folder of the `anymamba` command, unless Python was told to have none.
     if not sys.flags.safe_path:
@@ -106,6 +94,62 @@ def run(options: Options) -> None:
     sys.modules["__main__"] = main = ModuleType("__main__")
     vars(main).update(__builtins__=builtins, __annotations__={})
     undisturbed(program)
+
+
+@dataclass(frozen=True)
+class TakeOver:
+    """Has AnyMamba stand for the packages in this process, and in those that it starts anew.
+
+    Args:
+        force, own, decode_steps: as for `dropin.install`.
+    """
+
+    force: bool
+    own: frozenset[str]
+    decode_steps: bool
+
+    def __call__(self) -> None:
+        from anymamba import dropin
+
+        dropin.install(force=self.force, own=self.own, decode_steps=self.decode_steps)
+        # Not earlier, because programs set variables of the environment that PyTorch reads when it
+        # is imported.
+        once_imported("torch", lambda torch: put_cuda_on_the_cpu())
+        once_imported("multiprocessing.spawn", self.hand_on)
+
+    def hand_on(self, spawn: Any) -> None:
+        """Have what multiprocessing sends to a new process take that over as well.
+
+        Such a process imports the program's module anew, which may import the packages. What it
+        reads first is the dict made here, of which it uses the keys that it knows.
+        """
+        make_data = spawn.get_preparation_data
+
+        @wraps(make_data)
+        def with_take_over(name: str) -> dict[str, Any]:
+            return {**make_data(name), "anymamba": _WhenRead(self)}
+
+        spawn.get_preparation_data = with_take_over
+
+
+class _WhenRead:
+    """A value whose unpickling takes over the process that reads it."""
+
+    def __init__(self, take_over: TakeOver) -> None:
+        self._take_over = take_over
+
+    def __reduce__(self) -> tuple[Callable[[TakeOver], None], tuple[TakeOver]]:
+        return TakeOver.__call__, (self._take_over,)
+
+
+def once_imported(name: str, act: Callable[[ModuleType], object]) -> None:
+    """Act on a module as soon as it is imported, or now if it was before."""
+    from anymamba.dropin.common.after_import import AfterImportFinder
+
+    if name in sys.modules:
+        act(sys.modules[name])
+    else:
+        sys.meta_path.insert(0, AfterImportFinder({name: act}))
 
 
 def packages_of_its_own(options: Options, folder: str) -> set[str]:
