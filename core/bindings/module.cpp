@@ -6,6 +6,7 @@
 #include "bindings/arrays.h"
 #include "bindings/gil.h"
 #include "bindings/modules.h"
+#include "base/system.h"
 #include "base/threads.h"
 #include "kernels/roofline.h"
 
@@ -31,6 +32,11 @@ NB_MODULE(_core, m) {
   m.def("use_isa", [](const std::string& isa) {
     if (!use_isa(isa.c_str())) bindings::refuse("this machine does not have the instruction set " + isa);
   });
+  m.attr("compiler") = ANYMAMBA_COMPILER;
+  m.attr("system") = ANYMAMBA_SYSTEM;
+  m.attr("built_isas") = ANYMAMBA_BUILT_ISAS;  // whether this machine has them or not
+  m.def("default_threads", &performance_processors,
+        "How many threads a kernel uses unless it is told: one for each fast processor.");
   m.def("threads", &Threads::count, "How many threads a kernel uses.");
   m.def("set_threads", &Threads::set_count);
   m.def("threads_at_present", &Threads::at_present,

@@ -1,4 +1,4 @@
-"""How many processors this process may use: those it is allowed on, and as many as its quota pays.
+"""How many processors this process may use: fast ones it is allowed on, as many as its quota pays.
 
 A container is often limited by a quota of processor time (`docker run --cpus 2`), not by a set of
 processors. More threads than the quota then do not compute more: they use it up sooner, and all of
@@ -7,6 +7,7 @@ them stand still for the rest of each period.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,17 +20,26 @@ def available_processors() -> int:
     """How many threads of this process can compute at once.
 
     Returns:
-        The processors that it may run on (its affinity), and no more than its quota in whole
-        processors, at least 1.
+        The processors that it may run on (its affinity) without the efficiency cores of laptops,
+        and no more than its quota in whole processors, at least 1. Without the native core, which
+        knows them, efficiency cores count.
 
     Example:
         >>> available_processors() >= 1
         True
     """
-    allowed = getattr(os, "sched_getaffinity", None)  # not on every system
-    processors = len(allowed(0)) if allowed else os.cpu_count() or 1
+    processors = _fast_processors()
     quota = quota_of_processors()
     return processors if quota is None else max(1, min(processors, round(quota)))
+
+
+def _fast_processors() -> int:
+    try:
+        core = importlib.import_module("anymamba._core")
+    except ModuleNotFoundError:
+        allowed = getattr(os, "sched_getaffinity", None)  # not on every system
+        return len(allowed(0)) if allowed else os.cpu_count() or 1
+    return int(core.default_threads())
 
 
 def quota_of_processors(root: Path = Path("/")) -> float | None:

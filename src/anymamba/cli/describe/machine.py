@@ -8,6 +8,8 @@ from typing import Any
 
 from anymamba import __version__
 from anymamba.arithmetic import matmul_dtype_from_environment
+from anymamba.cli.describe.installation import wheel, wheel_line
+from anymamba.cli.describe.instruction_sets import describe_sets, faster
 from anymamba.cli.terminal.table import table
 from anymamba.errors import AnyMambaError, MissingDependencyError
 
@@ -20,8 +22,11 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "processors": os.cpu_count(),
+        "threads": threads(),
+        "wheel": wheel(),
         "torch": torch_version,
         "native_core": native_core(),
+        **core_facts(),
         "backend": chosen_backend() if backends else None,
         "backends": backends,
         "drop_in": drop_in(),
@@ -31,9 +36,16 @@ def describe() -> dict[str, Any]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The same for people."""
-    left_out = {"backends"} if facts["backend"] else {"backends", "backend"}
-    rows = [(name.replace("_", " "), facts[name]) for name in facts if name not in left_out]
+    left_out = {"backends", "instruction_sets"} | (set() if facts["backend"] else {"backend"})
+    shown = {**facts, "wheel": wheel_line(facts["wheel"])}
+    rows = [(name.replace("_", " "), shown[name]) for name in shown if name not in left_out]
     parts = [table(rows)]
+    if facts["instruction_sets"]:
+        sets = [
+            (f"  {row['name']}", f"{row['state']:9}  {row['needs']}")
+            for row in facts["instruction_sets"]
+        ]
+        parts += ["instruction sets", table(sets)]
     if facts["backends"]:
         marks = {True: "yes", False: "no"}
         backends = [
@@ -72,6 +84,30 @@ def native_core() -> str:
     except MissingDependencyError:
         return "not built: a C++ compiler (GCC or Clang) was not found at installation"
     return f"{isa}; bfloat16 weights are multiplied in {matmul_dtype_from_environment()}"
+
+
+def core_facts() -> dict[str, Any]:
+    """How the native core was compiled, its instruction sets, and what a faster one would need."""
+    from anymamba.runtime.native import core
+
+    try:
+        native = core()
+    except MissingDependencyError:
+        return {"core_build": None, "instruction_sets": [], "faster": None}
+    built, here = native.built_isas.split(), native.isas()
+    sets = describe_sets(native.isa(), here, built)
+    return {
+        "core_build": f"{native.compiler} for {native.system}",
+        "instruction_sets": sets,
+        "faster": faster(sets, here[0]),
+    }
+
+
+def threads() -> int:
+    """How many threads the runtime uses where nothing says otherwise."""
+    from anymamba.runtime.native import wanted_threads
+
+    return wanted_threads(None)
 
 
 def chosen_backend() -> str:
