@@ -53,7 +53,7 @@ class TestLocal:
         (tmp_path / "model").mkdir()
         assert resolve("~/model") == tmp_path / "model"
 
-    @pytest.mark.parametrize("name", ["./nothing", "/no/thing", "a/b/c", "../x", "..\\x"])
+    @pytest.mark.parametrize("name", ["./nothing", "/no/thing", "a/b/c", "../x", "..\\x", "C:/x"])
     def test_what_looks_like_a_path_is_one(self, name):
         assert "does not exist" in refusal(name, CheckpointError)
 

@@ -3,12 +3,18 @@
 import os
 import pickle
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from anymamba.checkpoint import expected_shapes, load_torch_state_dict, open_checkpoint
+from anymamba.checkpoint import (
+    expected_shapes,
+    load_torch_state_dict,
+    open_checkpoint,
+    torch_weights,
+)
 from anymamba.errors import CheckpointError
 from tests.support import files
 from tests.support.layouts import (
@@ -49,6 +55,18 @@ def test_each_layout(tmp_path, layout, pickled):
 def test_shards(tmp_path, pickled):
     write_shards(tmp_path, pickled=pickled)
     assert_equal(load(tmp_path), weights())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux shows what is mapped")
+@pytest.mark.parametrize("stays_mapped", [False, True])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_no_file_stays_mapped_on_windows(tmp_path, monkeypatch, pickled, stays_mapped):
+    """There it could be neither saved over nor removed while the model is there."""
+    monkeypatch.setattr(torch_weights, "_STAYS_MAPPED", stays_mapped)
+    found = load(write_model(tmp_path, "transformers", pickled=pickled))
+    mapped = str(tmp_path) in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert mapped == stays_mapped
+    assert_equal(found, weights())
 
 
 def test_a_bare_backbone(tmp_path):

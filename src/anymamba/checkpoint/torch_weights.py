@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from anymamba.checkpoint.safetensors.mmap import FileMap
 
+# Windows would let nobody save over the file, nor remove it, as long as the tensors live.
+_STAYS_MAPPED = os.name != "nt"
 _ZIP_SIGNATURE = b"PK\x03\x04"
 
 
@@ -195,13 +198,14 @@ def to_numpy(name: str, tensor: torch.Tensor) -> NDArray[Any]:
 
 
 def _mapped(maps: FileMap, record: TensorRecord) -> torch.Tensor:
-    """A tensor where it lies, unless numbers straddle the addresses of their type."""
+    """A tensor where it lies; a copy on Windows, or if numbers straddle their type's addresses."""
     import torch
 
     data, dtype = maps.bytes_of(record), getattr(torch, DTYPES[record.dtype].torch)
     if not data:
         return torch.empty(record.shape, dtype=dtype)
-    whole = data if record.begin % dtype.itemsize == 0 else bytearray(data)
+    is_aligned = record.begin % dtype.itemsize == 0
+    whole = data if is_aligned and _STAYS_MAPPED else bytearray(data)
     return torch.frombuffer(whole, dtype=dtype).reshape(record.shape)
 
 
@@ -212,6 +216,7 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
         with path.open("rb") as file:
             # Files of torch before 1.6 are no archives and cannot be mapped.
             mapped = file.read(len(_ZIP_SIGNATURE)) == _ZIP_SIGNATURE
+        mapped &= _STAYS_MAPPED
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # broken pickles raise anything: IndexError, EOFError, RuntimeError
         raise CheckpointError(_why_unreadable(path, error)) from error
