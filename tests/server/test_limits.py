@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from typing import Any
@@ -12,9 +13,11 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from anymamba import Engine, Sampling
+from anymamba.errors import InputError
 from anymamba.runtime.generation import TokenOutput
 from anymamba.runtime.serving import Request, Scheduler
 from anymamba.server import Settings, app, listening
@@ -332,3 +335,18 @@ def test_a_second_signal_ends_at_once_and_says_so(engine: Engine) -> None:
     assert "shutting down" in json.loads(last.removeprefix("data: "))["error"]["message"]
     thread.join()
     assert server.lifespan.shutdown_event.is_set()
+
+
+def test_no_second_server_at_the_port_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows must be asked for that, and SO_REUSEADDR asks it for the opposite."""
+    asked = []
+
+    class Socket(socket.socket):
+        def setsockopt(self, *arguments: Any) -> None:
+            asked.append(arguments)
+
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", -5, raising=False)
+    monkeypatch.setattr(socket, "socket", Socket)
+    with pytest.raises(InputError, match=r"cannot listen at 'nowhere\.invalid'"):
+        listening.listen(Starlette(), "nowhere.invalid", 0, 1.0, print)
+    assert asked == [(socket.SOL_SOCKET, -5, 1)]

@@ -5,7 +5,8 @@ environment and streams, and its signals and exit status are passed on; only the
 own. Where the import is what is tested, start `sys.executable`.
 
 A `Warm` has a folder with two commands: `python` for scripts and for `-m anymamba train`, and
-`anymamba`. Both leave to the real ones what needs no PyTorch.
+`anymamba`. Both leave to the real ones what needs no PyTorch. Where the system cannot fork or hand
+streams on, as only Linux can, the real ones stand in for them, and take their time.
 """
 
 import array
@@ -48,7 +49,14 @@ class Warm:
     """A process that has imported what is slow, and the commands that fork it."""
 
     def __init__(self, folder: Path) -> None:
-        address, self.commands = folder / "socket", folder / "bin"
+        self._server: subprocess.Popen[bytes] | None = None
+        self.commands, self.python = Path(sys.executable).parent, sys.executable
+        """A folder of commands, and what stands in place of `sys.executable`."""
+        if hasattr(os, "pidfd_open"):
+            self.commands, self.python = folder / "bin", str(folder / "bin" / "python")
+            self._server = self._start(folder / "socket")
+
+    def _start(self, address: Path) -> subprocess.Popen[bytes]:
         self.commands.mkdir()
         for name, first in (("python", []), ("anymamba", ["-m", "anymamba"])):
             command = self.commands / name
@@ -58,7 +66,7 @@ class Warm:
                 )
             )
             command.chmod(0o755)
-        self._server = subprocess.Popen(
+        server = subprocess.Popen(
             [
                 sys.executable,
                 "-c",
@@ -67,17 +75,14 @@ class Warm:
             cwd=Path(__file__).parents[2],
             stdout=subprocess.PIPE,
         )
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline() == b"ready\n"
-
-    @property
-    def python(self) -> str:
-        """In place of `sys.executable`."""
-        return str(self.commands / "python")
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n"
+        return server
 
     def close(self) -> None:
-        self._server.kill()
-        self._server.communicate()
+        if self._server is not None:
+            self._server.kill()
+            self._server.communicate()
 
 
 def serve(address: str) -> None:

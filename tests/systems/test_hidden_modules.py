@@ -116,6 +116,7 @@ COMMANDS = (
 MEASURED = re.compile(r"[\d.,]+ (tokens/s|s|MB|seconds)\b")
 
 
+@pytest.mark.slow
 def test_the_command_line(environment: dict[str, str], tmp_path: Path) -> None:
     """Each command in a process of its own: the same output, the same files."""
     model = json.loads(processes.python("-m", "anymamba", "info", "--json").stdout)["bundled_model"]
