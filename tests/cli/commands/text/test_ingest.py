@@ -17,9 +17,9 @@ WORDS = ["to be ", "or not, ", "été\n", "King's ", "1234 ", "\n\n"]
 @pytest.fixture
 def book(tmp_path, monkeypatch):
     """A text of several blocks, which are small here."""
-    monkeypatch.setattr("anymamba.cli.text.files.BLOCK_BYTES", 4096)
+    monkeypatch.setattr("anymamba.cli.text.files.BLOCK_BYTES", 1024)
     file = tmp_path / "book.txt"
-    file.write_text("".join(random.Random(0).choices(WORDS, k=2_500)))
+    file.write_text("".join(random.Random(0).choices(WORDS, k=700)))
     return file
 
 
@@ -58,12 +58,12 @@ def test_a_long_text_is_read_as_one(book, tmp_path, anymamba):
 def test_reading_can_go_on(book, tmp_path, typed, anymamba):
     text = book.read_bytes()
     half = tmp_path / "half.txt"
-    half.write_bytes(text[:5_000])
+    half.write_bytes(text[:1_500])
     assert anymamba("ingest", half, "--save-state", tmp_path / "half.state").status == 0
-    typed(text[5_000:])
+    typed(text[1_500:])
     options = ("--state", tmp_path / "half.state", "--save-state", tmp_path / "a.state")
     done = anymamba("ingest", "-", *options, "--json").json
-    assert done["figures"]["bytes"] == len(text) - 5_000
+    assert done["figures"]["bytes"] == len(text) - 1_500
     assert anymamba("ingest", book, "--save-state", tmp_path / "b.state").status == 0
     assert_same_states(tmp_path / "a.state", tmp_path / "b.state")
 
