@@ -240,7 +240,16 @@ def test_a_damaged_checkpoint_is_named(name: str, damage: str, done: Path, tmp_p
     with pytest.raises(TrainingError, match=rf"checkpoint-12'.*{name}.*before it") as caught:
         train(settings, resume=True)
     assert "\n" not in str(caught.value)
-    shutil.rmtree(file.parent)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(done: Path, tmp_path: Path) -> None:
+    settings = small(tmp_path, order="carried", steps=20)
+    shutil.copytree(done / "run", tmp_path / "run")
+    damaged = tmp_path / "run/checkpoints/checkpoint-12"
+    (damaged / "optimizer.pt").unlink()
+    with pytest.raises(TrainingError):
+        train(settings, resume=True)
+    shutil.rmtree(damaged)
     assert train(settings, resume=True).figures["steps"] == 20
 
 
