@@ -75,7 +75,7 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	for name in prefill decode generate train train_5m scan ssd memory runtime context start dropin family server \
+	for name in prefill decode generate train train_5m scan ssd memory runtime context start install dropin family server \
 			distributed accuracy; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/report.py

@@ -1,16 +1,14 @@
 """The workflows are valid, ask for little, and build wheels for every system that is promised."""
 
 import re
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.support import processes
+from tests.support import processes, wheels
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -27,11 +25,7 @@ SYSTEMS = {
 
 
 def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A command that comes with the development requirements."""
-    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is missing: pip install {name}")
-    return processes.run(found, *arguments, cwd=ROOT)
+    return processes.run(wheels.tool(name), *arguments, cwd=ROOT)
 
 
 def jobs(workflow: str) -> dict[str, Any]:
