@@ -1,9 +1,9 @@
 #include "base/arena.h"
 
-#include <pthread.h>
-
 #include <memory>
 #include <new>
+
+#include "base/system.h"
 
 namespace anymamba {
 namespace {
@@ -37,16 +37,9 @@ ANYMAMBA_PART_OF_THREAD thread_local Arena* current = nullptr;
 // Gives this thread memory to keep, which goes when the thread ends. A thread_local object that is
 // destroyed by then would end the program too for lack of memory.
 void begin_to_keep() {
-  struct Key {
-    pthread_key_t key;
-    Key() {
-      const auto forget = [](void* memory) { delete static_cast<Kept*>(memory); };
-      if (pthread_key_create(&key, forget) != 0) throw std::bad_alloc();
-    }
-  };
-  static const Key ends;
+  static const AtThreadExit at_exit([](void* memory) { delete static_cast<Kept*>(memory); });
   auto fresh = std::make_unique<Kept>();
-  if (pthread_setspecific(ends.key, fresh.get()) != 0) throw std::bad_alloc();
+  at_exit.set(fresh.get());
   kept = fresh.release();
 }
 

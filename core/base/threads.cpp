@@ -1,19 +1,15 @@
 #include "base/threads.h"
 
-#include <pthread.h>
-#include <sched.h>
-#include <time.h>
-
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <system_error>
-#include <thread>
 #include <vector>
 
 #include "base/pace.h"
+#include "base/system.h"
 
 namespace anymamba {
 
@@ -55,13 +51,6 @@ Nanoseconds now() {
   return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// What this thread has computed. Other processes do not count, as they do in the time that passes.
-Nanoseconds processor_time() {
-  timespec time{};
-  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
-  return static_cast<Nanoseconds>(time.tv_sec) * 1'000'000'000 + time.tv_nsec;
-}
-
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -78,7 +67,7 @@ void wait_until(const Done& done, WaitQueue& queue) {
   }
   for (int i = 0; i < kYields; ++i) {
     if (done()) return;
-    sched_yield();
+    std::this_thread::yield();
   }
   queue.sleep_until(done);
 }
@@ -111,8 +100,7 @@ class Pool {
 
   // With `open`, helpers take part only if they come before the caller is done.
   void run(Threads::Body body, void* context, int workers, bool open, Nanoseconds start) noexcept {
-    const bool watchful = pace_.is_watchful();
-    const Nanoseconds processor_start = watchful ? processor_time() : 0;
+    const Nanoseconds computed_before = pace_.is_watchful() ? thread_time() : -1;
     Barrier barrier(workers, &inside_);
     body_ = body;
     context_ = context;
@@ -135,7 +123,7 @@ class Pool {
     const Nanoseconds waited = barrier.caller_waited() + end - done;
     Nanoseconds worked = end - start - waited;
     // A caller that had no processor itself would have had none alone.
-    if (watchful) worked = std::min(worked, processor_time() - processor_start);
+    if (computed_before >= 0) worked = std::min(worked, thread_time() - computed_before);
     pace_.note(open ? came_.load(std::memory_order_relaxed) : workers, worked, waited, end);
   }
 
@@ -200,16 +188,7 @@ void forget_in_child() {
 }
 
 // Before any pool exists, so that no fork can come between.
-[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget_in_child);
-
-int hardware_threads() {
-#if defined(__linux__)
-  cpu_set_t allowed;
-  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) return CPU_COUNT(&allowed);
-#endif
-  const unsigned found = std::thread::hardware_concurrency();
-  return found == 0 ? 1 : static_cast<int>(found);
-}
+[[maybe_unused]] const bool registered = (after_fork_in_child(forget_in_child), true);
 
 }  // namespace
 
@@ -224,7 +203,7 @@ bool Barrier::last_to_arrive() {
 void Barrier::sleep_through(unsigned generation) {
   const auto passed = [&] { return generation_.load() != generation; };
   if (passed()) return;
-  const bool is_caller = pthread_equal(caller_, pthread_self()) != 0;
+  const bool is_caller = caller_ == std::this_thread::get_id();
   const Nanoseconds start = is_caller ? now() : 0;
   wait_until(passed, *queue_);
   if (is_caller) caller_waited_ += now() - start;
@@ -233,7 +212,7 @@ void Barrier::sleep_through(unsigned generation) {
 int Threads::count() {
   int threads = wanted.load(std::memory_order_relaxed);
   if (threads == 0) {
-    const int found = hardware_threads();
+    const int found = performance_processors();
     threads = wanted.compare_exchange_strong(threads, found) ? found : threads;
   }
   return threads;

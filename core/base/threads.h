@@ -8,10 +8,9 @@
 // take part for a while. A body must not throw, and a region must not fork.
 #pragma once
 
-#include <pthread.h>
-
 #include <atomic>
 #include <cstdint>
+#include <thread>
 
 namespace anymamba {
 
@@ -21,7 +20,8 @@ class WaitQueue;
 // caller of the region, waits for the others.
 class Barrier {
  public:
-  Barrier(int members, WaitQueue* queue) : members_(members), queue_(queue), caller_(pthread_self()) {}
+  Barrier(int members, WaitQueue* queue)
+      : members_(members), queue_(queue), caller_(std::this_thread::get_id()) {}
   void wait() { wait([] {}); }
 
   // Calls `meanwhile` again and again until the others come.
@@ -44,7 +44,7 @@ class Barrier {
 
   const int members_;
   WaitQueue* const queue_;  // where they sleep when the others take long
-  const pthread_t caller_;
+  const std::thread::id caller_;
   std::int64_t caller_waited_ = 0;
   std::atomic<int> arrived_{0};
   std::atomic<unsigned> generation_{0};

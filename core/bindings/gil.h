@@ -3,9 +3,8 @@
 
 #include <nanobind/nanobind.h>
 
-#include <unistd.h>
-
 #include <chrono>
+#include <thread>
 
 namespace anymamba::bindings {
 
@@ -38,7 +37,7 @@ class WithoutGil {
     try {
       PyEval_RestoreThread(state_);
     } catch (...) {  // it throws nothing else
-      for (;;) pause();
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
     }
   }
 

@@ -1,12 +1,11 @@
 #include "model/prefill.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <new>
 
+#include "base/system.h"
 #include "model/layer_inputs.h"
 
 namespace anymamba {
@@ -31,14 +30,11 @@ class Buffer {
 class MappedMemory {
  public:
   explicit MappedMemory(std::int64_t bytes) : bytes_(static_cast<std::size_t>(bytes)) {
-    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory_ == MAP_FAILED) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-    madvise(memory_, bytes_, MADV_HUGEPAGE);
-#endif
+    memory_ = map_memory(bytes_);
+    if (memory_ == nullptr) throw std::bad_alloc();
     arena_ = Arena(memory_, bytes);
   }
-  ~MappedMemory() { munmap(memory_, bytes_); }
+  ~MappedMemory() { unmap_memory(memory_, bytes_); }
   MappedMemory(const MappedMemory&) = delete;
   MappedMemory& operator=(const MappedMemory&) = delete;
   Arena& arena() { return arena_; }
