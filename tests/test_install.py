@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anymamba import _core
@@ -17,7 +17,7 @@ from tests.support import processes, wheels
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-SITE_PACKAGES = sysconfig.get_paths()["purelib"]
+SITE_PACKAGES = str(Path(np.__file__).parents[1])
 # Nothing is downloaded: what the build needs is in this environment.
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 # Compiling for every other one would tell no more, and takes a minute.
