@@ -70,6 +70,18 @@ def test_wheels_are_built_for(system: str, processor: str) -> None:
     assert set(done.stdout.split()) == expected
 
 
+def test_make_has_what_the_workflows_run() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    named = {
+        target
+        for path in WORKFLOWS
+        for target in re.findall(r"\bmake ([a-z-]+)$", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert named
+    assert named <= targets
+
+
 HIDDEN = """
 import sys
 
