@@ -25,6 +25,7 @@ BENCHMARKS = (
     "runtime",
     "context",
     "start",
+    "install",
     "dropin",
     "distributed",
     "accuracy",

@@ -3,21 +3,21 @@
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anymamba import _core
-from tests.support import processes
+from tests.support import processes, wheels
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-SITE_PACKAGES = sysconfig.get_paths()["purelib"]
+SITE_PACKAGES = str(Path(np.__file__).parents[1])
 # Nothing is downloaded: what the build needs is in this environment.
 OFFLINE = {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 # Compiling for every other one would tell no more, and takes a minute.
@@ -135,6 +135,9 @@ def test_a_wheel_is_built_and_used_in_an_empty_environment(
     output(pip_wheel(source_archive, tmp_path, ANYMAMBA_REQUIRE_NATIVE="1", **OFFLINE))
     wheel = the_wheel(tmp_path)
     assert not wheel.name.endswith("-none-any.whl")
+    wheels.assert_small(wheel)
+    wheels.assert_needs_the_system_only(wheel)
+    wheels.assert_hides_its_functions(wheel, tmp_path / "unpacked")
     names = names_in(wheel)
     assert sum(name.startswith("anymamba/_core.") for name in names) == 1
     package = ROOT / "src" / "anymamba"

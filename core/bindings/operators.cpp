@@ -6,6 +6,7 @@
 #include "bindings/gil.h"
 #include "bindings/modules.h"
 #include "base/arena.h"
+#include "base/work_stealing.h"
 
 namespace anymamba::bindings {
 namespace {
@@ -405,6 +406,16 @@ void py_gemm(const In& a, const In& b, const MaybeIn& bias, const Out& c, bool a
   kernels().gemm(gemm);
 }
 
+// Calls f(rows) for blocks of a weight's n rows on all workers, each with so much scratch memory.
+template <class F>
+void for_shared_rows(std::int64_t n, std::int64_t row_bytes, std::int64_t scratch, const F& f) {
+  const int most = Threads::count();
+  Shares shares(most);
+  parallel_region(scratch, [&](int worker, int workers, Barrier&, Arena&) {
+    SharedRows(shares, worker, workers).for_blocks(n, row_bytes, f);
+  }, most);
+}
+
 void py_gemv(const In& x, const In& weight, const MaybeIn& bias, const Out& y) {
   const std::int64_t m = extent(x, 0), n = extent(weight, 0), k = extent(weight, 1);
   const Weight w = dense_weight("weight", weight, n, k);
@@ -412,10 +423,9 @@ void py_gemv(const In& x, const In& weight, const MaybeIn& bias, const Out& y) {
                      DType::f32, k, floats("y", y, {m, n}), n, m};
   if (m == 0) return;
   const WithoutGil unlocked;
-  parallel_region(gemv_scratch(m, k), [&](int worker, int workers, Barrier&, Arena&) {
-    const RowRange mine = share(n, worker, workers);
-    kernels().gemv(gemv, mine.first, mine.last);
-  }, Threads::count());
+  for_shared_rows(n, k * size_of(w.type), gemv_scratch(m, k), [&](RowRange rows) {
+    kernels().gemv(gemv, rows.first, rows.last);
+  });
 }
 
 // y (m, n) = x (m, k) times a quantized weight (n, k), by the kernel for few rows or for many.
@@ -435,11 +445,9 @@ void py_quantized_gemm(const In& x, const In& q, const In& scales, const MaybeIn
   const QuantizedActivations rows = {m, k, gemm.weight.group, rounded.data(), row_scales.data(),
                                      sums.data()};
   kernels().quantize_activations(gemm.a, k, rows, 0, m);
-  const auto multiply = [&](int worker, int workers, Barrier&, Arena&) {
-    const RowRange mine = share(n, worker, workers);
-    kernels().quantized_gemv({gemm.weight, rows, gemm.bias, gemm.c, n}, mine.first, mine.last);
-  };
-  parallel_region(in_arena(2 * 4 * m * (groups + 16)), multiply, Threads::count());
+  for_shared_rows(n, k * gemm.weight.bits / 8, in_arena(2 * 4 * m * (groups + 16)), [&](RowRange some) {
+    kernels().quantized_gemv({gemm.weight, rows, gemm.bias, gemm.c, n}, some.first, some.last);
+  });
 }
 
 void apply(const std::string& function, const In& x, const Out& y) {

@@ -50,7 +50,7 @@ struct VectorRounding {
         sums(static_cast<std::int32_t*>(memory.take(b * most / kSmallestGroup * 4))),
         narrow(static_cast<std::uint16_t*>(memory.take(bf16_products ? b * most * 2 : 0))) {}
 
-  // x (b, k) rounded to bfloat16, without gaps.
+  // x (b, k) rounded to bfloat16, without gaps. What was rounded before is overwritten, here and below.
   const std::uint16_t* to_bf16(const float* x, std::int64_t stride, std::int64_t b, std::int64_t k) {
     for (std::int64_t row = 0; row < b; ++row)
       kernels().convert(x + row * stride, DType::f32, narrow + row * k, DType::bf16, k);
@@ -78,21 +78,33 @@ struct Results {
   bool accumulate = false;
 };
 
-// y (b, .) = x weight^T + bias for the weight's rows [first, last).
-inline void project(const Weight& weight, const Vectors& x, const float* bias, const Results& y, RowRange rows) {
-  if (const QuantizedWeight& quantized = weight.quantized; quantized.bits != 0) {
-    const QuantizedActivations quantized_x =
-        x.rounding.quantize(x.data, x.stride, x.b, x.k, quantized.group);
-    return kernels().quantized_gemv({quantized, quantized_x, bias, y.data, y.stride, y.accumulate}, rows.first,
-                                    rows.last);
+// x weight^T, of which rows are computed in any number of calls. x is rounded once, into room that the
+// next product takes.
+class Product {
+ public:
+  Product(const Weight& weight, const Vectors& x) : weight_(weight), x_(x) {
+    if (weight.quantized.bits != 0)
+      quantized_x_ = x.rounding.quantize(x.data, x.stride, x.b, x.k, weight.quantized.group);
+    else if (operand_type(weight, x.rounding.bf16_products) == DType::bf16)
+      bf16_x_ = x.rounding.to_bf16(x.data, x.stride, x.b, x.k);
   }
-  Gemv gemv = {x.k, weight.data, weight.type, weight.row_stride, bias, x.data, DType::f32, x.stride,
-               y.data, y.stride, x.b, y.accumulate, x.rounding.in_order};
-  if (operand_type(weight, x.rounding.bf16_products) == DType::bf16) {
-    gemv.x = x.rounding.to_bf16(x.data, x.stride, x.b, x.k);
-    gemv.x_type = DType::bf16, gemv.x_row_stride = x.k;
+
+  // y (b, .) = x weight^T + bias for the weight's rows [first, last).
+  void write(RowRange rows, const float* bias, const Results& y) const {
+    if (weight_.quantized.bits != 0)
+      return kernels().quantized_gemv({weight_.quantized, quantized_x_, bias, y.data, y.stride, y.accumulate},
+                                      rows.first, rows.last);
+    Gemv gemv = {x_.k, weight_.data, weight_.type, weight_.row_stride, bias, x_.data, DType::f32, x_.stride,
+                 y.data, y.stride, x_.b, y.accumulate, x_.rounding.in_order};
+    if (bf16_x_ != nullptr) gemv.x = bf16_x_, gemv.x_type = DType::bf16, gemv.x_row_stride = x_.k;
+    kernels().gemv(gemv, rows.first, rows.last);
   }
-  kernels().gemv(gemv, rows.first, rows.last);
-}
+
+ private:
+  const Weight& weight_;
+  const Vectors x_;
+  QuantizedActivations quantized_x_ = {};
+  const std::uint16_t* bf16_x_ = nullptr;
+};
 
 }  // namespace anymamba

@@ -2,7 +2,8 @@
 // Against what the model should compute it is tested from Python.
 #include <memory>
 
-#include "tests/check.h"
+#include "tests/regions.h"
+#include "base/work_stealing.h"
 #include "model/prefill.h"
 #include "model/decode_step.h"
 
@@ -218,6 +219,41 @@ void test_batch_of_steps(Example example) {
   }
 }
 
+// Logits and states of some steps with so many threads, of which one may be slow.
+std::vector<float> after_steps(const Model& m, std::int64_t b, int threads, bool slow) {
+  Threads::set_count(threads);
+  if (slow) Shares::before_block = [](int worker) { if (worker == 1) pause_ms(1); };
+  Memories memories(m, b);
+  std::vector<std::int64_t> tokens(b);
+  std::vector<float> found(b * m.v);
+  for (std::int64_t step = 0; step < 3; ++step) {
+    for (std::int64_t row = 0; row < b; ++row) tokens[row] = (7 * row + step) % m.v;
+    Threads::forget_lateness();
+    decode_step(m, memories.view, b, tokens.data(), nullptr, found.data());
+  }
+  Shares::before_block = nullptr;
+  found.insert(found.end(), memories.conv.begin(), memories.conv.end());
+  found.insert(found.end(), memories.ssm.begin(), memories.ssm.end());
+  return found;
+}
+
+// Who computes which rows changes nothing. The model is so wide that shares have several blocks.
+void test_slow_worker(Example example) {
+  Model& m = example.model;
+  for (const int kind : {0, 1, 3, 4}) {  // of the storage types
+    for (Layer& layer : m.layers) {
+      layer.in_proj = example.any_weight(kind, m.projected(), m.d);
+      layer.out_proj = example.any_weight(kind, m.d, m.e);
+    }
+    for (const std::int64_t b : {1, 3, 20}) {
+      const std::vector<float> alone = after_steps(m, b, 1, false);
+      for (const bool slow : {false, true})
+        CHECK(after_steps(m, b, 3, slow) == alone, "type %d, %lld rows: a slow worker changes results", kind,
+              (long long)b);
+    }
+  }
+}
+
 // A kept beside A_log changes nothing, in a step or in a prompt.
 void test_kept_A(Example example) {
   Model& m = example.model;
@@ -262,5 +298,7 @@ int main() {
   test_mixtures();
   test_batch_of_steps(Example(DType::f32, 17, 35, 16));
   test_batch_of_steps(Example(DType::f32, 17, 16, {5, 7, 1}));
+  test_slow_worker(Example(DType::f32, 256, 640, 16));
+  test_slow_worker(Example(DType::f32, 256, 16, {40, 16, 2}));
   return finish("model");
 }

@@ -1,35 +1,13 @@
-// The pool of threads: regions, barriers, nested and concurrent calls, changes of size, fork.
-#include <sys/wait.h>
-#include <unistd.h>
-
+// The pool of threads: regions, barriers, nested and concurrent calls, changes of size.
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <thread>
 
-#include "tests/check.h"
+#include "tests/regions.h"
 #include "base/pace.h"
 
 using namespace anymamba;
 using namespace anymamba::test;
 
 namespace {
-
-// A region of as many workers as were asked for, however late they came before.
-template <class F>
-void whole_region(const F& body, int at_most = 1 << 20) {
-  Threads::forget_lateness();
-  parallel_region(body, at_most);
-}
-
-void pause_ms(int ms) { std::this_thread::sleep_for(std::chrono::milliseconds(ms)); }
-
-// Sums 1 to n over the workers; wrong if an item is lost or done twice.
-bool sums_up(std::int64_t n) {
-  std::atomic<std::int64_t> total{0};
-  parallel_for(n, [&](std::int64_t i) { total.fetch_add(i + 1); });
-  return total.load() == n * (n + 1) / 2;
-}
 
 void test_regions() {
   for (const int threads : {1, 2, 3, 4, 7, 2, 1, 4}) {
@@ -188,59 +166,6 @@ void test_callers() {
   CHECK(wrong.load() == 0, "%d sums are wrong", wrong.load());
 }
 
-#if !defined(__SANITIZE_THREAD__)  // which does not follow threads made after a fork
-
-// Runs the child's part in a child; true if it returned true in time.
-template <class Child>
-bool in_child(const Child& child) {
-  const pid_t id = fork();
-  if (id == 0) {
-    alarm(20);  // a child that hangs fails
-    _exit(child() ? 0 : 1);
-  }
-  int status = -1;
-  waitpid(id, &status, 0);
-  return WIFEXITED(status) && WEXITSTATUS(status) == 0;
-}
-
-bool computes() {
-  for (int i = 0; i < 50; ++i)
-    if (!sums_up(100)) return false;
-  int together = 0;
-  whole_region([&](int worker, int workers, Barrier& barrier) {
-    barrier.wait();
-    if (worker == 0) together = workers;
-    barrier.wait();
-  });
-  return together == Threads::count();
-}
-
-void test_fork() {
-  Threads::set_count(3);
-  CHECK(computes(), "the parent before");
-  CHECK(in_child(computes), "a child, the pool awake");
-  CHECK(computes(), "the parent between");
-  pause_ms(20);
-  CHECK(in_child(computes), "a child, the pool asleep");
-  CHECK(in_child([] { return computes() && in_child(computes) && computes(); }), "a grandchild");
-  CHECK(in_child([] { Threads::set_count(5); return computes(); }), "a child with more threads");
-
-  std::atomic<bool> stop{false};
-  std::thread other([&] {
-    while (!stop.load())
-      whole_region([](int, int, Barrier& barrier) {
-        barrier.wait();
-        usleep(200);
-      });
-  });
-  for (int i = 0; i < 20; ++i) CHECK(in_child(computes), "a child, another thread in a region");
-  stop.store(true);
-  other.join();
-  CHECK(computes(), "the parent after");
-}
-
-#endif
-
 }  // namespace
 
 int main() {
@@ -252,8 +177,5 @@ int main() {
   test_many_small();
   test_late_helpers();
   test_callers();
-#if !defined(__SANITIZE_THREAD__)
-  test_fork();
-#endif
   return finish("threads");
 }

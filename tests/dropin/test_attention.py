@@ -15,7 +15,7 @@ from anymamba.errors import ConfigError, InputError
 from tests.support import loops
 from tests.support.models import hidden, unhidden
 from tests.support.stepping import prompt_and_steps
-from tests.support.tolerance import assert_layer, assert_layer_gradients
+from tests.support.tolerance import assert_layer
 
 inputs = partial(hidden, l=6)
 
@@ -41,7 +41,7 @@ VARIANTS = [*CAUSAL, {"causal": False}, {"causal": False, "num_heads_kv": 1, "d_
 def test_forward_and_gradients_are_those_of_a_loop(variant: dict[str, Any]) -> None:
     mha = layer(**variant)
     assert_layer(mha(inputs()), loops.attention(mha, inputs()))
-    assert_layer_gradients(mha, inputs(), loops.attention)
+    loops.assert_layer_gradients(mha, inputs(), loops.attention)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

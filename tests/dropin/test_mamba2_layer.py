@@ -17,10 +17,11 @@ from anymamba.dropin.mamba_ssm.modules.mamba2_simple import Mamba2Simple
 from anymamba.dropin.mamba_ssm.utils.generation import InferenceParams
 from anymamba.errors import ConfigError, InputError, NotIncludedError
 from tests.support import loops
+from tests.support.instruction_sets import ISAS
 from tests.support.models import hidden, unhidden
-from tests.support.operators import ISAS, natively
+from tests.support.operators import natively
 from tests.support.stepping import prompt_and_steps
-from tests.support.tolerance import assert_layer, assert_layer_gradients
+from tests.support.tolerance import assert_layer
 
 SMALL = {"d_model": 12, "d_state": 6, "headdim": 4, "chunk_size": 8, "layer_idx": 0}
 inputs = partial(hidden, l=21)
@@ -47,7 +48,7 @@ def test_forward_and_gradients_are_those_of_a_loop(variant: dict[str, Any], fast
     mamba, u = layer(**variant, use_mem_eff_path=fast), inputs()
     slow = partial(loops.mamba2, d_ssm=mamba.d_ssm)
     assert_layer(mamba(u), slow(mamba, u))
-    assert_layer_gradients(mamba, u, slow)
+    loops.assert_layer_gradients(mamba, u, slow)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -58,7 +59,7 @@ def test_the_native_kernels_compute_it(variant: dict[str, Any], isa: str) -> Non
     slow = partial(loops.mamba2, d_ssm=mamba.d_ssm)
     with natively(isa):
         found = mamba(u)
-        assert_layer_gradients(mamba, u, slow)
+        loops.assert_layer_gradients(mamba, u, slow)
         with torch.no_grad():
             continued = prompt_and_steps(mamba, u, 19)
     assert_layer(found, slow(mamba, u))
@@ -81,7 +82,7 @@ def test_the_specification_of_the_same_weights(variant: dict[str, Any]) -> None:
     block = minimal_mamba2.Mamba2Block(args)
     block.load_state_dict(mamba.state_dict())
     assert_layer(mamba(u), block(u))
-    assert_layer_gradients(mamba, u, lambda _mamba, x: _by_specification(mamba, args, x))
+    loops.assert_layer_gradients(mamba, u, lambda _mamba, x: _by_specification(mamba, args, x))
 
 
 def _by_specification(mamba: Any, args: Any, u: torch.Tensor) -> torch.Tensor:
@@ -300,7 +301,7 @@ def test_the_simple_layer_is_a_loop(variant: dict[str, Any], fast: bool) -> None
         return loops.mamba2(module, x, first_state=getattr(module, "init_states", None))
 
     assert_layer(mamba(u), slow(mamba, u))
-    assert_layer_gradients(mamba, u, slow)
+    loops.assert_layer_gradients(mamba, u, slow)
 
 
 @pytest.mark.parametrize("fast", [True, False])

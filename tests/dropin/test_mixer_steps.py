@@ -14,7 +14,7 @@ from anymamba import ops
 from anymamba.dropin import mixer_steps
 from anymamba.dropin.transformers_finder import MIXERS, MixersFinder
 from tests.dropin.transformers_models import model_of
-from tests.support.operators import ISAS, kernels_of
+from tests.support.instruction_sets import ISAS, kernels_of
 from tests.support.tolerance import assert_each, assert_same
 
 HEADS = (

@@ -14,8 +14,9 @@ from torch import Tensor
 from anymamba.dropin.mamba_ssm.ops.triton import ssd_combined
 from anymamba.dropin.mamba_ssm.ops.triton.selective_state_update import selective_state_update
 from tests.dropin.test_ssd_combined import layer_arguments, normal, scan_arguments
-from tests.support.operators import ISAS, TYPES, natively
-from tests.support.tolerance import SHARE_OF_LAYER, assert_contract, assert_same, naming
+from tests.support.instruction_sets import ISAS
+from tests.support.operators import TYPES, natively
+from tests.support.tolerance import assert_contract, assert_same, naming, share_of_layer
 
 Arguments = dict[str, Any]
 B, L, H, P, G, N = 2, 70, 4, 6, 2, 5
@@ -113,12 +114,12 @@ def test_values_and_gradients(call: str, dtype: torch.dtype, isa: str) -> None:
             returned = function(**rounded)
     without = [returned] if isinstance(returned, Tensor) else returned
     for result, other, double in zip(found, without, expected, strict=True):
-        assert_same(result, double, SHARE_OF_LAYER[dtype])
-        assert_same(other, double, SHARE_OF_LAYER[dtype])
+        assert_same(result, double, share_of_layer(dtype))
+        assert_same(other, double, share_of_layer(dtype))
     for name, gradient in gradients.items():
         with naming(f"the gradient of {name}"):
             # In 16 bits projection, norm, scan and convolution each round what they hand back.
-            share = SHARE_OF_LAYER[dtype] * (2 if dtype.itemsize == 2 else 1)
+            share = share_of_layer(dtype) * (2 if dtype.itemsize == 2 else 1)
             assert_same(gradient, wanted[name], share)
 
 

@@ -18,8 +18,8 @@ from anymamba.modeling.fused import why_not_fused
 from anymamba.modeling.quantized import QuantizedLinear
 from anymamba.ops.quantized_linear import reference
 from tests.support.files import LARGE, write_quantized
+from tests.support.instruction_sets import kernels_of
 from tests.support.models import small_model, words
-from tests.support.operators import kernels_of
 from tests.support.tolerance import assert_contract, assert_same
 
 # Kernels are held to the contract one by one, below. Through a whole model a last bit may carry an

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anymamba import _core
-from tests.support.operators import ISAS, kernels_of
+from tests.support.instruction_sets import ISAS, kernels_of
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

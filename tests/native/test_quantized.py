@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anymamba import _core
-from tests.support.operators import ISAS, kernels_of
+from tests.support.instruction_sets import ISAS, kernels_of
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from anymamba import _core, ops
-from tests.support.operators import ISAS, scan_inputs
+from tests.support.instruction_sets import ISAS
+from tests.support.operators import scan_inputs
 from tests.support.processes import assert_ends_well, run_python
 
 pytestmark = pytest.mark.slow

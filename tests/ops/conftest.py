@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from anymamba import ops
-from tests.support.operators import ISAS, natively
+from tests.support.instruction_sets import ISAS
+from tests.support.operators import natively
 
 
 # Module scope: Hypothesis runs a test's examples inside one set-up.

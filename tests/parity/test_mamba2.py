@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from tests.parity.architectures import MAMBA2, OPTIONS, run_anymamba, run_specification, tokens
-from tests.support.operators import ISAS
+from tests.support.instruction_sets import ISAS
 from tests.support.tolerance import assert_same
 
 import anymamba

@@ -18,7 +18,8 @@ from anymamba.runtime.convert import convert
 from anymamba.runtime.network import Network
 from anymamba.runtime.state import BatchState
 from tests.support.files import write_folder
-from tests.support.operators import ISAS, natively
+from tests.support.instruction_sets import ISAS
+from tests.support.operators import natively
 
 # Numbers of states that fill vectors and leave rests, and an inner width that no block divides.
 ARCHITECTURES: dict[str, dict[str, Any]] = {

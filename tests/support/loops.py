@@ -1,10 +1,13 @@
 """The layers as loops over time: slow, plain, and independent of what they are compared with."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.support.tolerance import assert_layer, naming
 
 
 def convolution(conv1d: Any, x_ble: Tensor, starts: set[int]) -> Tensor:
@@ -129,3 +132,25 @@ def attention(layer: Any, x_bld: Tensor) -> Tensor:
             y[:, t, head] = (scores.softmax(-1)[..., None] * v[:, :seen, shared]).sum(1)
     up, gate = mlp.chunk(2, dim=-1)
     return linear(layer.out_proj, torch.cat([y.flatten(-2), up * F.silu(gate)], dim=-1))
+
+
+def assert_layer_gradients(
+    module: nn.Module, x: Tensor, slow: Callable[[Any, Tensor], Tensor]
+) -> None:
+    """The gradients of input and weights are those of a loop."""
+    results = []
+    for run in (module, lambda u: slow(module, u)):
+        u = x.detach().clone().requires_grad_()
+        module.zero_grad()
+        y = run(u)
+        # A fixed weighting, so that no gradient cancels.
+        (y * torch.linspace(0.5, 1.5, y.numel()).view_as(y)).sum().backward()
+        named = {
+            name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None
+        }
+        results.append({"input": u.grad, **named})
+    fast, loop = results
+    assert fast.keys() == loop.keys()
+    for name in fast:
+        with naming(f"the gradient of {name}"):
+            assert_layer(fast[name], loop[name])

@@ -11,16 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from anymamba import _core, ops
+from anymamba import ops
+from tests.support.instruction_sets import kernels_of
 from tests.support.tolerance import assert_contract, assert_gradients
 
 HALVES = (torch.bfloat16, torch.float16)
 TYPES = (torch.float32, *HALVES)
-# This machine's instruction sets, the first choice first; `make test-fast` takes that one alone.
-ISAS = [
-    isa if isa == _core.isas()[0] else pytest.param(isa, marks=pytest.mark.native_isa)
-    for isa in _core.isas()
-]
 # More than one, so that work is shared out; odd, so that it does not share out evenly.
 THREADS = "3"
 
@@ -334,17 +330,6 @@ NORM = Operator(_norm, _types_of_norm, partial(_norm, backend="reference"))
 LINEAR = Operator(
     lambda inputs: (ops.linear(**inputs),), lambda inputs: (inputs["x"].dtype,), _product
 )
-
-
-@contextmanager
-def kernels_of(isa: str) -> Iterator[None]:
-    """What the native core computes inside is computed with one instruction set."""
-    before = _core.isa()
-    _core.use_isa(isa)
-    try:
-        yield
-    finally:
-        _core.use_isa(before)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from anymamba.checkpoint.quantization import (
     unpack,
 )
 from anymamba.errors import ConfigError, InputError
-from tests.support.operators import kernels_of
+from tests.support.instruction_sets import kernels_of
 
 FORMATS = [(bits, symmetric) for bits in (8, 4) for symmetric in (True, False)]
 formats = pytest.mark.parametrize(("bits", "symmetric"), FORMATS)

@@ -7,7 +7,8 @@ import pytest
 from torch import Tensor
 
 from anymamba.modeling.mamba.model import MambaMixer
-from tests.support.operators import ISAS, natively
+from tests.support.instruction_sets import ISAS
+from tests.support.operators import natively
 
 
 @pytest.fixture(params=ISAS)

@@ -17,8 +17,9 @@ from anymamba.modeling import fused
 from anymamba.ops import backends
 from anymamba.ops.scan import native as scan_native
 from anymamba.ops.scan.arguments import ScanArguments
+from tests.support.instruction_sets import ISAS
 from tests.support.models import lively_model, words
-from tests.support.operators import HALVES, ISAS, natively
+from tests.support.operators import HALVES, natively
 from tests.support.stepping import (
     VARIANTS,
     assert_same_cache,

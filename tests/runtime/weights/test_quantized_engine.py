@@ -13,7 +13,7 @@ from anymamba.checkpoint.dtypes import to_float32
 from anymamba.checkpoint.quantization import dequantize
 from anymamba.runtime.weights.weights import load_weights
 from tests.support.files import write_small
-from tests.support.operators import ISAS, kernels_of
+from tests.support.instruction_sets import ISAS, kernels_of
 from tests.support.reference import reference_logits, rounded, words
 from tests.support.tolerance import assert_same
 

@@ -18,7 +18,7 @@ from anymamba.runtime.network import Network
 from anymamba.runtime.state.batch_state import BatchState
 from anymamba.runtime.weights.weights import Weights
 from tests.support.files import SMALL, small_weights
-from tests.support.operators import ISAS, kernels_of
+from tests.support.instruction_sets import ISAS, kernels_of
 from tests.support.reference import reference_logits, rounded, words
 from tests.support.tolerance import WHOLE_MODEL
 
