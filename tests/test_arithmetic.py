@@ -14,8 +14,8 @@ from anymamba.errors import BackendError, ConfigError
 from tests.support import processes
 
 # What a processor lacks is tested below, by hiding it.
-HAS_BFLOAT16 = "avx512_bf16" in _core.isas()
-needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="no AVX512-BF16 here")
+HAS_BFLOAT16 = not {"avx512_bf16", "neon_i8mm"}.isdisjoint(_core.isas())
+needs_bfloat16 = pytest.mark.skipif(not HAS_BFLOAT16, reason="no AVX512-BF16, and no BF16 of Arm")
 TEXT = "ROMEO:\nWhat light through yonder window breaks?"
 
 

@@ -27,7 +27,8 @@ namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
 // Of the left operand in L2: 560 rows with AVX-512, about 900 KiB.
-constexpr int kBlockRows = 40 * kTileRows;
+constexpr int kBlockRows = kGemmBlockRows;
+static_assert(kBlockRows % kTileRows == 0);
 static_assert((kBlockRows * kDepth + kTileColumns * kDepth) * 4 + 256 <= kGemmScratch);
 constexpr int64_t kSumsRows = 512, kSumsColumns = 512;  // bounds of what is summed beside c
 constexpr int64_t kPackedTiles = 5, kFinishedRows = 64;  // that a task packs, and moves to c
@@ -120,8 +121,8 @@ void micro_kernel(const Tile& tile) {
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v)
-          if (pairs) sums[r][v] = fma_bf16_pairs(left + r, b[v], sums[r][v]);
-          else if (r % 2) sums[r][v] = fma_of(left + r, b[v], sums[r][v]);
+          if (pairs) sums[r][v] = fma_row_bf16_pairs(left, r, b[v], sums[r][v]);
+          else if (kFactorsFromLanes || r % 2) sums[r][v] = fma_row(left, r, b[v], sums[r][v]);
           else sums[r][v] = fma(splat(left[r]), b[v], sums[r][v]);
       left += kTileRows;
       right += V * kLanes;

@@ -13,7 +13,7 @@ using std::int64_t;
 constexpr int kTileRows = kGemmTileRows;
 constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kLanes;
-static_assert(kTileRows <= kLanes);  // a square of kLanes transposed has a tile's rows
+static_assert(kTileRows <= kLanes || kTileRows % kLanes == 0);  // squares of kLanes transposed have a tile's rows
 
 // One factor, (outer, k): `stride` lies between rows of the left and columns of the right operand,
 // `depth_stride` between steps of k.
@@ -108,17 +108,19 @@ ANYMAMBA_INLINE int64_t for_each_step(const Operand& rows, int64_t start, int64_
   return p;
 }
 
-// One panel of the first of `count` rows that go along k. What a step's vector has behind the panel's
-// rows is overwritten by the next step's; the last has the rows alone.
+// One panel of the first of `count` rows that go along k. Where a vector has more rows than the panel,
+// they are overwritten by the next step's; the last has the rows alone.
 template <DType type>
 void interleave_rows(const Operand& left, int64_t start, int64_t count, int64_t depth, float* to) {
-  int64_t p = for_each_step<type>(left, start, count, depth, [=](int64_t step, const FloatVec& v) {
-    if (step + 1 < depth) store(to + step * kTileRows, v);
-    else store_some(to + step * kTileRows, v, kTileRows);
-  });
-  for (; p < depth; ++p)
-    for (int64_t r = 0; r < smaller(kTileRows, count); ++r)
-      to[p * kTileRows + r] = read(left.data, type, start + r * left.stride + p);
+  for (int64_t r = 0; r < smaller(kTileRows, count); r += kLanes, start += kLanes * left.stride, to += kLanes) {
+    int64_t p = for_each_step<type>(left, start, count - r, depth, [=](int64_t step, const FloatVec& v) {
+      if (kTileRows % kLanes == 0 || step + 1 < depth) store(to + step * kTileRows, v);
+      else store_some(to + step * kTileRows, v, kTileRows);
+    });
+    const int64_t rows = smaller(smaller(kLanes, kTileRows), count - r);
+    for (; p < depth; ++p)
+      for (int64_t i = 0; i < rows; ++i) to[p * kTileRows + i] = read(left.data, type, start + i * left.stride + p);
+  }
 }
 
 // packed: panels of `high` rows, (depth, kTileRows), a row's number beside the next row's. What a

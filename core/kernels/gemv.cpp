@@ -14,8 +14,8 @@ namespace {
 static_assert(kGemvVectors <= kInOrderVectors);
 
 // Weight rows go gemv_rows(M) at a time for M vectors, which takes as many accumulators as there are
-// registers. One vector takes the rows one after the other: a single stream through memory arrives
-// a tenth faster than eight beside each other (benchmarks/decode.py).
+// registers. One vector takes as few rows at a time as keep the arithmetic busy: a single stream through
+// memory arrives a tenth faster than eight beside each other (benchmarks/decode.py).
 //
 // How far ahead a single stream is prefetched: into L2, which can wait for more lines at a time than
 // L1 can.
@@ -39,6 +39,30 @@ ANYMAMBA_INLINE void write_result(const Gemv& gemv, int64_t row, int vector, flo
   y = gemv.accumulate ? y + result : result;
 }
 
+// sums (R) = R rows, `stride` bytes apart, times x, `whole` numbers of each, in lanes.
+template <DType type, int R>
+ANYMAMBA_INLINE void add_rows(const char* weight, int64_t stride, const float* x, int64_t whole, FloatVec* results) {
+  constexpr int64_t size = type == DType::f32 ? 4 : 2;
+  FloatVec sums[R] = {};
+  int64_t p = 0;
+  for (; p + 2 * kLanes <= whole; p += 2 * kLanes) {
+    const FloatVec first = load(x + p), second = load(x + p + kLanes);
+    // R rows are one stretch of memory: what comes behind it arrives in its order.
+    for (int64_t byte = 0; byte < 2 * kLanes * size * R; byte += kLine)
+      __builtin_prefetch(weight + p * size * R + byte + kPrefetchBytes, 0, 2);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const char* const from = weight + r * stride + p * size;
+      sums[r] = fma(read_vector(from, type, 0), first, sums[r]);
+      sums[r] = fma(read_vector(from, type, kLanes), second, sums[r]);
+    }
+  }
+  if (p < whole)
+    for (int r = 0; r < R; ++r)
+      sums[r] = fma(read_vector(weight + r * stride + p * size, type, 0), load(x + p), sums[r]);
+  for (int r = 0; r < R; ++r) results[r] = sums[r];
+}
+
 // The products of one vector with the rows first.. up to last.
 template <DType type>
 void one_vector(const Gemv& gemv, int64_t first, int64_t last) {
@@ -49,20 +73,10 @@ void one_vector(const Gemv& gemv, int64_t first, int64_t last) {
     const char* weight = static_cast<const char*>(gemv.weight) + row * stride;
     const int64_t rows = smaller(kLanes, last - row);
     FloatVec sums[kLanes] = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      FloatVec sum{};
-      int64_t p = 0;
-      for (; p + 2 * kLanes <= whole; p += 2 * kLanes) {
-        const char* from = weight + r * stride + p * size;
-        for (int64_t byte = 0; byte < 2 * kLanes * size; byte += kLine)
-          __builtin_prefetch(from + byte + kPrefetchBytes, 0, 2);
-        sum = fma(read_vector(from, type, 0), load(x + p), sum);
-        sum = fma(read_vector(from, type, kLanes), load(x + p + kLanes), sum);
-      }
-      if (p < whole)
-        sum = fma(read_vector(weight + r * stride + p * size, type, 0), load(x + p), sum);
-      sums[r] = sum;
-    }
+    int64_t r = 0;
+    for (; r + kRowsOfOneVector <= rows; r += kRowsOfOneVector)
+      add_rows<type, kRowsOfOneVector>(weight + r * stride, stride, x, whole, sums + r);
+    for (; r < rows; ++r) add_rows<type, 1>(weight + r * stride, stride, x, whole, sums + r);
     float totals[kLanes];
     store(totals, sums_of_lanes(sums));
     for (int64_t r = 0; r < rows; ++r)

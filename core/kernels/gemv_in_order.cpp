@@ -50,12 +50,20 @@ ANYMAMBA_INLINE void add_column(const Vectors<M>& x, int64_t p, FloatVec column,
     sums[m] = pairs ? fma_bf16_pairs(x.at(m, p), column, sums[m]) : fma_of(x.at(m, p), column, sums[m]);
 }
 
-// The same for words of the weight's type: word number `word` of each row.
+// The same for number i of those from p on, which come by the four.
+template <int M, bool pairs>
+ANYMAMBA_INLINE void add_column_of_fours(const Vectors<M>& x, int64_t p, int i, FloatVec column, FloatVec (&sums)[M]) {
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m)
+    sums[m] = pairs ? fma_row_bf16_pairs(x.at(m, p), i, column, sums[m]) : fma_row(x.at(m, p), i, column, sums[m]);
+}
+
+// The same for words of the weight's type: word i of each row from number p on.
 template <DType type, int M, bool pairs>
-ANYMAMBA_INLINE void add_words(const Vectors<M>& x, int64_t word, FloatVec words, FloatVec (&sums)[M]) {
-  if constexpr (type != DType::bf16 || pairs) return add_column<M, pairs>(x, word, words, sums);
-  add_column<M, false>(x, 2 * word, first_of_pairs(words), sums);
-  add_column<M, false>(x, 2 * word + 1, second_of_pairs(words), sums);
+ANYMAMBA_INLINE void add_words(const Vectors<M>& x, int64_t p, int i, FloatVec words, FloatVec (&sums)[M]) {
+  if constexpr (type != DType::bf16 || pairs) return add_column_of_fours<M, pairs>(x, p, i, words, sums);
+  add_column_of_fours<M, false>(x, p, 2 * i, first_of_pairs(words), sums);
+  add_column_of_fours<M, false>(x, p, 2 * i + 1, second_of_pairs(words), sums);
 }
 
 // The numbers from column p on that do not fill four words.
@@ -88,19 +96,18 @@ ANYMAMBA_INLINE void add_cut(const WeightRows& rows, const Vectors<M>& x, const 
           columns[i] = read_vector(rows.data + b * block + i * rows.stride + p * 2, type, 0);
         transpose(columns);
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) add_column<M, false>(x, p + i, columns[i], sums[b]);
+        for (int i = 0; i < kLanes; ++i) add_column_of_fours<M, false>(x, p, i, columns[i], sums[b]);
       }
     }
   } else {
     for (; p + 4 * numbers <= end; p += 4 * numbers) {
       stream.fetch_lines(B * kLanes * 16);
-      const int64_t word = p / numbers;
 #pragma GCC unroll 2
       for (int b = 0; b < B; ++b) {
         FloatVec words[4];
-        load_columns(words, rows.data + b * block + 4 * word, rows.stride);
+        load_columns(words, rows.data + b * block + 4 * (p / numbers), rows.stride);
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) add_words<type, M, pairs>(x, word + i, words[i], sums[b]);
+        for (int i = 0; i < 4; ++i) add_words<type, M, pairs>(x, p, i, words[i], sums[b]);
       }
     }
   }

@@ -8,6 +8,15 @@ namespace {
 // Chains that do not wait for each other: two units, each with four or five cycles of latency.
 constexpr int kChains = 12;
 
+// The instruction that multiplies the most bytes, and how many for each lane.
+#if ANYMAMBA_NEON_I8MM
+constexpr int kMostProducts = 8;
+ANYMAMBA_INLINE IntVec most_products(IntVec sum, ByteVec a, ByteVec b) { return multiply_matrices(sum, a, b); }
+#else
+constexpr int kMostProducts = 4;
+ANYMAMBA_INLINE IntVec most_products(IntVec sum, ByteVec a, ByteVec b) { return dot4(sum, a, b); }
+#endif
+
 }  // namespace
 
 void fma_loop(std::int64_t turns, std::int64_t* operations) {
@@ -33,13 +42,15 @@ void dot4_loop(std::int64_t turns, std::int64_t* operations) {
     __asm__ volatile("" : "+r"(from));  // else products that do not change leave the loop
     const ByteVec a = load_bytes(from);
 #pragma GCC unroll 12
-    for (int c = 0; c < kChains; ++c)
-      sums[c] = dot4(sums[c], a, load_bytes(from + (1 + c) * kBytes));
+    for (int c = 0; c < kChains; ++c) {
+      const ByteVec b = load_bytes(from + (1 + c) * kBytes);
+      sums[c] = most_products(sums[c], a, b);
+    }
   }
   for (int c = 1; c < kChains; ++c) sums[0] += sums[c];
   volatile std::int32_t sink = sums[0][0];
   (void)sink;
-  *operations = turns * kChains * kLanes * 4 * 2;
+  *operations = turns * kChains * kLanes * kMostProducts * 2;
 }
 
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -11,25 +11,32 @@ using std::int64_t;
 
 ANYMAMBA_INLINE ByteVec low_nibbles(ByteVec v) { return v & (ByteVec{} + static_cast<std::uint8_t>(15)); }
 
-// Calls each(p, fours) for every four numbers p.. of a group of kLanes rows, a row's in a lane. `rows`
-// is where the group lies in the first row, `stride` bytes the way to the next.
+// Bytes of 8-bit weights as dot4 takes them.
+ANYMAMBA_INLINE ByteVec for_dot4(ByteVec v) {
+  return kSignedBytes ? v ^ (ByteVec{} + static_cast<std::uint8_t>(128)) : v;
+}
+
+// What products of such bytes are too large by, for each unit of x: the zero point, less what for_dot4 takes away.
+ANYMAMBA_INLINE std::int32_t zero_point_of_products(const QuantizedWeight& w) {
+  return (w.offsets == nullptr ? w.zero_point() : 0) - (kSignedBytes && w.bits == 8 ? 128 : 0);
+}
+
+// Calls each(p, fours) for every sixteen numbers p.. of a group of kLanes rows, a row's in a lane: fours (4,
+// kLanes). `rows` is where the group lies in the first row, `stride` bytes the way to the next.
 template <int bits, class Each>
-ANYMAMBA_INLINE void for_each_four(const std::uint8_t* rows, int64_t stride, int group, const Each& each) {
+ANYMAMBA_INLINE void for_each_sixteen(const std::uint8_t* rows, int64_t stride, int group, const Each& each) {
   const int bytes = group * bits / 8;
   for (int byte = 0; byte < bytes; byte += 16) {
     FloatVec words[4];
     load_columns(words, rows + byte, stride);
+    ByteVec fours[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const ByteVec v = (ByteVec)words[i];
-      const int p = byte + 4 * i;
-      if constexpr (bits == 8) {
-        each(p, v);
-      } else {
-        each(p, low_nibbles(v));
-        each(p + bytes, v >> 4);
-      }
-    }
+    for (int i = 0; i < 4; ++i) fours[i] = bits == 8 ? for_dot4((ByteVec)words[i]) : low_nibbles((ByteVec)words[i]);
+    each(byte, fours);
+    if constexpr (bits == 8) continue;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) fours[i] = (ByteVec)words[i] >> 4;
+    each(byte + bytes, fours);
   }
 }
 

@@ -6,22 +6,31 @@
 //       for each group of k
 //         for each four steps of k
 //           whole (rows, 2 vectors) += dot4 of the panel and four numbers of each row
+//                                                            or eight, where matrices are multiplied
 //         total (rows, 2 vectors) += whole x the two scales
 //       c (rows, kPanel) += total
 #include "kernels/kernels.h"
 #include "kernels/quantized_columns.h"
 #include "kernels/quantized_panels.h"
+#if ANYMAMBA_NEON_I8MM
+#include "kernels/quantized_matrices.h"
+#else
+#include "kernels/quantized_dots.h"
+#endif
 #include "simd/scratch.h"
 
 namespace anymamba::ANYMAMBA_ISA {
 namespace {
 
-constexpr int kPanel = 2 * kLanes;          // weight rows
+// A panel is multiplied with numbers of 4 bits as with those of 8, where that is as fast.
+template <int bits>
+constexpr int kBitsOfTiles = kIsFasterWithNibbles ? bits : 8;
+
 constexpr int64_t kTaskProducts = 1 << 20;  // less is not worth a hand-over to another thread
 
-// kPanel weight rows, four numbers of each row side by side, and each group's scales.
+// kPanel weight rows, kTogether numbers of each row side by side, and each group's scales.
 struct Panel {
-  std::uint8_t* q;           // (k / 4, kPanel, 4)
+  std::uint8_t* q;           // (k / kTogether, kPanel, kTogether)
   float *scales, *offsets;   // (k / group, kPanel)
 };
 
@@ -30,9 +39,9 @@ void pack_panel(const QuantizedRows& rows, int64_t k, int group, const Panel& pa
   const int64_t groups = k / group, stride = k * bits / 8;
   for (int64_t v = 0; v < kPanel; v += kLanes) {
     for (int64_t g = 0; g < groups; ++g) {
-      std::uint8_t* const to = panel.q + (g * group * kPanel + 4 * v);
-      for_each_four<bits>(rows.q + v * stride + g * group * bits / 8, stride, group,
-                          [=](int p, ByteVec fours) { __builtin_memcpy(to + p * kPanel, &fours, sizeof fours); });
+      std::uint8_t* const to = panel.q + (g * group * kPanel + kTogether * v);
+      for_each_sixteen<bits>(rows.q + v * stride + g * group * bits / 8, stride, group,
+                             [=](int p, const ByteVec* fours) { pack_sixteen(fours, to + p * kPanel); });
     }
     load_scales(panel.scales + v, kPanel, rows.scales + v * groups, groups);
     if (rows.offsets != nullptr) load_scales(panel.offsets + v, kPanel, rows.offsets + v * groups, groups);
@@ -40,11 +49,11 @@ void pack_panel(const QuantizedRows& rows, int64_t k, int group, const Panel& pa
 }
 
 // tile (R, kPanel) = R rows of x from `row` on, times the panel.
-template <int R>
+template <int R, int bits>
 void multiply_tile(const QuantizedGemm& p, const QuantizedActivations& x, int64_t row, const Panel& panel,
               float* tile) {
   const int64_t group = p.weight.group, groups = p.k / group;
-  const std::int32_t zero_point = p.weight.offsets != nullptr ? 0 : p.weight.zero_point();
+  const std::int32_t zero_point = zero_point_of_products(p.weight);
   FloatVec total[R][2] = {};
   for (int64_t g = 0; g < groups; ++g) {
     IntVec whole[R][2];
@@ -53,17 +62,7 @@ void multiply_tile(const QuantizedGemm& p, const QuantizedActivations& x, int64_
       whole[r][0] = whole[r][1] = splat_int(-zero_point * x.sums[(row + r) * groups + g]);
     const std::uint8_t* b = panel.q + g * group * kPanel;
     const std::int8_t* a = x.q + row * p.k + g * group;
-    for (int64_t i = 0; i < group; i += 4, b += 2 * kBytes, a += 4) {
-      const ByteVec b0 = load_bytes(b), b1 = load_bytes(b + kBytes);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        std::int32_t four;
-        __builtin_memcpy(&four, a + r * p.k, 4);
-        const ByteVec v = (ByteVec)splat_int(four);
-        whole[r][0] = dot4(whole[r][0], b0, v);
-        whole[r][1] = dot4(whole[r][1], b1, v);
-      }
-    }
+    multiply_group<R, bits>(a, p.k, b, group, whole);
     // The group's whole numbers become floats.
     const float* const scales = panel.scales + g * kPanel;
 #pragma GCC unroll 16
@@ -84,11 +83,21 @@ void multiply_tile(const QuantizedGemm& p, const QuantizedActivations& x, int64_
     for (int v = 0; v < 2; ++v) store(tile + r * kPanel + v * kLanes, total[r][v]);
 }
 
-template <int R>
+template <int R, int bits>
 void multiply_tile_of(int64_t rows, const QuantizedGemm& p, const QuantizedActivations& x, int64_t row,
                  const Panel& panel, float* tile) {
-  if (rows >= R) return multiply_tile<R>(p, x, row, panel, tile);
-  if constexpr (R > 1) multiply_tile_of<R - 1>(rows, p, x, row, panel, tile);
+  if (rows >= R) return multiply_tile<R, bits>(p, x, row, panel, tile);
+  if constexpr (R > 1) multiply_tile_of<R - 1, bits>(rows, p, x, row, panel, tile);
+}
+
+// The tile's memory of c arrives while the tile is computed.
+ANYMAMBA_INLINE void fetch_tile(const QuantizedGemm& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  constexpr int64_t kLine = 16;  // floats
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const c = p.c + (row + r) * p.c_row_stride + column;
+    for (int64_t j = 0; j < columns; j += kLine) __builtin_prefetch(c + j, 1);
+    __builtin_prefetch(c + columns - 1, 1);
+  }
 }
 
 void add_tile(const QuantizedGemm& p, const float* tile, int64_t row, int64_t rows,
@@ -105,6 +114,7 @@ void add_tile(const QuantizedGemm& p, const float* tile, int64_t row, int64_t ro
 }
 
 // The columns [column, column + columns) of c, at most kPanel.
+template <int bits>
 void multiply_panel(const QuantizedGemm& p, const QuantizedActivations& x, int64_t column, int64_t columns) {
   const QuantizedWeight& w = p.weight;
   const int64_t groups = p.k / w.group;
@@ -114,13 +124,14 @@ void multiply_panel(const QuantizedGemm& p, const QuantizedActivations& x, int64
   const Panel panel = {packed, scales, scales + groups * kPanel};
   const QuantizedRows rows = columns < kPanel ? copy_rows(w, p.k, column, columns, kPanel, copy)
                                               : rows_from(w, p.k, column);
-  w.bits == 8 ? pack_panel<8>(rows, p.k, w.group, panel) : pack_panel<4>(rows, p.k, w.group, panel);
+  pack_panel<bits>(rows, p.k, w.group, panel);
   alignas(64) float tile[kQuantizedTileRows * kPanel];  // of c
   // Tiles of nearly equal numbers of rows: one of few does little with what it reads of the panel.
   const int64_t high = ceil_div(p.m, ceil_div(p.m, kQuantizedTileRows));
   for (int64_t row = 0; row < p.m; row += high) {
     const int64_t count = smaller(high, p.m - row);
-    multiply_tile_of<kQuantizedTileRows>(count, p, x, row, panel, tile);
+    fetch_tile(p, row, count, column, columns);
+    multiply_tile_of<kQuantizedTileRows, kBitsOfTiles<bits>>(count, p, x, row, panel, tile);
     add_tile(p, tile, row, count, column, columns);
   }
 }
@@ -128,8 +139,10 @@ void multiply_panel(const QuantizedGemm& p, const QuantizedActivations& x, int64
 }  // namespace
 
 void multiply_panels(const QuantizedGemm& p, const QuantizedActivations& x, int64_t first, int64_t last) {
-  for (int64_t column = first; column < last; column += kPanel)
-    multiply_panel(p, x, column, smaller(kPanel, last - column));
+  for (int64_t column = first; column < last; column += kPanel) {
+    const int64_t columns = smaller(kPanel, last - column);
+    p.weight.bits == 8 ? multiply_panel<8>(p, x, column, columns) : multiply_panel<4>(p, x, column, columns);
+  }
 }
 
 void quantized_gemm(const QuantizedGemm& p) {

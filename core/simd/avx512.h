@@ -17,9 +17,18 @@ inline constexpr bool kMultipliesPairs = true;
 inline constexpr bool kMultipliesPairs = false;
 #endif
 
+// Whether dot4 takes weights with a sign, and whether numbers of 4 bits make it faster.
+inline constexpr bool kSignedBytes = false, kIsFasterWithNibbles = false;
+
+// Whether an operation takes one of four neighbours from a register, which it is best loaded to.
+inline constexpr bool kFactorsFromLanes = false;
+
 // Tiles: as many accumulators as the 32 registers leave room for beside the operands.
 inline constexpr int kGemmTileRows = 14, kQuantizedTileRows = 12;  // times two vectors
+inline constexpr int kGemmBlockRows = 560;       // of the left operand, which stay in the second cache
+inline constexpr int kQuantizedTileFours = 1;    // of k in one turn of the loop
 inline constexpr int kGemvVectors = 6, kInOrderVectors = 8, kQuantizedGemvVectors = 8;
+inline constexpr int kRowsOfOneVector = 1, kQuantizedRowsOfOneVector = 2;       // weight rows beside each other, for a single vector
 constexpr int gemv_rows(int vectors) { return vectors == 2 ? 8 : vectors <= 4 ? 6 : 4; }
 
 }  // namespace anymamba::ANYMAMBA_ISA
@@ -92,19 +101,30 @@ ANYMAMBA_INLINE void store_f16(std::uint16_t* p, FloatVec v) {
                       _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// Lane i of sum + the products of the bytes 4 i to 4 i + 3: a without sign, b with one (held as
-// bits). b must not be -128. Exact.
+// Half a vector, in its lower and its upper half.
+ANYMAMBA_INLINE ByteVec load_twice(const void* p) {
+  return (ByteVec)_mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+
+// Lane i of sum + the products of the bytes 4 i to 4 i + 3: a with a sign if kSignedBytes, b always. b
+// must not be -128. Exact.
 ANYMAMBA_INLINE IntVec dot4(IntVec sum, ByteVec a, ByteVec b) {
   return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
 
-// Lane i is the sum of row i of parts (kLanes, kLanes). Exact. Halves of vectors, because two ports
-// shuffle those within their quarters, and one whole vectors.
-ANYMAMBA_INLINE IntVec sums_of_rows(const IntVec* parts) {
-  const auto row = [=](int i) {
-    const auto* const halves = reinterpret_cast<const __m256i*>(parts + i);
-    return _mm256_add_epi32(_mm256_load_si256(halves), _mm256_load_si256(halves + 1));
-  };
+// The same for a from 0 to 15.
+ANYMAMBA_INLINE IntVec dot4_of_nibbles(IntVec sum, ByteVec a, ByteVec b) { return dot4(sum, a, b); }
+
+// Numbers whose sum is that of a vector's lanes: half a vector, because two ports shuffle those within their
+// quarters, and one whole vectors, and because they take half as long to store.
+typedef std::int32_t PartVec __attribute__((vector_size(kBytes / 2)));
+ANYMAMBA_INLINE PartVec part_of(IntVec v) {
+  return (PartVec)_mm256_add_epi32(_mm512_castsi512_si256((__m512i)v), _mm512_extracti64x4_epi64((__m512i)v, 1));
+}
+
+// Lane i is the sum of parts[i]. Exact.
+ANYMAMBA_INLINE IntVec sums_of_parts(const PartVec* parts) {
+  const auto row = [=](int i) { return (__m256i)parts[i]; };
   const auto four = [=](int i) {  // in each quarter the parts of rows i to i + 3
     const __m256i a = row(i), b = row(i + 1), c = row(i + 2), d = row(i + 3);
     const __m256i ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
@@ -173,5 +193,13 @@ ANYMAMBA_INLINE FloatVec join_exp2(FloatVec, FloatVec p, FloatVec power) {
 ANYMAMBA_INLINE FloatVec nearest_whole(FloatVec x) {
   return (FloatVec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+
+}  // namespace anymamba::ANYMAMBA_ISA
+
+#include "simd/composed.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+
+using generic::dot4_row, generic::fma_row, generic::fma_row_bf16_pairs;
 
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -86,14 +86,17 @@ struct Exp2Parts {
 
 namespace generic {
 
-// The first `count` floats, zeros behind them.
+// The first `count` floats, zeros behind them. All of them are most common; for fewer, the compiler calls a
+// function.
 ANYMAMBA_INLINE FloatVec load_some(const float* p, int count) {
+  if (count == kLanes) return load(p);
   FloatVec v{};
   __builtin_memcpy(&v, p, static_cast<std::size_t>(count) * 4);
   return v;
 }
 
 ANYMAMBA_INLINE void store_some(float* p, FloatVec v, int count) {
+  if (count == kLanes) return store(p, v);
   __builtin_memcpy(p, &v, static_cast<std::size_t>(count) * 4);
 }
 

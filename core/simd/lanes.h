@@ -46,21 +46,4 @@ ANYMAMBA_INLINE FloatVec sums_of_lanes(FloatVec (&v)[kLanes]) {
   return v[0];
 }
 
-#if !defined(__AVX512F__)  // avx512.h has a form of its own
-// Lane i is the sum of row i of parts (kLanes, kLanes). Exact.
-ANYMAMBA_INLINE IntVec sums_of_rows(const IntVec* parts) {
-  IntVec v[kLanes];
-#pragma GCC unroll 8
-  for (int i = 0; i < kLanes; ++i) v[i] = parts[i];
-#pragma GCC unroll 4
-  for (int left = kLanes / 2; left > 0; left /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < left; ++i) {
-      const FloatVec a = (FloatVec)v[i], b = (FloatVec)v[i + left];
-      v[i] = (IntVec)interleave_low(a, b) + (IntVec)interleave_high(a, b);
-    }
-  return v[0];
-}
-#endif
-
 }  // namespace anymamba::ANYMAMBA_ISA

@@ -6,8 +6,11 @@ namespace anymamba::ANYMAMBA_ISA {
 // See avx512.h.
 inline constexpr int kLanes = 4;
 inline constexpr bool kFusedMultiplyAdd = false, kMultipliesPairs = false;
-inline constexpr int kGemmTileRows = 4, kQuantizedTileRows = 2;
-inline constexpr int kGemvVectors = 4, kInOrderVectors = 4, kQuantizedGemvVectors = 4;
+inline constexpr bool kFactorsFromLanes = false;
+inline constexpr bool kIsFasterWithNibbles = false;
+inline constexpr bool kSignedBytes = false;
+inline constexpr int kGemmTileRows = 4, kGemmBlockRows = 160, kQuantizedTileRows = 2, kQuantizedTileFours = 1;
+inline constexpr int kGemvVectors = 4, kInOrderVectors = 4, kQuantizedGemvVectors = 4, kRowsOfOneVector = 1, kQuantizedRowsOfOneVector = 1;
 constexpr int gemv_rows(int vectors) { return vectors == 2 ? 4 : 2; }
 
 }  // namespace anymamba::ANYMAMBA_ISA
@@ -87,32 +90,19 @@ ANYMAMBA_INLINE IntVec dot4(IntVec sum, ByteVec a, ByteVec b) {
   return sum;
 }
 
-ANYMAMBA_INLINE FloatVec interleave_low(FloatVec a, FloatVec b) {
-  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-}
-
-ANYMAMBA_INLINE FloatVec interleave_high(FloatVec a, FloatVec b) {
-  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-}
-
-ANYMAMBA_INLINE FloatVec zip_low(FloatVec a, FloatVec b) { return interleave_low(a, b); }
-
-ANYMAMBA_INLINE FloatVec zip_high(FloatVec a, FloatVec b) { return interleave_high(a, b); }
-
-ANYMAMBA_INLINE FloatVec join_low(FloatVec a, FloatVec b) {
-  return __builtin_shufflevector(a, b, 0, 1, 4, 5);
-}
-
-ANYMAMBA_INLINE FloatVec join_high(FloatVec a, FloatVec b) {
-  return __builtin_shufflevector(a, b, 2, 3, 6, 7);
-}
-
-ANYMAMBA_INLINE FloatVec load_fours(const char* p, std::int64_t) {
-  FloatVec v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
+// The same for a from 0 to 15.
+ANYMAMBA_INLINE IntVec dot4_of_nibbles(IntVec sum, ByteVec a, ByteVec b) { return dot4(sum, a, b); }
 
 ANYMAMBA_INLINE Exp2Parts split_exp2(FloatVec x) { return generic::split_exp2(at_most(x, 128.0f)); }
+
+}  // namespace anymamba::ANYMAMBA_ISA
+
+#include "simd/four_lanes.h"
+#include "simd/composed.h"
+
+namespace anymamba::ANYMAMBA_ISA {
+
+using generic::dot4_row, generic::load_twice, generic::fma_row, generic::fma_row_bf16_pairs,
+    generic::PartVec, generic::part_of, generic::sums_of_parts;
 
 }  // namespace anymamba::ANYMAMBA_ISA

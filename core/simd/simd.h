@@ -6,13 +6,15 @@
 #pragma once
 
 #ifndef ANYMAMBA_ISA
-#error "compile with -DANYMAMBA_ISA=avx512, avx2 or portable"
+#error "compile with -DANYMAMBA_ISA=avx512, avx2, neon or portable"
 #endif
 
 #if defined(__AVX512F__)
 #include "simd/avx512.h"
 #elif defined(__AVX2__)
 #include "simd/avx2.h"
+#elif defined(__aarch64__)
+#include "simd/neon.h"
 #else
 #include "simd/portable.h"
 #endif

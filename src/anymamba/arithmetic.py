@@ -18,6 +18,7 @@ MATMUL_DTYPES = ("float32", "bfloat16")
 """What activations are when they are multiplied with bfloat16 weights."""
 
 _VARIABLE = "ANYMAMBA_MATMUL_DTYPE"
+_WITH_BFLOAT16 = {"avx512_bf16", "neon_i8mm"}  # instruction sets that multiply such numbers
 
 
 @cache
@@ -60,8 +61,8 @@ def check_matmul_dtype(name: str, where: str) -> str:
         raise BackendError(f"{where} is {name[:80]!r}, expected {known}")
     if name == "bfloat16" and not _multiplies_bfloat16():
         raise BackendError(
-            f"{where} is 'bfloat16', and this processor has no instructions (AVX512-BF16) that "
-            "multiply bfloat16 numbers; use 'float32'"
+            f"{where} is 'bfloat16', and this processor has no instructions (AVX512-BF16 or Arm's BF16) "
+            "that multiply bfloat16 numbers; use 'float32'"
         )
     return name
 
@@ -81,6 +82,6 @@ def matmul_dtype_from_environment() -> str:
 
 def _multiplies_bfloat16() -> bool:
     try:
-        return "avx512_bf16" in load_core().isas()
+        return not _WITH_BFLOAT16.isdisjoint(load_core().isas())
     except ModuleNotFoundError:
         return False
