@@ -4,6 +4,8 @@
 # make test-fast   runs the tests that take about two minutes in all: not the slow ones, and natively
 #                  on one instruction set
 # make sanitize   runs the core's C++ tests under sanitizers, as make test does too
+# make systems   compiles the core for other systems and processors and runs its tests there, as far as
+#                the tools are installed, as make test does too
 # make bench   measures; prints tables, writes JSON, draws the chart
 # make bench-peers   installs what it compares with; llama.cpp compiles for about ten minutes
 # make reproduce   trains on the paper's synthetic tasks anew (long), and writes their report
@@ -14,7 +16,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.complete
 
-.PHONY: setup demo test test-fast sanitize bench bench-peers reproduce lint format
+.PHONY: setup demo test test-fast sanitize systems bench bench-peers reproduce lint format
 .DEFAULT_GOAL := demo
 
 setup: $(STAMP)
@@ -45,7 +47,10 @@ test:
 	test $$status = 0 && echo "make test took $$(($$(date +%s) - start)) s"
 
 test-fast: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not native_isa"
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow and not native_isa and not systems"
+
+systems: setup
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m systems -rs
 
 # Memory and undefined behavior with each instruction set of this machine; threads, whose work is
 # shared out by the same code in all of them, with the first choice alone. Others are not compiled.
