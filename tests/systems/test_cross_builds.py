@@ -56,9 +56,9 @@ class Target:
 ZIG_TARGETS = [
     Target("aarch64-macos"),
     Target("x86_64-macos", "portable"),
-    Target("x86_64-windows-gnu", "portable", (WINE,)),
+    Target("x86_64-windows-gnu", "portable;avx2", (WINE,)),
     Target("aarch64-windows-gnu"),
-    Target("x86_64-linux-musl", "portable", ()),
+    Target("x86_64-linux-musl", "portable;avx2", ()),
     Target("riscv64-linux-gnu", "portable", QEMU_RISCV),
 ]
 
@@ -81,8 +81,6 @@ def run(*arguments: str | Path) -> None:
     """Runs a tool for building; it must succeed."""
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # CMake, Ninja
-        "ZIG_GLOBAL_CACHE_DIR": str(BUILDS / "zig"),
-        "ZIG_LOCAL_CACHE_DIR": str(BUILDS / "zig"),
         "WINEPREFIX": str(BUILDS / "wine"),
         "WINEDEBUG": "-all",
     }
@@ -130,6 +128,19 @@ def test_zig(target: Target) -> None:
         return
     require(target.emulator)
     run_tests(folder)
+
+
+def test_avx_vnni() -> None:
+    """Where the processor has AVX-VNNI's instruction as a part of AVX-512 alone, in that encoding."""
+    flags = _flags_of_processor()
+    if "avx_vnni" in flags or "avx512_vnni" not in flags:
+        pytest.skip("the other tests run avx2_vnni, or the processor has neither AVX-VNNI nor AVX-512's")
+    run_tests(build(Target("evex-vnni", "avx2_vnni", ()), "-DANYMAMBA_EVEX_VNNI=ON"))
+
+
+def _flags_of_processor() -> list[str]:
+    described = Path("/proc/cpuinfo")
+    return described.read_text(encoding="utf-8").split() if described.exists() else []
 
 
 def test_clang_with_its_own_library() -> None:

@@ -8,7 +8,21 @@ elseif(ZIG_TARGET MATCHES "windows")
 else()
   set(CMAKE_SYSTEM_NAME Linux)
 endif()
-set(CMAKE_CXX_COMPILER ${ZIG} c++ -target ${ZIG_TARGET})
+
+# Zig has names of its own for the versions and features of Arm's architecture.
+set(CMAKE_CXX_COMPILER ${CMAKE_BINARY_DIR}/zig-c++)
+file(WRITE ${CMAKE_CXX_COMPILER} "#!/bin/sh
+for option do
+  shift
+  case $option in
+    -march=armv8*) option=$(echo \"$option\" |
+      sed 's/-march=armv8-a/-mcpu=generic/; s/-march=armv8.2-a/-mcpu=generic+v8_2a/; s/+fp16/+fullfp16/') ;;
+  esac
+  set -- \"$@\" \"$option\"
+done
+exec '${ZIG}' c++ -target ${ZIG_TARGET} \"$@\"
+")
+file(CHMOD ${CMAKE_CXX_COMPILER} PERMISSIONS OWNER_READ OWNER_WRITE OWNER_EXECUTE)
 
 # CMake wants the archiver, which is a command of Zig's, to be a program.
 set(CMAKE_AR ${CMAKE_BINARY_DIR}/zig-ar)
