@@ -1,5 +1,6 @@
 // WebAssembly without threads: one thread that never ends, one processor, no forks.
 #include <cstdlib>
+#include <cstring>
 
 #include "base/system.h"
 
@@ -17,7 +18,12 @@ int allowed_processors() { return 1; }
 
 int performance_processors() { return 1; }
 
-void* map_memory(std::size_t bytes) { return std::calloc(bytes, 1); }
+void* map_memory(std::size_t bytes) {
+  constexpr std::size_t kLine = 64;
+  const std::size_t whole = (bytes + kLine - 1) / kLine * kLine;
+  void* const memory = std::aligned_alloc(kLine, whole);
+  return memory == nullptr ? nullptr : std::memset(memory, 0, whole);
+}
 
 void unmap_memory(void* memory, std::size_t) { std::free(memory); }
 

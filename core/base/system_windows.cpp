@@ -15,13 +15,33 @@ namespace {
 
 using CoreInformation = SYSTEM_LOGICAL_PROCESSOR_INFORMATION_EX;
 
+// The processors that this process may run on. Machines with more than 64 have them in groups.
+class Allowed {
+ public:
+  Allowed() {
+    if (!GetProcessGroupAffinity(GetCurrentProcess(), &count_, groups_)) count_ = 0;
+    DWORD_PTR installed = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &mask_, &installed);
+  }
+
+  // Those of a group's processors. Of several groups a process has all.
+  KAFFINITY of(const GROUP_AFFINITY& processors) const {
+    for (USHORT i = 0; i < count_; ++i)
+      if (groups_[i] == processors.Group) return count_ == 1 ? processors.Mask & mask_ : processors.Mask;
+    return count_ == 0 ? processors.Mask : 0;
+  }
+
+ private:
+  static constexpr USHORT kMost = 64;
+  USHORT count_ = kMost, groups_[kMost] = {};
+  DWORD_PTR mask_ = 0;
+};
+
 // Calls f(efficiency class, processors) for each core, with those of its processors that this process
-// may run on: of the process's group, which on machines with more than 64 processors is not all.
+// may run on.
 template <class F>
 void for_cores(const F& f) {
-  DWORD_PTR allowed = 0, installed = 0;
-  GetProcessAffinityMask(GetCurrentProcess(), &allowed, &installed);
-  if (allowed == 0) allowed = ~DWORD_PTR{0};  // its threads are of several groups
+  const Allowed allowed;
   DWORD bytes = 0;
   GetLogicalProcessorInformationEx(RelationProcessorCore, nullptr, &bytes);
   std::vector<char> memory(bytes);
@@ -30,7 +50,7 @@ void for_cores(const F& f) {
     return;
   for (DWORD at = 0; at < bytes;) {
     const auto* core = reinterpret_cast<const CoreInformation*>(memory.data() + at);
-    const KAFFINITY mask = core->Processor.GroupMask[0].Mask & allowed;
+    const KAFFINITY mask = allowed.of(core->Processor.GroupMask[0]);
     f(static_cast<int>(core->Processor.EfficiencyClass), std::popcount(static_cast<std::uint64_t>(mask)));
     at += core->Size;
   }

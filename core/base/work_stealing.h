@@ -27,10 +27,9 @@ class Shares {
  private:
   friend class SharedRows;
 
-  // On a line of its own, for its owner takes most of the blocks. The number of the step that it is
-  // of, above that of the first block left and that behind the last.
+  // On a line of its own, for its owner takes most of the blocks.
   struct alignas(64) Left {
-    std::atomic<std::uint64_t> word{0};
+    std::atomic<std::uint64_t> word{0};  // step << 16 | first block left << 8 | the one behind the last
   };
 
   std::vector<Left> left_;
@@ -72,7 +71,8 @@ class SharedRows {
 
   // Of a share of so many rows.
   static int blocks_of(std::int64_t rows, std::int64_t row_bytes, std::int64_t unit) {
-    const std::int64_t units = (rows + unit - 1) / unit, worth = std::max<std::int64_t>(rows * row_bytes / kLeastBytes, 1);
+    const std::int64_t units = (rows + unit - 1) / unit;
+    const std::int64_t worth = std::max<std::int64_t>(rows * row_bytes / kLeastBytes, 1);
     return static_cast<int>(std::min({units, worth, kMostBlocks}));
   }
 

@@ -283,8 +283,8 @@ void pack_part(const Job& job, const Packing& packing, int64_t first, int64_t co
   });
 }
 
-// The size of the blocks of (rows, columns) that tasks take, in tiles of `tile` rows. Each packs its own columns of the right
-// operand, so that rows are divided only where there are too few columns.
+// The size of the blocks of (rows, columns) that tasks take, in tiles of `tile` rows. Each packs its own columns
+// of the right operand, so that rows are divided only where there are too few columns.
 Block task_block(const Job& job, int64_t rows, int64_t tile, int64_t columns, int64_t depth) {
   if (job.alone) return {0, rows, 0, columns};
   const int64_t workers = Threads::count();
@@ -311,8 +311,8 @@ void run_block(const Job& job, const Packing& packing, const float* packed, int6
     const Ahead ahead = ahead_of(job.right, first_column + next, next_width, cut.p, cut.depth);
     const Sums of_panel = {sums.data + block.first_row * sums.stride + j, sums.stride,
                            sums.bias != nullptr ? sums.bias + j : nullptr, sums.add_old};
-    run_panel(packed + block.first_row / high * panel_floats(cut.depth), rows, high, panel, width, cut.depth, of_panel, job.pairs,
-              ahead);
+    run_panel(packed + block.first_row / high * panel_floats(cut.depth), rows, high, panel, width, cut.depth,
+              of_panel, job.pairs, ahead);
   }
 }
 

@@ -22,8 +22,8 @@ ANYMAMBA_INLINE void pack_sixteen(const ByteVec* fours, std::uint8_t* to) {
   }
 }
 
-// whole (R, 2 vectors) += R rows x, `stride` bytes apart, times a group of the panel. The bits are those of
-// the numbers, as quantized_dots.h wants to know.
+// whole (R, 2 vectors) += R rows x, `stride` bytes apart, times a group of the panel. The number of bits makes
+// no difference here, as it does in quantized_dots.h.
 template <int R, int bits>
 ANYMAMBA_INLINE void multiply_group(const std::int8_t* x, int64_t stride, const std::uint8_t* panel, int64_t group,
                                     IntVec (&whole)[R][2]) {

@@ -24,7 +24,8 @@ inline constexpr int kQuantizedTileRows = 6;
 inline constexpr bool kSignedBytes = true, kIsFasterWithNibbles = true;
 inline constexpr int kQuantizedTileRows = 3;
 #endif
-inline constexpr int kGemvVectors = 4, kInOrderVectors = 4, kQuantizedGemvVectors = 4, kRowsOfOneVector = 2, kQuantizedRowsOfOneVector = 2;
+inline constexpr int kGemvVectors = 4, kInOrderVectors = 4, kQuantizedGemvVectors = 4;
+inline constexpr int kRowsOfOneVector = 2, kQuantizedRowsOfOneVector = 2;
 constexpr int gemv_rows(int vectors) { return vectors == 2 ? 4 : 2; }
 
 }  // namespace anymamba::ANYMAMBA_ISA

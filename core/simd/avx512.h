@@ -28,7 +28,8 @@ inline constexpr int kGemmTileRows = 14, kQuantizedTileRows = 12;  // times two 
 inline constexpr int kGemmBlockRows = 560;       // of the left operand, which stay in the second cache
 inline constexpr int kQuantizedTileFours = 1;    // of k in one turn of the loop
 inline constexpr int kGemvVectors = 6, kInOrderVectors = 8, kQuantizedGemvVectors = 8;
-inline constexpr int kRowsOfOneVector = 1, kQuantizedRowsOfOneVector = 2;       // weight rows beside each other, for a single vector
+// Weight rows that go beside each other for a single vector: as few as keep the arithmetic busy.
+inline constexpr int kRowsOfOneVector = 1, kQuantizedRowsOfOneVector = 2;
 constexpr int gemv_rows(int vectors) { return vectors == 2 ? 8 : vectors <= 4 ? 6 : 4; }
 
 }  // namespace anymamba::ANYMAMBA_ISA
@@ -115,8 +116,8 @@ ANYMAMBA_INLINE IntVec dot4(IntVec sum, ByteVec a, ByteVec b) {
 // The same for a from 0 to 15.
 ANYMAMBA_INLINE IntVec dot4_of_nibbles(IntVec sum, ByteVec a, ByteVec b) { return dot4(sum, a, b); }
 
-// Numbers whose sum is that of a vector's lanes: half a vector, because two ports shuffle those within their
-// quarters, and one whole vectors, and because they take half as long to store.
+// Numbers whose sum is that of a vector's lanes. Half a vector is stored in half the time, and two ports
+// shuffle halves where one shuffles whole vectors.
 typedef std::int32_t PartVec __attribute__((vector_size(kBytes / 2)));
 ANYMAMBA_INLINE PartVec part_of(IntVec v) {
   return (PartVec)_mm256_add_epi32(_mm512_castsi512_si256((__m512i)v), _mm512_extracti64x4_epi64((__m512i)v, 1));

@@ -10,7 +10,8 @@ inline constexpr bool kFactorsFromLanes = false;
 inline constexpr bool kIsFasterWithNibbles = false;
 inline constexpr bool kSignedBytes = false;
 inline constexpr int kGemmTileRows = 4, kGemmBlockRows = 160, kQuantizedTileRows = 2, kQuantizedTileFours = 1;
-inline constexpr int kGemvVectors = 4, kInOrderVectors = 4, kQuantizedGemvVectors = 4, kRowsOfOneVector = 1, kQuantizedRowsOfOneVector = 1;
+inline constexpr int kGemvVectors = 4, kInOrderVectors = 4, kQuantizedGemvVectors = 4;
+inline constexpr int kRowsOfOneVector = 1, kQuantizedRowsOfOneVector = 1;
 constexpr int gemv_rows(int vectors) { return vectors == 2 ? 4 : 2; }
 
 }  // namespace anymamba::ANYMAMBA_ISA

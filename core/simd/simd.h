@@ -6,7 +6,7 @@
 #pragma once
 
 #ifndef ANYMAMBA_ISA
-#error "compile with -DANYMAMBA_ISA=avx512, avx2, neon or portable"
+#error "compile with -DANYMAMBA_ISA=NAME, one of CMakeLists.txt's ALL_ISAS"
 #endif
 
 #if defined(__AVX512F__)

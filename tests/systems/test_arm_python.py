@@ -51,7 +51,7 @@ def test_an_arm_wheel_is_cross_built_and_passes_its_tests(
 
     done = arm.run("-c", "from anymamba import _core; print(*_core.isas())")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "portable"
+    assert done.stdout.split()[-1] == "neon"
 
     done = arm.run(
         "-m", "anymamba", "generate", "ROMEO:", "-n", "12", "--temperature", "0", cwd=tmp_path
