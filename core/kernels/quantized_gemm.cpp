@@ -90,16 +90,6 @@ void multiply_tile_of(int64_t rows, const QuantizedGemm& p, const QuantizedActiv
   if constexpr (R > 1) multiply_tile_of<R - 1, bits>(rows, p, x, row, panel, tile);
 }
 
-// The tile's memory of c arrives while the tile is computed.
-ANYMAMBA_INLINE void fetch_tile(const QuantizedGemm& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-  constexpr int64_t kLine = 16;  // floats
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* const c = p.c + (row + r) * p.c_row_stride + column;
-    for (int64_t j = 0; j < columns; j += kLine) __builtin_prefetch(c + j, 1);
-    __builtin_prefetch(c + columns - 1, 1);
-  }
-}
-
 void add_tile(const QuantizedGemm& p, const float* tile, int64_t row, int64_t rows,
               int64_t column, int64_t columns) {
   for (int64_t r = 0; r < rows; ++r)
@@ -130,7 +120,6 @@ void multiply_panel(const QuantizedGemm& p, const QuantizedActivations& x, int64
   const int64_t high = ceil_div(p.m, ceil_div(p.m, kQuantizedTileRows));
   for (int64_t row = 0; row < p.m; row += high) {
     const int64_t count = smaller(high, p.m - row);
-    fetch_tile(p, row, count, column, columns);
     multiply_tile_of<kQuantizedTileRows, kBitsOfTiles<bits>>(count, p, x, row, panel, tile);
     add_tile(p, tile, row, count, column, columns);
   }
