@@ -83,6 +83,7 @@ bench: setup
 	for name in prefill decode generate train train_5m scan ssd memory runtime context start install dropin family server \
 			distributed accuracy; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/arm_instructions.py || test $$? = 2  # which says that tools are missing
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/chart.py || echo "The tables and JSON files are complete without it."
 

@@ -26,6 +26,7 @@ BENCHMARKS = (
     "context",
     "start",
     "install",
+    "arm_instructions",
     "dropin",
     "distributed",
     "accuracy",

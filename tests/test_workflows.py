@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from tests.support import processes, wheels
+from tests.systems import arm_python, test_browser, test_cross_builds
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -28,10 +29,21 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return processes.run(wheels.tool(name), *arguments, cwd=ROOT)
 
 
-def jobs(workflow: str) -> dict[str, Any]:
+def parsed(workflow: str) -> dict[Any, Any]:
     text = (ROOT / ".github" / "workflows" / workflow).read_text(encoding="utf-8")
-    found: dict[str, Any] = yaml.safe_load(text)["jobs"]
+    found: dict[Any, Any] = yaml.safe_load(text)
     return found
+
+
+def jobs(workflow: str) -> dict[str, Any]:
+    found: dict[str, Any] = parsed(workflow)["jobs"]
+    return found
+
+
+def installed_by(text: str) -> list[set[str]]:
+    """The packages of each `apt-get install` in a text."""
+    commands = re.findall(r"^apt-get install (.+)", text.replace("\\\n", " "), re.MULTILINE)
+    return [{word for word in line.split() if word[0] != "-"} for line in commands]
 
 
 def test_workflows_are_what_their_schema_says() -> None:
@@ -80,6 +92,45 @@ def test_make_has_what_the_workflows_run() -> None:
     }
     assert named
     assert named <= targets
+
+
+def test_contributing_names_the_tools_that_the_systems_job_installs() -> None:
+    (named,) = installed_by((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    steps = {step.get("name"): step.get("run") for step in jobs("tests.yml")["systems"]["steps"]}
+    assert installed_by(steps["The tools, as CONTRIBUTING.md names them"]) == [named]
+    # And those that tests name where they skip.
+    remedies = "\n".join(arm_python.TOOLS.values())
+    skipped_for = {*test_cross_builds.PACKAGES.values(), *test_browser.TOOLS.values()}
+    assert named >= skipped_for.union(*installed_by(remedies)) - {"dpkg"}
+
+
+def test_the_wheel_of_the_stable_abi_is_tested_by_two_pythons() -> None:
+    (setup,) = (
+        step["with"]["python-version"].split()
+        for step in jobs("tests.yml")["linux"]["steps"]
+        if "setup-python" in step.get("uses", "")
+    )
+    assert setup[-1] == "3.11"  # which makes .venv
+    assert sum(int(version.removeprefix("3.")) >= 12 for version in setup) >= 2
+
+
+def test_pull_requests_that_wheels_are_built_for_touch_what_exists() -> None:
+    events = parsed("wheels.yml")[True]  # "on", which YAML reads as a truth value
+    paths = events["pull_request"]["paths"]
+    assert {"core/**", "tests/without_torch.txt"} <= set(paths)
+    for path in paths:
+        assert any(ROOT.glob(path)), path
+
+
+def test_every_windows_build_names_its_compiler_and_processor() -> None:
+    job = jobs("tests.yml")["others"]
+    options = {row["os"]: row["options"] for row in job["strategy"]["matrix"]["include"]}
+    assert options.pop("windows-2025") == "-T ClangCL -A x64"
+    assert options.pop("windows-11-arm") == "-T ClangCL -A ARM64"
+    assert set(options.values()) == {""}
+    (step,) = (step for step in job["steps"] if "cmake -S" in step.get("run", ""))
+    assert step["env"]["OPTIONS"] == "${{ matrix.options }}"
+    assert "cmake -S . -B build/tests $OPTIONS " in step["run"]
 
 
 HIDDEN = """

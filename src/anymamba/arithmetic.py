@@ -61,8 +61,8 @@ def check_matmul_dtype(name: str, where: str) -> str:
         raise BackendError(f"{where} is {name[:80]!r}, expected {known}")
     if name == "bfloat16" and not _multiplies_bfloat16():
         raise BackendError(
-            f"{where} is 'bfloat16', and this processor has no instructions (AVX512-BF16 or Arm's BF16) "
-            "that multiply bfloat16 numbers; use 'float32'"
+            f"{where} is 'bfloat16', and this processor has no instructions (AVX512-BF16 or Arm's "
+            "BF16) that multiply bfloat16 numbers; use 'float32'"
         )
     return name
 

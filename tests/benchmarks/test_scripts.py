@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 TOOLS = ("chart", "report", "gguf_export")
 SCRIPTS = sorted({script.stem for script in FOLDER.glob("*.py")} - {*TOOLS})
-NUMBERS = ("ms", "bytes", "reading", "peak_megabytes", "value")
+NUMBERS = ("ms", "bytes", "reading", "peak_megabytes", "value", "all")
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -53,6 +53,8 @@ def smoke(run: Run, script: str, folder: Path, *arguments: str) -> tuple[str, di
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_smoke_run_prints_and_writes(script: str, run: Run, tmp_path: Path) -> None:
+    if script == "arm_instructions":
+        cross_build_tools()
     printed, written = smoke(run, script, tmp_path)
     assert written["benchmark"] == script
     assert written["quick"] is True
@@ -64,6 +66,33 @@ def test_a_smoke_run_prints_and_writes(script: str, run: Run, tmp_path: Path) ->
         for row in table["rows"]:
             assert row["name"] in printed
             assert any(row.get(key) is not None for key in NUMBERS) or row.get("note"), row
+
+
+def cross_build_tools() -> None:
+    """Skip a test where the tools are missing that compile for Arm and run it."""
+    for tool, package in load("arm_instructions").PACKAGES.items():
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is missing: apt-get install {package}")
+
+
+def test_missing_tools_are_named(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, printed, error = run("arm_instructions", "--quick", "--output", str(tmp_path))
+    assert status == 2
+    assert not printed
+    assert error.splitlines() == [
+        "not counted, tools are missing: apt-get install g++-aarch64-linux-gnu qemu-user"
+    ]
+
+
+def test_instructions_are_counted_by_their_bits() -> None:
+    """Some that an assembler made of the names here."""
+    kinds_of = load("arm_instructions").kinds_of
+    assert kinds_of("4e829420", "sdot v0.4s, v1.16b, v2.16b") == ["dot"]
+    assert kinds_of("4e82ac20", ".byte 0x20, 0xac, 0x82, 0x4e") == ["dot"]  # usmmla
+    assert kinds_of("ad400440", "ldp q0, q1, [x2]") == ["load", "load"]
+    assert kinds_of("4e22cc20", "fmla v0.4s, v1.4s, v2.4s") == ["fma"]
+    assert kinds_of("8b020020", "add x0, x1, x2") == []
 
 
 def test_peers_left_out_are_named(run: Run, tmp_path: Path) -> None:

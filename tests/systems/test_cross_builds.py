@@ -132,10 +132,12 @@ def test_zig(target: Target) -> None:
 
 
 def test_avx_vnni() -> None:
-    """Where the processor has AVX-VNNI's instruction as a part of AVX-512 alone, in that encoding."""
+    """In AVX-512's encoding of its instruction, where the processor has that one alone."""
     flags = _flags_of_processor()
     if "avx_vnni" in flags or "avx512_vnni" not in flags:
-        pytest.skip("the other tests run avx2_vnni, or the processor has neither AVX-VNNI nor AVX-512's")
+        pytest.skip(
+            "other tests run avx2_vnni, or the processor has neither AVX-VNNI nor AVX-512's"
+        )
     run_tests(build(Target("evex-vnni", "avx2_vnni", ()), "-DANYMAMBA_EVEX_VNNI=ON"))
 
 
