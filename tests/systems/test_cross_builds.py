@@ -100,7 +100,8 @@ def build(target: Target, *options: str | Path) -> Path:
     optimize = f"-DANYMAMBA_OPTIMIZE={'-O0' if target.emulator is None else '-O1'}"
     isas = f"-DANYMAMBA_ISAS={target.isas}"
     emulator = f"-DCMAKE_CROSSCOMPILING_EMULATOR={';'.join(target.emulator or ())}"
-    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *COMMON, optimize, isas, emulator, *options)
+    options = (*COMMON, optimize, isas, emulator, *options)
+    run("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options)
     # pytest runs several targets beside each other.
     run("cmake", "--build", folder, "--parallel", "1", "--", "--quiet")
     return folder
