@@ -6,6 +6,7 @@ which have code for each system, work as on this one.
 """
 
 import builtins
+import ctypes
 import errno
 import io
 import os
@@ -62,7 +63,28 @@ def become(system: str) -> None:
         _lock_files_in_use()
         _refuse_names()
         _open_no_folders()
+        ctypes.WinDLL = Kernel32  # type: ignore[misc, assignment, unused-ignore]
     _hide("/proc/", "/sys/")  # last: what stands above looks there
+
+
+class Kernel32:
+    """What AnyMamba calls of Windows' kernel32.dll, with the layout of 64-bit Windows."""
+
+    def __init__(self, name: str) -> None:
+        assert name == "kernel32"
+
+        def current_process() -> int:
+            return 2**64 - 1
+
+        def memory_info(process: int, counters: Any, size: int) -> int:
+            import resource
+
+            assert (process, size) == (2**64 - 1, 72)
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            ctypes.c_uint64.from_buffer(counters._obj, 8).value = most
+            return 1
+
+        self.GetCurrentProcess, self.K32GetProcessMemoryInfo = current_process, memory_info
 
 
 class Reduced(ModuleType):
