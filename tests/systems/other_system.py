@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -63,7 +64,7 @@ def become(system: str) -> None:
         _lock_files_in_use()
         _refuse_names()
         _open_no_folders()
-        ctypes.WinDLL = Kernel32  # type: ignore[misc, assignment, unused-ignore]
+        ctypes.WinDLL = Kernel32  # type: ignore[misc, assignment]
     _hide("/proc/", "/sys/")  # last: what stands above looks there
 
 
@@ -165,6 +166,8 @@ def _lock_files_in_use() -> None:
         locked_unlink,
     )
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
+    # As on Windows: elsewhere such a file is removed while it is open.
+    tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[misc, assignment]
 
 
 def _refuse(place: Any) -> NoReturn:
