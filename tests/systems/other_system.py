@@ -49,6 +49,7 @@ LACKS_ON_WINDOWS = {
     "time": "clock_.*|CLOCK_.*|tzset|pthread_getcpuclockid",
     **dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "readline"), ""),
     **dict.fromkeys(("syslog", "posix", "crypt", "spwd", "curses", "nis"), ""),
+    "ctypes": "(?!)",  # nothing, but it has more: ADDED
 }
 LACKS = {"macos": LACKS_ON_MACOS, "windows": LACKS_ON_WINDOWS}
 # What names of files Windows refuses.
@@ -64,7 +65,6 @@ def become(system: str) -> None:
         _lock_files_in_use()
         _refuse_names()
         _open_no_folders()
-        ctypes.WinDLL = Kernel32  # type: ignore[misc, assignment]
     _hide("/proc/", "/sys/")  # last: what stands above looks there
 
 
@@ -88,11 +88,16 @@ class Kernel32:
         self.GetCurrentProcess, self.K32GetProcessMemoryInfo = current_process, memory_info
 
 
+# By module, what a system has that this one lacks.
+ADDED: dict[str, dict[str, Any]] = {"ctypes": {"WinDLL": Kernel32}}
+
+
 class Reduced(ModuleType):
-    """A module without some of its names."""
+    """A module without some of its names, and with what is added to it."""
 
     def __init__(self, module: ModuleType, lacking: str) -> None:
         super().__init__(module.__name__)
+        self.__dict__.update(ADDED.get(module.__name__, {}))
         self.__dict__["_whole"], self.__dict__["_lacking"] = module, re.compile(lacking)
 
     def __getattr__(self, name: str) -> Any:

@@ -39,6 +39,7 @@ def test_the_memory_of_a_process(tmp_path: Path) -> None:
     program = tmp_path / "program.exe"
     target = ("-target", "x86_64-windows-gnu")
     processes.run(zig(), "cc", *target, tmp_path / "program.c", "-o", program, check=True)
+    BUILDS.mkdir(parents=True, exist_ok=True)  # Wine makes the last folder of its prefix alone
     settings = {"WINEPREFIX": str(BUILDS / "wine"), "WINEDEBUG": "-all"}
     done = processes.run(WINE, program, env=os.environ | settings, check=True)
     fields = (
