@@ -125,7 +125,7 @@ def write_folder(
     config = (CONFIG2 if changes.get("model_type") == "mamba2" else CONFIG) | changes
     (folder / "config.json").write_text(json.dumps(config))
     save_file(_random(config) if stored is None else stored, folder / "model.safetensors")
-    (folder / "tokenizer.json").write_text(tokenizer().to_str())
+    (folder / "tokenizer.json").write_text(tokenizer().to_str(), encoding="utf-8")
     (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
     return folder
 

@@ -6,12 +6,14 @@ which have code for each system, work as on this one.
 """
 
 import builtins
+import ctypes
 import errno
 import io
 import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +49,7 @@ LACKS_ON_WINDOWS = {
     "time": "clock_.*|CLOCK_.*|tzset|pthread_getcpuclockid",
     **dict.fromkeys(("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "readline"), ""),
     **dict.fromkeys(("syslog", "posix", "crypt", "spwd", "curses", "nis"), ""),
+    "ctypes": "(?!)",  # nothing, but it has more: ADDED
 }
 LACKS = {"macos": LACKS_ON_MACOS, "windows": LACKS_ON_WINDOWS}
 # What names of files Windows refuses.
@@ -65,11 +68,36 @@ def become(system: str) -> None:
     _hide("/proc/", "/sys/")  # last: what stands above looks there
 
 
+class Kernel32:
+    """What AnyMamba calls of Windows' kernel32.dll, with the layout of 64-bit Windows."""
+
+    def __init__(self, name: str) -> None:
+        assert name == "kernel32"
+
+        def current_process() -> int:
+            return 2**64 - 1
+
+        def memory_info(process: int, counters: Any, size: int) -> int:
+            import resource
+
+            assert (process, size) == (2**64 - 1, 72)
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            ctypes.c_uint64.from_buffer(counters._obj, 8).value = most
+            return 1
+
+        self.GetCurrentProcess, self.K32GetProcessMemoryInfo = current_process, memory_info
+
+
+# By module, what a system has that this one lacks.
+ADDED: dict[str, dict[str, Any]] = {"ctypes": {"WinDLL": Kernel32}}
+
+
 class Reduced(ModuleType):
-    """A module without some of its names."""
+    """A module without some of its names, and with what is added to it."""
 
     def __init__(self, module: ModuleType, lacking: str) -> None:
         super().__init__(module.__name__)
+        self.__dict__.update(ADDED.get(module.__name__, {}))
         self.__dict__["_whole"], self.__dict__["_lacking"] = module, re.compile(lacking)
 
     def __getattr__(self, name: str) -> Any:
@@ -143,6 +171,8 @@ def _lock_files_in_use() -> None:
         locked_unlink,
     )
     shutil._use_fd_functions = False  # type: ignore[attr-defined]
+    # As on Windows: elsewhere such a file is removed while it is open.
+    tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[misc, assignment]
 
 
 def _refuse(place: Any) -> NoReturn:

@@ -145,6 +145,25 @@ def test_the_command_line(environment: dict[str, str], tmp_path: Path) -> None:
         assert there == here
 
 
+@pytest.mark.slow
+def test_what_each_wheel_is_tested_with(environment: dict[str, str], tmp_path: Path) -> None:
+    """Models, states and `generate`: Python's part of it, with the first instruction set.
+
+    Paths have a backslash, as on Windows, where a message that shows their repr doubles it.
+    """
+    folder = tmp_path / "back\\slash"
+    folder.mkdir()
+    listed = (ROOT / "tests" / "without_torch.txt").read_text(encoding="utf-8").split()
+    tests = [name for name in listed if not name.startswith("tests/native/")]
+    assert "tests/cli/commands/text/test_generate.py" in tests
+    done = processes.python(
+        *("-m", "pytest", "-m", "not native_isa and not slow", "-p", "no:xdist", *tests),
+        cwd=ROOT,
+        env=environment | {"PYTEST_DEBUG_TEMPROOT": str(folder)},
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
 def test_the_server(environment: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("uvicorn", reason="the server's package: pip install 'anymamba[server]'")
     command = [sys.executable, "-m", "anymamba", "serve", "--port", "0", "--cache-dir", "cache"]

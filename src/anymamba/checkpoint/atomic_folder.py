@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +63,6 @@ def check_destination(
             other files than a model's; or the folder that it is to lie in does not exist.
 
     Example:
-        >>> import tempfile
         >>> folder = tempfile.mkdtemp()
         >>> check_destination(os.path.join(folder, "new"), overwrite=False).name
         'new'
@@ -106,7 +107,8 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
     `write` fills a folder of the same name inside a hidden one beside the target; all is flushed
     to disk, then renamed. Whatever fails, there is no half target; a killed process leaves the
-    hidden folder behind. A folder that is replaced is set aside first and is back if that fails.
+    hidden folder behind. A folder that is replaced is set aside first, is back if that fails, and
+    is removed only once the new one has its place.
 
     Args:
         target: what `check_destination` returned.
@@ -114,27 +116,49 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             a `CheckpointError`.
 
     Raises:
-        CheckpointError: the folder cannot be written, or the disk is full.
+        CheckpointError: the folder cannot be written, or the disk is full. Where the system then
+            refuses to put back the one that was there, it says where that is.
 
     Example:
-        >>> import tempfile
         >>> target = Path(tempfile.mkdtemp()) / "model"
         >>> write_folder(target, lambda folder: (folder / "config.json").write_text("{}") and None)
         >>> [entry.name for entry in target.iterdir()]
         ['config.json']
     """
     with workplace_beside(target) as workplace:
-        unfinished, aside = workplace / target.name, workplace / "replaced by another"
+        unfinished = workplace / target.name
         unfinished.mkdir()
         write(unfinished)
         for entry in (*unfinished.iterdir(), unfinished):
             flush_to_disk(entry)
-        replaces = target.is_dir()
-        if replaces:
-            move_into_place(target, aside)
-        try:
+        if target.is_dir():
+            _replace(target, unfinished, workplace.parent)
+        else:
             move_into_place(unfinished, target)
-        except OSError:
-            if replaces:
-                aside.rename(target)
-            raise
+
+
+def _replace(target: Path, unfinished: Path, beside: Path) -> None:
+    """Put a finished folder in another's place, and remove that one once this is there."""
+    # Beside the workplace, not in it: whatever fails, that one is removed.
+    holder = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", dir=beside))
+    aside = holder / target.name
+    try:
+        move_into_place(target, aside)
+        move_into_place(unfinished, target)
+    except BaseException:  # Ctrl-C, too
+        if not target.exists():
+            _restore(target, aside)
+        raise
+    finally:
+        if target.exists():
+            shutil.rmtree(holder, ignore_errors=True)
+
+
+def _restore(target: Path, aside: Path) -> None:
+    try:
+        move_into_place(aside, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {str(target)!r}, and cannot put back what was there: "
+            f"{error.strerror or error}; it is now {str(aside)!r}: move it back yourself"
+        ) from error

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
+
+from anymamba.cli.peak_memory import peak_memory
 
 # What the command line's JSON has called it from the first release on.
 _ENDED_BY = {"eos": "end"}
@@ -71,25 +71,3 @@ def figures_line(figures: dict[str, float | int | None]) -> str:
 def rate(count: int, seconds: float) -> float | None:
     """How many a second."""
     return round(count / seconds, 1) if count > 0 and seconds > 0 else None
-
-
-def peak_memory() -> int | None:
-    """The most memory that this process has held, in bytes; None where the system cannot say."""
-    try:
-        # Linux counts what the process had before it became this program into `ru_maxrss`.
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        (most,) = (line.split()[1] for line in lines if line.startswith("VmHWM:"))
-        return int(most) * 1024
-    except (OSError, ValueError):
-        return most_resident()
-
-
-def most_resident() -> int | None:
-    """The same, as other systems tell it."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # macOS counts in bytes, others in kilobytes.
-    return most if sys.platform == "darwin" else most * 1024

@@ -184,7 +184,7 @@ def test_the_engine_takes_the_files_tokenizer(file: Path) -> None:
     with pytest.raises(CheckpointError, match="'t5'"):
         load(file)
     named = file.with_name("tokenizer.json")
-    named.write_text(tokenizer.to_str())
+    named.write_text(tokenizer.to_str(), encoding="utf-8")
     assert load(file, tokenizer=named).tokenize(TEXT) == tokenizer.encode(TEXT).ids
 
 

@@ -200,6 +200,31 @@ def test_a_file_that_stays_in_use_is_named_with_what_to_do(tmp_path, monkeypatch
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
+def test_where_access_is_denied_permission_comes_first(tmp_path, monkeypatch):
+    """Windows says so of what one may not write to, and of what is in use for a moment."""
+
+    class Denied(PermissionError):
+        winerror = 5
+
+    refused, replace = [], os.replace
+
+    def at_times(*places):
+        if len(refused) < times:
+            refused.append(places)
+            raise Denied(errno.EACCES, "Access is denied")
+        replace(*places)
+
+    monkeypatch.setattr("os.replace", at_times)
+    times = 2
+    write_atomically(tmp_path / "state", write("new"))
+    times = 100
+    advice = "Access is denied; choose a place that you may write to, or end the programs"
+    with pytest.raises(CheckpointError, match=advice) as caught:
+        write_atomically(tmp_path / "state", write("newer"))
+    one_line(caught.value)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
+
+
 def test_what_is_not_permitted_is_not_tried_again(tmp_path, monkeypatch):
     calls = []
 

@@ -23,9 +23,14 @@ _ADVICE = {
     errno.EIO: "the disk may be broken: choose another place",
 }
 
-# What Windows says of a file or folder that a process has open or mapped: access denied, sharing
-# violation, lock violation, user-mapped section.
-_IN_USE = (5, 32, 33, 1224)
+_PLACE_ADVICE = "choose a place that you may write to"
+_IN_USE_ADVICE = "end the programs that have it open, a model that was loaded from it for example"
+
+# What Windows says of a file or folder that a process has open or mapped: sharing violation, lock
+# violation, user-mapped section. "Access denied" it says of such ones, too, but mostly of those
+# that one may not write to.
+_IN_USE = (32, 33, 1224)
+_ACCESS_DENIED = 5
 _PAUSES = (0.01, 0.04, 0.15, 0.4)
 """Seconds between attempts to rename what is in use."""
 
@@ -91,7 +96,7 @@ def move_into_place(made: Path, target: Path) -> None:
         try:
             made.replace(target)
         except PermissionError as error:
-            if not _is_in_use(error):
+            if _windows_code(error) not in (*_IN_USE, _ACCESS_DENIED):
                 raise
             time.sleep(pause)
         else:
@@ -99,8 +104,8 @@ def move_into_place(made: Path, target: Path) -> None:
     made.replace(target)
 
 
-def _is_in_use(error: OSError) -> bool:
-    return getattr(error, "winerror", None) in _IN_USE
+def _windows_code(error: OSError) -> int | None:
+    return getattr(error, "winerror", None)
 
 
 @contextmanager
@@ -161,10 +166,11 @@ def cannot_write(target: Path, error: OSError) -> CheckpointError:
     """
     if isinstance(error, CheckpointError):
         return error
-    advice = _ADVICE.get(error.errno or 0, "choose a place that you may write to")
-    if _is_in_use(error):
-        advice = "end the programs that have it open, a model that was loaded from it for example, "
-        advice += "or choose a place that you may write to"
+    advice = _ADVICE.get(error.errno or 0, _PLACE_ADVICE)
+    if _windows_code(error) in _IN_USE:
+        advice = f"{_IN_USE_ADVICE}, or {_PLACE_ADVICE}"
+    elif _windows_code(error) == _ACCESS_DENIED:
+        advice = f"{_PLACE_ADVICE}, or {_IN_USE_ADVICE}"
     return CheckpointError(f"cannot write {str(target)!r}: {error.strerror or error}; {advice}")
 
 

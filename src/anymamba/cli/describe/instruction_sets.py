@@ -1,4 +1,7 @@
-"""The instruction sets of the native core: which are here, and what a faster one would need."""
+"""The instruction sets of the native core: which are here, and what a faster one would need.
+
+The table of docs/systems.md has the same rows, in the same words.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,8 @@ INSTRUCTION_SETS = (
         "neon_i8mm",
         ARM,
         "I8MM and BF16 (Armv8.6)",
-        "Apple from M2 (2022), AWS Graviton3 (2022), Arm Neoverse N2 and V1",
+        "Apple from M2 (2022), AWS from Graviton3 (2022), Snapdragon X (2024), "
+        "Arm Neoverse N2 and V1",
     ),
     InstructionSet(
         "neon_dotprod",

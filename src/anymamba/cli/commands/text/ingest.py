@@ -12,7 +12,8 @@ from anymamba.checkpoint.io import check_writable
 from anymamba.cli.load_engine import beginning_state, beginning_tokens, model_name, open_engine
 from anymamba.cli.options.fields import flag, option
 from anymamba.cli.options.model import EngineOptions
-from anymamba.cli.summary import peak_memory, rate
+from anymamba.cli.peak_memory import peak_memory
+from anymamba.cli.summary import rate
 from anymamba.cli.terminal.output import json_line, tell
 from anymamba.cli.terminal.silence import silence
 from anymamba.errors import StateError
