@@ -81,7 +81,7 @@ format: setup
 
 bench: setup
 	for name in prefill decode generate train train_5m scan ssd memory runtime context start install dropin family server \
-			distributed accuracy; do \
+			distributed accuracy instruction_sets; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/arm_instructions.py || test $$? = 2  # which says that tools are missing
 	$(BIN)/python benchmarks/report.py

@@ -27,6 +27,7 @@ BENCHMARKS = (
     "start",
     "install",
     "arm_instructions",
+    "instruction_sets",
     "dropin",
     "distributed",
     "accuracy",
