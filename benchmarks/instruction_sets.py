@@ -26,6 +26,7 @@ from common.timing import Case, interleave
 from contenders.anymamba_model import random_model
 
 KINDS = ("f32", "bf16", "int8", "int4")
+ROUNDS = {"portable": 1}  # which is ten times as slow
 
 
 def main() -> None:
@@ -54,7 +55,8 @@ def decoding(engines: dict[str, Engine], steps: int, rounds: int) -> Table:
         cases.append(Case(limit_of(kind), lambda read=read: steps * read(), own_clock=True))
         for isa in _core.isas():
             run = partial(engine.generate, [5], steps, do_sample=False, stop_ids=())
-            cases.append(Case(f"{isa} {kind}", run, prepare=partial(_core.use_isa, isa)))
+            use = partial(_core.use_isa, isa)
+            cases.append(Case(f"{isa} {kind}", run, rounds=ROUNDS.get(isa), prepare=use))
     timings = interleave(cases, rounds)
     rows = []
     for name, timing in timings.items():
@@ -78,7 +80,8 @@ def prefill(engines: dict[str, Engine], operations: int, length: int, rounds: in
             at_peak = partial(seconds_at_peak, operations, in_bytes)
             cases.append(Case(peak_of(isa, in_bytes), at_peak, prepare=use, own_clock=True))
         for kind, engine in engines.items():
-            cases.append(Case(f"{isa} {kind}", partial(read_prompt, engine, ids), prepare=use))
+            read = partial(read_prompt, engine, ids)
+            cases.append(Case(f"{isa} {kind}", read, rounds=ROUNDS.get(isa), prepare=use))
     timings = interleave(cases, rounds)
     rows = []
     for name, timing in timings.items():
