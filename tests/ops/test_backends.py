@@ -55,7 +55,7 @@ def test_a_backend_that_is_not_installed_says_what_to_install(
 
 
 def test_an_older_name_is_taken_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = dataclasses.replace(backends.BACKENDS["mamba_ssm"], packages=(), device=None)
+    entry = dataclasses.replace(backends.BACKENDS["mamba_ssm"], packages=(), devices=())
     monkeypatch.setitem(backends.BACKENDS, "mamba_ssm", entry)
     with pytest.warns(DeprecationWarning, match="'cuda' is called 'mamba_ssm' now"):
         choice = ops.backend("cuda")

@@ -21,6 +21,7 @@ import torch
 
 from anymamba.errors import BackendError
 from anymamba.ops.tracing import is_transformed
+from anymamba.ops.triton import is_available, triton_devices
 from anymamba.upstream import PACKAGES, is_original_installed
 
 
@@ -28,13 +29,14 @@ from anymamba.upstream import PACKAGES, is_original_installed
 class Backend:
     """What one backend needs, and where its operators live.
 
-    `operators` maps an operator to `module:function`; the module is imported at first use.
-    `unsupported_reason`, where given, names a function of the operator's name and the call's
-    arguments that returns why the backend cannot serve it, or None. `prefers_other` names one that
-    says whether another serves it better, which the automatic choice asks and a demand does not.
+    `devices` are the types of device that it runs on; none means all. `operators` maps an operator
+    to `module:function`; the module is imported at first use. `unsupported_reason`, where given,
+    names a function of the operator's name and the call's arguments that returns why the backend
+    cannot serve it, or None. `prefers_other` names one that says whether another serves it better,
+    which the automatic choice asks and a demand does not.
     """
 
-    device: str | None
+    devices: tuple[str, ...]
     packages: tuple[str, ...]
     install: str
     operators: dict[str, str]
@@ -46,15 +48,15 @@ class Backend:
         absent = [name for name in self.packages if not INSTALLED[name]]
         if absent:
             return f"{' and '.join(absent)} not installed: {self.install}"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            return "this machine has no CUDA device that PyTorch can use"
+        if self.devices and not any(is_available(device) for device in self.devices):
+            return f"this machine has no {' or '.join(self.devices)} device that PyTorch can use"
         return None
 
 
-PREFERENCE = ("mamba_ssm", "cpu", "mambapy", "reference")
+PREFERENCE = ("mamba_ssm", "triton", "cpu", "mambapy", "reference")
 BACKENDS = {
     "cpu": Backend(
-        device="cpu",
+        devices=("cpu",),
         packages=("anymamba._core",),
         install="install a C++ compiler (Debian: apt install g++), then anymamba again",
         operators={
@@ -72,7 +74,7 @@ BACKENDS = {
         prefers_other="anymamba.ops.native:prefers_other",
     ),
     "mamba_ssm": Backend(
-        device="cuda",
+        devices=("cuda",),
         packages=("mamba_ssm", "causal_conv1d"),
         install="pip install mamba-ssm causal-conv1d",
         operators={
@@ -82,15 +84,24 @@ BACKENDS = {
             "causal_conv1d_update": "anymamba.ops.conv.mamba_ssm:causal_conv1d_update",
         },
         unsupported_reason="anymamba.ops.mamba_ssm_limits:unsupported_reason",
+        prefers_other="anymamba.ops.mamba_ssm_limits:prefers_other",
+    ),
+    "triton": Backend(
+        devices=triton_devices(),
+        packages=("triton",),
+        install="pip install triton (PyTorch's builds for GPUs bring it)",
+        operators={},
+        unsupported_reason="anymamba.ops.triton:unsupported_reason",
+        prefers_other="anymamba.ops.triton:prefers_other",
     ),
     "mambapy": Backend(
-        device=None,
+        devices=(),
         packages=("mambapy",),
         install="pip install mambapy",
         operators={"selective_scan": "anymamba.ops.scan.mambapy:selective_scan"},
     ),
     "reference": Backend(
-        device=None,
+        devices=(),
         packages=(),
         install="",
         operators={
@@ -269,8 +280,8 @@ def _unsupported_reason(name: str, operator: str, arguments: Sequence[Any]) -> s
     entry, tensor = BACKENDS[name], arguments[0]
     # On the meta device the core's operators only tell shapes.
     device = "cpu" if tensor.is_meta else tensor.device.type
-    if entry.device is not None and device != entry.device:
-        return f"the tensors are on {tensor.device}, not on {entry.device}"
+    if entry.devices and device not in entry.devices:
+        return f"the tensors are on {tensor.device}, not on {' or '.join(entry.devices)}"
     if name != "reference" and is_transformed():
         return "torch.func and forward-mode derivatives need the backend 'auto' or 'reference'"
     missing = entry.missing()

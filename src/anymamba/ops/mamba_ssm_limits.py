@@ -13,6 +13,10 @@ from anymamba.renamed import old_names
 __getattr__ = old_names(__name__)
 
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
+SLOWER_THAN_TRITON: dict[str, str] = {}
+"""The operators that our Triton kernels were measured to be faster at, each with the result that
+shows it. Empty: nothing has been measured on a GPU, so the packages go first where they are
+installed."""
 
 
 def unsupported_reason(operator: str, arguments: Any) -> str | None:
@@ -31,6 +35,11 @@ def unsupported_reason(operator: str, arguments: Any) -> str | None:
     if operator.startswith("causal_conv1d"):
         return _unsupported_convolution(arguments)
     return None
+
+
+def prefers_other(operator: str, arguments: Any) -> bool:
+    """Whether another backend was measured to be faster at an operator."""
+    return operator in SLOWER_THAN_TRITON
 
 
 def _unsupported_scan(arguments: ScanArguments) -> str | None:
