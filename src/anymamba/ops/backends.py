@@ -90,7 +90,10 @@ BACKENDS = {
         devices=triton_devices(),
         packages=("triton",),
         install="pip install triton (PyTorch's builds for GPUs bring it)",
-        operators={},
+        operators={
+            "selective_scan": "anymamba.ops.scan.triton:selective_scan",
+            "selective_state_update": "anymamba.ops.scan.triton:selective_state_update",
+        },
         unsupported_reason="anymamba.ops.triton:unsupported_reason",
         prefers_other="anymamba.ops.triton:prefers_other",
     ),

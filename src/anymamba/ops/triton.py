@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The types of numbers that the kernels read."""
 MOST_STATES = 256
 """The largest state size of the selective scan."""
+PROGRAMS_PER_PROCESSOR = 8
+"""With fewer programs of one warp, a GPU's processors wait for memory."""
 _GPUS = ("cuda", "xpu")
 
 
@@ -70,14 +73,41 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return device
 
 
-def tile_side(size: int, at_most: int) -> int:
+def tile_side(size: int, at_most: float) -> int:
     """The side of a tile for `size` elements: the next power of two, as Triton wants it.
 
     Example:
         >>> tile_side(5, at_most=64), tile_side(100, at_most=64)
         (8, 64)
     """
-    return min(1 << max(size - 1, 0).bit_length(), at_most)
+    return int(min(1 << max(size - 1, 0).bit_length(), at_most))
+
+
+def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
+    """The strides of a tensor that may be absent."""
+    return (0,) * axes if tensor is None else tensor.stride()
+
+
+def wanted_programs(device: torch.device) -> int:
+    """How many programs of one warp keep all of a GPU's processors busy."""
+    return PROGRAMS_PER_PROCESSOR * _processors(device)
+
+
+def at_most_registers(count: int, device: torch.device) -> dict[str, int]:
+    """The launch option that limits a thread's registers, which only NVIDIA's compiler has."""
+    return {"maxnreg": count} if device.type == "cuda" and torch.version.hip is None else {}
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; the interpreter runs one program at a time."""
+    if device.type == "cpu":
+        return 1
+    properties = torch.get_device_module(device).get_device_properties(device)
+    for name in ("multi_processor_count", "gpu_subslice_count", "max_compute_units"):
+        if hasattr(properties, name):
+            return int(getattr(properties, name))
+    return 1
 
 
 def _scan_limits(arguments: Sequence[Any]) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -42,3 +44,12 @@ class StepArguments(NamedTuple):
     delta_bias_e: Tensor | None
     delta_softplus: bool
     state_ben: Tensor
+
+
+def in_groups(B: Tensor, C: Tensor, axes_without_groups: int) -> Iterator[Tensor]:
+    """B and C as (..., g, n) with the same g, which kernels want, whatever each came with."""
+    maps = [t.unsqueeze(-2) if t.ndim == axes_without_groups else t for t in (B, C)]
+    groups = math.lcm(*(t.shape[-2] for t in maps))
+    for t in maps:
+        parts = groups // t.shape[-2]
+        yield t if parts == 1 else t.repeat_interleave(parts, dim=-2)

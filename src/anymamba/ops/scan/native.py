@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from anymamba.ops.custom_operator import Recurrence, define_update
 from anymamba.ops.native import core, handed, in_float32, segment_table
 from anymamba.ops.scan import reference
-from anymamba.ops.scan.arguments import ScanArguments, StepArguments
+from anymamba.ops.scan.arguments import ScanArguments, StepArguments, in_groups
 from anymamba.ops.segments import count_states, segments_from_table
 
 
@@ -24,7 +23,7 @@ def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
         x_ble,
         delta_ble,
         in_float32(A_en),
-        *_in_groups(B_bln, C_bln, x_ble.ndim),
+        *in_groups(B_bln, C_bln, x_ble.ndim),
         in_float32(D_e),
         z_ble,
         in_float32(delta_bias_e),
@@ -57,7 +56,7 @@ def selective_state_update(arguments: StepArguments) -> Tensor:
         x_be,
         delta_be,
         in_float32(A_en),
-        *_in_groups(B_bn, C_bn, x_be.ndim),
+        *in_groups(B_bn, C_bn, x_be.ndim),
         in_float32(D_e),
         z_be,
         in_float32(delta_bias_e),
@@ -66,15 +65,6 @@ def selective_state_update(arguments: StepArguments) -> Tensor:
     if state is not state_ben:
         state_ben.detach().copy_(state)
     return y_be
-
-
-def _in_groups(B: Tensor, C: Tensor, axes_without_groups: int) -> Iterator[Tensor]:
-    """B and C as (..., g, n) with the same g, which the core wants, whatever each came with."""
-    maps = [t.unsqueeze(-2) if t.ndim == axes_without_groups else t for t in (B, C)]
-    groups = math.lcm(*(t.shape[-2] for t in maps))
-    for t in maps:
-        parts = groups // t.shape[-2]
-        yield t if parts == 1 else t.repeat_interleave(parts, dim=-2)
 
 
 class _Inputs(NamedTuple):

@@ -1,0 +1,411 @@
+"""The selective scan on a GPU through Triton kernels, as PyTorch operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from anymamba.ops.custom_operator import Recurrence, define_update
+from anymamba.ops.native import in_float32, segment_table
+from anymamba.ops.scan import reference
+from anymamba.ops.scan.arguments import ScanArguments, StepArguments, in_groups
+from anymamba.ops.scan.triton_backward_kernels import (
+    scan_backward_kernel,
+    span_gradients_kernel,
+    unpack_map_gradients_kernel,
+)
+from anymamba.ops.scan.triton_kernels import (
+    join_spans_kernel,
+    pack_maps_kernel,
+    scan_kernel,
+    scan_step_kernel,
+    span_ends_kernel,
+)
+from anymamba.ops.segments import count_states, segments_from_table
+from anymamba.ops.triton import (
+    MOST_STATES,
+    at_most_registers,
+    on_device_of,
+    strides,
+    tile_side,
+    wanted_programs,
+)
+
+# A warp's threads have a channel each, and the tile's steps in registers.
+STEPS, CHANNELS = 16, 32
+# What lets 16 programs run on a multiprocessor; the loop over states needs no more.
+FORWARD_REGISTERS = 128
+FEWEST_CHUNKS = 4
+JOINED_SPANS = 32
+STEP_TILE = 1024
+
+
+def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
+    """Arguments and returns as in `anymamba.ops.selective_scan`."""
+    x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e, softplus = arguments[:9]
+    tensors = (
+        x_ble,
+        delta_ble,
+        in_float32(A_en),
+        *in_groups(B_bln, C_bln, x_ble.ndim),
+        in_float32(D_e),
+        z_ble,
+        in_float32(delta_bias_e),
+        in_float32(arguments.initial_state),
+    )
+    will_go_back = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in tensors
+    )
+    y_ble, last, _ = _scan(
+        *tensors,
+        segment_table(arguments.segments),
+        count_states(arguments.segments, x_ble.shape[0]),
+        softplus,
+        arguments.reverse,
+        will_go_back,
+    )
+    return y_ble, last
+
+
+@torch.no_grad()
+def selective_state_update(arguments: StepArguments) -> Tensor:
+    """Arguments and returns as in `anymamba.ops.selective_state_update`."""
+    x_be, delta_be, A_en, B_bn, C_bn, D_e, z_be, delta_bias_e, softplus, state_ben = arguments
+    y_be: Tensor = _scan_step(
+        state_ben,
+        x_be,
+        delta_be,
+        in_float32(A_en),
+        *in_groups(B_bn, C_bn, x_be.ndim),
+        in_float32(D_e),
+        z_be,
+        in_float32(delta_bias_e),
+        softplus,
+    )
+    return y_be
+
+
+class _Inputs(NamedTuple):
+    x: Tensor  # (b, l, e)
+    delta: Tensor  # (b, l, e)
+    A: Tensor  # (e, n)
+    B: Tensor  # (b, l, g, n)
+    C: Tensor  # (b, l, g, n)
+    D: Tensor | None  # (e,)
+    z: Tensor | None  # (b, l, e)
+    delta_bias: Tensor | None  # (e,)
+    initial: Tensor | None  # (n_states, e, n)
+    segments: Tensor | None  # (5, s)
+    n_states: int
+    softplus: bool
+    reverse: bool
+    will_go_back: bool = True
+
+
+class _Plan(NamedTuple):
+    """How a call is cut into chunks of T steps, spans of chunks and blocks of channels."""
+
+    T: int
+    E: int
+    chunk_table: Tensor | None  # (3, chunks): row, position of the first step, steps
+    span_table: Tensor | None  # (4, spans): first chunk, chunks, states that go in and come out
+    segment_table: Tensor | None  # (4, s): first span, spans, states that go in and come out
+    chunks: int
+    spans: int
+    segments: int
+    chunks_per_row: int
+    spans_per_row: int
+    chunks_per_span: int
+    blocks: int
+    blocks_per_group: int
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether segments consist of several spans, whose states have to be joined."""
+        return self.spans > self.segments
+
+
+def _tile(inputs: _Inputs) -> tuple[int, int]:
+    """The steps and channels of a tile."""
+    (_, l, e), groups = inputs.x.shape, inputs.B.shape[2]
+    return tile_side(l, STEPS), tile_side(e // groups, CHANNELS)
+
+
+def _plan(inputs: _Inputs) -> _Plan:
+    (b, l, e), groups = inputs.x.shape, inputs.B.shape[2]
+    T, E = _tile(inputs)
+    blocks_per_group = -(-(e // groups) // E)
+    blocks = groups * blocks_per_group
+    segments = b if inputs.segments is None else inputs.segments.shape[1]
+    chunks_per_row = -(-l // T)
+    wanted = -(-wanted_programs(inputs.x.device) // (segments * blocks))
+    chunks_per_span = max(FEWEST_CHUNKS, -(-chunks_per_row // wanted))
+    spans_per_row = -(-chunks_per_row // chunks_per_span)
+    per_row = (chunks_per_row, spans_per_row, chunks_per_span)
+    if inputs.segments is None:
+        none, counts = (None, None, None), (b * chunks_per_row, b * spans_per_row, b)
+        return _Plan(T, E, *none, *counts, *per_row, blocks, blocks_per_group)
+    tables = _tables(inputs.segments, T, chunks_per_span, inputs.reverse, inputs.x.device)
+    chunks, spans, segments = (table.shape[1] for table in tables)
+    return _Plan(T, E, *tables, chunks, spans, segments, *per_row, blocks, blocks_per_group)
+
+
+def _tables(
+    segments: Tensor, T: int, chunks_per_span: int, reverse: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tables of chunks, spans and segments (`_Plan`) of a packed batch."""
+    rows, starts, stops, state_in, state_out = segments
+    chunk_counts = -(-(stops - starts) // T)
+    chunk_firsts, of_chunk, walked = _cut(chunk_counts)
+    steps = (stops - starts)[of_chunk] - walked * T
+    position = starts[of_chunk] + walked * T
+    if reverse:
+        position = stops[of_chunk] - 1 - walked * T
+    chunks = torch.stack([rows[of_chunk], position, steps.clamp(max=T)])
+
+    span_counts = -(-chunk_counts // chunks_per_span)
+    span_firsts, of_span, walked = _cut(span_counts)
+    first = chunk_firsts[of_span] + walked * chunks_per_span
+    count = (chunk_counts[of_span] - walked * chunks_per_span).clamp(max=chunks_per_span)
+    spans = torch.stack([first, count, state_in[of_span], state_out[of_span]])
+
+    whole = torch.stack([span_firsts, span_counts, state_in, state_out])
+    return chunks.to(device), spans.to(device), whole.to(device)
+
+
+def _cut(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The first part of each whole; of each part, its whole and how many come before it there."""
+    firsts = counts.cumsum(0) - counts
+    wholes = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    return firsts, wholes, torch.arange(len(wholes)) - firsts[wholes]
+
+
+def _most_chunks(inputs: _Inputs) -> int:
+    """At least the number of chunks, by the shapes alone."""
+    (b, l, _), (T, _) = inputs.x.shape, _tile(inputs)
+    if inputs.segments is None:
+        return b * (-(-l // T))
+    return b * l // T + inputs.segments.shape[1]
+
+
+def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last states, and the states between chunks (empty unless a backward pass comes)."""
+    x, (e, n) = inputs.x, inputs.A.shape
+    last = x.new_empty((inputs.n_states, e, n), dtype=torch.float32)
+    chunks = _most_chunks(inputs) if inputs.will_go_back else 0
+    return torch.empty_like(x), last, x.new_empty((chunks, n, e), dtype=torch.float32)
+
+
+def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    y, last, kept = outputs
+    x, delta, A, _, _, D, z, delta_bias, initial = inputs[:9]
+    plan = _plan(inputs)
+    with on_device_of(x):
+        B, C = (_pack(maps, inputs, plan) for maps in (inputs.B, inputs.C))
+        _carry_over(last, initial, plan)
+        entering = None
+        if plan.is_joined:
+            ends, sums = _span_buffers(inputs, plan)
+            span_ends_kernel[(plan.spans * plan.blocks,)](
+                *(x, delta, A, B, delta_bias, ends, sums, plan.chunk_table, plan.span_table),
+                *_sizes(inputs, plan),
+                *(*x.stride(), *delta.stride()),
+                **_options(inputs, plan),
+            )
+            entering = _join(inputs, plan, ends, sums, (initial, last), backward=False)
+        keep = inputs.will_go_back
+        scan_kernel[(plan.spans * plan.blocks,)](
+            *(x, delta, A, B, C, D, z, delta_bias, y),
+            *(kept if keep else _states(inputs, 2 * plan.spans), entering, initial, last),
+            *(plan.chunk_table, plan.span_table, *_sizes(inputs, plan)),
+            *(*x.stride(), *delta.stride(), *strides(z, 3), *y.stride()),
+            JOINED=plan.is_joined,
+            KEEP=keep,
+            **_options(inputs, plan),
+            **at_most_registers(FORWARD_REGISTERS, x.device),
+        )
+
+
+def _backward(
+    inputs: _Inputs, kept: Sequence[Tensor], dy: Tensor, dlast: Tensor | None, gradients: Any
+) -> None:
+    x, delta, A, _, _, D, z, delta_bias, _ = inputs[:9]
+    dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = gradients
+    plan, dlast = _plan(inputs), in_float32(dlast)
+    with on_device_of(x):
+        B, C = (_pack(maps, inputs, plan) for maps in (inputs.B, inputs.C))
+        if dinitial is not None:
+            _carry_over(dinitial, dlast, plan)
+        leaving = None
+        if plan.is_joined:
+            ends, sums = _span_buffers(inputs, plan)
+            span_gradients_kernel[(plan.spans * plan.blocks,)](
+                *(delta, A, C, z, delta_bias, dy, ends, sums, plan.chunk_table, plan.span_table),
+                *_sizes(inputs, plan),
+                *(*delta.stride(), *strides(z, 3), *dy.stride()),
+                **_options(inputs, plan),
+            )
+            leaving = _join(inputs, plan, ends, sums, (dlast, dinitial), backward=True)
+        by_state = _states(inputs, plan.spans).zero_()
+        by_map = x.new_empty((2, plan.blocks_per_group, *B.shape), dtype=torch.float32)
+        by_channel = x.new_empty((2, plan.spans, x.shape[2]), dtype=torch.float32)
+        scan_backward_kernel[(plan.spans * plan.blocks,)](
+            *(x, delta, A, B, C, D, z, delta_bias, dy, kept[0]),
+            *(_states(inputs, 2 * plan.spans), leaving, dlast),
+            *(dx, ddelta, dz, dinitial, by_state, *by_map, *by_channel),
+            *(plan.chunk_table, plan.span_table, *_sizes(inputs, plan)),
+            *(*x.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *dx.stride()),
+            JOINED=plan.is_joined,
+            **_options(inputs, plan),
+        )
+        dA.copy_(by_state.sum(0).T)
+        for total, parts in ((dB, by_map[0]), (dC, by_map[1])):
+            _unpack(parts, total, inputs, plan)
+        for total, parts in ((dD, by_channel[0]), (dbias, by_channel[1])):
+            if total is not None:
+                torch.sum(parts, 0, out=total)
+
+
+def _sizes(inputs: _Inputs, plan: _Plan) -> tuple[int, ...]:
+    """The numbers that all kernels over tiles take."""
+    (_, l, e), groups = inputs.x.shape, inputs.B.shape[2]
+    per_row = (plan.chunks_per_row, plan.spans_per_row, plan.chunks_per_span)
+    blocks = (groups, plan.blocks, plan.blocks_per_group, e // groups)
+    return plan.chunks, plan.spans, l, *per_row, e, *blocks
+
+
+def _options(inputs: _Inputs, plan: _Plan) -> dict[str, Any]:
+    """What all kernels over tiles are compiled for."""
+    compiled = {"N": inputs.A.shape[1], "SOFTPLUS": inputs.softplus, "REVERSE": inputs.reverse}
+    return compiled | {"T": plan.T, "E": plan.E, "num_warps": 1}
+
+
+def _pack(maps: Tensor, inputs: _Inputs, plan: _Plan) -> Tensor:
+    """B or C as the kernels read it, (chunks, g, n, T)."""
+    groups, n = maps.shape[2:]
+    packed = maps.new_empty((plan.chunks, groups, n, plan.T), dtype=torch.float32)
+    pack_maps_kernel[(plan.chunks * groups,)](
+        *(maps, packed, plan.chunk_table, plan.chunks, maps.shape[1], plan.chunks_per_row, groups),
+        *maps.stride(),
+        N=n,
+        PADDED_N=tile_side(n, MOST_STATES),
+        REVERSE=inputs.reverse,
+        T=plan.T,
+    )
+    return packed
+
+
+def _unpack(parts: Tensor, total: Tensor, inputs: _Inputs, plan: _Plan) -> None:
+    """The blocks' parts of dB or dC, (blocks per group, chunks, g, n, T), added up."""
+    groups, n = total.shape[2:]
+    unpack_map_gradients_kernel[(plan.chunks * groups,)](
+        *(parts, total, plan.chunk_table, plan.chunks, total.shape[1], plan.chunks_per_row),
+        *(groups, plan.blocks_per_group),
+        N=n,
+        PADDED_N=tile_side(n, MOST_STATES),
+        REVERSE=inputs.reverse,
+        T=plan.T,
+    )
+
+
+def _join(
+    inputs: _Inputs,
+    plan: _Plan,
+    ends: Tensor,
+    sums: Tensor,
+    first_and_last: tuple[Tensor | None, Tensor | None],
+    *,
+    backward: bool,
+) -> Tensor:
+    """What each span begins with, (spans, n, e): its first state, or the gradient of its last."""
+    e, n = inputs.A.shape
+    E = tile_side(e, CHANNELS)
+    blocks = -(-e // E)
+    starts = torch.empty_like(ends)
+    join_spans_kernel[(plan.segments * n * blocks,)](
+        *(ends, sums, inputs.A, starts, *first_and_last, plan.segment_table),
+        *(plan.segments, plan.spans_per_row, e, blocks),
+        N=n,
+        BACKWARD=backward,
+        K=tile_side(plan.spans, JOINED_SPANS),
+        E=E,
+        num_warps=1,
+    )
+    return starts
+
+
+def _states(inputs: _Inputs, slots: int) -> Tensor:
+    e, n = inputs.A.shape
+    return inputs.x.new_empty((slots, n, e), dtype=torch.float32)
+
+
+def _span_buffers(inputs: _Inputs, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """What spans add to the state, (spans, n, e), and their sums of step sizes, (spans, e)."""
+    sums = inputs.x.new_empty((plan.spans, inputs.x.shape[2]), dtype=torch.float32)
+    return _states(inputs, plan.spans).zero_(), sums
+
+
+def _carry_over(after: Tensor, before: Tensor | None, plan: _Plan) -> None:
+    """States that no segment of a packed batch reaches come out as they went in."""
+    if plan.segment_table is None:
+        return
+    if before is None:
+        after.zero_()
+    else:
+        after.copy_(before)
+
+
+def _reference(inputs: _Inputs) -> tuple[Tensor, Tensor]:
+    x, delta, A, B, C, D, z, delta_bias, initial, table, n_states, softplus, reverse, _ = inputs
+    segments = segments_from_table(table, n_states)
+    options = (delta_bias, softplus, initial, True, segments, reverse)
+    return reference.selective_scan(ScanArguments(x, delta, A, B, C, D, z, *options))
+
+
+_scan = Recurrence(
+    "selective_scan_triton",
+    _Inputs,
+    allocate=_allocate,
+    forward=_forward,
+    backward=_backward,
+    reference=_reference,
+    in_float32=("B", "C"),  # which are summed over channels
+    device_types=None,
+).operator
+
+
+def _step(
+    state: Tensor,
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    softplus: bool,
+) -> Tensor:
+    y = torch.empty_like(x)
+    (b, e), n = x.shape, A.shape[1]
+    padded_n = tile_side(n, math.inf)
+    E = tile_side(e, max(1, STEP_TILE // padded_n))
+    blocks = -(-e // E)
+    with on_device_of(x):
+        scan_step_kernel[(b * blocks,)](
+            *(state, x, delta, A, B, C, D, z, delta_bias, y, e, blocks, e // B.shape[1]),
+            *(*state.stride(), *x.stride(), *delta.stride(), *B.stride(), *C.stride()),
+            *(*strides(z, 2), *y.stride()),
+            N=n,
+            SOFTPLUS=softplus,
+            E=E,
+            PADDED_N=padded_n,
+        )
+    return y
+
+
+_scan_step = define_update("selective_state_update_triton", _step, state=0, x=1, device_types=None)
