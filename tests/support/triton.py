@@ -12,14 +12,16 @@ import pytest
 from anymamba import ops
 from anymamba.ops.triton import is_interpreted
 
-pytest.importorskip("triton", reason="needs Triton: pip install triton")
-
-from triton.runtime import interpreter
-
 
 @contextmanager
 def with_triton() -> Iterator[None]:
-    """The Triton kernels for all operators that have one: interpreted, or on a GPU."""
+    """The Triton kernels for all operators that have one: interpreted, or on a GPU.
+
+    Skips where Triton is not installed, for it is made for Linux alone.
+    """
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    from triton.runtime import interpreter
+
     with pytest.MonkeyPatch.context() as patch, ops.backend("triton"):
         if is_interpreted():
             patch.setattr(interpreter.ScanOps, "generic_scan", scan_by_slices)

@@ -58,6 +58,7 @@ def _scan_step(b: int, e: int, n: int, dtype: torch.dtype) -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "selective_scan, bfloat16": partial(_scan, 1, 256, 1536, 16, torch.bfloat16),
+    "selective_scan, other length": partial(_scan, 3, 517, 1536, 16, torch.bfloat16),
     "selective_scan, float32": partial(_scan, 1, 256, 1536, 16, torch.float32),
     "selective_scan, packed": partial(_scan, 1, 256, 1536, 16, torch.bfloat16, True),
     "selective_scan, reverse": partial(_scan, 1, 256, 1536, 16, torch.bfloat16, reverse=True),

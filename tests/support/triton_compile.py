@@ -1,8 +1,9 @@
 """Compiles Triton's kernels for GPUs that are not here, as the operators launch them.
 
 Run as a program, for Triton reads once a process whether to interpret: it takes the operators named
-on the command line through `CASES` for one target, and prints a line of JSON for each kernel that
-was compiled, with the registers, spilled bytes and shared memory that NVIDIA's assembler reports.
+on the command line through `CASES` for one target, and prints a line of JSON for each launch: its
+kernel, whether that is new or was compiled for an earlier launch, and the registers, spilled bytes
+and shared memory that NVIDIA's assembler reports.
 
     TRITON_INTERPRET=0 python -m tests.support.triton_compile cuda:90 selective_scan ssd
 """
@@ -24,6 +25,7 @@ import torch
 
 from anymamba import ops
 from anymamba.ops import backends
+from anymamba.ops import triton as triton_module
 from tests.support.triton_cases import CASES
 
 
@@ -86,15 +88,20 @@ def main(target: str, names: list[str]) -> None:
     kind, _, architecture = target.partition(":")
     number = int(architecture) if architecture.isdecimal() else architecture
     triton.runtime.driver.set_active(NoDevice(GPUTarget(kind, number, 64 if kind == "hip" else 32)))
-    # The tensors are on the CPU; their numbers do not matter, for nothing is launched.
+    # The tensors are on the CPU; their numbers do not matter, for nothing is launched. With a GPU's
+    # number of processors, the sizes are cut as there.
+    triton_module._processors = lambda _: 132
     entry = backends.BACKENDS["triton"]
     object.__setattr__(entry, "devices", (*entry.devices, "cpu"))
+    seen: dict[int, Any] = {}
     for name, case in CASES.items():
         if names and not name.startswith(tuple(names)):
             continue
         with ops.backend("triton"):
             for label, kernel, seconds in compiled(name, case):
                 found: dict[str, Any] = {"kernel": label, "seconds": round(seconds, 3)}
+                found["new"] = id(kernel) not in seen
+                seen[id(kernel)] = kernel
                 found["warps"] = kernel.metadata.num_warps
                 if "cubin" in kernel.asm:
                     found |= resources(kernel.asm["cubin"])

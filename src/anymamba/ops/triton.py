@@ -93,9 +93,13 @@ def wanted_programs(device: torch.device) -> int:
     return PROGRAMS_PER_PROCESSOR * _processors(device)
 
 
-def at_most_registers(count: int, device: torch.device) -> dict[str, int]:
+def at_most_registers(count: int) -> dict[str, int]:
     """The launch option that limits a thread's registers, which only NVIDIA's compiler has."""
-    return {"maxnreg": count} if device.type == "cuda" and torch.version.hip is None else {}
+    if is_interpreted():
+        return {}
+    from triton.runtime import driver
+
+    return {"maxnreg": count} if driver.active.get_current_target().backend == "cuda" else {}
 
 
 @cache

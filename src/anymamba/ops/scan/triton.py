@@ -122,11 +122,7 @@ class _Plan(NamedTuple):
     chunks_per_span: int
     blocks: int
     blocks_per_group: int
-
-    @property
-    def is_joined(self) -> bool:
-        """Whether segments consist of several spans, whose states have to be joined."""
-        return self.spans > self.segments
+    is_joined: bool  # whether a segment consists of several spans, whose states are joined
 
 
 def _tile(inputs: _Inputs) -> tuple[int, int]:
@@ -148,10 +144,13 @@ def _plan(inputs: _Inputs) -> _Plan:
     per_row = (chunks_per_row, spans_per_row, chunks_per_span)
     if inputs.segments is None:
         none, counts = (None, None, None), (b * chunks_per_row, b * spans_per_row, b)
-        return _Plan(T, E, *none, *counts, *per_row, blocks, blocks_per_group)
+        is_joined = spans_per_row > 1
+        return _Plan(T, E, *none, *counts, *per_row, blocks, blocks_per_group, is_joined)
     tables = _tables(inputs.segments, T, chunks_per_span, inputs.reverse, inputs.x.device)
-    chunks, spans, segments = (table.shape[1] for table in tables)
-    return _Plan(T, E, *tables, chunks, spans, segments, *per_row, blocks, blocks_per_group)
+    counts = (tables[0].shape[1], tables[1].shape[1], tables[2].shape[1])
+    longest = (inputs.segments[2] - inputs.segments[1]).amax()
+    is_joined = bool(longest > chunks_per_span * T)
+    return _Plan(T, E, *tables, *counts, *per_row, blocks, blocks_per_group, is_joined)
 
 
 def _tables(
@@ -226,7 +225,7 @@ def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
             JOINED=plan.is_joined,
             KEEP=keep,
             **_options(inputs, plan),
-            **at_most_registers(FORWARD_REGISTERS, x.device),
+            **at_most_registers(FORWARD_REGISTERS),
         )
 
 
@@ -331,7 +330,7 @@ def _join(
         *(plan.segments, plan.spans_per_row, e, blocks),
         N=n,
         BACKWARD=backward,
-        K=tile_side(plan.spans, JOINED_SPANS),
+        K=JOINED_SPANS,
         E=E,
         num_warps=1,
     )

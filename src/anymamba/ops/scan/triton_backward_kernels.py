@@ -14,6 +14,7 @@ import triton.language as tl
 from anymamba.ops.scan.triton_kernels import (
     CHANNEL_STRIDES,
     LOG2_E,
+    SIZES,
     block_of_channels,
     chunk_bounds,
     compose,
@@ -53,7 +54,7 @@ def flip_steps(tile, T: tl.constexpr, E: tl.constexpr):
     return tile
 
 
-@triton.jit(do_not_specialize=CHANNEL_STRIDES)
+@triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
 def span_gradients_kernel(
     delta, A, C, z, delta_bias, dy, ends, sums, chunk_table, span_table,
     chunks, spans, length, chunks_per_row, spans_per_row, chunks_per_span,
@@ -103,7 +104,7 @@ def span_gradients_kernel(
     tl.store(sums + slot * channels + e, sum_e, mask=exists_e)
 
 
-@triton.jit(do_not_specialize=CHANNEL_STRIDES)
+@triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
 def scan_backward_kernel(
     x, delta, A, B, C, D, z, delta_bias, dy, starts, carried, leaving, dlast,
     dx, ddelta, dz, dinitial, partial_dA, partial_dB, partial_dC, partial_dD, partial_dbias,
@@ -246,7 +247,7 @@ def scan_backward_kernel(
         tl.store(partial_dbias + span_slot * channels + e, dbias_e, mask=exists_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def unpack_map_gradients_kernel(
     partial, gradient, chunk_table, chunks, length, chunks_per_row, groups, blocks_per_group,
     N: tl.constexpr, PADDED_N: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr,

@@ -19,6 +19,9 @@ import triton.language as tl
 
 from anymamba.ops.triton_functions import silu, softplus
 
+SIZES = ["chunks", "spans", "segments", "length", "chunks_per_row", "spans_per_row"]
+SIZES += ["chunks_per_span"]
+"""What differs from call to call: kernels that were compiled for one length serve all."""
 CHANNEL_STRIDES = ["x_e", "delta_e", "z_e", "y_e", "dy_e", "dense_e"]
 """Known to be 1, they would have Triton give each thread several neighbouring channels."""
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -127,7 +130,7 @@ def load_map(maps, chunk, groups, group, n, N: tl.constexpr, T: tl.constexpr):
     return tl.load(maps + line * T + tl.arange(0, T))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pack_maps_kernel(
     maps, packed, chunk_table, chunks, length, chunks_per_row, groups,
     stride_b, stride_l, stride_g, stride_n,
@@ -162,7 +165,7 @@ def store_state(states, state_e, slot, n, channels, e, exists_e, N: tl.constexpr
     tl.store(states + (slot * N + n) * channels + e, state_e, mask=exists_e)
 
 
-@triton.jit(do_not_specialize=CHANNEL_STRIDES)
+@triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
 def span_ends_kernel(
     x, delta, A, B, delta_bias, ends, sums, chunk_table, span_table,
     chunks, spans, length, chunks_per_row, spans_per_row, chunks_per_span,
@@ -212,7 +215,7 @@ def span_ends_kernel(
     tl.store(sums + slot * channels + e, sum_e, mask=exists_e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def join_spans_kernel(
     ends, sums, A, starts, first, last, segment_table,
     segments, spans_per_row, channels, blocks,
@@ -258,7 +261,7 @@ def join_spans_kernel(
         tl.store(last + (leaves * channels + e) * N + n, state_e, mask=exists_e)
 
 
-@triton.jit(do_not_specialize=CHANNEL_STRIDES)
+@triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
 def scan_kernel(
     x, delta, A, B, C, D, z, delta_bias, y, starts, entering, initial, last,
     chunk_table, span_table, chunks, spans, length, chunks_per_row, spans_per_row, chunks_per_span,
