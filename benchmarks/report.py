@@ -28,6 +28,7 @@ BENCHMARKS = (
     "install",
     "arm_instructions",
     "instruction_sets",
+    "gpu",
     "dropin",
     "distributed",
     "accuracy",

@@ -75,6 +75,15 @@ def cross_build_tools() -> None:
             pytest.skip(f"{tool} is missing: apt-get install {package}")
 
 
+def test_a_missing_gpu_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(load("gpu"), "is_available", lambda _: False)
+    status, printed, error = run("gpu", "--quick", "--output", str(tmp_path))
+    assert (status, printed) == (2, "")
+    assert "gpu.py: needs a GPU that PyTorch can use" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_tools_are_named(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     status, printed, error = run("arm_instructions", "--quick", "--output", str(tmp_path))
