@@ -84,6 +84,7 @@ bench: setup
 			distributed accuracy instruction_sets; do \
 		$(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/arm_instructions.py || test $$? = 2  # which says that tools are missing
+	$(BIN)/python benchmarks/gpu_instructions.py || test $$? = 2
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/chart.py || echo "The tables and JSON files are complete without it."
 

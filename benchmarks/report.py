@@ -29,6 +29,7 @@ BENCHMARKS = (
     "arm_instructions",
     "instruction_sets",
     "gpu",
+    "gpu_instructions",
     "dropin",
     "distributed",
     "accuracy",

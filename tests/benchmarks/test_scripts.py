@@ -1,7 +1,9 @@
 """Each script in a smoke run: it prints tables, writes JSON, and names whatever it leaves out."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -51,7 +53,7 @@ def smoke(run: Run, script: str, folder: Path, *arguments: str) -> tuple[str, di
     return printed, json.loads((folder / f"{script}.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "gpu_instructions"])
 def test_a_smoke_run_prints_and_writes(script: str, run: Run, tmp_path: Path) -> None:
     if script == "arm_instructions":
         cross_build_tools()
@@ -73,6 +75,36 @@ def cross_build_tools() -> None:
     for tool, package in load("arm_instructions").PACKAGES.items():
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing: apt-get install {package}")
+
+
+def test_instructions_of_a_gpu_are_counted(tmp_path: Path) -> None:
+    """In a process of its own, where Triton's kernels are compiled and not interpreted."""
+    pytest.importorskip("triton", reason="needs Triton: pip install triton")
+    arguments = [FOLDER / "gpu_instructions.py", "--quick", "--output", tmp_path]
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "gpu_instructions.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in written["tables"][0]["rows"]}
+    assert set(rows) == {"span_ends_kernel", "scan_kernel", "scan_backward_kernel"}
+    for row in rows.values():
+        # One exponential for a state and step, and no spilled register in the loop.
+        assert (row["exponentials"], row["spills"]) == (1, 0)
+        assert row["all"] >= row["minimum"]
+    # What a thread's registers hold is not exchanged, but for the sums over channels.
+    assert rows["scan_kernel"]["exchanges"] == 0
+
+
+def test_interpreted_kernels_are_not_counted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    status, printed, error = run("gpu_instructions")
+    assert (status, printed) == (2, "")
+    assert error.startswith("not counted: TRITON_INTERPRET is set")
 
 
 def test_a_missing_gpu_is_named(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -93,13 +93,23 @@ def wanted_programs(device: torch.device) -> int:
     return PROGRAMS_PER_PROCESSOR * _processors(device)
 
 
-def at_most_registers(count: int) -> dict[str, int]:
-    """The launch option that limits a thread's registers, which only NVIDIA's compiler has."""
-    if is_interpreted():
-        return {}
-    from triton.runtime import driver
+def launch_options(warps: int, registers: int | None = None) -> dict[str, Any]:
+    """What a kernel is compiled with.
 
-    return {"maxnreg": count} if driver.active.get_current_target().backend == "cuda" else {}
+    Products and sums become single instructions, which Triton 3.10 does only where it is asked to.
+
+    Args:
+        warps: of a program.
+        registers: the most that a thread may have, so that more programs run at once. Only
+            NVIDIA's compiler can be told.
+    """
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
+    if registers is not None and not is_interpreted():
+        from triton.runtime import driver
+
+        if driver.active.get_current_target().backend == "cuda":
+            options["maxnreg"] = registers
+    return options
 
 
 @cache

@@ -28,7 +28,7 @@ from anymamba.ops.scan.triton_kernels import (
 from anymamba.ops.segments import count_states, segments_from_table
 from anymamba.ops.triton import (
     MOST_STATES,
-    at_most_registers,
+    launch_options,
     on_device_of,
     strides,
     tile_side,
@@ -224,8 +224,7 @@ def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
             *(*x.stride(), *delta.stride(), *strides(z, 3), *y.stride()),
             JOINED=plan.is_joined,
             KEEP=keep,
-            **_options(inputs, plan),
-            **at_most_registers(FORWARD_REGISTERS),
+            **_options(inputs, plan, FORWARD_REGISTERS),
         )
 
 
@@ -277,10 +276,10 @@ def _sizes(inputs: _Inputs, plan: _Plan) -> tuple[int, ...]:
     return plan.chunks, plan.spans, l, *per_row, e, *blocks
 
 
-def _options(inputs: _Inputs, plan: _Plan) -> dict[str, Any]:
+def _options(inputs: _Inputs, plan: _Plan, registers: int | None = None) -> dict[str, Any]:
     """What all kernels over tiles are compiled for."""
     compiled = {"N": inputs.A.shape[1], "SOFTPLUS": inputs.softplus, "REVERSE": inputs.reverse}
-    return compiled | {"T": plan.T, "E": plan.E, "num_warps": 1}
+    return compiled | {"T": plan.T, "E": plan.E} | launch_options(1, registers)
 
 
 def _pack(maps: Tensor, inputs: _Inputs, plan: _Plan) -> Tensor:
@@ -294,6 +293,7 @@ def _pack(maps: Tensor, inputs: _Inputs, plan: _Plan) -> Tensor:
         PADDED_N=tile_side(n, MOST_STATES),
         REVERSE=inputs.reverse,
         T=plan.T,
+        **launch_options(1),
     )
     return packed
 
@@ -308,6 +308,7 @@ def _unpack(parts: Tensor, total: Tensor, inputs: _Inputs, plan: _Plan) -> None:
         PADDED_N=tile_side(n, MOST_STATES),
         REVERSE=inputs.reverse,
         T=plan.T,
+        **launch_options(1),
     )
 
 
@@ -332,7 +333,7 @@ def _join(
         BACKWARD=backward,
         K=JOINED_SPANS,
         E=E,
-        num_warps=1,
+        **launch_options(1),
     )
     return starts
 
@@ -403,6 +404,7 @@ def _step(
             SOFTPLUS=softplus,
             E=E,
             PADDED_N=padded_n,
+            **launch_options(4),
         )
     return y
 
