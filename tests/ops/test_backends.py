@@ -75,6 +75,24 @@ def test_every_backend_is_listed_with_a_reason() -> None:
     assert all(reason for _, _, reason in rows)
 
 
+def test_triton_goes_first_only_where_it_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a GPU: what the choice asks of both."""
+    limits = importlib.import_module("anymamba.ops.mamba_ssm_limits")
+    arguments = ScanArguments(*list(scan_inputs(1, 2, 2, 2).values())[:5])
+    assert "not measured on hardware" in limits.description()
+    assert not limits.prefers_other("selective_scan", arguments)
+    monkeypatch.setattr(limits, "SLOWER_THAN_TRITON", {"selective_scan": "a result"})
+    monkeypatch.setattr(limits, "find_spec", lambda _: True)
+    assert "except for selective_scan" in limits.description()
+    assert limits.prefers_other("selective_scan", arguments)
+    assert not limits.prefers_other("causal_conv1d", arguments)
+    # Nor where Triton's kernels could not serve the call.
+    doubled = arguments._replace(x_ble=arguments.x_ble.double())
+    assert not limits.prefers_other("selective_scan", doubled)
+
+
 def test_the_fallback_is_taken_where_no_kernel_is(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     real = importlib.import_module("anymamba.ops.scan.mambapy").selective_scan

@@ -33,7 +33,8 @@ class Backend:
     to `module:function`; the module is imported at first use. `unsupported_reason`, where given,
     names a function of the operator's name and the call's arguments that returns why the backend
     cannot serve it, or None. `prefers_other` names one that says whether another serves it better,
-    which the automatic choice asks and a demand does not.
+    which the automatic choice asks and a demand does not. `description` names one that says how the
+    backend would run here.
     """
 
     devices: tuple[str, ...]
@@ -42,6 +43,7 @@ class Backend:
     operators: dict[str, str]
     unsupported_reason: str | None = None
     prefers_other: str | None = None
+    description: str | None = None
 
     def missing(self) -> str | None:
         """The reason why this machine cannot run the backend, or None."""
@@ -72,6 +74,7 @@ BACKENDS = {
         },
         unsupported_reason="anymamba.ops.native:unsupported_reason",
         prefers_other="anymamba.ops.native:prefers_other",
+        description="anymamba.ops.native:description",
     ),
     "mamba_ssm": Backend(
         devices=("cuda",),
@@ -85,6 +88,7 @@ BACKENDS = {
         },
         unsupported_reason="anymamba.ops.mamba_ssm_limits:unsupported_reason",
         prefers_other="anymamba.ops.mamba_ssm_limits:prefers_other",
+        description="anymamba.ops.mamba_ssm_limits:description",
     ),
     "triton": Backend(
         devices=triton_devices(),
@@ -96,6 +100,7 @@ BACKENDS = {
         },
         unsupported_reason="anymamba.ops.triton:unsupported_reason",
         prefers_other="anymamba.ops.triton:prefers_other",
+        description="anymamba.ops.triton:description",
     ),
     "mambapy": Backend(
         devices=(),
@@ -187,8 +192,8 @@ def available_backends() -> list[tuple[str, bool, str]]:
         entry = BACKENDS[name]
         reason = entry.missing()
         offers = "all operators" if name == "reference" else ", ".join(entry.operators)
-        if name == "cpu" and reason is None:
-            offers += f"; {_load('anymamba.ops.native:description')()}"
+        if entry.description is not None and reason is None:
+            offers += f"; {_load(entry.description)()}"
         rows.append((name, reason is None, reason or f"offers {offers}"))
     return rows
 

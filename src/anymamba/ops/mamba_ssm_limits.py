@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
+from anymamba.ops import triton
 from anymamba.ops.conv.arguments import ConvArguments
 from anymamba.ops.scan.arguments import ScanArguments
 from anymamba.renamed import old_names
@@ -38,8 +40,17 @@ def unsupported_reason(operator: str, arguments: Any) -> str | None:
 
 
 def prefers_other(operator: str, arguments: Any) -> bool:
-    """Whether another backend was measured to be faster at an operator."""
-    return operator in SLOWER_THAN_TRITON
+    """Whether our Triton kernels can run a call, and were measured to be faster at it."""
+    if operator not in SLOWER_THAN_TRITON or find_spec("triton") is None:
+        return False
+    return triton.unsupported_reason(operator, arguments) is None
+
+
+def description() -> str:
+    """Where these packages go before our Triton kernels."""
+    if not SLOWER_THAN_TRITON:
+        return "goes before triton: which of them is faster was not measured on hardware"
+    return f"goes before triton, except for {', '.join(SLOWER_THAN_TRITON)} (measured)"
 
 
 def _unsupported_scan(arguments: ScanArguments) -> str | None:

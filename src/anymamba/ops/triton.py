@@ -64,6 +64,13 @@ def prefers_other(operator: str, arguments: Sequence[Any]) -> bool:
     return arguments[0].device.type not in _GPUS
 
 
+def description() -> str:
+    """How the kernels would run here."""
+    if is_interpreted():
+        return "interpreted (TRITON_INTERPRET), which is slow, for tests that ask for it by name"
+    return "compiled for the GPU at first use; not run on hardware yet"
+
+
 def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Make a tensor's device the one that kernels are launched on, among several GPUs."""
     if tensor.device.type == "cpu":
