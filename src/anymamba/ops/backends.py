@@ -90,7 +90,11 @@ BACKENDS = {
         devices=triton_devices(),
         packages=("triton",),
         install="pip install triton (PyTorch's builds for GPUs bring it)",
-        operators={},
+        operators={
+            "causal_conv1d": "anymamba.ops.conv.triton:causal_conv1d",
+            "causal_conv1d_update": "anymamba.ops.conv.triton:causal_conv1d_update",
+            "rms_norm": "anymamba.ops.norm.triton:rms_norm",
+        },
         unsupported_reason="anymamba.ops.triton:unsupported_reason",
         prefers_other="anymamba.ops.triton:prefers_other",
     ),

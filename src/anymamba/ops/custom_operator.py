@@ -48,13 +48,16 @@ def define_operator(
     return _define(name, schema, signature, allocate, fill, device_types)
 
 
-def define_update(name: str, step: Callable[..., Tensor], state: int, x: int) -> Any:
-    """Define an operator for the CPU that changes a state in place and returns a tensor like x.
+def define_update(
+    name: str, step: Callable[..., Tensor], state: int, x: int, device_types: str | None = "cpu"
+) -> Any:
+    """Define an operator that changes a state in place and returns a tensor like x.
 
     Args:
         name: its name in `torch.ops.anymamba`.
         step: computes it; its annotations are the operator's schema.
         state, x: the places of the two among its arguments.
+        device_types: the devices that it runs on, None for all.
 
     Returns:
         A function of the same arguments, which calls past PyTorch's dispatcher where nothing
@@ -70,7 +73,7 @@ def define_update(name: str, step: Callable[..., Tensor], state: int, x: int) ->
         return torch.empty_like(arguments[x])
 
     schema = get_type_hints(step)
-    operator = _register(name, schema, now, fake, "cpu", mutates=(list(schema)[state],))
+    operator = _register(name, schema, now, fake, device_types, (list(schema)[state],))
 
     def run(*arguments: Any) -> Any:
         return now(*arguments) if runs_now(arguments[x]) else operator(*arguments)

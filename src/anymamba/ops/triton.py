@@ -17,6 +17,10 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The types of numbers that the kernels read."""
 MOST_STATES = 256
 """The largest state size of the selective scan."""
+MOST_CHANNELS_OF_A_ROW = 1 << 16
+"""The longest rows of a norm, which a program holds whole."""
+MOST_TAPS = 64
+"""The widest kernel of the convolution, whose taps are written out one by one."""
 _GPUS = ("cuda", "xpu")
 
 
@@ -50,7 +54,7 @@ def unsupported_reason(operator: str, arguments: Sequence[Any]) -> str | None:
             return f"the tensors are on {device} and {value.device}"
         if value.is_complex() or (value.is_floating_point() and value.dtype not in TYPES):
             return f"its kernels do not offer {value.dtype}"
-    if arguments[0].numel() == 0:
+    if arguments[0].numel() == 0 and operator not in _TAKE_EMPTY:
         return "its kernels refuse empty tensors"
     limits = _LIMITS.get(operator)
     return None if limits is None else limits(arguments)
@@ -80,6 +84,26 @@ def tile_side(size: int, at_most: int) -> int:
     return min(1 << max(size - 1, 0).bit_length(), at_most)
 
 
+def warps_for(tile: int) -> int:
+    """How many warps share a tile of so many numbers: 16 for a thread, where there are enough.
+
+    Example:
+        >>> warps_for(64), warps_for(2048), warps_for(65536)
+        (1, 4, 16)
+    """
+    return min(max(tile // 512, 1), 16)
+
+
+def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
+    """A tensor's strides as a kernel takes them; zeros for a tensor that is not there.
+
+    Example:
+        >>> strides(torch.zeros(2, 3), 2), strides(None, 2)
+        ((3, 1), (0, 0))
+    """
+    return (0,) * axes if tensor is None else tensor.stride()
+
+
 def _scan_limits(arguments: Sequence[Any]) -> str | None:
     states: int = arguments[2].shape[1]
     if not 1 <= states <= MOST_STATES:
@@ -87,4 +111,24 @@ def _scan_limits(arguments: Sequence[Any]) -> str | None:
     return None
 
 
-_LIMITS = {"selective_scan": _scan_limits, "selective_state_update": _scan_limits}
+def _conv_limits(arguments: Sequence[Any]) -> str | None:
+    taps: int = arguments[1].shape[1]
+    if taps > MOST_TAPS:
+        return f"its convolution takes kernels of up to {MOST_TAPS} taps, not {taps}"
+    return None
+
+
+def _norm_limits(arguments: Sequence[Any]) -> str | None:
+    channels: int = arguments[0].shape[-1]
+    if channels > MOST_CHANNELS_OF_A_ROW:
+        return f"its norm takes rows of up to {MOST_CHANNELS_OF_A_ROW} channels, not {channels}"
+    return None
+
+
+_TAKE_EMPTY = ("causal_conv1d", "causal_conv1d_update", "rms_norm")
+_LIMITS = {
+    "causal_conv1d": _conv_limits,
+    "rms_norm": _norm_limits,
+    "selective_scan": _scan_limits,
+    "selective_state_update": _scan_limits,
+}
