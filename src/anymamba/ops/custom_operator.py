@@ -57,7 +57,6 @@ def define_update(
         name: its name in `torch.ops.anymamba`.
         step: computes it; its annotations are the operator's schema.
         state, x: the places of the two among its arguments.
-        device_types: the devices that it runs on, None for all.
 
     Returns:
         A function of the same arguments, which calls past PyTorch's dispatcher where nothing
@@ -73,7 +72,7 @@ def define_update(
         return torch.empty_like(arguments[x])
 
     schema = get_type_hints(step)
-    operator = _register(name, schema, now, fake, device_types, (list(schema)[state],))
+    operator = _register(name, schema, now, fake, device_types, mutates=(list(schema)[state],))
 
     def run(*arguments: Any) -> Any:
         return now(*arguments) if runs_now(arguments[x]) else operator(*arguments)

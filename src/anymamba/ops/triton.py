@@ -17,9 +17,9 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The types of numbers that the kernels read."""
 MOST_STATES = 256
 """The largest state size of the selective scan."""
-MOST_CHANNELS_OF_A_ROW = 1 << 16
+MOST_CHANNELS_OF_A_ROW = 1 << 14
 """The longest rows of a norm, which a program holds whole."""
-MOST_TAPS = 64
+MOST_TAPS = 16
 """The widest kernel of the convolution, whose taps are written out one by one."""
 _GPUS = ("cuda", "xpu")
 
@@ -84,6 +84,11 @@ def tile_side(size: int, at_most: int) -> int:
     return min(1 << max(size - 1, 0).bit_length(), at_most)
 
 
+def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
+    """The strides of a tensor that may be absent."""
+    return (0,) * axes if tensor is None else tensor.stride()
+
+
 def warps_for(tile: int) -> int:
     """How many warps share a tile of so many numbers: 16 for a thread, where there are enough.
 
@@ -92,16 +97,6 @@ def warps_for(tile: int) -> int:
         (1, 4, 16)
     """
     return min(max(tile // 512, 1), 16)
-
-
-def strides(tensor: Tensor | None, axes: int) -> tuple[int, ...]:
-    """A tensor's strides as a kernel takes them; zeros for a tensor that is not there.
-
-    Example:
-        >>> strides(torch.zeros(2, 3), 2), strides(None, 2)
-        ((3, 1), (0, 0))
-    """
-    return (0,) * axes if tensor is None else tensor.stride()
 
 
 def _scan_limits(arguments: Sequence[Any]) -> str | None:

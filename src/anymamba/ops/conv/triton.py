@@ -10,17 +10,12 @@ from torch import Tensor
 
 from anymamba.ops.conv import reference
 from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
-from anymamba.ops.conv.triton_kernels import (
-    convolve,
-    convolve_backward,
-    convolve_step,
-    final_windows,
-    windows_backward,
-)
+from anymamba.ops.conv.triton_kernels import convolve, convolve_backward, convolve_step
+from anymamba.ops.conv.triton_window_kernels import final_windows, windows_backward
 from anymamba.ops.custom_operator import Recurrence, define_update
 from anymamba.ops.native import segment_table
 from anymamba.ops.segments import count_states
-from anymamba.ops.triton import on_device_of, strides, tile_side
+from anymamba.ops.triton import MOST_TAPS, on_device_of, strides, tile_side
 
 _STEPS, _CHANNELS = 32, 64  # of a tile
 # A backward tile leaves a sum a tap and channel, so it is longer and not as wide.
@@ -94,7 +89,7 @@ def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor]:
 
 
 def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, initial, segments, *_ = inputs
+    x, _, _, initial, segments, *_ = inputs
     y, final = outputs
     with on_device_of(x):
         _convolve(inputs, inputs.owner(), y)
@@ -145,6 +140,7 @@ def _convolve(inputs: _Inputs, owner: Tensor | None, y: Tensor) -> None:
         SILU=silu,
         REVERSE=reverse,
         K=inputs.k,
+        TAPS=tile_side(inputs.k, MOST_TAPS),
         BLOCK_T=block_t,
         BLOCK_E=block_e,
         num_warps=4,
@@ -203,6 +199,7 @@ def _backward_of_weights(
             SILU=silu,
             REVERSE=reverse,
             K=k,
+            TAPS=tile_side(k, MOST_TAPS),
             BLOCK_T=block_t,
             BLOCK_E=block_e,
             num_warps=8,
@@ -243,8 +240,7 @@ def _backward_of_windows(
 
 
 def _reference(inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    *of_operator, _ = inputs
-    return reference.causal_conv1d_of_operator(*of_operator)
+    return reference.causal_conv1d_of_operator(*inputs[:-1])
 
 
 _conv = Recurrence(

@@ -62,12 +62,68 @@ def _inputs_before(
         column = columns - (start - place)
     mask = (is_step & is_in_x)[:, None] & is_channel[None, :]
     values = tl.load(x[None, :] + (place * x_step)[:, None], mask=mask, other=0.0).to(tl.float32)
-    if window is not None:
-        if lag > 0:
-            places = (state * window_state + column * window_column)[:, None]
-            mask = (is_step & ~is_in_x & (state >= 0))[:, None] & is_channel[None, :]
-            values += tl.load(window[None, :] + places, mask=mask, other=0.0).to(tl.float32)
+    if window is not None and lag > 0:
+        places = (state * window_state + column * window_column)[:, None]
+        mask = (is_step & ~is_in_x & (state >= 0))[:, None] & is_channel[None, :]
+        values += tl.load(window[None, :] + places, mask=mask, other=0.0).to(tl.float32)
     return values
+
+
+@triton.jit
+def _convolved(
+    x,
+    window,
+    weight,
+    bias,
+    step,
+    start,
+    stop,
+    state,
+    channel,
+    is_step,
+    is_channel,
+    columns,
+    x_step,
+    window_state,
+    window_column,
+    weight_channel,
+    weight_tap,
+    bias_channel,
+    REVERSE: tl.constexpr,
+    K: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """The sum over all taps and the bias, before SiLU, for a tile."""
+    # All taps of a channel lie next to each other, so they are read at once and taken one by one.
+    tap = tl.arange(0, TAPS)
+    places = (channel * weight_channel)[:, None] + (tap * weight_tap)[None, :]
+    mask = is_channel[:, None] & (tap < K)[None, :]
+    weights = tl.load(weight + places, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
+    for lag in tl.static_range(K):
+        values = _inputs_before(
+            x,
+            window,
+            step,
+            start,
+            stop,
+            state,
+            is_step,
+            is_channel,
+            columns,
+            x_step,
+            window_state,
+            window_column,
+            lag,
+            REVERSE,
+        )
+        total += tl.sum(tl.where((tap == K - 1 - lag)[None, :], weights, 0.0), 1)[None, :] * values
+    if bias is not None:
+        places = bias + channel * bias_channel
+        total += tl.load(places, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    return total
 
 
 @triton.jit
@@ -99,6 +155,7 @@ def convolve(
     SILU: tl.constexpr,
     REVERSE: tl.constexpr,
     K: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -110,29 +167,31 @@ def convolve(
     window = initial
     if initial is not None:
         window = initial + channel * initial_channel
-    total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    for lag in tl.static_range(K):
-        values = _inputs_before(
-            x + row * x_row + channel * x_channel,
-            window,
-            step,
-            start,
-            stop,
-            state,
-            is_step,
-            is_channel,
-            columns,
-            x_step,
-            initial_state,
-            initial_column,
-            lag,
-            REVERSE,
-        )
-        places = weight + channel * weight_channel + (K - 1 - lag) * weight_tap
-        total += tl.load(places, mask=is_channel, other=0.0).to(tl.float32)[None, :] * values
-    if bias is not None:
-        places = bias + channel * bias_channel
-        total += tl.load(places, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+    total = _convolved(
+        x + row * x_row + channel * x_channel,
+        window,
+        weight,
+        bias,
+        step,
+        start,
+        stop,
+        state,
+        channel,
+        is_step,
+        is_channel,
+        columns,
+        x_step,
+        initial_state,
+        initial_column,
+        weight_channel,
+        weight_tap,
+        bias_channel,
+        REVERSE,
+        K,
+        TAPS,
+        BLOCK_T,
+        BLOCK_E,
+    )
     if SILU:
         total = silu(total)
     places = y + row * y_row + (step * y_step)[:, None] + (channel * y_channel)[None, :]
@@ -170,6 +229,7 @@ def convolve_backward(
     SILU: tl.constexpr,
     REVERSE: tl.constexpr,
     K: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
@@ -190,29 +250,31 @@ def convolve_backward(
     places = dy + row * dy_row + (step * dy_step)[:, None] + (channel * dy_channel)[None, :]
     gradient = tl.load(places, mask=inside, other=0.0).to(tl.float32)
     if SILU:
-        total = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-        for lag in tl.static_range(K):
-            values = _inputs_before(
-                x + row * x_row + channel * x_channel,
-                window,
-                step,
-                start,
-                stop,
-                state,
-                is_step,
-                is_channel,
-                columns,
-                x_step,
-                initial_state,
-                initial_column,
-                lag,
-                REVERSE,
-            )
-            places = weight + channel * weight_channel + (K - 1 - lag) * weight_tap
-            total += tl.load(places, mask=is_channel, other=0.0).to(tl.float32)[None, :] * values
-        if bias is not None:
-            places = bias + channel * bias_channel
-            total += tl.load(places, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        total = _convolved(
+            x + row * x_row + channel * x_channel,
+            window,
+            weight,
+            bias,
+            step,
+            start,
+            stop,
+            state,
+            channel,
+            is_step,
+            is_channel,
+            columns,
+            x_step,
+            initial_state,
+            initial_column,
+            weight_channel,
+            weight_tap,
+            bias_channel,
+            REVERSE,
+            K,
+            TAPS,
+            BLOCK_T,
+            BLOCK_E,
+        )
         gradient *= silu_derivative(total)
         places = dtotal + ((row * length + step) * channels)[:, None] + channel[None, :]
         tl.store(places, gradient, mask=inside)
@@ -236,131 +298,6 @@ def convolve_backward(
         )
         tl.store(share + (K - 1 - lag) * channels, tl.sum(gradient * values, 0), mask=is_channel)
     tl.store(share + K * channels, tl.sum(gradient, 0), mask=is_channel)
-
-
-@triton.jit
-def _segment(number, segments, n_segments, length):
-    """Row, start, stop, first and last state of a segment."""
-    if segments is None:
-        row = number
-        start = number * 0
-        stop = start + length
-        state_in = number
-        state_out = number
-    else:
-        row = tl.load(segments + number)
-        start = tl.load(segments + n_segments + number)
-        stop = tl.load(segments + 2 * n_segments + number)
-        state_in = tl.load(segments + 3 * n_segments + number)
-        state_out = tl.load(segments + 4 * n_segments + number)
-    return row, start, stop, state_in, state_out
-
-
-@triton.jit
-def final_windows(
-    x,
-    initial,
-    segments,
-    final,
-    length,
-    channels,
-    columns,
-    n_segments,
-    x_row,
-    x_step,
-    x_channel,
-    initial_state,
-    initial_channel,
-    initial_column,
-    REVERSE: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """The last inputs of each segment, older ones from its first window; a program a segment."""
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    # For each channel, because a mask of one number for all is beyond Triton's interpreter.
-    number = tl.zeros_like(channel) + tl.program_id(0)
-    row, start, stop, state_in, state_out = _segment(number, segments, n_segments, length)
-    is_kept = (channel < channels) & (state_out >= 0)
-    for column in range(columns):
-        # How many steps of the segment come before the one that this column is of.
-        index = stop - start - columns + column
-        place = start + index
-        if REVERSE:
-            place = stop - 1 - index
-        mask = is_kept & (index >= 0)
-        value = tl.load(x + row * x_row + place * x_step + channel * x_channel, mask=mask, other=0)
-        if initial is not None:
-            places = state_in * initial_state + (columns + index) * initial_column
-            mask = is_kept & (index < 0) & (state_in >= 0)
-            value += tl.load(initial + places + channel * initial_channel, mask=mask, other=0)
-        tl.store(final + (state_out * channels + channel) * columns + column, value, mask=is_kept)
-
-
-@triton.jit
-def windows_backward(
-    weight,
-    segments,
-    dtotal,
-    dfinal,
-    dinitial,
-    dx,
-    length,
-    channels,
-    columns,
-    n_segments,
-    weight_channel,
-    weight_tap,
-    dtotal_row,
-    dtotal_step,
-    dtotal_channel,
-    dfinal_state,
-    dfinal_channel,
-    dfinal_column,
-    REVERSE: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
-    """The first windows' gradients, and what the last windows' add to the inputs' in `dx`."""
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_E + tl.arange(0, BLOCK_E)
-    # For each channel, because a mask of one number for all is beyond Triton's interpreter.
-    number = tl.zeros_like(channel) + tl.program_id(0)
-    row, start, stop, state_in, state_out = _segment(number, segments, n_segments, length)
-    is_channel = channel < channels
-    steps = stop - start
-    if dinitial is not None:
-        for column in range(columns):
-            total = tl.zeros([BLOCK_E], tl.float32)
-            for lag in tl.static_range(1, K):
-                # The step that meets this column `lag` steps before it.
-                index = tl.zeros_like(channel) + column - columns + lag
-                place = start + index
-                if REVERSE:
-                    place = stop - 1 - index
-                mask = is_channel & (index >= 0) & (index < steps)
-                places = row * dtotal_row + place * dtotal_step + channel * dtotal_channel
-                gradient = tl.load(dtotal + places, mask=mask, other=0.0).to(tl.float32)
-                places = weight + channel * weight_channel + (K - 1 - lag) * weight_tap
-                total += tl.load(places, mask=mask, other=0.0).to(tl.float32) * gradient
-            if dfinal is not None:
-                # A window longer than the segment is in part what it was.
-                places = state_out * dfinal_state + (column - steps) * dfinal_column
-                mask = is_channel & (column >= steps) & (state_out >= 0)
-                places += channel * dfinal_channel
-                total += tl.load(dfinal + places, mask=mask, other=0.0).to(tl.float32)
-            places = dinitial + (state_in * channels + channel) * columns + column
-            tl.store(places, total, mask=is_channel & (state_in >= 0))
-    if dfinal is not None:
-        for column in range(columns):
-            index = steps - columns + column
-            place = start + index
-            if REVERSE:
-                place = stop - 1 - index
-            mask = is_channel & (index >= 0) & (state_out >= 0)
-            places = state_out * dfinal_state + column * dfinal_column + channel * dfinal_channel
-            gradient = tl.load(dfinal + places, mask=mask, other=0.0).to(tl.float32)
-            places = dx + (row * length + place) * channels + channel
-            total = tl.load(places, mask=mask, other=0.0).to(tl.float32) + gradient
-            tl.store(places, total, mask=mask)
 
 
 @triton.jit

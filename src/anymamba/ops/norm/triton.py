@@ -33,10 +33,10 @@ def rms_norm(
 
 
 def _in_three(x: Tensor) -> Tensor:
-    """(..., d) as (outer, inner, d), which is a view wherever the leading axes are one in memory."""
+    """(..., d) as (outer, inner, d), which a view wherever the first axes are one in memory."""
     leading = x.shape[:-1]
     inner = leading[-1] if leading else 1
-    # Not a size of -1, which could not be told for an empty tensor.
+    # No size is -1, which an empty tensor would leave open.
     return x.reshape(math.prod(leading[:-1]), inner, x.shape[-1])
 
 
@@ -48,7 +48,7 @@ class _Tiles(NamedTuple):
     block_d: int
 
     @property
-    def count(self) -> int:
+    def n_tiles(self) -> int:
         return -(-self.rows // self.block_rows)
 
     @property
@@ -70,7 +70,7 @@ def _fill(inputs: NormInputs, outputs: Outputs) -> None:
     if x.numel() == 0:
         return
     with on_device_of(x):
-        norm_forward[(tiles.count,)](
+        norm_forward[(tiles.n_tiles,)](
             x,
             residual,
             gate,
@@ -99,8 +99,8 @@ def _fill_gradients(inputs: GradientInputs, gradients: Outputs) -> None:
         return
     tiles = _tiles(total)
     # Some tiles a program, so that the partial sums are few beside the rows.
-    repeats = max(4, -(-tiles.count // _MOST_PROGRAMS))
-    programs = -(-tiles.count // repeats)
+    repeats = max(4, -(-tiles.n_tiles // _MOST_PROGRAMS))
+    programs = -(-tiles.n_tiles // repeats)
     partial = torch.empty(programs, weight.shape[0], dtype=torch.float32, device=total.device)
     with on_device_of(total):
         norm_backward[(programs,)](
