@@ -10,7 +10,6 @@ from anymamba import ops
 from tests.support.instruction_sets import ISAS
 from tests.support.operators import natively
 
-
 TRITON = pytest.param(
     "triton",
     marks=pytest.mark.skipif(

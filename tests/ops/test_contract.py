@@ -1,4 +1,4 @@
-"""What every native operator does, on each instruction set and in Triton: one contract, held by all of them.
+"""What every kernel does, on each instruction set and in Triton: one contract, held by all of them.
 
 Any strides, of inputs and of gradients; gradients of some inputs and through some outputs alone;
 and bits that do not depend on the number of threads. PyTorch's own rules for custom operators are

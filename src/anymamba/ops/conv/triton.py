@@ -151,6 +151,8 @@ def _backward(
     inputs: _Inputs, _: Sequence[Tensor], dy: Tensor, dfinal: Tensor | None, gradients: Any
 ) -> None:
     dx, dweight, dbias, dinitial = gradients
+    # What was not returned has a gradient of no elements, or none.
+    dfinal = dfinal if inputs.wants_window else None
     owner = inputs.owner()
     with on_device_of(inputs.x):
         dtotal = _backward_of_weights(inputs, owner, dy, dweight, dbias)
@@ -240,7 +242,8 @@ def _backward_of_windows(
 
 
 def _reference(inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    return reference.causal_conv1d_of_operator(*inputs[:-1])
+    y, final = reference.causal_conv1d_of_operator(*inputs[:-1])
+    return y, final if inputs.wants_window else final[:0]
 
 
 _conv = Recurrence(
