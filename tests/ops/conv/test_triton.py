@@ -1,15 +1,18 @@
 """The Triton convolution against the reference in float64, beside the contract of all kernels."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from anymamba import ops
 from anymamba.errors import BackendError
+from anymamba.ops import backends
 from tests.ops.conv.test_conv import (
     CUTS,
     LENGTHS,
@@ -214,3 +217,31 @@ def test_operators_keep_the_rules_of_custom_operators() -> None:
         torch.ops.anymamba.causal_conv1d_update_triton.default,
         (x[:, 0], window, weight, bias, True),
     )
+
+
+def test_compiled_in_one_graph_before_anything_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = backends.BACKENDS["triton"].operators["causal_conv1d"]
+    monkeypatch.delitem(backends._loaded, place, raising=False)
+    monkeypatch.setattr(backends, "_late", SimpleNamespace())
+    torch._dynamo.reset()
+
+    def call(inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        return CONVOLUTION.call(inputs)
+
+    inputs = conv_inputs(2, 9, 5, 4)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(inputs), call(inputs), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_flops_are_counted_as_those_of_the_native_operators() -> None:
+    CONVOLUTION.call(conv_inputs(1, 1, 1, 1))  # defines the operators, which a counter must know
+    counts = []
+    for backend in ("triton", "cpu"):
+        inputs = leaves(conv_inputs(2, 9, 5, 4))
+        with FlopCounterMode(display=False) as counter, ops.backend(backend):
+            y = ops.causal_conv1d(**inputs)
+            assert isinstance(y, Tensor)
+            y.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 3 * 2 * 2 * 9 * 5 * 4

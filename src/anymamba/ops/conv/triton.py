@@ -13,6 +13,7 @@ from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
 from anymamba.ops.conv.triton_kernels import convolve, convolve_backward, convolve_step
 from anymamba.ops.conv.triton_window_kernels import final_windows, windows_backward
 from anymamba.ops.custom_operator import Recurrence, define_update
+from anymamba.ops.flops import register_flops
 from anymamba.ops.native import segment_table
 from anymamba.ops.segments import count_states
 from anymamba.ops.triton import MOST_TAPS, on_device_of, strides, tile_side
@@ -287,3 +288,4 @@ def _step(x: Tensor, window: Tensor, weight: Tensor, bias: Tensor | None, silu: 
 
 
 _conv_step = define_update("causal_conv1d_update_triton", _step, state=1, x=0, device_types=None)
+register_flops("_triton")
