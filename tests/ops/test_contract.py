@@ -1,4 +1,4 @@
-"""What every native operator does, on each instruction set: one contract, held by all of them.
+"""What every kernel does, on each instruction set and in Triton: one contract, held by all of them.
 
 Any strides, of inputs and of gradients; gradients of some inputs and through some outputs alone;
 and bits that do not depend on the number of threads. PyTorch's own rules for custom operators are
@@ -35,7 +35,8 @@ from tests.support.operators import (
 )
 from tests.support.tolerance import assert_each
 
-pytestmark = pytest.mark.usefixtures("each_isa")
+every_kernel = pytest.mark.usefixtures("each_kernel")
+native = pytest.mark.usefixtures("each_isa")
 Inputs = dict[str, Any]
 
 
@@ -126,6 +127,7 @@ def laid_out(inputs: Inputs, names: tuple[str, ...], layout: str, step: int = 0)
 
 
 # With a step of 1 no two neighbours lie alike.
+@every_kernel
 @pytest.mark.parametrize("step", [0, 1])
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -140,6 +142,7 @@ def test_any_strides(layout: str, dtype: torch.dtype, step: int, case: Case) -> 
         assert all(torch.equal(inputs[name], kept[name]) for name in kept)
 
 
+@every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_of_any_strides(layout: str, dtype: torch.dtype, case: Case) -> None:
@@ -155,6 +158,7 @@ def test_gradients_of_any_strides(layout: str, dtype: torch.dtype, case: Case) -
         )
 
 
+@every_kernel
 def test_gradients_that_are_one_number_for_all(case: Case) -> None:
     """What `y.sum().backward()` sends back has no strides at all."""
     inputs = case.inputs(torch.float32)[0]
@@ -162,6 +166,7 @@ def test_gradients_that_are_one_number_for_all(case: Case) -> None:
     case.operator.assert_gradients(inputs, cotangent=ones)
 
 
+@every_kernel
 def test_gradients_where_only_one_output_counts(case: Case) -> None:
     inputs = case.inputs(torch.float32)[0]
     for options in case.options:
@@ -169,6 +174,7 @@ def test_gradients_where_only_one_output_counts(case: Case) -> None:
             case.operator.assert_gradients(inputs, outputs=[index], **options)
 
 
+@every_kernel
 def test_gradients_of_some_inputs_alone(case: Case) -> None:
     inputs = case.inputs(torch.float32)[0]
     names = [name for name, value in inputs.items() if isinstance(value, Tensor)]
@@ -192,6 +198,7 @@ PACKED = {
 }
 
 
+@native
 @pytest.mark.parametrize("name", PACKED)
 @settings(max_examples=40)
 @given(
@@ -209,6 +216,7 @@ def test_packed_sequences(
     operator.check(inputs, cu_seqlens=cu_seqlens, reverse=reverse)
 
 
+@native
 @pytest.mark.parametrize("name", PACKED)
 @settings(max_examples=30)
 @given(
@@ -228,6 +236,7 @@ def test_seq_idx(name: str, marks: list[int], width: int, reverse: bool, starts:
     operator.check(inputs, seq_idx=seq_idx, reverse=reverse)
 
 
+@native
 def test_the_number_of_threads_changes_no_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     def bits_with(threads: int, inputs: Inputs) -> list[Tensor]:
         monkeypatch.setenv("ANYMAMBA_NUM_THREADS", str(threads))

@@ -165,7 +165,16 @@ def test_backward_operators_keep_the_rules() -> None:
     for gate, dtotal in ((None, random(5, 7)), (random(5, 7), None)):
         torch.library.opcheck(
             OPERATORS.rms_norm_backward.default,
-            (random(5, 7), random(7), gate, torch.rand(5), random(5, 7), dtotal, 1e-5),
+            (
+                random(5, 7),
+                random(7),
+                gate,
+                torch.rand(5),
+                random(5, 7),
+                dtotal,
+                1e-5,
+                torch.float32,
+            ),
         )
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(

@@ -41,8 +41,12 @@ def gated_norm(
     d = check_gated_norm(x, weight, bias, z, group_size)
     wide = torch.promote_types(x.dtype, torch.float32)
     size = d if group_size is None else group_size
-    if z is not None and size == d and is_rms_norm and not norm_before_gate:
-        out = cast(Tensor, ops.rms_norm(x, weight.to(wide), eps, gate=z))
+    if z is not None and is_rms_norm and not norm_before_gate:
+        # One operator for all: a gain of ones in groups, which differ in theirs.
+        gain = weight.to(wide) if size == d else x.new_ones(size, dtype=wide)
+        normed = ops.rms_norm(in_groups(x, size), gain, eps, gate=in_groups(z, size))
+        out = cast(Tensor, normed).reshape(x.shape)
+        out = out if size == d else out * weight.to(wide)
         return (out if bias is None else out + bias.to(wide)).to(x.dtype)
     gate = None if z is None else F.silu(z.to(wide))
     rows = x.to(wide)

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,6 +98,9 @@ BACKENDS = {
         operators={
             "selective_scan": "anymamba.ops.scan.triton:selective_scan",
             "selective_state_update": "anymamba.ops.scan.triton:selective_state_update",
+            "causal_conv1d": "anymamba.ops.conv.triton:causal_conv1d",
+            "causal_conv1d_update": "anymamba.ops.conv.triton:causal_conv1d_update",
+            "rms_norm": "anymamba.ops.norm.triton:rms_norm",
         },
         unsupported_reason="anymamba.ops.triton:unsupported_reason",
         prefers_other="anymamba.ops.triton:prefers_other",
@@ -307,14 +311,26 @@ def _prefers_other(name: str, operator: str, arguments: Sequence[Any]) -> bool:
 
 
 def _load(place: str) -> Callable[..., Any]:
-    if place not in _loaded:
-        module, _, function = place.partition(":")
-        _loaded[place] = getattr(importlib.import_module(module), function)
-    return _loaded[place]
+    if place in _loaded:
+        return _loaded[place]
+    _import(place)
+    # Not from the dict, of which a compiler keeps what it saw first.
+    function: Callable[..., Any] = getattr(_late, place.replace(".", "_").replace(":", "_"))
+    return function
+
+
+# A compiler cannot follow imports; one that is due while it traces is carried out then.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _import(place: str) -> bool:
+    module, _, name = place.partition(":")
+    _loaded[place] = getattr(importlib.import_module(module), name)
+    setattr(_late, place.replace(".", "_").replace(":", "_"), _loaded[place])
+    return True
 
 
 _loaded: dict[str, Callable[..., Any]] = {}
-# Ours are loaded ahead for the same reason; others' packages may take long to import.
+_late = SimpleNamespace()
+# Ours are loaded ahead; Triton and others' packages take long to import.
 for _entry in (BACKENDS["cpu"], BACKENDS["reference"]):
     _places = (*_entry.operators.values(), _entry.unsupported_reason, _entry.prefers_other)
     for _place in filter(None, _places if _entry.missing() is None else ()):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 Shape = Sequence[int]
 _SCAN = 7
@@ -75,8 +75,12 @@ def _ssd_chunked_backward(x: Shape, dt: Shape, A: Shape, B: Shape, *rest: Any, *
     return 2 * b * l * (3 * q * n * g + 2 * q * p * h + 6 * n * p * h)
 
 
-def register_flops() -> None:
-    """Tell `torch.utils.flop_counter` of the operators that this installation has."""
+def register_flops(suffix: str = "") -> None:
+    """Tell `torch.utils.flop_counter` of the operators that are defined by now.
+
+    Args:
+        suffix: what a backend adds to the operators' names.
+    """
     formulas: dict[str, Callable[..., int]] = {
         "linear": _linear,
         "linear_backward": _linear_backward,
@@ -94,5 +98,7 @@ def register_flops() -> None:
         "ssd_chunked_backward": _ssd_chunked_backward,
     }
     for name, formula in formulas.items():
-        if hasattr(torch.ops.anymamba, name):
-            register_flop_formula(getattr(torch.ops.anymamba, name))(formula)
+        stem, backward, _ = name.partition("_backward")
+        operator = getattr(torch.ops.anymamba, f"{stem}{suffix}{backward}", None)
+        if operator is not None and operator not in flop_registry:
+            register_flop_formula(operator)(formula)

@@ -20,6 +20,10 @@ MOST_STATES = 256
 """The largest state size of the selective scan."""
 PROGRAMS_PER_PROCESSOR = 8
 """With fewer programs of one warp, a GPU's processors wait for memory."""
+MOST_CHANNELS_OF_A_ROW = 1 << 14
+"""The longest rows of a norm, which a program holds whole."""
+MOST_TAPS = 16
+"""The widest kernel of the convolution, whose taps are written out one by one."""
 _GPUS = ("cuda", "xpu")
 
 
@@ -53,7 +57,7 @@ def unsupported_reason(operator: str, arguments: Sequence[Any]) -> str | None:
             return f"the tensors are on {device} and {value.device}"
         if value.is_complex() or (value.is_floating_point() and value.dtype not in TYPES):
             return f"its kernels do not offer {value.dtype}"
-    if arguments[0].numel() == 0:
+    if arguments[0].numel() == 0 and operator not in _TAKE_EMPTY:
         return "its kernels refuse empty tensors"
     limits = _LIMITS.get(operator)
     return None if limits is None else limits(arguments)
@@ -131,6 +135,16 @@ def _processors(device: torch.device) -> int:
     return 1
 
 
+def warps_for(tile: int) -> int:
+    """How many warps share a tile of so many numbers: 16 for a thread, where there are enough.
+
+    Example:
+        >>> warps_for(64), warps_for(2048), warps_for(65536)
+        (1, 4, 16)
+    """
+    return min(max(tile // 512, 1), 16)
+
+
 def _scan_limits(arguments: Sequence[Any]) -> str | None:
     states: int = arguments[2].shape[1]
     if not 1 <= states <= MOST_STATES:
@@ -138,4 +152,24 @@ def _scan_limits(arguments: Sequence[Any]) -> str | None:
     return None
 
 
-_LIMITS = {"selective_scan": _scan_limits, "selective_state_update": _scan_limits}
+def _conv_limits(arguments: Sequence[Any]) -> str | None:
+    taps: int = arguments[1].shape[1]
+    if taps > MOST_TAPS:
+        return f"its convolution takes kernels of up to {MOST_TAPS} taps, not {taps}"
+    return None
+
+
+def _norm_limits(arguments: Sequence[Any]) -> str | None:
+    channels: int = arguments[0].shape[-1]
+    if channels > MOST_CHANNELS_OF_A_ROW:
+        return f"its norm takes rows of up to {MOST_CHANNELS_OF_A_ROW} channels, not {channels}"
+    return None
+
+
+_TAKE_EMPTY = ("causal_conv1d", "causal_conv1d_update", "rms_norm")
+_LIMITS = {
+    "causal_conv1d": _conv_limits,
+    "rms_norm": _norm_limits,
+    "selective_scan": _scan_limits,
+    "selective_state_update": _scan_limits,
+}

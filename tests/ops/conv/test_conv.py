@@ -74,9 +74,21 @@ def test_gradients_are_the_numerical_derivatives(reverse: bool) -> None:
     assert torch.autograd.gradcheck(function, tensors)
 
 
-@pytest.mark.usefixtures("each_backend")
-@given(cuts=st.lists(st.integers(0, 12), max_size=5), k=st.integers(1, 5), reverse=st.booleans())
+CUTS = {
+    "cuts": st.lists(st.integers(0, 12), max_size=5),
+    "k": st.integers(1, 5),
+    "reverse": st.booleans(),
+}
+LENGTHS = {"lengths": st.lists(st.integers(0, 7), min_size=1, max_size=6), "reverse": st.booleans()}
+
+
+@pytest.mark.usefixtures("each_fast_backend")
+@given(**CUTS)
 def test_any_cut_gives_the_whole(cuts: list[int], k: int, reverse: bool) -> None:
+    assert_any_cut_gives_the_whole(cuts, k, reverse)
+
+
+def assert_any_cut_gives_the_whole(cuts: list[int], k: int, reverse: bool) -> None:
     x, weight, bias = torch.randn(2, 12, 3), torch.randn(3, k), torch.randn(3)
     whole = ops.causal_conv1d(x, weight, bias, "silu", reverse=reverse)
     borders = [0, *sorted(cuts), 12]
@@ -95,9 +107,13 @@ def test_any_cut_gives_the_whole(cuts: list[int], k: int, reverse: bool) -> None
     assert_contract(torch.cat([outputs[piece] for piece in pieces], 1), whole)
 
 
-@pytest.mark.usefixtures("each_backend")
-@given(lengths=st.lists(st.integers(0, 7), min_size=1, max_size=6), reverse=st.booleans())
+@pytest.mark.usefixtures("each_fast_backend")
+@given(**LENGTHS)
 def test_packed_sequences_are_what_they_are_alone(lengths: list[int], reverse: bool) -> None:
+    assert_packed_sequences_are_what_they_are_alone(lengths, reverse)
+
+
+def assert_packed_sequences_are_what_they_are_alone(lengths: list[int], reverse: bool) -> None:
     x, weight, bias = torch.randn(1, sum(lengths), 3), torch.randn(3, 4), torch.randn(3)
     windows = torch.randn(len(lengths), 3, 4)
     offsets = torch.tensor([0, *lengths]).cumsum(0)

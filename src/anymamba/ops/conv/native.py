@@ -12,7 +12,7 @@ from anymamba.ops.conv import reference
 from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
 from anymamba.ops.custom_operator import Recurrence, define_update
 from anymamba.ops.native import core, handed, in_float32, segment_table
-from anymamba.ops.segments import count_states, segments_from_table
+from anymamba.ops.segments import count_states
 
 
 def causal_conv1d(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
@@ -75,12 +75,7 @@ def _backward(
 
 
 def _reference(inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    x, weight, bias, initial, table, n_states, silu, reverse = inputs
-    segments = segments_from_table(table, n_states)
-    activation = "silu" if silu else None
-    return reference.causal_conv1d(
-        ConvArguments(x, weight, bias, activation, initial, True, segments, reverse)
-    )
+    return reference.causal_conv1d_of_operator(*inputs)
 
 
 _conv = Recurrence(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anymamba.ops.conv.arguments import ConvArguments, ConvStepArguments
-from anymamba.ops.segments import count_states, walk_segments
+from anymamba.ops.segments import count_states, segments_from_table, walk_segments
 
 
 def causal_conv1d(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,24 @@ def causal_conv1d(arguments: ConvArguments) -> tuple[Tensor, Tensor]:
         return y.flip(1), window
 
     return walk_segments(walk, x_ble, windows.to(x_ble.dtype), segments)
+
+
+def causal_conv1d_of_operator(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial: Tensor | None,
+    table: Tensor | None,
+    n_states: int,
+    silu: bool,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """The same from the inputs of a custom operator, whose segments are a table."""
+    segments = segments_from_table(table, n_states)
+    activation = "silu" if silu else None
+    return causal_conv1d(
+        ConvArguments(x, weight, bias, activation, initial, True, segments, reverse)
+    )
 
 
 def _convolve(
