@@ -80,6 +80,8 @@ BACKENDS = {
         operators={
             "selective_scan": "anymamba.ops.scan.mamba_ssm:selective_scan",
             "selective_state_update": "anymamba.ops.scan.mamba_ssm:selective_state_update",
+            "ssd": "anymamba.ops.ssd.mamba_ssm:ssd",
+            "ssd_state_update": "anymamba.ops.ssd.mamba_ssm:ssd_state_update",
             "causal_conv1d": "anymamba.ops.conv.mamba_ssm:causal_conv1d",
             "causal_conv1d_update": "anymamba.ops.conv.mamba_ssm:causal_conv1d_update",
         },
@@ -93,6 +95,8 @@ BACKENDS = {
         operators={
             "selective_scan": "anymamba.ops.scan.triton:selective_scan",
             "selective_state_update": "anymamba.ops.scan.triton:selective_state_update",
+            "ssd": "anymamba.ops.ssd.triton:ssd",
+            "ssd_state_update": "anymamba.ops.ssd.triton:ssd_state_update",
         },
         unsupported_reason="anymamba.ops.triton:unsupported_reason",
         prefers_other="anymamba.ops.triton:prefers_other",

@@ -121,4 +121,13 @@ def _scan_limits(arguments: Sequence[Any]) -> str | None:
     return None
 
 
-_LIMITS = {"selective_scan": _scan_limits, "selective_state_update": _scan_limits}
+def _heads_limits(arguments: Sequence[Any]) -> str | None:
+    return None if arguments[3].shape[-1] else "its kernels need a state"
+
+
+_LIMITS = {
+    "selective_scan": _scan_limits,
+    "selective_state_update": _scan_limits,
+    "ssd": _heads_limits,
+    "ssd_state_update": _heads_limits,
+}
