@@ -153,6 +153,18 @@ def ssd_inputs(
     }
 
 
+IN_TIME_OF_HEADS = ("x_blhp", "dt_blh", "z_blhp", "B_blgn", "C_blgn")
+
+
+def first_step_of_heads(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `ssd_state_update` but the state, for the first position of a sequence."""
+    return {
+        name.replace("_bl", "_b"): value[:, 0] if name in IN_TIME_OF_HEADS else value
+        for name, value in inputs.items()
+        if name != "initial_state"
+    }
+
+
 def conv_inputs(
     b: int,
     l: int,

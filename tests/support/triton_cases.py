@@ -56,6 +56,37 @@ def _scan_step(b: int, e: int, n: int, dtype: torch.dtype) -> None:
     ops.selective_state_update(state, x, x, rates, maps, maps, vector, x, vector, True)
 
 
+def _ssd(b: int, l: int, h: int, p: int, n: int, dtype: torch.dtype, packed: bool = False) -> None:
+    f32 = torch.float32
+    x, z = (_leaf(b, l, h, p, dtype=dtype) for _ in range(2))
+    B, C = (_leaf(b, l, 1, n, dtype=dtype) for _ in range(2))
+    vectors = [_leaf(h, dtype=f32) for _ in range(3)]
+    states = 2 if packed else b
+    _back(
+        ops.ssd(
+            x,
+            _leaf(b, l, h, dtype=dtype),
+            vectors[0],
+            B,
+            C,
+            vectors[1],
+            z,
+            vectors[2],
+            True,
+            initial_state=_leaf(states, h, p, n, dtype=f32),
+            return_last_state=True,
+            cu_seqlens=torch.tensor([0, l // 2, l]) if packed else None,
+        )
+    )
+
+
+def _ssd_step(b: int, h: int, p: int, n: int, dtype: torch.dtype) -> None:
+    x, vector, maps = torch.zeros(b, h, p, dtype=dtype), torch.zeros(h), torch.zeros(b, 1, n)
+    maps, state = maps.to(dtype), torch.zeros(b, h, p, n)
+    dt = torch.zeros(b, h, dtype=dtype)
+    ops.ssd_state_update(state, x, dt, vector, maps, maps, vector, x, vector, True)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "selective_scan, bfloat16": partial(_scan, 1, 256, 1536, 16, torch.bfloat16),
     "selective_scan, other length": partial(_scan, 3, 517, 1536, 16, torch.bfloat16),
@@ -65,4 +96,11 @@ CASES: dict[str, Callable[[], None]] = {
     "selective_scan, many states": partial(_scan, 1, 64, 96, 256, torch.float16),
     "selective_state_update, bfloat16": partial(_scan_step, 1, 1536, 16, torch.bfloat16),
     "selective_state_update, float32": partial(_scan_step, 8, 1536, 16, torch.float32),
+    "ssd, bfloat16": partial(_ssd, 1, 256, 24, 64, 128, torch.bfloat16),
+    "ssd, other length": partial(_ssd, 3, 1000, 24, 64, 128, torch.bfloat16),
+    "ssd, float32": partial(_ssd, 1, 256, 24, 64, 128, torch.float32),
+    "ssd, packed": partial(_ssd, 1, 256, 24, 64, 128, torch.bfloat16, True),
+    "ssd, odd sizes": partial(_ssd, 1, 9, 3, 5, 7, torch.bfloat16),
+    "ssd_state_update, bfloat16": partial(_ssd_step, 1, 24, 64, 128, torch.bfloat16),
+    "ssd_state_update, float32": partial(_ssd_step, 8, 24, 64, 128, torch.float32),
 }

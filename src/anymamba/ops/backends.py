@@ -84,6 +84,8 @@ BACKENDS = {
         operators={
             "selective_scan": "anymamba.ops.scan.mamba_ssm:selective_scan",
             "selective_state_update": "anymamba.ops.scan.mamba_ssm:selective_state_update",
+            "ssd": "anymamba.ops.ssd.mamba_ssm:ssd",
+            "ssd_state_update": "anymamba.ops.ssd.mamba_ssm:ssd_state_update",
             "causal_conv1d": "anymamba.ops.conv.mamba_ssm:causal_conv1d",
             "causal_conv1d_update": "anymamba.ops.conv.mamba_ssm:causal_conv1d_update",
         },
@@ -101,6 +103,8 @@ BACKENDS = {
             "causal_conv1d": "anymamba.ops.conv.triton:causal_conv1d",
             "causal_conv1d_update": "anymamba.ops.conv.triton:causal_conv1d_update",
             "rms_norm": "anymamba.ops.norm.triton:rms_norm",
+            "ssd": "anymamba.ops.ssd.triton:ssd",
+            "ssd_state_update": "anymamba.ops.ssd.triton:ssd_state_update",
         },
         unsupported_reason="anymamba.ops.triton:unsupported_reason",
         prefers_other="anymamba.ops.triton:prefers_other",

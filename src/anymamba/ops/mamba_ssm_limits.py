@@ -10,6 +10,7 @@ import torch
 from anymamba.ops import triton
 from anymamba.ops.conv.arguments import ConvArguments
 from anymamba.ops.scan.arguments import ScanArguments
+from anymamba.ops.ssd.arguments import SsdArguments, SsdStepArguments, is_limited
 from anymamba.renamed import old_names
 
 __getattr__ = old_names(__name__)
@@ -34,6 +35,11 @@ def unsupported_reason(operator: str, arguments: Any) -> str | None:
         return "its kernels refuse empty tensors"
     if isinstance(arguments, ScanArguments):
         return _unsupported_scan(arguments)
+    if isinstance(arguments, SsdArguments):
+        return _unsupported_ssd(arguments)
+    if isinstance(arguments, SsdStepArguments):
+        limited = is_limited(arguments.dt_softplus, arguments.dt_limit)
+        return "its step knows no limits of step sizes" if limited else None
     if operator.startswith("causal_conv1d"):
         return _unsupported_convolution(arguments)
     return None
@@ -62,6 +68,17 @@ def _unsupported_scan(arguments: ScanArguments) -> str | None:
         return "its scan takes complex B and C in another form"
     if arguments.A_en.shape[1] > 256:
         return "its scan ends at a state size of 256"
+    return None
+
+
+def _unsupported_ssd(arguments: SsdArguments) -> str | None:
+    x, z = arguments.x_blhp, arguments.z_blhp
+    if x.dtype == torch.float32:
+        return "its products round float32 numbers to TF32"
+    if any(t is not None and t.dtype != x.dtype for t in (arguments.B_blgn, arguments.C_blgn, z)):
+        return "its kernels want x, B, C and z in one type"
+    if arguments.B_blgn.shape[-1] == 0:
+        return "its kernels need a state"
     return None
 
 

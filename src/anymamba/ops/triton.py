@@ -166,10 +166,16 @@ def _norm_limits(arguments: Sequence[Any]) -> str | None:
     return None
 
 
+def _heads_limits(arguments: Sequence[Any]) -> str | None:
+    return None if arguments[3].shape[-1] else "its kernels need a state"
+
+
 _TAKE_EMPTY = ("causal_conv1d", "causal_conv1d_update", "rms_norm")
 _LIMITS = {
     "causal_conv1d": _conv_limits,
     "rms_norm": _norm_limits,
     "selective_scan": _scan_limits,
     "selective_state_update": _scan_limits,
+    "ssd": _heads_limits,
+    "ssd_state_update": _heads_limits,
 }

@@ -1,7 +1,5 @@
 """The native state space duality, with each instruction set, against the reference in float64."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +8,17 @@ from torch import Tensor
 
 from anymamba import _core, ops
 from anymamba.errors import BackendError
-from tests.support.operators import HALVES, LAYOUTS, SSD, TYPES, doubles, natively, ssd_inputs
+from tests.support.operators import (
+    HALVES,
+    IN_TIME_OF_HEADS,
+    LAYOUTS,
+    SSD,
+    TYPES,
+    doubles,
+    first_step_of_heads,
+    natively,
+    ssd_inputs,
+)
 from tests.support.tolerance import assert_contract
 
 pytestmark = pytest.mark.usefixtures("each_isa")
@@ -106,18 +114,6 @@ def test_what_the_core_does_not_offer_is_said() -> None:
         assert SSD.call(inputs)[0].dtype == torch.float64
 
 
-IN_TIME = ("x_blhp", "dt_blh", "z_blhp", "B_blgn", "C_blgn")
-
-
-def update(state: Tensor, inputs: dict[str, Any], **options: Any) -> Tensor:
-    step = {
-        name.replace("_bl", "_b"): value[:, 0] if name in IN_TIME else value
-        for name, value in inputs.items()
-        if name != "initial_state"
-    }
-    return ops.ssd_state_update(state, **step, **options)
-
-
 @settings(max_examples=40)
 @given(
     sizes=st.tuples(*(st.integers(1, most) for most in (4, 3, 80, 3, 40))),
@@ -140,11 +136,11 @@ def test_updates(
     inputs |= {name: inputs[name].to(t) for name, t in zip(names, types, strict=True)}
     if not per_channel:
         inputs["D_h"] = inputs["D_h"][:, 0]
-    inputs |= {name: LAYOUTS[layout](inputs[name]) for name in IN_TIME}
+    inputs |= {name: LAYOUTS[layout](inputs[name]) for name in IN_TIME_OF_HEADS}
     expected_y, expected = SSD.exactly(inputs, dt_limit=limit)
     state = LAYOUTS[layout](inputs["initial_state"])
     address, version = state.data_ptr(), state._version
-    y = update(state, inputs, dt_limit=limit)
+    y = ops.ssd_state_update(state, **first_step_of_heads(inputs), dt_limit=limit)
     assert y.dtype == inputs["x_blhp"].dtype
     assert_contract(y, expected_y[:, 0])
     assert_contract(state, expected)

@@ -48,7 +48,8 @@ def ssd(
 ) -> Float[Tensor, "b l h p"] | tuple[Float[Tensor, "b l h p"], Float[Tensor, "s h p n"]]:
     """Run Mamba-2's state space over sequences. Differentiable in every tensor.
 
-    Its time goes into matrix products: the native core's, or PyTorch's on any device.
+    Its time goes into matrix products: the native core's, those of Triton kernels on a GPU, or
+    PyTorch's on any device.
 
     Args:
         x_blhp: the input, (b, l, h, p).
@@ -67,7 +68,8 @@ def ssd(
         cu_seqlens: (s + 1,) offsets of s sequences packed in one row (b is 1). initial_state and
             last state then belong to the sequences: (s, h, p, n).
         chunk_size: how many steps one matrix product of PyTorch's takes together. Results do not
-            depend on it; None is what was measured as fastest, as the native core has it always.
+            depend on it; None is what was measured as fastest. The native core and Triton's
+            kernels choose it themselves.
         backend: a choice for this call alone, see `anymamba.ops.backend`.
         initial_states, return_final_states: older names of initial_state and return_last_state.
 

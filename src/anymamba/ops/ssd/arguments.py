@@ -58,6 +58,9 @@ def step_sizes(
         dt = dt + bias_h.to(dt.dtype)
     if softplus:
         dt = F.softplus(dt)
-    # Softplus is positive already; a clamp would cost its gradient a pass.
-    unlimited = limit == (-math.inf, math.inf) or (softplus and limit == NO_LIMIT)
-    return dt if unlimited else dt.clamp(*limit)
+    return dt.clamp(*limit) if is_limited(softplus, limit) else dt
+
+
+def is_limited(softplus: bool, limit: tuple[float, float]) -> bool:
+    """Whether limits can move a step size; softplus is positive already."""
+    return limit != (-math.inf, math.inf) and not (softplus and limit == NO_LIMIT)
