@@ -238,10 +238,10 @@ class MambaModel(MambaPreTrainedModel):
             hidden_states = packed.unpack(hidden_states)
             all_hidden = [packed.unpack(hidden) for hidden in all_hidden]
         if cache is not None:
-            read_b = (
-                torch.full((batch,), length, device="cpu") if packed is None else packed.counts_b
+            # Where all rows have read the same, nothing is copied to the state's device.
+            cache.token_counts += (
+                length if packed is None else packed.counts_b.to(cache.token_counts)
             )
-            cache.token_counts += read_b.to(cache.token_counts)
         output = MambaOutput(
             last_hidden_state=hidden_states,
             cache=cache if returned else None,

@@ -19,7 +19,7 @@ from anymamba import ops
 from anymamba.checkpoint.architecture import MAMBA2
 from anymamba.layers import HeadSizes, at_least_float32, draw_step_bias, gated_norm, mix_heads
 from anymamba.modeling.config import Mamba2Config
-from anymamba.modeling.mamba.stateful import StatefulMixer
+from anymamba.modeling.mamba.stateful import StatefulMixer, is_step
 from anymamba.modeling.packing import Layout
 from anymamba.modeling.state import LayerState
 from anymamba.ops.fusable import fusable, project
@@ -139,8 +139,7 @@ class Mamba2Mixer(StatefulMixer):
     ) -> tuple[Tensor, Tensor | None]:
         softplus, limits = True, (self.time_step_limit[0], self.time_step_limit[1])
         x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, gate = inputs
-        one = initial_state is not None and x_blhp.shape[1] == 1 and cu_seqlens is None
-        if one and initial_state is not None and not torch.is_grad_enabled():
+        if initial_state is not None and cu_seqlens is None and is_step(x_blhp, initial_state):
             z = None if gate is None else gate[:, 0]
             step = (x_blhp[:, 0], dt_blh[:, 0], A_h, B_blgn[:, 0], C_blgn[:, 0], D_h, z)
             bias = self.dt_bias

@@ -113,8 +113,10 @@ def pack_batch(
     Raises:
         InputError: one of them has the wrong shape or values.
     """
-    marks = (seq_idx, cu_seq_lens_q, position_ids)
-    if attention_mask is not None and all(mark is None for mark in marks):
+    unmarked = seq_idx is None and cu_seq_lens_q is None and position_ids is None
+    if attention_mask is None and unmarked:
+        return None
+    if attention_mask is not None and unmarked:
         check_mask(batch, length, attention_mask)
         if not values_are_known(attention_mask):
             now_bl = attention_mask[:, attention_mask.shape[1] - length :]
