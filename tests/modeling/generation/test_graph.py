@@ -156,11 +156,14 @@ def test_two_texts_at_once_do_not_share_a_state(captures: list[Tensor]) -> None:
     def step(cache: MambaCache) -> Any:
         return lambda ids: model(ids, cache=cache, use_cache=True).logits[:, -1]
 
-    with torch.no_grad(), captured_steps(model, one, step(one)) as first:
-        with captured_steps(model, other, step(other)) as second:
-            for token in tokens:
-                first(token.view(1, 1))
-                last = second(token.view(1, 1))
+    with (
+        torch.no_grad(),
+        captured_steps(model, one, step(one)) as first,
+        captured_steps(model, other, step(other)) as second,
+    ):
+        for token in tokens:
+            first(token.view(1, 1))
+            last = second(token.view(1, 1))
     assert len(captures) == 2
     assert torch.equal(one.ssm_states, other.ssm_states)
     torch.testing.assert_close(last, model(tokens[None]).logits[:, -1])

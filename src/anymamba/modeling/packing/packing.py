@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from anymamba.errors import InputError
 from anymamba.modeling.packing.padding import PaddedBatch, pad_batch
@@ -137,12 +138,11 @@ def pack_batch(
     row_s = row_t[starts_s]
     is_last_s = torch.ones_like(row_s, dtype=torch.bool)
     is_last_s[:-1] = row_s[1:] != row_s[:-1]
-    end = torch.tensor([position_t.numel()], device=device)
     return PackedBatch(
         batch=batch,
         length=length,
         position_t=position_t,
-        cu_seqlens=torch.cat([starts_s, end]).cpu(),
+        cu_seqlens=pad(starts_s.cpu(), (0, 1), value=position_t.numel()),
         row_s=row_s,
         is_first_s=new_row_t[starts_s],
         is_last_s=is_last_s,
@@ -155,7 +155,7 @@ def next_tokens(labels_bl: Int[Tensor, "b l"], packed: Layout | None) -> Int[Ten
     Deleted positions are skipped: the shift happens between the positions that remain.
     """
     if packed is None:
-        return torch.nn.functional.pad(labels_bl, (0, 1), value=-100)[:, 1:]
+        return pad(labels_bl, (0, 1), value=-100)[:, 1:]
     return packed.next_tokens(labels_bl)
 
 
