@@ -65,6 +65,17 @@ class StandIn(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"StandIn({self.inner})"
 
+    # What PyTorch has for no tensor of this kind.
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner.untyped_storage()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
@@ -203,6 +214,7 @@ def stand_in_device() -> Iterator[OnDevice]:
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(nn.Module, "_apply", _moving_modules()))
+        stack.enter_context(patch.object(torch, "xla", torch.cpu, create=True))
         # `torch.tensor` makes its tensor on the CPU, and then moves it in sight of the mode.
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
