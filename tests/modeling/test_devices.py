@@ -8,11 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-from anymamba import MambaCache, MambaForCausalLM
+import anymamba
+from anymamba import MambaCache, MambaForCausalLM, load_causal_lm
+from anymamba.assets import bundled_model
+from anymamba.cli.main import main
+from anymamba.dropin.mamba_ssm.models.config_mamba import MambaConfig as OriginalConfig
+from anymamba.dropin.mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+from anymamba.modeling.adapters import patch_peft
+from anymamba.training.data import TokenRow
+from anymamba.training.pretrain.validation import loss_of_stream, loss_of_windows
+from tests.modeling.test_quantized import write_folder as write_quantized_folder
 from tests.parity.architectures import ARCHITECTURES
 from tests.support.models import talkative_model, words
 from tests.support.stand_in_device import OnDevice, stand_in_device
@@ -80,7 +91,6 @@ def test_forward(name: str, way: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_backward(name: str, way: str) -> None:
     model = model_of(name).train()
-    WAYS[way]  # of the batch
     other = copy.deepcopy(model)
     other(**WAYS[way]()).loss.backward()
     given = WAYS[way]()
@@ -164,6 +174,119 @@ def test_a_text_goes_on_from_caches_that_moved(tmp_path: Path) -> None:
             assert each.token_counts.cpu().tolist() == [4, 4]
             found = model.generate(IDS[:, 4:].to("cuda"), cache=each, max_new_tokens=6, **options)
             assert torch.equal(found.cpu(), whole[:, 4:])
+
+
+def test_loading_with_a_device_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_causal_lm(bundled_model())(IDS).logits
+    # Threads that load weights do not see the stand-in.
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    with torch.no_grad(), stand_in_device():
+        model = load_causal_lm(bundled_model(), device_map="cuda:0")
+        assert {weight.device.type for weight in model.parameters()} == {"cuda"}
+        found = model(IDS.to("cuda")).logits.cpu()
+    assert_same(found, expected)
+
+
+def test_quantized_weights(tmp_path: Path) -> None:
+    write_quantized_folder(tmp_path)
+    expected = MambaForCausalLM.from_pretrained(tmp_path)(IDS).logits
+    with torch.no_grad(), stand_in_device() as notes:
+        model = MambaForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+        ids = IDS.to("cuda")
+        forget(notes)
+        logits = model(ids).logits
+        assert (notes.waits, notes.uploads) == ([], [])
+        found = logits.cpu()
+    assert_same(found, expected)
+
+
+def test_pipelines() -> None:
+    model = load_causal_lm(bundled_model())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bundled_model())
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+
+    def text(device: Any) -> str:
+        made = transformers.pipeline(
+            "text-generation", model=model, tokenizer=tokenizer, device=device
+        )
+        return str(made(["ROMEO:", "O"], batch_size=2, **options))
+
+    expected = text("cpu")
+    with stand_in_device():
+        assert text(0) == expected
+        assert model.device.type == "cuda"
+
+
+def test_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    model = talkative_model()
+    config = peft.LoraConfig(
+        target_modules=["in_proj", "x_proj", "out_proj"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    undo = patch_peft()
+    try:
+        adapted = peft.get_peft_model(model, config).eval()
+    finally:
+        undo()
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = adapted.generate(input_ids=IDS, pad_token_id=0, **options)
+    with stand_in_device():
+        adapted.to("cuda")
+        found = adapted.generate(input_ids=IDS.to("cuda"), pad_token_id=0, **options)
+        assert torch.equal(found.cpu(), expected)
+
+
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_the_drop_in(layer: str) -> None:
+    settings = {"layer": layer} | ({"headdim": 16} if layer == "Mamba2" else {})
+    config = OriginalConfig(d_model=32, n_layer=2, vocab_size=61, ssm_cfg=settings)
+    model = MambaLMHeadModel(config)
+    logits, text = model(IDS).logits, model.generate(IDS, max_length=12)
+    with torch.no_grad(), stand_in_device() as notes:
+        model.to("cuda")
+        ids = IDS.to("cuda")
+        forget(notes)
+        found, written = model(ids).logits, model.generate(ids, max_length=12)
+        assert (notes.waits, notes.uploads) == ([], [])
+        assert torch.equal(written.cpu(), text)
+        found = found.cpu()
+    assert_same(found, logits)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--max-new-tokens", "5", "--temperature", "0", "ROMEO:"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    expected = capsys.readouterr().out
+    with stand_in_device() as notes:
+        assert main([*arguments, "--device", "cuda"]) == 0
+        assert notes.uploads, "the model was not moved"
+    assert capsys.readouterr().out == expected
+
+
+def test_states_of_the_runtime() -> None:
+    engine = anymamba.load()
+    state = engine.prefill(engine.state(), "ROMEO:")
+    config = anymamba.MambaConfig.from_pretrained(bundled_model())
+    with stand_in_device():
+        cache = MambaCache.from_state(state, config, device="cuda")
+        assert cache.device.type == "cuda"
+        back = cache.to_state(engine)
+    assert back.token_count == state.token_count
+    np.testing.assert_array_equal(back.ssm_states, state.ssm_states)
+
+
+def test_validation_of_a_training() -> None:
+    model = load_causal_lm(bundled_model())
+    row = TokenRow(np.arange(70, dtype=np.uint16) % 60, [0, 30])
+    expected = (loss_of_windows(model, row, 16), loss_of_stream(model, row, 32))
+    with stand_in_device():
+        model.to("cuda")
+        found = (loss_of_windows(model, row, 16), loss_of_stream(model, row, 32))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.count == theirs.count
+        assert ours.mean == pytest.approx(theirs.mean, rel=1e-5)
 
 
 def forget(notes: OnDevice) -> None:

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -97,25 +97,21 @@ class OnDevice(TorchDispatchMode):
 
 def run(func: Any, args: Any, kwargs: Any, notes: OnDevice | None = None) -> Any:
     """One operator, on the CPU."""
-    name = func.overloadpacket.__name__
+    name = {"to": "_to_copy"}.get(func.overloadpacket.__name__, func.overloadpacket.__name__)
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [t for t in given if isinstance(t, StandIn)]
-    asked = kwargs.get("device")
-    asked = None if asked is None else torch.device(asked)
+    devices = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.device)]
+    asked = devices[0] if devices else None
     is_ours = func.namespace == "anymamba"
     for tensor in given:
         # Numbers may come from the CPU, and our operators take tables of segments from there.
         known = isinstance(tensor, StandIn) or tensor.ndim == 0
         table = is_ours and not tensor.is_floating_point()
         if there and not known and not table and name not in _MIXES:
-            raise RuntimeError(
-                f"Expected all tensors to be on the same device, {func} got {there[0].place} and cpu"
-            )
+            raise RuntimeError(f"tensors on two devices: {func} got {there[0].place} and cpu")
     if notes is not None:
         _note(notes, name, given, there, asked)
     unwrapped, options = tree_map(_inner, (args, kwargs))
-    if asked is not None and asked.type in TYPES:
-        options["device"] = torch.device("cpu")
     found = func(*unwrapped, **options)
     if func._schema.is_mutable and "out" not in kwargs and isinstance(found, Tensor):
         return args[0]
@@ -127,7 +123,8 @@ def run(func: Any, args: Any, kwargs: Any, notes: OnDevice | None = None) -> Any
         place = torch.device(asked.type, 0) if asked.type in TYPES else None
     if place is None:
         return found
-    return tree_map(lambda t: StandIn(t, place) if type(t) is Tensor else t, found)
+    with torch.inference_mode(False):  # a view of a tensor from outside must not be one of inside
+        return tree_map(lambda t: StandIn(t, place) if type(t) is Tensor else t, found)
 
 
 def _note(
@@ -144,6 +141,8 @@ def _note(
 
 
 def _inner(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type in TYPES else value
     return value.inner if isinstance(value, StandIn) else value
 
 
@@ -158,7 +157,13 @@ def _register_guards() -> None:
     subprocess.run(
         [
             *(compiler, "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder / 'include'}"),
-            *("-o", folder / "guard.so", folder / "guard.cpp", f"-L{torch_folder / 'lib'}", "-lc10"),
+            *(
+                "-o",
+                folder / "guard.so",
+                folder / "guard.cpp",
+                f"-L{torch_folder / 'lib'}",
+                "-lc10",
+            ),
         ],
         check=True,
     )
@@ -211,6 +216,7 @@ def stand_in_device() -> Iterator[OnDevice]:
             "is_available": lambda: True,
             "device_count": lambda: 1,
             "current_device": lambda: 0,
+            "device": lambda _device: nullcontext(),
         }.items():
             stack.enter_context(patch.object(torch.cuda, name, value))
         stack.enter_context(patch.object(nn.Module, "_apply", _moving_modules()))

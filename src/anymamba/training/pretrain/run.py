@@ -294,7 +294,9 @@ def sample(trainer: MambaTrainer, prompt: str, length: int) -> str:
     training = model.training
     model.eval()
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
-    with torch.random.fork_rng(), torch.inference_mode():
+    # PyTorch would save the generators of all GPUs, and warn that there are many.
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch.inference_mode():
         torch.manual_seed(trainer.settings.seed)
         tokens = model.generate(
             ids,
