@@ -150,6 +150,7 @@ def test_a_change_during_a_text_counts_from_the_next_step() -> None:
 
 def test_two_texts_at_once_do_not_share_a_state(captures: list[Tensor]) -> None:
     model = talkative_model()
+    written(model, batch=1)  # whose graph the first of them takes
     one, other = (MambaCache.for_model(model) for _ in range(2))
     tokens = words(1, 4)[0]
 
