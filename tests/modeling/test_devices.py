@@ -143,6 +143,25 @@ def test_generate(way: str) -> None:
     assert torch.equal(sequences, expected.sequences if detailed else expected)
 
 
+@torch.no_grad()
+def test_layers_on_two_devices_share_a_state() -> None:
+    """As `device_map` divides a model: each layer's part of the state is fetched and put back."""
+    model = talkative_model()
+    expected = model(IDS).logits
+    with stand_in_device():
+        model.to("cuda")
+        second = model.backbone.layers[1]
+        second.to("xla")
+        second.register_forward_pre_hook(lambda _, given: (given[0].to("xla"), *given[1:]))
+        second.register_forward_hook(lambda _, given, output: output.to("cuda"))
+        cache = MambaCache.for_model(model, 2)
+        ids = IDS.to("cuda")
+        parts = [model(ids[:, :3], cache=cache).logits]
+        parts += [model(ids[:, at, None], cache=cache).logits for at in range(3, 7)]
+        found = torch.cat(parts, 1).cpu()
+    assert_same(found, expected)
+
+
 def test_sampling_takes_few_waits() -> None:
     model = talkative_model()
     options: dict[str, Any] = {"do_sample": True, "top_k": 5, "eos_token_id": None}

@@ -109,6 +109,8 @@ def run(func: Any, args: Any, kwargs: Any, notes: OnDevice | None = None) -> Any
         table = is_ours and not tensor.is_floating_point()
         if there and not known and not table and name not in _MIXES:
             raise RuntimeError(f"tensors on two devices: {func} got {there[0].place} and cpu")
+    if len({t.place for t in there}) > 1 and name not in _MIXES:
+        raise RuntimeError(f"tensors on two devices: {func} got {[t.place for t in there]}")
     if notes is not None:
         _note(notes, name, given, there, asked)
     unwrapped, options = tree_map(_inner, (args, kwargs))
@@ -177,7 +179,7 @@ def _moving_modules() -> Any:
 
     def follow(tensor: Tensor, fn: Any) -> Tensor:
         new = fn(tensor.detach())
-        if type(new) is type(tensor.data):
+        if type(new) is type(tensor.data) is Tensor:
             tensor.data = new
             return tensor
         if id(tensor) not in moved:  # tied weights stay one
