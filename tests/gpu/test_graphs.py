@@ -91,6 +91,28 @@ def test_texts_go_on_from_caches(device: torch.device) -> None:
         assert torch.equal(torch.cat([some[:, :-1], rest], 1), whole)
 
 
+def test_a_step_that_cannot_be_captured(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text comes all the same, the reason is there, and the GPU's stream and memory work on."""
+    logits = MambaForCausalLM._logits
+
+    def waits(self: MambaForCausalLM, hidden: Tensor) -> Tensor:
+        if hidden.sum().item() == 0.5:
+            raise AssertionError
+        return logits(self, hidden)
+
+    expected = written(talkative_model().to(device))
+    monkeypatch.setattr(MambaForCausalLM, "_logits", waits)
+    model = talkative_model().to(device)
+    for _ in range(2):
+        assert_same_text(written(model), expected)
+    assert str(why_not_native_loop(model)).startswith("capturing a step failed: ")
+    monkeypatch.undo()
+    other = talkative_model().to(device)
+    assert_same_text(written(other, do_sample=True, top_k=1), expected)
+
+
 def test_memory_does_not_grow(device: torch.device) -> None:
     model = talkative_model().to(device)
     held = []

@@ -53,7 +53,8 @@ def cuda_capture(
     Returns:
         A function that launches all of it again, and the tensor that holds the result after that.
     """
-    with torch.cuda.device(device):
+    # The stream once more: PyTorch does not go back to it where a capture fails.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
         # Kernels are compiled and libraries take their memory at first use, on a stream apart.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

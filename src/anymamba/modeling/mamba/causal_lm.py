@@ -218,7 +218,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         if not values_are_known(given):  # a graph is made for one length, or for all of them
             return None
         batch, length = given.shape[:2]
-        columns = max(fused.CHUNK_TOKENS // max(batch, 1), 1)
+        on_cpu = given.device.type == "cpu"
+        tokens = fused.CHUNK_TOKENS if on_cpu else fused.CHUNK_TOKENS_ON_GPUS
+        columns = max(tokens // max(batch, 1), 1)
         if length <= columns:
             return None
         cache, kept = self._cache_for(inputs, batch, given.device)

@@ -29,6 +29,7 @@ from anymamba.modeling.renaming import takes_cache_params
 from anymamba.modeling.state import LayerState, config_of, model_identity
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.fusable import fusable
+from anymamba.ops.triton import is_interpreted
 
 
 @fusable
@@ -142,7 +143,8 @@ class MambaModel(MambaPreTrainedModel):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         # It is what runs where no kernel does, and so is not asked for where one is there.
-        kernels = any(BACKENDS[name].missing() is None for name in ("cpu", "mamba_ssm"))
+        names = ("cpu", "mamba_ssm") if is_interpreted() else ("cpu", "mamba_ssm", "triton")
+        kernels = any(BACKENDS[name].missing() is None for name in names)
         if (
             getattr(config, "use_mambapy", False)
             and not kernels
