@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN, SiLUActivation
 from anymamba import ops
 from anymamba.layers import MambaLayer, draw_step_bias, s4d_real
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.mamba.stateful import StatefulMixer, is_step
+from anymamba.modeling.mamba.stateful import StatefulMixer, fill, is_step
 from anymamba.ops.fusable import fusable
 
 fusable(SiLUActivation, function="silu")
@@ -65,7 +65,7 @@ class MambaMixer(StatefulMixer, MambaLayer):  # type: ignore[misc]
     def _init_state_space(self) -> None:
         """S4D-real A, D of ones, and step sizes log-uniform in [time_step_min, time_step_max]."""
         config = self.config
-        init.copy_(self.A_log, s4d_real(*self.A_log.shape))
+        fill(self.A_log, s4d_real(*self.A_log.shape))
         init.ones_(self.D)
         bound = self.time_step_rank**-0.5 * config.time_step_scale
         if config.time_step_init_scheme == "constant":
@@ -74,7 +74,7 @@ class MambaMixer(StatefulMixer, MambaLayer):  # type: ignore[misc]
             init.uniform_(self.dt_proj.weight, -bound, bound)
         steps = (config.time_step_min, config.time_step_max, config.time_step_floor)
         bias_e = draw_step_bias(config.intermediate_size, *steps, dtype=torch.float32)
-        init.copy_(self.dt_proj.bias, bias_e)
+        fill(self.dt_proj.bias, bias_e)
 
     def _scan_from(
         self,

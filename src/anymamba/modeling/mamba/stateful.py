@@ -148,3 +148,17 @@ def _readable(state: Tensor) -> Tensor:
 def is_step(x_bl: Tensor, initial_state: Tensor | None) -> bool:
     """Whether a call reads one position that goes on from a state, which may change in place."""
     return initial_state is not None and x_bl.shape[1] == 1 and not torch.is_grad_enabled()
+
+
+def fill(weight: Tensor, values: Tensor) -> None:
+    """Give a weight its initial values; of a sharded one each process takes its part.
+
+    All get the numbers of the first, for what they drew may differ.
+    """
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = weight
+        values = distribute_tensor(values.to(weight.device), mesh, sharded.placements)
+    init.copy_(weight, values)
