@@ -21,11 +21,14 @@ from anymamba.assets import bundled_model
 from anymamba.cli.main import main
 from anymamba.dropin.mamba_ssm.models.config_mamba import MambaConfig as OriginalConfig
 from anymamba.dropin.mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+from anymamba.modeling import why_not_native_loop
 from anymamba.modeling.adapters import patch_peft
+from anymamba.modeling.generation import graph
 from anymamba.training.data import TokenRow
 from anymamba.training.pretrain.validation import loss_of_stream, loss_of_windows
 from tests.modeling.test_quantized import write_folder as write_quantized_folder
 from tests.parity.architectures import ARCHITECTURES
+from tests.support.graphs import recorded
 from tests.support.models import talkative_model, words
 from tests.support.processes import assert_ends_well, run_python
 from tests.support.stand_in_device import OnDevice, stand_in_device
@@ -150,6 +153,40 @@ def test_generate(way: str) -> None:
         found = model.generate(IDS.to("cuda"), **there(given))
         detailed = not isinstance(found, Tensor)
         sequences = (found.sequences if detailed else found).cpu()
+    assert torch.equal(sequences, expected.sequences if detailed else expected)
+
+
+@pytest.mark.parametrize("way", [*(name for name in CONTINUED if name != "beams"), "sampled"])
+def test_captured_steps(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our loop over tensors of the device; a recorder takes the place of its graphs."""
+    model = talkative_model()
+    given: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    given |= {"eos_token_id": None} | CONTINUED.get(way, {"do_sample": True, "top_k": 5})
+    torch.manual_seed(0)
+    expected = copy.deepcopy(model).generate(IDS, **given)
+    captured: list[Tensor] = []
+
+    def capture(step: Any, device: torch.device) -> Any:
+        replay, result = recorded(step, device)
+        captured.append(result)
+        return replay, result
+
+    with stand_in_device() as notes:
+        monkeypatch.setitem(graph.CAPTURES, "cuda", capture)
+        model.to("cuda")
+        assert why_not_native_loop(model) is None
+        ids = IDS.to("cuda")
+        torch.manual_seed(0)
+        found = model.generate(ids, **there(given))
+        forget(notes)
+        model.generate(ids, **there(given | {"max_new_tokens": 9}))
+        if way in ("greedy", "sampled"):
+            # One wait a token, to see whether all rows are done; a draw checks its probabilities.
+            assert len(notes.waits) <= 9 * (1 if way == "greedy" else 2) + 4
+        detailed = not isinstance(found, Tensor)
+        sequences = (found.sequences if detailed else found).cpu()
+        assert len(captured) == 1
+        assert captured[0].device.type == "cuda"
     assert torch.equal(sequences, expected.sequences if detailed else expected)
 
 
