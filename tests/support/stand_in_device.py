@@ -205,6 +205,7 @@ def stand_in_device() -> Iterator[OnDevice]:
     """As on a machine with one GPU, for as long as it lasts."""
     from anymamba.modeling.generation import graph
     from anymamba.ops import direct, fusable, tracing
+    from anymamba.ops.backends import INSTALLED
 
     if torch.backends.cuda.is_built():
         pytest.skip("needs a build of PyTorch for the CPU alone")
@@ -226,6 +227,7 @@ def stand_in_device() -> Iterator[OnDevice]:
         # `torch.tensor` makes its tensor on the CPU, and then moves it in sight of the mode.
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
-        # A graph needs the device itself.
+        # Kernels need the memory of the device, and a graph the device itself.
+        stack.enter_context(patch.dict(INSTALLED, {"triton": False, "mamba_ssm": False}))
         stack.enter_context(patch.dict(graph.CAPTURES, clear=True))
         yield stack.enter_context(OnDevice())
