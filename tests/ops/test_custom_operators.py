@@ -362,6 +362,26 @@ def test_autocast_to_bfloat16() -> None:
         assert_contract(actual.bfloat16(), reference)
 
 
+def test_autocast_leaves_the_references_sums_alone() -> None:
+    """What is float32 on purpose stays so on a GPU without kernels, also where it is recomputed."""
+    source = torch.Generator().manual_seed(0)
+    x, delta, B, C = (torch.randn(b, l, size, generator=source) for size in (e, e, n, n))
+    A = -torch.rand(e, n, generator=source)
+    q = torch.randint(0, 256, (3, 32), generator=source, dtype=torch.uint8)
+    scales = torch.full((3, 1), 0.01, dtype=torch.bfloat16)
+    rows = torch.randn(2, 32, generator=source)
+    found = []
+    for enabled in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, delta, A, B, C, rows)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), ops.backend("reference"):
+            y = ops.selective_scan(*leaves[:5], delta_softplus=True)
+            product = ops.quantized_linear(leaves[5], q, scales)
+        (y.square().sum() + product.square().sum()).backward()
+        found.append([y, product, *(leaf.grad for leaf in leaves)])
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
+
+
 def test_inference_mode() -> None:
     x = torch.randn(b, l, 5)
     expected = block(x, block_weights()).detach()

@@ -33,6 +33,9 @@ CHUNK_TOKENS = 512
 """A prompt is read in chunks of so many tokens, all rows together: long enough for products at
 full speed, short enough for little memory."""
 
+CHUNK_TOKENS_ON_GPUS = 8192
+"""The same on a GPU, which a few hundred tokens do not fill; not measured on one yet."""
+
 # What decides the result of a convolution beside its weights; `why_not_fusable` looks at it.
 _OF_CONVOLUTIONS = ("stride", "dilation", "groups", "padding_mode")
 _BLOCK = re.compile(r"layers\.\d+")

@@ -7,6 +7,7 @@ nothing watches.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -62,6 +63,14 @@ def autocast_is_on(device: torch.device) -> bool:
     """Whether autocast rewrites PyTorch's products on a device; never where it is unknown."""
     known = torch.amp.autocast_mode.is_autocast_available(device.type)
     return known and torch.is_autocast_enabled(device.type)
+
+
+def in_chosen_types(device: torch.device) -> AbstractContextManager[object]:
+    """Keep autocast away from products that are float32 on purpose."""
+    if not autocast_is_on(device):
+        return nullcontext()
+    off: AbstractContextManager[object] = torch.autocast(device.type, enabled=False)
+    return off
 
 
 def copy_for_backward(state: Tensor | None) -> Tensor | None:

@@ -44,7 +44,8 @@ def is_available(device_type: str) -> bool:
         >>> is_available("cpu")
         True
     """
-    return device_type == "cpu" or bool(torch.get_device_module(device_type).is_available())
+    # Not `torch.get_device_module`, which `anymamba run` takes for a program's use of CUDA.
+    return device_type == "cpu" or bool(getattr(torch, device_type).is_available())
 
 
 def unsupported_reason(operator: str, arguments: Sequence[Any]) -> str | None:

@@ -8,14 +8,16 @@ layers once the weights have filled the caches. What is in a weight may change a
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_globals
 
-from anymamba.ops.backends import backend
+from anymamba.ops.backends import BACKENDS, backend
 from anymamba.ops.fusable import GLOBAL_HOOKS, HOOKS, call_attributes
 from anymamba.ops.native import core
+from anymamba.ops.tracing import autocast_is_on
 
 # How much of a tensor's Python object, and of PyTorch's two objects behind it, tells its address.
 _OBJECT_BYTES, _TENSOR_BYTES, _STORAGE_BYTES = 48, 192, 128
@@ -28,6 +30,7 @@ class ModuleWatch:
         tree: a module, below which no module may be replaced.
         modules: those whose weights are read and whose forward is not called.
         settings: attributes of these modules that decide their result, where they have them.
+        device_type: where they compute, for autocast is a device's own.
 
     Example:
         >>> linear = nn.Linear(2, 2)
@@ -39,9 +42,15 @@ class ModuleWatch:
     """
 
     def __init__(
-        self, tree: nn.Module, modules: Sequence[nn.Module], settings: Collection[str]
+        self,
+        tree: nn.Module,
+        modules: Sequence[nn.Module],
+        settings: Collection[str],
+        device_type: str = "cpu",
     ) -> None:
-        self._watch = core().Watch()
+        native = BACKENDS["cpu"].missing() is None
+        self._watch = core().Watch() if native else _PythonWatch()
+        self._device = torch.device(device_type)
         # A module's own dicts: looking into them notices replaced modules, weights and hooks.
         for module in tree.modules():
             self._watch.contents(module._modules)
@@ -69,7 +78,7 @@ class ModuleWatch:
             self._watch.holds()
             and self._addresses_now() == self._addresses
             and backend() == self._choice
-            and not torch.is_autocast_enabled("cpu")
+            and not autocast_is_on(self._device)
         )
 
     def _watch_module(self, module: nn.Module, settings: Collection[str]) -> None:
@@ -91,3 +100,44 @@ class ModuleWatch:
 
     def _addresses_now(self) -> list[int]:
         return [weight.data_ptr() for weight in self._weights]
+
+
+class _PythonWatch:
+    """The core's `Watch` in Python, for a GPU's machine where the core is not built."""
+
+    def __init__(self) -> None:
+        self._contents: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._entries: list[tuple[dict[Any, Any], str, object]] = []
+        self._attributes: list[tuple[object, str, object]] = []
+        self._types: list[tuple[object, type]] = []
+
+    def contents(self, own: dict[Any, Any]) -> None:
+        self._contents.append((own, dict(own)))
+
+    def entry(self, own: dict[Any, Any], key: str) -> None:
+        self._entries.append((own, key, own.get(key, _ABSENT)))
+
+    def attribute(self, owner: object, name: str) -> None:
+        self._attributes.append((owner, name, getattr(owner, name, _ABSENT)))
+
+    def type_of(self, owner: object) -> None:
+        self._types.append((owner, type(owner)))
+
+    def fetches(self, address: int, size: int) -> None:
+        """A hint to a processor, for which Python has no words."""
+
+    def holds(self) -> bool:
+        return (
+            all(
+                own.keys() == before.keys() and all(own[key] is before[key] for key in before)
+                for own, before in self._contents
+            )
+            and all(own.get(key, _ABSENT) is value for own, key, value in self._entries)
+            and all(
+                getattr(owner, name, _ABSENT) is value for owner, name, value in self._attributes
+            )
+            and all(type(owner) is kind for owner, kind in self._types)
+        )
+
+
+_ABSENT = object()

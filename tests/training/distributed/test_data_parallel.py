@@ -72,6 +72,27 @@ def test_the_recurrence_stays_in_float32(alone: Any, tmp_path: Path) -> None:
             assert seen[name] == torch.bfloat16, name
 
 
+@pytest.mark.parametrize("architecture", ["mamba", "mamba2"])
+def test_a_model_may_be_born_sharded(architecture: str, tmp_path: Path) -> None:
+    """From the meta device: all processes have the weights of one model, as a model begins."""
+    sizes: dict[str, Any] = {"num_hidden_layers": 1}
+    if architecture == "mamba2":
+        sizes |= {"num_heads": 4, "head_dim": 6, "n_groups": 1, "chunk_size": 8}
+    one, other = launch(work.born_sharded, 2, tmp_path / "run", architecture, sizes)
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]), name
+        assert torch.isfinite(weight).all(), name
+    prefix = "backbone.layers.0.mixer."
+    rates = one[f"{prefix}A_log"].exp()
+    if architecture == "mamba":
+        assert torch.allclose(rates, torch.arange(1.0, 17).expand(24, 16))
+    else:
+        assert bool((rates >= 1).all() and (rates <= 16).all())
+    bias = one[f"{prefix}dt_proj.bias" if architecture == "mamba" else f"{prefix}dt_bias"]
+    steps = torch.nn.functional.softplus(bias)
+    assert bool((steps > 0.0009).all() and (steps < 0.11).all())
+
+
 def test_without_a_process_group_it_says_what_to_do() -> None:
     with pytest.raises(InputError, match="start the program with torchrun"):
         shard(work.small_model())

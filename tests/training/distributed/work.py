@@ -107,6 +107,17 @@ def with_fsdp(checkpointing: bool = False) -> tuple[list[float], dict[str, Tenso
     return losses, whole_weights(model), facts
 
 
+def born_sharded(architecture: str, sizes: Record) -> dict[str, Tensor]:
+    """The weights of a model that no process ever holds whole; each draws other numbers."""
+    torch.manual_seed(rank())
+    with torch.device("meta"):
+        model = new_causal_lm(CONFIGS[architecture](vocab_size=19, hidden_size=12, **sizes))
+    shard(model)
+    model.to_empty(device="cpu")
+    model.init_weights()
+    return whole_weights(model)
+
+
 def with_fsdp_in_bfloat16() -> tuple[list[float], Record]:
     """Which types the layer's own weights have while it runs."""
     model = shard(small_model(), param_dtype=torch.bfloat16)

@@ -1,13 +1,14 @@
-"""The loop of greedy and sampled generation over the native step.
+"""The loop of greedy and sampled generation over the native step, or a GPU's captured one.
 
 `generate` prepares and validates as Transformers does it, and then runs this loop where the native
-core computes the model and nothing unusual is asked for; else Transformers' own, which gives the
-same tokens. `why_not_native_loop` tells which of the two.
+core computes the model, or a captured graph does, and nothing unusual is asked for; else
+Transformers' own, which gives the same tokens. `why_not_native_loop` tells which of the two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
+from anymamba.modeling.generation.graph import CAPTURES, Step, why_not_graph
 from anymamba.modeling.generation.logits_processors import process, softmax
 from anymamba.modeling.generation.multinomial import multinomial
 from anymamba.ops.fusable import HOOKS
@@ -135,13 +137,24 @@ def why_not_loop(
             return f"{name} goes to each step"
     if not isinstance(model_kwargs.get("logits_to_keep", 1), int):
         return "logits_to_keep is a tensor"
-    cache = model_kwargs.get("cache")
-    if cache is not None and not (type(cache) is MambaCache and fused.fits(cache)):
-        return "the cache is no MambaCache that the native core can work on"
+    captures, cache = is_captured(model), model_kwargs.get("cache")
+    if cache is not None:
+        worker = "a captured graph" if captures else "the native core"
+        if type(cache) is not MambaCache or not _works_on(model, cache):
+            return f"the cache is no MambaCache that {worker} can work on"
     untyped: Any = model  # Transformers annotates `self` there with a protocol of its own
     if untyped._valid_auto_compile_criteria(model_kwargs, config):
         return "compile_config asks for compiled steps"
-    return why_not_direct(model) or fused.why_not_table(model)
+    return why_not_direct(model) or (why_not_graph if captures else fused.why_not_table)(model)
+
+
+def is_captured(model: MambaForCausalLM) -> bool:
+    """Whether the model's steps are a matter of graphs, and not of the native core."""
+    return model.device.type in CAPTURES
+
+
+def _works_on(model: MambaForCausalLM, cache: MambaCache) -> bool:
+    return cache.device == model.device if is_captured(model) else fused.fits(cache)
 
 
 def why_not_direct(model: MambaForCausalLM) -> str | None:
@@ -161,11 +174,11 @@ def why_not_direct(model: MambaForCausalLM) -> str | None:
 
 @dataclass(frozen=True)
 class NativeLoop:
-    """Transformers' `_sample`, where a step is the native core's.
+    """Transformers' `_sample`, where a step is the native core's or a captured graph's.
 
     Args:
         model: the language model.
-        step: (b, 1) tokens and the state to (b, v) logits; the state advances.
+        steps: gives, while its context lasts, the step that goes on from a state.
         processors: change the logits before a token is chosen.
         criteria: decide which rows are finished.
         config: complete, as `generate` hands it to its loop.
@@ -173,7 +186,7 @@ class NativeLoop:
     """
 
     model: MambaForCausalLM
-    step: Callable[[Tensor, MambaCache], Tensor]
+    steps: Callable[[MambaCache], AbstractContextManager[Step]]
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     config: GenerationConfig
@@ -197,22 +210,21 @@ class NativeLoop:
         logits: tuple[Tensor, ...] | None = () if is_detailed and config.output_logits else None
         next_logits, cache = self._read_prompt(input_ids, model_kwargs)
         unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-        while True:
-            next_scores = process(self.processors, input_ids, next_logits)
-            if scores is not None:
-                scores += (next_scores,)
-            if logits is not None:
-                logits += (next_logits,)
-            tokens = self._finished_padded(self._choose(next_scores), unfinished)
-            # By NumPy, because PyTorch wakes its threads for long texts.
-            rows = np.concatenate([input_ids.numpy(), tokens.numpy()[:, None]], axis=1)
-            input_ids = torch.from_numpy(rows)
-            unfinished = unfinished & ~self.criteria(input_ids, scores)
-            if self.streamer is not None:
-                self.streamer.put(tokens.cpu())
-            if not unfinished.any():
-                break
-            next_logits = self.step(tokens[:, None], cache)
+        with self.steps(cache) as step:
+            while True:
+                next_scores = process(self.processors, input_ids, next_logits)
+                if scores is not None:
+                    scores += (next_scores,)
+                if logits is not None:
+                    logits += (next_logits,)
+                tokens = self._finished_padded(self._choose(next_scores), unfinished)
+                input_ids = _appended(input_ids, tokens)
+                unfinished = unfinished & ~self.criteria(input_ids, scores)
+                if self.streamer is not None:
+                    self.streamer.put(tokens.cpu())
+                if not unfinished.any():
+                    break
+                next_logits = step(tokens[:, None])
         if self.streamer is not None:
             self.streamer.end()
         if not is_detailed:
@@ -226,7 +238,7 @@ class NativeLoop:
         """The first (b, v) logits, and the state after the prompt."""
         outputs = self.model._prefill(input_ids, self.config, model_kwargs, is_first_iteration=True)
         # A copy, so that the logits of a long prompt can go.
-        return torch.from_numpy(outputs.logits[:, -1].float().numpy().copy()), outputs.cache
+        return _copied(outputs.logits[:, -1].float()), outputs.cache
 
     def _choose(self, scores_bv: Tensor) -> Tensor:
         """(b,) tokens."""
@@ -243,3 +255,19 @@ class NativeLoop:
         pad: Any = self.config._pad_token_tensor
         padded: Tensor = tokens * unfinished + pad.to(tokens.device) * (1 - unfinished)
         return padded
+
+
+# By NumPy on the CPU, because PyTorch wakes its threads for long texts and large vocabularies.
+
+
+def _copied(logits_bv: Tensor) -> Tensor:
+    if logits_bv.device.type != "cpu":
+        return logits_bv.clone()
+    return torch.from_numpy(logits_bv.numpy().copy())
+
+
+def _appended(input_ids: Tensor, tokens: Tensor) -> Tensor:
+    """(b, l) and (b,) to (b, l + 1)."""
+    if input_ids.device.type != "cpu":
+        return torch.cat([input_ids, tokens[:, None]], 1)
+    return torch.from_numpy(np.concatenate([input_ids.numpy(), tokens.numpy()[:, None]], axis=1))

@@ -10,6 +10,7 @@ import torch
 from anymamba.checkpoint import Checkpoint, check_tensors
 from anymamba.checkpoint.quantized_folder import quantized_bits, quantized_shapes
 from anymamba.checkpoint.torch_weights import load_named_tensors
+from anymamba.devices import find_device
 from anymamba.errors import InputError
 from anymamba.modeling.loading.arguments import PASSED_ON, make_config, set_generation_config
 from anymamba.modeling.loading.tensor_names import ties_head
@@ -20,7 +21,6 @@ _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "dtype": (("auto", torch.float32, "float32"), "a quantized model computes in float32"),
     "torch_dtype": (("auto", torch.float32, "float32"), "a quantized model computes in float32"),
     "quantization_config": ((), "the folder is quantized already"),
-    "device_map": (("auto", "cpu", torch.device("cpu")), "a quantized model runs on the CPU"),
     "ignore_mismatched_sizes": ((False,), "a quantized tensor has one size"),
     "attn_implementation": (("eager",), "a Mamba has no attention"),
     "experts_implementation": (("eager",), "a Mamba has no experts"),
@@ -47,9 +47,11 @@ def load_quantized(
     Raises:
         CheckpointError: tensors are missing, unexpected or of a wrong shape.
         InputError: an argument has no meaning for a quantized model.
+        BackendError: there is no such device.
     """
     fields = {key: value for key, value in found.config.items() if key != "quantization_config"}
     quantized_bits(found.config)
+    place = _one_device(keywords.pop("device_map", None))
     given = {name: keywords.pop(name) for name in (*_ONLY, "generation_config") if name in keywords}
     _refuse_others(given)
     config = make_config(cls, fields, keywords)
@@ -58,7 +60,7 @@ def load_quantized(
     if not ties_head(cls):
         expected = {name: shape for name, shape in expected.items() if "lm_head" not in name}
     check_tensors(shapes, expected, found.folder)
-    # What else Transformers takes changes nothing: there are no devices to divide the model among.
+    # What else Transformers takes changes nothing: the model is not divided among devices.
     constructor = {name: value for name, value in keywords.items() if name not in PASSED_ON}
     with torch.device("meta"):
         model = cls(config, *arguments, **constructor)
@@ -72,18 +74,33 @@ def load_quantized(
             "model as it was before it was quantized"
         )
     lists = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    if place is not None:
+        model.to(place)
     return model.eval(), {name: set() for name in lists}
 
 
 def _refuse_others(given: Mapping[str, Any]) -> None:
     for name, (allowed, reason) in _ONLY.items():
         value = given.get(name)
-        if isinstance(value, dict):  # a device map
-            wrong = any(str(device) != "cpu" for device in value.values())
-        else:
-            wrong = value is not None and value not in allowed
-        if wrong:
+        if value is not None and value not in allowed:
             raise InputError(f"{name}: {reason}; leave the argument out")
+
+
+def _one_device(device_map: Any) -> torch.device | None:
+    """The device that a map names for all parts; None where it leaves the choice to us."""
+    if device_map is None or device_map == "auto":
+        return None
+    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
+    try:
+        devices = {torch.device(place) for place in places}
+    except (RuntimeError, TypeError):
+        devices = set()
+    if len(devices) != 1:
+        raise InputError(
+            f"device_map is {device_map!r}: a quantized model lies on one device; name it, such as "
+            'device_map="cuda"'
+        )
+    return find_device(str(devices.pop()))
 
 
 def _put_weights(model: Any, found: Checkpoint) -> None:

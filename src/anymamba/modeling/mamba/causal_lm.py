@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,14 @@ from anymamba.layers.native import Part
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.generation import NativeLoop, records_methods, why_not_direct, why_not_loop
+from anymamba.modeling.generation import (
+    NativeLoop,
+    captured_steps,
+    is_captured,
+    records_methods,
+    why_not_direct,
+    why_not_loop,
+)
 from anymamba.modeling.mamba.model import (
     MambaModel,
     MambaPreTrainedModel,
@@ -210,7 +218,9 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
         if not values_are_known(given):  # a graph is made for one length, or for all of them
             return None
         batch, length = given.shape[:2]
-        columns = max(fused.CHUNK_TOKENS // max(batch, 1), 1)
+        on_cpu = given.device.type == "cpu"
+        tokens = fused.CHUNK_TOKENS if on_cpu else fused.CHUNK_TOKENS_ON_GPUS
+        columns = max(tokens // max(batch, 1), 1)
         if length <= columns:
             return None
         cache, kept = self._cache_for(inputs, batch, given.device)
@@ -300,11 +310,11 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
     ) -> GenerateNonBeamOutput | Tensor:
         """The loop of greedy and sampled `generate`: ours, or Transformers' where needed."""
         reason = why_not_loop(self, generation_config, synced_gpus, model_kwargs)
-        if input_ids.device.type != "cpu":
+        if input_ids.device != self.device:
             reason = f"input_ids is on {input_ids.device}"
         if reason is None:
             loop = NativeLoop(
-                self, self._step, logits_processor, stopping_criteria, generation_config, streamer
+                self, self._steps, logits_processor, stopping_criteria, generation_config, streamer
             )
             return loop.run(input_ids, model_kwargs)
         logger.info(f"generate runs Transformers' loop: {reason}")
@@ -319,6 +329,26 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
             **model_kwargs,
         )
         return written
+
+    def _valid_auto_compile_criteria(
+        self, model_kwargs: dict[str, Any], generation_config: GenerationConfig
+    ) -> bool:
+        """Whether `generate` compiles a step: where `compile_config` asks for it.
+
+        Transformers would on every GPU, which takes minutes; a captured graph takes seconds.
+        """
+        if generation_config.compile_config is None:
+            return False
+        parent: Any = super()
+        return bool(parent._valid_auto_compile_criteria(model_kwargs, generation_config))
+
+    def _steps(self, cache: MambaCache) -> AbstractContextManager[Any]:
+        """The step that goes on from a state, for as long as a generation lasts."""
+
+        def step(tokens_b1: Tensor) -> Tensor:
+            return self._step(tokens_b1, cache)
+
+        return captured_steps(self, cache, step) if is_captured(self) else nullcontext(step)
 
     def _step(self, tokens_b1: Tensor, cache: MambaCache) -> Tensor:
         """(b, v) logits of a token a row; the state advances."""

@@ -5,14 +5,17 @@ Shapes: see the legend in `anymamba.modeling.mamba.model`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN, SiLUActivation
 
+from anymamba import ops
 from anymamba.layers import MambaLayer, draw_step_bias, s4d_real
 from anymamba.modeling.config import MambaConfig
-from anymamba.modeling.mamba.stateful import StatefulMixer
+from anymamba.modeling.mamba.stateful import StatefulMixer, fill, is_step
 from anymamba.ops.fusable import fusable
 
 fusable(SiLUActivation, function="silu")
@@ -62,7 +65,7 @@ class MambaMixer(StatefulMixer, MambaLayer):  # type: ignore[misc]
     def _init_state_space(self) -> None:
         """S4D-real A, D of ones, and step sizes log-uniform in [time_step_min, time_step_max]."""
         config = self.config
-        init.copy_(self.A_log, s4d_real(*self.A_log.shape))
+        fill(self.A_log, s4d_real(*self.A_log.shape))
         init.ones_(self.D)
         bound = self.time_step_rank**-0.5 * config.time_step_scale
         if config.time_step_init_scheme == "constant":
@@ -71,7 +74,22 @@ class MambaMixer(StatefulMixer, MambaLayer):  # type: ignore[misc]
             init.uniform_(self.dt_proj.weight, -bound, bound)
         steps = (config.time_step_min, config.time_step_max, config.time_step_floor)
         bias_e = draw_step_bias(config.intermediate_size, *steps, dtype=torch.float32)
-        init.copy_(self.dt_proj.bias, bias_e)
+        fill(self.dt_proj.bias, bias_e)
+
+    def _scan_from(
+        self,
+        inputs: tuple[Any, ...],
+        initial_state: Tensor | None,
+        return_last_state: bool,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, bias_e = inputs
+        if initial_state is None or cu_seqlens is not None or not is_step(x_ble, initial_state):
+            return super()._scan_from(inputs, initial_state, return_last_state, cu_seqlens)
+        softplus = True
+        step = (x_ble[:, 0], delta_ble[:, 0], A_en, B_bln[:, 0], C_bln[:, 0], D_e, z_ble[:, 0])
+        y_be = ops.selective_state_update(initial_state, *step, bias_e, softplus)
+        return y_be[:, None], initial_state
 
     @property
     def _fallback(self) -> str:

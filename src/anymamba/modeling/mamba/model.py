@@ -29,6 +29,7 @@ from anymamba.modeling.renaming import takes_cache_params
 from anymamba.modeling.state import LayerState, config_of, model_identity
 from anymamba.ops.backends import BACKENDS
 from anymamba.ops.fusable import fusable
+from anymamba.ops.triton import is_interpreted
 
 
 @fusable
@@ -142,7 +143,8 @@ class MambaModel(MambaPreTrainedModel):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         # It is what runs where no kernel does, and so is not asked for where one is there.
-        kernels = any(BACKENDS[name].missing() is None for name in ("cpu", "mamba_ssm"))
+        names = ("cpu", "mamba_ssm") if is_interpreted() else ("cpu", "mamba_ssm", "triton")
+        kernels = any(BACKENDS[name].missing() is None for name in names)
         if (
             getattr(config, "use_mambapy", False)
             and not kernels
@@ -238,10 +240,10 @@ class MambaModel(MambaPreTrainedModel):
             hidden_states = packed.unpack(hidden_states)
             all_hidden = [packed.unpack(hidden) for hidden in all_hidden]
         if cache is not None:
-            read_b = (
-                torch.full((batch,), length, device="cpu") if packed is None else packed.counts_b
+            # Where all rows have read the same, nothing is copied to the state's device.
+            cache.token_counts += (
+                length if packed is None else packed.counts_b.to(cache.token_counts)
             )
-            cache.token_counts += read_b.to(cache.token_counts)
         output = MambaOutput(
             last_hidden_state=hidden_states,
             cache=cache if returned else None,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from anymamba.checkpoint.architecture import MAMBA
-from anymamba.layers import convolve
+from anymamba.layers import convolve, convolve_step
 from anymamba.modeling.cache import MambaCache
 from anymamba.modeling.packing import Layout, pack_batch
 from anymamba.modeling.renaming import takes_cache_params
@@ -111,6 +111,11 @@ class StatefulMixer(nn.Module):
             return convolve(self.conv1d, self.act, x_ble, cu_seqlens=cu_seqlens)[0]
         old = _readable(state.window_bek.to(x_ble.device))
         window = old if packed is None else packed.states_before(old)
+        if packed is None and is_step(x_ble, old):
+            y_be = convolve_step(self.conv1d, self.act, x_ble[:, 0], old)
+            if old is not state.window_bek:  # a copy on another device
+                state.window_bek.copy_(old)
+            return y_be[:, None]
         x_conv_ble, new = convolve(self.conv1d, self.act, x_ble, window, cu_seqlens=cu_seqlens)
         assert new is not None
         new = new if packed is None else packed.windows_after(old, x_ble, new)
@@ -130,10 +135,30 @@ class StatefulMixer(nn.Module):
         y_ble, new = self._scan_from(inputs, initial, state is not None, cu_seqlens)
         if state is not None and old is not None and new is not None:
             new = new if packed is None else packed.states_after(old, new)
-            state.state_ben.copy_(new.detach())
+            if new is not state.state_ben:  # a step advances the state in place
+                state.state_ben.copy_(new.detach())
         return y_ble
 
 
 def _readable(state: Tensor) -> Tensor:
     """A state as an input: its own copy where autograd keeps it, for the cache is overwritten."""
     return state.clone() if torch.is_grad_enabled() else state
+
+
+def is_step(x_bl: Tensor, initial_state: Tensor | None) -> bool:
+    """Whether a call reads one position that goes on from a state, which may change in place."""
+    return initial_state is not None and x_bl.shape[1] == 1 and not torch.is_grad_enabled()
+
+
+def fill(weight: Tensor, values: Tensor) -> None:
+    """Give a weight its initial values; of a sharded one each process takes its part.
+
+    All get the numbers of the first, for what they drew may differ.
+    """
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = weight
+        values = distribute_tensor(values.to(weight.device), mesh, sharded.placements)
+    init.copy_(weight, values)

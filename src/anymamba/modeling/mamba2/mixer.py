@@ -19,7 +19,7 @@ from anymamba import ops
 from anymamba.checkpoint.architecture import MAMBA2
 from anymamba.layers import HeadSizes, at_least_float32, draw_step_bias, gated_norm, mix_heads
 from anymamba.modeling.config import Mamba2Config
-from anymamba.modeling.mamba.stateful import StatefulMixer
+from anymamba.modeling.mamba.stateful import StatefulMixer, fill, is_step
 from anymamba.modeling.packing import Layout
 from anymamba.modeling.state import LayerState
 from anymamba.ops.fusable import fusable, project
@@ -100,12 +100,12 @@ class Mamba2Mixer(StatefulMixer):
         config = self.config
         self._init_projections(self.in_proj, self.out_proj, self.conv1d)
         # Rates from 1 to 16, as the authors draw them.
-        init.copy_(self.A_log, torch.empty(self.num_heads).uniform_(1, 16).log())
+        fill(self.A_log, torch.empty(self.num_heads).uniform_(1, 16).log())
         init.ones_(self.D)
         if self.norm is not None:
             init.ones_(self.norm.weight)
         steps = (config.time_step_min, config.time_step_max, config.time_step_floor)
-        init.copy_(self.dt_bias, draw_step_bias(self.num_heads, *steps, dtype=torch.float32))
+        fill(self.dt_bias, draw_step_bias(self.num_heads, *steps, dtype=torch.float32))
 
     def core_settings(self) -> dict[str, Any]:
         """Its groups, the limits of its step sizes, and the epsilon and place of its norm."""
@@ -139,8 +139,7 @@ class Mamba2Mixer(StatefulMixer):
     ) -> tuple[Tensor, Tensor | None]:
         softplus, limits = True, (self.time_step_limit[0], self.time_step_limit[1])
         x_blhp, dt_blh, A_h, B_blgn, C_blgn, D_h, gate = inputs
-        one = initial_state is not None and x_blhp.shape[1] == 1 and cu_seqlens is None
-        if one and initial_state is not None and not torch.is_grad_enabled():
+        if initial_state is not None and cu_seqlens is None and is_step(x_blhp, initial_state):
             z = None if gate is None else gate[:, 0]
             step = (x_blhp[:, 0], dt_blh[:, 0], A_h, B_blgn[:, 0], C_blgn[:, 0], D_h, z)
             bias = self.dt_bias

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from anymamba.errors import InputError
 from anymamba.modeling.packing.padding import PaddedBatch, pad_batch
@@ -113,8 +114,10 @@ def pack_batch(
     Raises:
         InputError: one of them has the wrong shape or values.
     """
-    marks = (seq_idx, cu_seq_lens_q, position_ids)
-    if attention_mask is not None and all(mark is None for mark in marks):
+    unmarked = seq_idx is None and cu_seq_lens_q is None and position_ids is None
+    if attention_mask is None and unmarked:
+        return None
+    if attention_mask is not None and unmarked:
         check_mask(batch, length, attention_mask)
         if not values_are_known(attention_mask):
             now_bl = attention_mask[:, attention_mask.shape[1] - length :]
@@ -135,12 +138,11 @@ def pack_batch(
     row_s = row_t[starts_s]
     is_last_s = torch.ones_like(row_s, dtype=torch.bool)
     is_last_s[:-1] = row_s[1:] != row_s[:-1]
-    end = torch.tensor([position_t.numel()], device=device)
     return PackedBatch(
         batch=batch,
         length=length,
         position_t=position_t,
-        cu_seqlens=torch.cat([starts_s, end]).cpu(),
+        cu_seqlens=pad(starts_s.cpu(), (0, 1), value=position_t.numel()),
         row_s=row_s,
         is_first_s=new_row_t[starts_s],
         is_last_s=is_last_s,
@@ -153,7 +155,7 @@ def next_tokens(labels_bl: Int[Tensor, "b l"], packed: Layout | None) -> Int[Ten
     Deleted positions are skipped: the shift happens between the positions that remain.
     """
     if packed is None:
-        return torch.nn.functional.pad(labels_bl, (0, 1), value=-100)[:, 1:]
+        return pad(labels_bl, (0, 1), value=-100)[:, 1:]
     return packed.next_tokens(labels_bl)
 
 

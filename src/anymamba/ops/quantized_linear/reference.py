@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anymamba.ops.tracing import in_chosen_types
 from anymamba.renamed import old_names
 
 # A group of smaller numbers counts as zeros: 127 / most would leave float32.
@@ -46,7 +47,8 @@ def quantized_linear(
     values = x.float()
     # The gradient passes by the rounding.
     rounded = values + (_rounded(values.detach(), scales.shape[1]) - values).detach()
-    y = F.linear(rounded, weight, None if bias_n is None else bias_n.float())
+    with in_chosen_types(x.device):
+        y = F.linear(rounded, weight, None if bias_n is None else bias_n.float())
     return y.to(x.dtype)
 
 

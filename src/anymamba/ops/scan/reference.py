@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from anymamba.ops.scan.arguments import ScanArguments, StepArguments
 from anymamba.ops.segments import count_states, walk_segments
-from anymamba.ops.tracing import is_transformed
+from anymamba.ops.tracing import in_chosen_types, is_transformed
 
 Recurrence = Callable[[Tensor, Tensor, Tensor], Tensor]
 Walk = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -111,7 +111,8 @@ def _scan(walk: Walk, arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     segments, states = arguments.segments, arguments.initial_state
     if states is None:
         states = x.new_zeros(count_states(segments, b), e, A_en.shape[1])
-    y, last = walk_segments(walk_segment, x, states.to(wide_A), segments)
+    with in_chosen_types(x.device):
+        y, last = walk_segments(walk_segment, x, states.to(wide_A), segments)
     if D_e is not None:
         y = y + D_e.to(wide) * x
     if z_ble is not None:

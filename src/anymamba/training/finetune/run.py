@@ -215,7 +215,7 @@ def _trainer(
         eval_packing=False,
         gradient_checkpointing=settings.gradient_checkpointing,
         use_cpu=not on_gpu,
-        bf16=on_gpu and torch.cuda.is_bf16_supported(),
+        bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False),
         seed=settings.seed,
         save_strategy="no" if save_every is None else "steps",
         save_steps=save_every or 1,

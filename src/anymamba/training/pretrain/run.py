@@ -248,15 +248,14 @@ class RunCallback(TrainerCallback):
 
     def _asked_to_stop(self) -> bool:
         """Whether any of the processes got a signal: all of them stop after the same step."""
-        asked = torch.tensor(float(self._stop.received is not None))
-        on_all = self._trainer.accelerator.reduce(asked.to(self._trainer.args.device), "sum")
-        return float(on_all) > 0
+        (asked,) = self._trainer.over_processes([float(self._stop.received is not None)])
+        return asked > 0
 
     def _log(self) -> None:
         trainer, progress = self._trainer, self._trainer.progress
         assert trainer.lr_scheduler is not None
-        total = torch.tensor(progress.loss_sum, dtype=torch.float64, device=trainer.args.device)
-        loss = float(trainer.accelerator.reduce(total, "mean")) / progress.loss_count
+        (total,) = trainer.over_processes([progress.loss_sum], "mean")
+        loss = total / progress.loss_count
         progress.loss_sum, progress.loss_count = 0.0, 0
         seconds, tokens = self._since
         self._since = (progress.tick(), progress.tokens)
@@ -294,7 +293,9 @@ def sample(trainer: MambaTrainer, prompt: str, length: int) -> str:
     training = model.training
     model.eval()
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
-    with torch.random.fork_rng(), torch.inference_mode():
+    # PyTorch would save the generators of all GPUs, and warn that there are many.
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch.inference_mode():
         torch.manual_seed(trainer.settings.seed)
         tokens = model.generate(
             ids,
@@ -354,7 +355,7 @@ def finish(
         move_into_place(file, folder / file.name)
     result.rmdir()
     if validation is not None:
-        figures |= measure(folder, validation, settings)
+        figures |= measure(folder, validation, settings, trainer.args.device)
     lines = read_metrics(folder / METRICS_FILE)
     if settings.plot:
         figures["picture"] = draw_losses(lines, folder / "loss.png")
@@ -364,9 +365,11 @@ def finish(
     return RunResult(folder, figures)
 
 
-def measure(folder: Path, validation: TokenRow, settings: Settings) -> dict[str, float]:
+def measure(
+    folder: Path, validation: TokenRow, settings: Settings, device: torch.device
+) -> dict[str, float]:
     """The losses of what was stored, computed in float32."""
-    stored = load_causal_lm(folder, dtype=torch.float32).eval()
+    stored: Any = load_causal_lm(folder, dtype=torch.float32).eval().to(device)
     window = settings.evaluation_window or settings.window
     return {
         "validation_tokens": len(validation),

@@ -189,6 +189,20 @@ class MambaTrainer(RunTrainer):
         self.gradient_norm = float(norm)
         return norm
 
+    def over_processes(self, numbers: list[float], how: str = "sum") -> list[float]:
+        """Numbers of each process, added up or averaged over all; every process calls this.
+
+        Args:
+            numbers: this process's.
+            how: "sum" or "mean".
+        """
+        # One process waits for no device, and MPS, which has no float64, is for one alone.
+        if self.accelerator.num_processes == 1:
+            return numbers
+        mine = torch.tensor(numbers, dtype=torch.float64, device=self.args.device)
+        found: list[float] = self.accelerator.reduce(mine, how).tolist()
+        return found
+
     # Evaluation.
 
     def evaluate(
@@ -217,8 +231,7 @@ class MambaTrainer(RunTrainer):
             share=(self.args.process_index, self.args.world_size),
         )
         model.train(training)
-        sums = torch.tensor([loss.total, loss.count], dtype=torch.float64, device=self.args.device)
-        total, count = self.accelerator.reduce(sums, "sum").tolist()
+        total, count = self.over_processes([loss.total, loss.count])
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(

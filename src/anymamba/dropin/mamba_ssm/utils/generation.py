@@ -37,8 +37,8 @@ __all__ = [
 ]
 
 NO_GRAPHS = (
-    "AnyMamba records no CUDA graphs (cg, update_graph_cache): they save the launches of GPU "
-    "kernels, of which there are none here; the model is called instead, with the same result"
+    "AnyMamba's drop-in records no CUDA graphs (cg, update_graph_cache): the model is called "
+    "instead, with the same result; generate of anymamba.MambaForCausalLM captures them on a GPU"
 )
 
 
@@ -102,7 +102,7 @@ def decode(
         eos_token_id: stop once all rows end in it at the same time.
         teacher_outputs: (b, l'); as far as they reach, tokens are taken from there.
         vocab_size: take tokens below it only, where the table has been padded.
-        cg: accepted; there are no CUDA graphs here, and a warning says so.
+        cg: accepted; the drop-in records no CUDA graphs, and a warning says so.
         enable_timing: print how long it took.
         output_scores: return the logits of each step, before the penalty, as well.
         streamer: its `put` is given the prompt, then each token, and `end` is called at the end.

@@ -1,0 +1,1 @@
+"""The public surface on a GPU, held against the CPU's results."""
