@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from anymamba.ops.ssd import triton_kernels as kernels
-from anymamba.ops.triton import strides, tile_side
+from anymamba.ops.triton import launch_options, strides, tile_side
 
 # Longer chunks of the forward pass halve the states that are kept at their borders; in the backward
 # pass all pairs of a chunk's steps are in registers at once.
@@ -73,7 +73,7 @@ class Chunks:
         most = _LARGEST if halves else _LARGEST // 2
         self.P, self.N = (_side(size, most) for size in (self.p, self.n))
         # A loop has one or two rounds, too few to load ahead.
-        self.options = {"num_warps": 8 if self.T == _LARGEST else 4, "num_stages": 1}
+        self.options = launch_options(8 if self.T == _LARGEST else 4) | {"num_stages": 1}
         self.options |= {"Q": self.Q, "PARTS": 2 if halves else 3}
         self.steps = self.buffer(self.count, self.h, 3, self.Q)
         self.scores = self.buffer(self.count, self.g, self.Q, self.Q)
