@@ -42,10 +42,13 @@ def imports(room: str) -> set[str]:
             node = pending.pop()
             if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
                 continue
+            names = []
             if isinstance(node, ast.ImportFrom):
-                found |= set((node.module or "").split(".")[1:2])
+                names = [node.module or ""]
             elif isinstance(node, ast.Import):
-                found |= {part for alias in node.names for part in alias.name.split(".")[1:2]}
+                names = [alias.name for alias in node.names]
+            parts = [name.split(".") for name in names]
+            found |= {part[1] for part in parts if part[0] == PACKAGE.name and len(part) > 1}
             pending.extend(ast.iter_child_nodes(node))
     return (found & {*rooms()}) - {room}
 
