@@ -27,13 +27,13 @@ EXPONENTIAL = "MUFU.EX2"
 # What a state and step cannot do without, in instructions of one thread:
 # forward, delta A, exp2, the input, the state, the output;
 FORWARD = 5
-# of a span's last state, delta A, exp2, the input, the sum;
+# of a split's last state, delta A, exp2, the input, the sum;
 ENDS = 4
 # backward, delta A, exp2, own input, state, given gradient, gradient, y (for the gate), dx, what
 # depends on the decay (2), ddelta, dA, the products for dB and dC, and for the sums of these over
 # channels an exchange and an addition each.
 BACKWARD = 18
-KERNELS = {"scan_kernel": FORWARD, "span_ends_kernel": ENDS, "scan_backward_kernel": BACKWARD}
+KERNELS = {"scan_kernel": FORWARD, "split_ends_kernel": ENDS, "scan_backward_kernel": BACKWARD}
 COUNT = Column("all", "instructions", "{:.1f}")
 MINIMUM = Column("minimum", "by hand, at least", "{:.0f}")
 OVER = Column("over_minimum", "x minimum", "{:.2f}")
@@ -85,7 +85,7 @@ def counted(architecture: str) -> Table:
 
 
 def scan(b: int, l: int, e: int, n: int) -> None:
-    """Forward and backward of a batch that is too small for a GPU, so that it is cut into spans."""
+    """Forward and backward of a batch too small for a GPU, so that it is cut into splits."""
     halves = torch.zeros(b, l, 2 * e, dtype=torch.bfloat16).requires_grad_()
     x, z = halves.chunk(2, -1)
     maps = torch.zeros(b, l, n, dtype=torch.bfloat16)

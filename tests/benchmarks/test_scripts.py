@@ -91,7 +91,7 @@ def test_instructions_of_a_gpu_are_counted(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "gpu_instructions.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in written["tables"][0]["rows"]}
-    assert set(rows) == {"span_ends_kernel", "scan_kernel", "scan_backward_kernel"}
+    assert set(rows) == {"split_ends_kernel", "scan_kernel", "scan_backward_kernel"}
     for row in rows.values():
         # One exponential for a state and step, and no spilled register in the loop.
         assert (row["exponentials"], row["spills"]) == (1, 0)

@@ -1,4 +1,4 @@
-"""The scan's Triton kernels against the reference in float64: whole, in spans, packed, by steps."""
+"""The scan's Triton kernels against the reference in float64: whole, in splits, packed, stepped."""
 
 import importlib
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from tests.support.triton import with_triton
 SHAPES = [(1, 1, 1, 1), (2, 15, 31, 3), (1, 16, 32, 1), (1, 17, 33, 5), (3, 70, 5, 2)]
 
 
-@pytest.fixture(scope="module", params=["whole segments", "spans"], autouse=True)
+@pytest.fixture(scope="module", params=["whole segments", "splits"], autouse=True)
 def cut(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Programs that walk whole segments, as where these fill a GPU, or spans of them."""
+    """Programs that walk whole segments, as where these fill a GPU, or splits of them."""
     with with_triton(), pytest.MonkeyPatch.context() as patch:
         module = importlib.import_module("anymamba.ops.scan.triton")
-        in_spans = request.param == "spans"
-        patch.setattr(module, "wanted_programs", lambda _: 1000 if in_spans else 1)
-        patch.setattr(module, "FEWEST_CHUNKS", 1 if in_spans else 4)
+        in_splits = request.param == "splits"
+        patch.setattr(module, "wanted_programs", lambda _: 1000 if in_splits else 1)
+        patch.setattr(module, "FEWEST_CHUNKS", 1 if in_splits else 4)
         yield request.param
 
 
@@ -63,7 +63,7 @@ def test_the_largest_state_size() -> None:
     SCAN.check(scan_inputs(1, 3, 2, 256))
 
 
-def test_more_spans_than_are_joined_at_once() -> None:
+def test_more_splits_than_are_joined_at_once() -> None:
     SCAN.check(scan_inputs(1, 40 * 16 + 3, 1, 1) | {"initial_state": torch.randn(1, 1, 1)})
 
 

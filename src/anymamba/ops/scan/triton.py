@@ -15,15 +15,15 @@ from anymamba.ops.scan import reference
 from anymamba.ops.scan.arguments import ScanArguments, StepArguments, in_groups
 from anymamba.ops.scan.triton_backward_kernels import (
     scan_backward_kernel,
-    span_gradients_kernel,
+    split_gradients_kernel,
     unpack_map_gradients_kernel,
 )
 from anymamba.ops.scan.triton_kernels import (
-    join_spans_kernel,
+    join_splits_kernel,
     pack_maps_kernel,
     scan_kernel,
     scan_step_kernel,
-    span_ends_kernel,
+    split_ends_kernel,
 )
 from anymamba.ops.segments import count_states, segments_from_table
 from anymamba.ops.triton import (
@@ -40,7 +40,7 @@ STEPS, CHANNELS = 16, 32
 # What lets 16 programs run on a multiprocessor; the loop over states needs no more.
 FORWARD_REGISTERS = 128
 FEWEST_CHUNKS = 4
-JOINED_SPANS = 32
+JOINED_SPLITS = 32
 STEP_TILE = 1024
 
 
@@ -107,22 +107,22 @@ class _Inputs(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """How a call is cut into chunks of T steps, spans of chunks and blocks of channels."""
+    """How a call is cut into chunks of T steps, splits of chunks and blocks of channels."""
 
     T: int
     E: int
     chunk_table: Tensor | None  # (3, chunks): row, position of the first step, steps
-    span_table: Tensor | None  # (4, spans): first chunk, chunks, states that go in and come out
-    segment_table: Tensor | None  # (4, s): first span, spans, states that go in and come out
+    split_table: Tensor | None  # (4, splits): first chunk, chunks, states that go in and come out
+    segment_table: Tensor | None  # (4, s): first split, splits, states that go in and come out
     chunks: int
-    spans: int
+    splits: int
     segments: int
     chunks_per_row: int
-    spans_per_row: int
-    chunks_per_span: int
+    splits_per_row: int
+    chunks_per_split: int
     blocks: int
     blocks_per_group: int
-    is_joined: bool  # whether a segment consists of several spans, whose states are joined
+    is_joined: bool  # whether a segment consists of several splits, whose states are joined
 
 
 def _tile(inputs: _Inputs) -> tuple[int, int]:
@@ -139,24 +139,24 @@ def _plan(inputs: _Inputs) -> _Plan:
     segments = b if inputs.segments is None else inputs.segments.shape[1]
     chunks_per_row = -(-l // T)
     wanted = -(-wanted_programs(inputs.x.device) // (segments * blocks))
-    chunks_per_span = max(FEWEST_CHUNKS, -(-chunks_per_row // wanted))
-    spans_per_row = -(-chunks_per_row // chunks_per_span)
-    per_row = (chunks_per_row, spans_per_row, chunks_per_span)
+    chunks_per_split = max(FEWEST_CHUNKS, -(-chunks_per_row // wanted))
+    splits_per_row = -(-chunks_per_row // chunks_per_split)
+    per_row = (chunks_per_row, splits_per_row, chunks_per_split)
     if inputs.segments is None:
-        none, counts = (None, None, None), (b * chunks_per_row, b * spans_per_row, b)
-        is_joined = spans_per_row > 1
+        none, counts = (None, None, None), (b * chunks_per_row, b * splits_per_row, b)
+        is_joined = splits_per_row > 1
         return _Plan(T, E, *none, *counts, *per_row, blocks, blocks_per_group, is_joined)
-    tables = _tables(inputs.segments, T, chunks_per_span, inputs.reverse, inputs.x.device)
+    tables = _tables(inputs.segments, T, chunks_per_split, inputs.reverse, inputs.x.device)
     counts = (tables[0].shape[1], tables[1].shape[1], tables[2].shape[1])
     longest = (inputs.segments[2] - inputs.segments[1]).amax()
-    is_joined = bool(longest > chunks_per_span * T)
+    is_joined = bool(longest > chunks_per_split * T)
     return _Plan(T, E, *tables, *counts, *per_row, blocks, blocks_per_group, is_joined)
 
 
 def _tables(
-    segments: Tensor, T: int, chunks_per_span: int, reverse: bool, device: torch.device
+    segments: Tensor, T: int, chunks_per_split: int, reverse: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of chunks, spans and segments (`_Plan`) of a packed batch."""
+    """The tables of chunks, splits and segments (`_Plan`) of a packed batch."""
     rows, starts, stops, state_in, state_out = segments
     chunk_counts = -(-(stops - starts) // T)
     chunk_firsts, of_chunk, walked = _cut(chunk_counts)
@@ -166,14 +166,14 @@ def _tables(
         position = stops[of_chunk] - 1 - walked * T
     chunks = torch.stack([rows[of_chunk], position, steps.clamp(max=T)])
 
-    span_counts = -(-chunk_counts // chunks_per_span)
-    span_firsts, of_span, walked = _cut(span_counts)
-    first = chunk_firsts[of_span] + walked * chunks_per_span
-    count = (chunk_counts[of_span] - walked * chunks_per_span).clamp(max=chunks_per_span)
-    spans = torch.stack([first, count, state_in[of_span], state_out[of_span]])
+    split_counts = -(-chunk_counts // chunks_per_split)
+    split_firsts, of_split, walked = _cut(split_counts)
+    first = chunk_firsts[of_split] + walked * chunks_per_split
+    count = (chunk_counts[of_split] - walked * chunks_per_split).clamp(max=chunks_per_split)
+    splits = torch.stack([first, count, state_in[of_split], state_out[of_split]])
 
-    whole = torch.stack([span_firsts, span_counts, state_in, state_out])
-    return chunks.to(device), spans.to(device), whole.to(device)
+    whole = torch.stack([split_firsts, split_counts, state_in, state_out])
+    return chunks.to(device), splits.to(device), whole.to(device)
 
 
 def _cut(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,19 +208,19 @@ def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
         _carry_over(last, initial, plan)
         entering = None
         if plan.is_joined:
-            ends, sums = _span_buffers(inputs, plan)
-            span_ends_kernel[(plan.spans * plan.blocks,)](
-                *(x, delta, A, B, delta_bias, ends, sums, plan.chunk_table, plan.span_table),
+            ends, sums = _split_buffers(inputs, plan)
+            split_ends_kernel[(plan.splits * plan.blocks,)](
+                *(x, delta, A, B, delta_bias, ends, sums, plan.chunk_table, plan.split_table),
                 *_sizes(inputs, plan),
                 *(*x.stride(), *delta.stride()),
                 **_options(inputs, plan),
             )
             entering = _join(inputs, plan, ends, sums, (initial, last), backward=False)
         keep = inputs.will_go_back
-        scan_kernel[(plan.spans * plan.blocks,)](
+        scan_kernel[(plan.splits * plan.blocks,)](
             *(x, delta, A, B, C, D, z, delta_bias, y),
-            *(kept if keep else _states(inputs, 2 * plan.spans), entering, initial, last),
-            *(plan.chunk_table, plan.span_table, *_sizes(inputs, plan)),
+            *(kept if keep else _states(inputs, 2 * plan.splits), entering, initial, last),
+            *(plan.chunk_table, plan.split_table, *_sizes(inputs, plan)),
             *(*x.stride(), *delta.stride(), *strides(z, 3), *y.stride()),
             JOINED=plan.is_joined,
             KEEP=keep,
@@ -240,22 +240,22 @@ def _backward(
             _carry_over(dinitial, dlast, plan)
         leaving = None
         if plan.is_joined:
-            ends, sums = _span_buffers(inputs, plan)
-            span_gradients_kernel[(plan.spans * plan.blocks,)](
-                *(delta, A, C, z, delta_bias, dy, ends, sums, plan.chunk_table, plan.span_table),
+            ends, sums = _split_buffers(inputs, plan)
+            split_gradients_kernel[(plan.splits * plan.blocks,)](
+                *(delta, A, C, z, delta_bias, dy, ends, sums, plan.chunk_table, plan.split_table),
                 *_sizes(inputs, plan),
                 *(*delta.stride(), *strides(z, 3), *dy.stride()),
                 **_options(inputs, plan),
             )
             leaving = _join(inputs, plan, ends, sums, (dlast, dinitial), backward=True)
-        by_state = _states(inputs, plan.spans).zero_()
+        by_state = _states(inputs, plan.splits).zero_()
         by_map = x.new_empty((2, plan.blocks_per_group, *B.shape), dtype=torch.float32)
-        by_channel = x.new_empty((2, plan.spans, x.shape[2]), dtype=torch.float32)
-        scan_backward_kernel[(plan.spans * plan.blocks,)](
+        by_channel = x.new_empty((2, plan.splits, x.shape[2]), dtype=torch.float32)
+        scan_backward_kernel[(plan.splits * plan.blocks,)](
             *(x, delta, A, B, C, D, z, delta_bias, dy, kept[0]),
-            *(_states(inputs, 2 * plan.spans), leaving, dlast),
+            *(_states(inputs, 2 * plan.splits), leaving, dlast),
             *(dx, ddelta, dz, dinitial, by_state, *by_map, *by_channel),
-            *(plan.chunk_table, plan.span_table, *_sizes(inputs, plan)),
+            *(plan.chunk_table, plan.split_table, *_sizes(inputs, plan)),
             *(*x.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *dx.stride()),
             JOINED=plan.is_joined,
             **_options(inputs, plan),
@@ -271,9 +271,9 @@ def _backward(
 def _sizes(inputs: _Inputs, plan: _Plan) -> tuple[int, ...]:
     """The numbers that all kernels over tiles take."""
     (_, l, e), groups = inputs.x.shape, inputs.B.shape[2]
-    per_row = (plan.chunks_per_row, plan.spans_per_row, plan.chunks_per_span)
+    per_row = (plan.chunks_per_row, plan.splits_per_row, plan.chunks_per_split)
     blocks = (groups, plan.blocks, plan.blocks_per_group, e // groups)
-    return plan.chunks, plan.spans, l, *per_row, e, *blocks
+    return plan.chunks, plan.splits, l, *per_row, e, *blocks
 
 
 def _options(inputs: _Inputs, plan: _Plan, registers: int | None = None) -> dict[str, Any]:
@@ -321,17 +321,17 @@ def _join(
     *,
     backward: bool,
 ) -> Tensor:
-    """What each span begins with, (spans, n, e): its first state, or the gradient of its last."""
+    """What each split begins with, (splits, n, e): its first state, or the gradient of its last."""
     e, n = inputs.A.shape
     E = tile_side(e, CHANNELS)
     blocks = -(-e // E)
     starts = torch.empty_like(ends)
-    join_spans_kernel[(plan.segments * n * blocks,)](
+    join_splits_kernel[(plan.segments * n * blocks,)](
         *(ends, sums, inputs.A, starts, *first_and_last, plan.segment_table),
-        *(plan.segments, plan.spans_per_row, e, blocks),
+        *(plan.segments, plan.splits_per_row, e, blocks),
         N=n,
         BACKWARD=backward,
-        K=JOINED_SPANS,
+        K=JOINED_SPLITS,
         E=E,
         **launch_options(1),
     )
@@ -343,10 +343,10 @@ def _states(inputs: _Inputs, slots: int) -> Tensor:
     return inputs.x.new_empty((slots, n, e), dtype=torch.float32)
 
 
-def _span_buffers(inputs: _Inputs, plan: _Plan) -> tuple[Tensor, Tensor]:
-    """What spans add to the state, (spans, n, e), and their sums of step sizes, (spans, e)."""
-    sums = inputs.x.new_empty((plan.spans, inputs.x.shape[2]), dtype=torch.float32)
-    return _states(inputs, plan.spans).zero_(), sums
+def _split_buffers(inputs: _Inputs, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """What splits add to the state, (splits, n, e), and their sums of step sizes, (splits, e)."""
+    sums = inputs.x.new_empty((plan.splits, inputs.x.shape[2]), dtype=torch.float32)
+    return _states(inputs, plan.splits).zero_(), sums
 
 
 def _carry_over(after: Tensor, before: Tensor | None, plan: _Plan) -> None:

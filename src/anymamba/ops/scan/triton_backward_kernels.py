@@ -21,7 +21,7 @@ from anymamba.ops.scan.triton_kernels import (
     load_map,
     load_state,
     load_tile,
-    span_bounds,
+    split_bounds,
     step_sizes,
     store_state,
     store_tile,
@@ -31,10 +31,10 @@ from anymamba.ops.triton_functions import sigmoid, silu, silu_derivative
 
 @triton.jit
 def compose_gradients(decay, factor, gradient, earlier_decay, earlier_factor, earlier_gradient):
-    """The gradients of a span of steps and of the span before it, as those of both.
+    """The gradients of some steps and of the steps before them, as those of all.
 
-    Of a span come the first step's decay, the product of the other steps' decays, and the gradient
-    of the first step's state by the span's outputs.
+    Of some steps in a row come the first one's decay, the product of the others' decays, and the
+    gradient of the first one's state by all their outputs.
     """
     reaches = earlier_factor * decay
     return earlier_decay, reaches * factor, earlier_gradient + reaches * gradient
@@ -55,27 +55,27 @@ def flip_steps(tile, T: tl.constexpr, E: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
-def span_gradients_kernel(
-    delta, A, C, z, delta_bias, dy, ends, sums, chunk_table, span_table,
-    chunks, spans, length, chunks_per_row, spans_per_row, chunks_per_span,
+def split_gradients_kernel(
+    delta, A, C, z, delta_bias, dy, ends, sums, chunk_table, split_table,
+    chunks, splits, length, chunks_per_row, splits_per_row, chunks_per_split,
     channels, groups, blocks, blocks_per_group, group_channels,
     delta_b, delta_l, delta_e, z_b, z_l, z_e, dy_b, dy_l, dy_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr,
     E: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the state before each span, as far as the span's own outputs give it.
+    """The gradient of the state before each split, as far as the split's own outputs give it.
 
-    `ends` (spans, n, e) comes with zeros.
+    `ends` (splits, n, e) comes with zeros.
     """
-    span = tl.program_id(0) // blocks
+    split = tl.program_id(0) // blocks
     group, channel, exists_e = block_of_channels(
         tl.program_id(0) % blocks, blocks_per_group, group_channels, E
     )
     STEP: tl.constexpr = -1 if REVERSE else 1
     e, t = channel + tl.arange(0, E), tl.arange(0, T)
-    slot = span.to(tl.int64)
-    chunk_0, count, _state_in, _state_out = span_bounds(
-        span, span_table, spans, spans_per_row, chunks_per_span, chunks_per_row
+    slot = split.to(tl.int64)
+    chunk_0, count, _state_in, _state_out = split_bounds(
+        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row
     )
     sum_e = tl.zeros([E], tl.float32)
     for walked in range(count):
@@ -108,44 +108,45 @@ def span_gradients_kernel(
 def scan_backward_kernel(
     x, delta, A, B, C, D, z, delta_bias, dy, starts, carried, leaving, dlast,
     dx, ddelta, dz, dinitial, partial_dA, partial_dB, partial_dC, partial_dD, partial_dbias,
-    chunk_table, span_table,
-    chunks, spans, length, chunks_per_row, spans_per_row, chunks_per_span,
+    chunk_table, split_table,
+    chunks, splits, length, chunks_per_row, splits_per_row, chunks_per_split,
     channels, groups, blocks, blocks_per_group, group_channels,
     x_b, x_l, x_e, delta_b, delta_l, delta_e, z_b, z_l, z_e, dy_b, dy_l, dy_e,
     dense_b, dense_l, dense_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, JOINED: tl.constexpr,
     T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of a span, from its last chunk to its first.
+    """All gradients of a split, from its last chunk to its first.
 
-    The gradient of the span's last state by all that follows is in `leaving` (spans, n, e) where
-    spans were JOINED, else it is the segment's of `dlast`. `carried` (2 spans, n, e) takes it from
-    chunk to chunk, two slots of a span taking turns. partial_dA (spans, n, e) comes with zeros.
+    The gradient of the split's last state by all that follows is in `leaving` (splits, n, e) where
+    splits were JOINED, else it is the segment's of `dlast`. `carried` (2 splits, n, e) takes it
+    from chunk to chunk, two slots of a split taking turns. partial_dA (splits, n, e) comes with
+    zeros.
     """
-    span = tl.program_id(0) // blocks
+    split = tl.program_id(0) // blocks
     block = tl.program_id(0) % blocks
     group, channel, exists_e = block_of_channels(block, blocks_per_group, group_channels, E)
     block_in_group = (block % blocks_per_group).to(tl.int64)
     STEP: tl.constexpr = -1 if REVERSE else 1
     e, t = channel + tl.arange(0, E), tl.arange(0, T)
-    span_slot = span.to(tl.int64)
-    chunk_0, count, state_in, state_out = span_bounds(
-        span, span_table, spans, spans_per_row, chunks_per_span, chunks_per_row
+    split_slot = split.to(tl.int64)
+    chunk_0, count, state_in, state_out = split_bounds(
+        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row
     )
     for n in range(N):
         gradient_e = tl.zeros([E], tl.float32)
         if JOINED:
-            gradient_e = load_state(leaving, span_slot, n, channels, e, exists_e, N)
+            gradient_e = load_state(leaving, split_slot, n, channels, e, exists_e, N)
         elif dlast is not None and state_out >= 0:
             place = dlast + (state_out.to(tl.int64) * channels + e) * N + n
             gradient_e = tl.load(place, mask=exists_e, other=0.0)
-        store_state(carried, gradient_e, 2 * span_slot, n, channels, e, exists_e, N)
+        store_state(carried, gradient_e, 2 * split_slot, n, channels, e, exists_e, N)
     dD_e = tl.zeros([E], tl.float32)
     dbias_e = tl.zeros([E], tl.float32)
     for walked in range(count):
         chunk = chunk_0 + (count - 1 - walked)
-        slot = (2 * span + walked % 2).to(tl.int64)
-        next_slot = (2 * span + (walked + 1) % 2).to(tl.int64)
+        slot = (2 * split + walked % 2).to(tl.int64)
+        next_slot = (2 * split + (walked + 1) % 2).to(tl.int64)
         # What other threads of this program have stored in `carried` is read now.
         tl.debug_barrier()
         row, position, steps = chunk_bounds(
@@ -198,8 +199,8 @@ def scan_backward_kernel(
             of_decay_te = gradient_te * (state_te - own_te)
             ddelta_te += of_decay_te * A_e[None, :]
             dA_e = tl.sum(of_decay_te * delta_te, 0)
-            dA_e += load_state(partial_dA, span_slot, n, channels, e, exists_e, N)
-            store_state(partial_dA, dA_e, span_slot, n, channels, e, exists_e, N)
+            dA_e += load_state(partial_dA, split_slot, n, channels, e, exists_e, N)
+            store_state(partial_dA, dA_e, split_slot, n, channels, e, exists_e, N)
             tl.store(partial_dB + (line + n) * T + t, tl.sum(gradient_te * drive_te, 1))
             tl.store(partial_dC + (line + n) * T + t, tl.sum(state_te * dy_te, 1))
             before_e = tl.sum(tl.where((t == 0)[:, None], gradient_te * decay_te, 0.0), 0)
@@ -242,9 +243,9 @@ def scan_backward_kernel(
                 dz, dz_te, row, position, channel, dense_b, dense_l, dense_e, inside_te, STEP, T, E
             )
     if D is not None:
-        tl.store(partial_dD + span_slot * channels + e, dD_e, mask=exists_e)
+        tl.store(partial_dD + split_slot * channels + e, dD_e, mask=exists_e)
     if delta_bias is not None:
-        tl.store(partial_dbias + span_slot * channels + e, dbias_e, mask=exists_e)
+        tl.store(partial_dbias + split_slot * channels + e, dbias_e, mask=exists_e)
 
 
 @triton.jit(do_not_specialize=SIZES)

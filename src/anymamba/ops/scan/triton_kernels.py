@@ -1,15 +1,15 @@
 """The selective scan's forward kernels in Triton, and what its backward kernels share with them.
 
-A program takes a block of channels through a span of time, a tile of T steps and E channels at a
-time, one state n after the other. Strides of channels are not specialized for, so that a thread has
-one channel and all steps of a tile in its registers: `associative_scan` is then a loop in each
-thread, without any exchange between threads, and no tensor with an axis for the states is ever in
-memory. What is in memory is the state at the borders of tiles, called chunks here: `starts`
-(chunks, n, e), from which the backward pass computes the others again.
+A program takes a block of channels through a split (a segment, or a part of it), a tile of T steps
+and E channels at a time, one state n after the other. Strides of channels are not specialized for,
+so that a thread has one channel and all steps of a tile in its registers: `associative_scan` is then
+a loop in each thread, without any exchange between threads, and no tensor with an axis for the
+states is ever in memory. What is in memory is the state at the borders of tiles, called chunks
+here: `starts` (chunks, n, e), from which the backward pass computes the others again.
 
-Where rows and channels are too few to fill the device, segments are cut into several spans, in
-three passes: each span's last state from a zero state (`span_ends_kernel`), the states at the
-borders of spans from these (`join_spans_kernel`), and the outputs (`scan_kernel`).
+Where rows and channels are too few to fill the device, segments are cut into several splits, in
+three passes: each split's last state from a zero state (`split_ends_kernel`), the states at the
+borders of splits from these (`join_splits_kernel`), and the outputs (`scan_kernel`).
 
 Letters as everywhere: t a step of the chunk, e a channel, n a state.
 """
@@ -19,8 +19,8 @@ import triton.language as tl
 
 from anymamba.ops.triton_functions import silu, softplus
 
-SIZES = ["chunks", "spans", "segments", "length", "chunks_per_row", "spans_per_row"]
-SIZES += ["chunks_per_span"]
+SIZES = ["chunks", "splits", "segments", "length", "chunks_per_row", "splits_per_row"]
+SIZES += ["chunks_per_split"]
 """What differs from call to call: kernels that were compiled for one length serve all."""
 CHANNEL_STRIDES = ["x_e", "delta_e", "z_e", "y_e", "dy_e", "dense_e"]
 """Known to be 1, they would have Triton give each thread several neighbouring channels."""
@@ -61,28 +61,31 @@ def chunk_bounds(
 
 
 @triton.jit
-def span_bounds(span, span_table, spans, spans_per_row, chunks_per_span, chunks_per_row):
-    """A span's first chunk and how many it has, and the states that go in and come out, if it is
-    all of its segment.
-    """
-    if span_table is None:
-        row, walked = span // spans_per_row, (span % spans_per_row) * chunks_per_span
+def split_bounds(split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row):
+    """A split's first chunk and how many it has, and its segment's states: what goes in, comes out."""
+    if split_table is None:
+        row, walked = split // splits_per_row, (split % splits_per_row) * chunks_per_split
         first = row * chunks_per_row + walked
-        count = tl.minimum(chunks_per_row - walked, chunks_per_span)
+        count = tl.minimum(chunks_per_row - walked, chunks_per_split)
         state_in, state_out = row, row
     else:
-        first = tl.load(span_table + span).to(tl.int32)
-        count = tl.load(span_table + spans + span).to(tl.int32)
-        state_in = tl.load(span_table + 2 * spans + span).to(tl.int32)
-        state_out = tl.load(span_table + 3 * spans + span).to(tl.int32)
+        first = tl.load(split_table + split).to(tl.int32)
+        count = tl.load(split_table + splits + split).to(tl.int32)
+        state_in = tl.load(split_table + 2 * splits + split).to(tl.int32)
+        state_out = tl.load(split_table + 3 * splits + split).to(tl.int32)
     return first, count, state_in, state_out
 
 
 @triton.jit
-def segment_bounds(segment, segment_table, segments, spans_per_row):
-    """A segment's first span and how many it has, and the states that go in and come out."""
+def segment_bounds(segment, segment_table, segments, splits_per_row):
+    """A segment's first split and how many it has, and the states that go in and come out."""
     if segment_table is None:
-        first, count, state_in, state_out = segment * spans_per_row, spans_per_row, segment, segment
+        first, count, state_in, state_out = (
+            segment * splits_per_row,
+            splits_per_row,
+            segment,
+            segment,
+        )
     else:
         first = tl.load(segment_table + segment).to(tl.int32)
         count = tl.load(segment_table + segments + segment).to(tl.int32)
@@ -166,27 +169,27 @@ def store_state(states, state_e, slot, n, channels, e, exists_e, N: tl.constexpr
 
 
 @triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
-def span_ends_kernel(
-    x, delta, A, B, delta_bias, ends, sums, chunk_table, span_table,
-    chunks, spans, length, chunks_per_row, spans_per_row, chunks_per_span,
+def split_ends_kernel(
+    x, delta, A, B, delta_bias, ends, sums, chunk_table, split_table,
+    chunks, splits, length, chunks_per_row, splits_per_row, chunks_per_split,
     channels, groups, blocks, blocks_per_group, group_channels,
     x_b, x_l, x_e, delta_b, delta_l, delta_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr,
     E: tl.constexpr,
 ):  # fmt: skip
-    """The last state of each span from a zero state, and the sum of its step sizes.
+    """The last state of each split from a zero state, and the sum of its step sizes.
 
-    `ends` (spans, n, e) comes with zeros.
+    `ends` (splits, n, e) comes with zeros.
     """
-    span = tl.program_id(0) // blocks
+    split = tl.program_id(0) // blocks
     group, channel, exists_e = block_of_channels(
         tl.program_id(0) % blocks, blocks_per_group, group_channels, E
     )
     STEP: tl.constexpr = -1 if REVERSE else 1
     e, t = channel + tl.arange(0, E), tl.arange(0, T)
-    slot = span.to(tl.int64)
-    chunk_0, count, _state_in, _state_out = span_bounds(
-        span, span_table, spans, spans_per_row, chunks_per_span, chunks_per_row
+    slot = split.to(tl.int64)
+    chunk_0, count, _state_in, _state_out = split_bounds(
+        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row
     )
     sum_e = tl.zeros([E], tl.float32)
     # From the last chunk to the first one: an input decays by the steps that come after it.
@@ -216,21 +219,21 @@ def span_ends_kernel(
 
 
 @triton.jit(do_not_specialize=SIZES)
-def join_spans_kernel(
+def join_splits_kernel(
     ends, sums, A, starts, first, last, segment_table,
-    segments, spans_per_row, channels, blocks,
+    segments, splits_per_row, channels, blocks,
     N: tl.constexpr, BACKWARD: tl.constexpr, K: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """Carry states through the spans of a segment, K spans at a time, for one state n.
+    """Carry states through the splits of a segment, K splits at a time, for one state n.
 
-    `ends` is what each span adds and `starts` what it begins with, both (spans, n, e); `first`
+    `ends` is what each split adds and `starts` what it begins with, both (splits, n, e); `first`
     goes into a segment and `last` comes out, (s, e, n). BACKWARD carries gradients: from the last
-    span to the first one.
+    split to the first one.
     """
     block, n = tl.program_id(0) % blocks, tl.program_id(0) // blocks % N
     segment = tl.program_id(0) // blocks // N
-    span_0, count, state_in, state_out = segment_bounds(
-        segment, segment_table, segments, spans_per_row
+    split_0, count, state_in, state_out = segment_bounds(
+        segment, segment_table, segments, splits_per_row
     )
     enters = (state_out if BACKWARD else state_in).to(tl.int64)
     leaves = (state_in if BACKWARD else state_out).to(tl.int64)
@@ -242,20 +245,20 @@ def join_spans_kernel(
         state_e = tl.load(first + (enters * channels + e) * N + n, mask=exists_e, other=0.0)
     for walked in range(0, count, K):
         order = walked + k
-        span = (span_0 + (count - 1 - order if BACKWARD else order)).to(tl.int64)
+        split = (split_0 + (count - 1 - order if BACKWARD else order)).to(tl.int64)
         inside_ke = (order < count)[:, None] & exists_e[None, :]
-        sum_ke = tl.load(sums + span[:, None] * channels + e[None, :], mask=inside_ke, other=0.0)
-        places = (span[:, None] * N + n) * channels + e[None, :]
+        sum_ke = tl.load(sums + split[:, None] * channels + e[None, :], mask=inside_ke, other=0.0)
+        places = (split[:, None] * N + n) * channels + e[None, :]
         end_ke = tl.load(ends + places, mask=inside_ke, other=0.0)
         decay_ke = tl.exp2(sum_ke * rate_e[None, :])
         end_ke = tl.where((k == 0)[:, None], end_ke + decay_ke * state_e[None, :], end_ke)
         _product_ke, after_ke = tl.associative_scan((decay_ke, end_ke), 0, compose)
-        first_span = (span_0 + (count - 1 - walked if BACKWARD else walked)).to(tl.int64)
-        store_state(starts, state_e, first_span, n, channels, e, exists_e, N)
-        # What comes out of a span goes into the next one.
-        next_span = -N * channels if BACKWARD else N * channels
+        first_split = (split_0 + (count - 1 - walked if BACKWARD else walked)).to(tl.int64)
+        store_state(starts, state_e, first_split, n, channels, e, exists_e, N)
+        # What comes out of a split goes into the next one.
+        next_split = -N * channels if BACKWARD else N * channels
         has_next = (order + 1 < count) & (k + 1 < K)
-        tl.store(starts + places + next_span, after_ke, mask=has_next[:, None] & exists_e[None, :])
+        tl.store(starts + places + next_split, after_ke, mask=has_next[:, None] & exists_e[None, :])
         state_e = tl.sum(tl.where((k == K - 1)[:, None], after_ke, 0.0), 0)
     if last is not None and leaves >= 0:
         tl.store(last + (leaves * channels + e) * N + n, state_e, mask=exists_e)
@@ -264,32 +267,33 @@ def join_spans_kernel(
 @triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
 def scan_kernel(
     x, delta, A, B, C, D, z, delta_bias, y, starts, entering, initial, last,
-    chunk_table, span_table, chunks, spans, length, chunks_per_row, spans_per_row, chunks_per_span,
+    chunk_table, split_table,
+    chunks, splits, length, chunks_per_row, splits_per_row, chunks_per_split,
     channels, groups, blocks, blocks_per_group, group_channels,
     x_b, x_l, x_e, delta_b, delta_l, delta_e, z_b, z_l, z_e, y_b, y_l, y_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, JOINED: tl.constexpr,
     KEEP: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of a span.
+    """The outputs of a split.
 
-    It starts from `entering` (spans, n, e) where spans were JOINED, else from the segment's initial
-    state, and then writes the last one. `starts` is filled on the way: for all chunks (KEEP), or
-    for two of a span that take turns.
+    It starts from `entering` (splits, n, e) where splits were JOINED, else from the segment's
+    initial state, and then writes the last one. `starts` is filled on the way: for all chunks
+    (KEEP), or for two of a split that take turns.
     """
-    span = tl.program_id(0) // blocks
+    split = tl.program_id(0) // blocks
     group, channel, exists_e = block_of_channels(
         tl.program_id(0) % blocks, blocks_per_group, group_channels, E
     )
     STEP: tl.constexpr = -1 if REVERSE else 1
     e, t = channel + tl.arange(0, E), tl.arange(0, T)
-    chunk_0, count, state_in, state_out = span_bounds(
-        span, span_table, spans, spans_per_row, chunks_per_span, chunks_per_row
+    chunk_0, count, state_in, state_out = split_bounds(
+        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row
     )
-    first_slot = (chunk_0 if KEEP else 2 * span).to(tl.int64)
+    first_slot = (chunk_0 if KEEP else 2 * split).to(tl.int64)
     for n in range(N):
         state_e = tl.zeros([E], tl.float32)
         if JOINED:
-            state_e = load_state(entering, span.to(tl.int64), n, channels, e, exists_e, N)
+            state_e = load_state(entering, split.to(tl.int64), n, channels, e, exists_e, N)
         elif initial is not None and state_in >= 0:
             place = initial + (state_in.to(tl.int64) * channels + e) * N + n
             state_e = tl.load(place, mask=exists_e, other=0.0)
@@ -297,8 +301,8 @@ def scan_kernel(
             store_state(starts, state_e, first_slot, n, channels, e, exists_e, N)
     for walked in range(count):
         chunk = chunk_0 + walked
-        slot = (chunk if KEEP else 2 * span + walked % 2).to(tl.int64)
-        next_slot = (chunk + 1 if KEEP else 2 * span + (walked + 1) % 2).to(tl.int64)
+        slot = (chunk if KEEP else 2 * split + walked % 2).to(tl.int64)
+        next_slot = (chunk + 1 if KEEP else 2 * split + (walked + 1) % 2).to(tl.int64)
         # What other threads of this program have stored in `starts` is read now.
         tl.debug_barrier()
         row, position, steps = chunk_bounds(
