@@ -2,8 +2,8 @@
 
 A program takes a block of channels through a split (a segment, or a part of it), a tile of T steps
 and E channels at a time, one state n after the other. Strides of channels are not specialized for,
-so that a thread has one channel and all steps of a tile in its registers: `associative_scan` is then
-a loop in each thread, without any exchange between threads, and no tensor with an axis for the
+so that a thread has one channel and all steps of a tile in its registers. `associative_scan` is
+then a loop in each thread, without any exchange between threads, and no tensor with an axis for the
 states is ever in memory. What is in memory is the state at the borders of tiles, called chunks
 here: `starts` (chunks, n, e), from which the backward pass computes the others again.
 
@@ -62,7 +62,7 @@ def chunk_bounds(
 
 @triton.jit
 def split_bounds(split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row):
-    """A split's first chunk and how many it has, and its segment's states: what goes in, comes out."""
+    """A split's first chunk, how many it has, and the places of its segment's two states."""
     if split_table is None:
         row, walked = split // splits_per_row, (split % splits_per_row) * chunks_per_split
         first = row * chunks_per_row + walked
