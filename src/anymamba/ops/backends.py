@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from anymamba.errors import BackendError
 from anymamba.ops.tracing import is_transformed
@@ -48,12 +49,17 @@ class Backend:
 
     def missing(self) -> str | None:
         """The reason why this machine cannot run the backend, or None."""
-        absent = [name for name in self.packages if not INSTALLED[name]]
-        if absent:
-            return f"{' and '.join(absent)} not installed: {self.install}"
+        absent = self.absent()
+        if absent is not None:
+            return absent
         if self.devices and not any(is_available(device) for device in self.devices):
             return f"this machine has no {' or '.join(self.devices)} device that PyTorch can use"
         return None
+
+    def absent(self) -> str | None:
+        """What is not installed, or None. A tensor on a device shows that there is one."""
+        absent = [name for name in self.packages if not INSTALLED[name]]
+        return f"{' and '.join(absent)} not installed: {self.install}" if absent else None
 
 
 PREFERENCE = ("mamba_ssm", "triton", "cpu", "mambapy", "reference")
@@ -227,14 +233,19 @@ def implementation(
         if reason is not None:
             raise BackendError(f"backend {chosen!r} cannot run {operator}: {reason}")
         return _load(BACKENDS[chosen].operators[operator])
+    device = _device_type(arguments[0])
     for candidate in PREFERENCE:
         by_request = candidate in _ONLY_BY_REQUEST and candidate != fallback
-        if by_request or operator not in BACKENDS[candidate].operators:
+        entry = BACKENDS[candidate]
+        if by_request or operator not in entry.operators:
+            continue
+        if entry.devices and device not in entry.devices:
             continue
         if _prefers_other(candidate, operator, arguments):
             continue
         if _unsupported_reason(candidate, operator, arguments) is None:
-            native = operator in BACKENDS["cpu"].operators and arguments[0].device.type == "cpu"
+            on_cpu = arguments[0].device.type == "cpu"
+            native = operator in BACKENDS["cpu"].operators and on_cpu
             if native and candidate != "cpu":
                 _say_once_that_the_core_is_missing()
             return _load(BACKENDS[candidate].operators[operator])
@@ -292,24 +303,27 @@ def _demand(name: str, who: str) -> str:
     return name
 
 
+def _device_type(tensor: Tensor) -> str:
+    # On the meta device the core's operators only tell shapes.
+    return "cpu" if tensor.is_meta else tensor.device.type
+
+
 def _unsupported_reason(name: str, operator: str, arguments: Sequence[Any]) -> str | None:
     entry, tensor = BACKENDS[name], arguments[0]
-    # On the meta device the core's operators only tell shapes.
-    device = "cpu" if tensor.is_meta else tensor.device.type
-    if entry.devices and device not in entry.devices:
+    if entry.devices and _device_type(tensor) not in entry.devices:
         return f"the tensors are on {tensor.device}, not on {' or '.join(entry.devices)}"
     if name != "reference" and is_transformed():
         return "torch.func and forward-mode derivatives need the backend 'auto' or 'reference'"
-    missing = entry.missing()
-    if missing is not None or entry.unsupported_reason is None:
-        return missing
+    absent = entry.absent()
+    if absent is not None or entry.unsupported_reason is None:
+        return absent
     reason: str | None = _load(entry.unsupported_reason)(operator, arguments)
     return reason
 
 
 def _prefers_other(name: str, operator: str, arguments: Sequence[Any]) -> bool:
     entry = BACKENDS[name]
-    if entry.prefers_other is None or entry.missing() is not None:
+    if entry.prefers_other is None or entry.absent() is not None:
         return False
     return bool(_load(entry.prefers_other)(operator, arguments))
 
