@@ -93,6 +93,21 @@ def test_triton_goes_first_only_where_it_was_measured_to_be_faster(
     assert not limits.prefers_other("selective_scan", doubled)
 
 
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [("3.3.1", "triton 3.3.1 is too old, 3.4"), ("3.4.0", None), ("3.10", None)],
+)
+def test_a_triton_that_is_too_old_is_named(
+    found: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("anymamba.ops.triton")
+    monkeypatch.setattr(module, "version", lambda _: found)
+    said = module.why_too_old()
+    assert said is None if reason is None else said.startswith(reason)
+    entry = dataclasses.replace(backends.BACKENDS["triton"], packages=(), obstacle=said)
+    assert entry.absent() == said
+
+
 def test_the_fallback_is_taken_where_no_kernel_is(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
     real = importlib.import_module("anymamba.ops.scan.mambapy").selective_scan

@@ -32,6 +32,3 @@ def test_kernels_compile(target: str) -> None:
     for kernel in kernels:
         # Other batches and lengths do not wait for a compiler again.
         assert not (kernel["new"] and "other length" in kernel["kernel"]), kernel
-        # A forward kernel that spilled registers would read and write them for each state.
-        if target.startswith("cuda") and kernel["kernel"].endswith(": scan_kernel"):
-            assert kernel["REG"] <= 128, kernel

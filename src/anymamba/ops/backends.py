@@ -23,7 +23,7 @@ from torch import Tensor
 
 from anymamba.errors import BackendError
 from anymamba.ops.tracing import is_transformed
-from anymamba.ops.triton import is_available, triton_devices
+from anymamba.ops.triton import is_available, triton_devices, why_too_old
 from anymamba.upstream import PACKAGES, is_original_installed
 
 
@@ -36,7 +36,7 @@ class Backend:
     names a function of the operator's name and the call's arguments that returns why the backend
     cannot serve it, or None. `prefers_other` names one that says whether another serves it better,
     which the automatic choice asks and a demand does not. `description` names one that says how the
-    backend would run here.
+    backend would run here. `obstacle` is what else is in the way on this machine.
     """
 
     devices: tuple[str, ...]
@@ -46,6 +46,7 @@ class Backend:
     unsupported_reason: str | None = None
     prefers_other: str | None = None
     description: str | None = None
+    obstacle: str | None = None
 
     def missing(self) -> str | None:
         """The reason why this machine cannot run the backend, or None."""
@@ -57,9 +58,9 @@ class Backend:
         return None
 
     def absent(self) -> str | None:
-        """What is not installed, or None. A tensor on a device shows that there is one."""
+        """What is missing but a device, or None. A tensor on a device shows that there is one."""
         absent = [name for name in self.packages if not INSTALLED[name]]
-        return f"{' and '.join(absent)} not installed: {self.install}" if absent else None
+        return f"{' and '.join(absent)} not installed: {self.install}" if absent else self.obstacle
 
 
 PREFERENCE = ("mamba_ssm", "triton", "cpu", "mambapy", "reference")
@@ -115,6 +116,7 @@ BACKENDS = {
         unsupported_reason="anymamba.ops.triton:unsupported_reason",
         prefers_other="anymamba.ops.triton:prefers_other",
         description="anymamba.ops.triton:description",
+        obstacle=why_too_old(),
     ),
     "mambapy": Backend(
         devices=(),

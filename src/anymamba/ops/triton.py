@@ -6,9 +6,11 @@ Imports no Triton, which takes a while and is needed by the kernels' own files a
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -24,6 +26,9 @@ MOST_CHANNELS_OF_A_ROW = 1 << 14
 """The longest rows of a norm, which a program holds whole."""
 MOST_TAPS = 16
 """The widest kernel of the convolution, whose taps are written out one by one."""
+OLDEST = (3, 4)
+"""The oldest Triton for which all kernels were compiled."""
+_DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu")
 _GPUS = ("cuda", "xpu")
 
 
@@ -35,6 +40,21 @@ def is_interpreted() -> bool:
 def triton_devices() -> tuple[str, ...]:
     """The types of device that the kernels run on; AMD's GPUs are "cuda" to PyTorch as well."""
     return (*_GPUS, "cpu") if is_interpreted() else _GPUS
+
+
+def why_too_old() -> str | None:
+    """Why the Triton that is installed cannot compile the kernels, or None."""
+    for name in _DISTRIBUTIONS:
+        try:
+            text = version(name)
+        except PackageNotFoundError:
+            continue
+        found = tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+        if found < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            return f"{name} {text} is too old, {oldest} or newer is needed: PyTorch 2.8 brings it"
+        return None
+    return None
 
 
 def is_available(device_type: str) -> bool:

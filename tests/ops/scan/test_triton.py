@@ -2,12 +2,14 @@
 
 import importlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from anymamba import ops
 from anymamba.errors import BackendError
@@ -26,7 +28,7 @@ def cut(request: pytest.FixtureRequest) -> Iterator[str]:
         module = importlib.import_module("anymamba.ops.scan.triton")
         in_splits = request.param == "splits"
         patch.setattr(module, "wanted_programs", lambda _: 1000 if in_splits else 1)
-        patch.setattr(module, "FEWEST_CHUNKS", 1 if in_splits else 4)
+        patch.setattr(module, "KEPT_CHUNKS", 1 if in_splits else 2)
         yield request.param
 
 
@@ -107,13 +109,41 @@ def test_two_runs_give_the_same_bits() -> None:
     assert all(map(torch.equal, run(), run()))
 
 
-def test_only_the_borders_of_chunks_are_kept() -> None:
-    """Nothing of size l e n: the kept states are a sixteenth of that, for tiles of 16 steps."""
+def test_few_states_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state for 64 steps: nothing of size l e n."""
+    module = importlib.import_module("anymamba.ops.scan.triton")
+    monkeypatch.setattr(module, "KEPT_CHUNKS", 4)
     saved = []
     inputs = leaves(scan_inputs(1, 160, 32, 4))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.selective_scan(**inputs)
     assert max(tensor.numel() for tensor in saved) <= 160 * 32
+
+
+def test_compiled_once_for_all_lengths() -> None:
+    graphs = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    backend = aot_autograd(fw_compiler=count)
+    scan = torch.compile(ops.selective_scan, dynamic=True, fullgraph=True, backend=backend)
+    for l in (5, 20, 40, 70):
+        inputs = leaves(scan_inputs(1, l, 3, 2))
+        y = scan(**inputs)
+        assert_contract(y, ops.selective_scan(**inputs).double())
+        y.sum().backward()
+    assert len(graphs) == 2  # forward and backward
+
+
+def test_tables_of_packed_batches_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("anymamba.ops.scan.triton")
+    module._tables.cache_clear()
+    inputs = leaves(scan_inputs(1, 20, 3, 2))
+    for _ in range(2):  # layers
+        ops.selective_scan(**inputs, cu_seqlens=torch.tensor([0, 3, 20])).sum().backward()
+    assert module._tables.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("dtype", TYPES)

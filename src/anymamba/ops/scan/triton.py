@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,8 @@ from anymamba.ops.triton import (
 STEPS, CHANNELS = 16, 32
 # What lets 16 programs run on a multiprocessor; the loop over states needs no more.
 FORWARD_REGISTERS = 128
-FEWEST_CHUNKS = 4
+# So that kept states are few beside the inputs: one for 64 steps.
+KEPT_CHUNKS = 4
 JOINED_SPLITS = 32
 STEP_TILE = 1024
 
@@ -112,7 +114,7 @@ class _Plan(NamedTuple):
     T: int
     E: int
     chunk_table: Tensor | None  # (3, chunks): row, position of the first step, steps
-    split_table: Tensor | None  # (4, splits): first chunk, chunks, states that go in and come out
+    split_table: Tensor | None  # (5, splits): first chunk, chunks, state in, out, first kept one
     segment_table: Tensor | None  # (4, s): first split, splits, states that go in and come out
     chunks: int
     splits: int
@@ -139,25 +141,37 @@ def _plan(inputs: _Inputs) -> _Plan:
     segments = b if inputs.segments is None else inputs.segments.shape[1]
     chunks_per_row = -(-l // T)
     wanted = -(-wanted_programs(inputs.x.device) // (segments * blocks))
-    chunks_per_split = max(FEWEST_CHUNKS, -(-chunks_per_row // wanted))
+    chunks_per_split = KEPT_CHUNKS * max(1, -(-chunks_per_row // (wanted * KEPT_CHUNKS)))
     splits_per_row = -(-chunks_per_row // chunks_per_split)
     per_row = (chunks_per_row, splits_per_row, chunks_per_split)
     if inputs.segments is None:
         none, counts = (None, None, None), (b * chunks_per_row, b * splits_per_row, b)
         is_joined = splits_per_row > 1
         return _Plan(T, E, *none, *counts, *per_row, blocks, blocks_per_group, is_joined)
-    tables = _tables(inputs.segments, T, chunks_per_split, inputs.reverse, inputs.x.device)
+    values = tuple(map(tuple, inputs.segments.tolist()))
+    cut = (T, chunks_per_split, KEPT_CHUNKS, inputs.reverse)
+    tables = _tables(values, *cut, inputs.x.device)
     counts = (tables[0].shape[1], tables[1].shape[1], tables[2].shape[1])
     longest = (inputs.segments[2] - inputs.segments[1]).amax()
     is_joined = bool(longest > chunks_per_split * T)
     return _Plan(T, E, *tables, *counts, *per_row, blocks, blocks_per_group, is_joined)
 
 
+@lru_cache(maxsize=8)
 def _tables(
-    segments: Tensor, T: int, chunks_per_split: int, reverse: bool, device: torch.device
+    segments: tuple[tuple[int, ...], ...],
+    T: int,
+    chunks_per_split: int,
+    kept_chunks: int,
+    reverse: bool,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables of chunks, splits and segments (`_Plan`) of a packed batch."""
-    rows, starts, stops, state_in, state_out = segments
+    """The tables of chunks, splits and segments (`_Plan`) of a packed batch.
+
+    The host waits for their copy to the device. So those of the last batches stay there: one copy
+    serves all layers, and the backward pass.
+    """
+    rows, starts, stops, state_in, state_out = torch.tensor(segments)
     chunk_counts = -(-(stops - starts) // T)
     chunk_firsts, of_chunk, walked = _cut(chunk_counts)
     steps = (stops - starts)[of_chunk] - walked * T
@@ -170,10 +184,14 @@ def _tables(
     split_firsts, of_split, walked = _cut(split_counts)
     first = chunk_firsts[of_split] + walked * chunks_per_split
     count = (chunk_counts[of_split] - walked * chunks_per_split).clamp(max=chunks_per_split)
-    splits = torch.stack([first, count, state_in[of_split], state_out[of_split]])
+    kept_counts = -(-count // kept_chunks)
+    first_kept = kept_counts.cumsum(0) - kept_counts
+    splits = torch.stack([first, count, state_in[of_split], state_out[of_split], first_kept])
 
     whole = torch.stack([split_firsts, split_counts, state_in, state_out])
-    return chunks.to(device), splits.to(device), whole.to(device)
+    tables = [table.to(torch.int64).flatten() for table in (chunks, splits, whole)]
+    parts = torch.cat(tables).to(device).split([len(table) for table in tables])
+    return parts[0].view(3, -1), parts[1].view(5, -1), parts[2].view(4, -1)
 
 
 def _cut(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,20 +201,23 @@ def _cut(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return firsts, wholes, torch.arange(len(wholes)) - firsts[wholes]
 
 
-def _most_chunks(inputs: _Inputs) -> int:
-    """At least the number of chunks, by the shapes alone."""
-    (b, l, _), (T, _) = inputs.x.shape, _tile(inputs)
+def _most_kept(inputs: _Inputs) -> int:
+    """At least the number of states that are kept for the backward pass, by the shapes alone.
+
+    Two at least: a compiler makes another graph for a size of 1.
+    """
+    (b, l, _), steps = inputs.x.shape, STEPS * KEPT_CHUNKS
     if inputs.segments is None:
-        return b * (-(-l // T))
-    return b * l // T + inputs.segments.shape[1]
+        return b * (-(-l // steps)) + 1
+    return b * l // steps + inputs.segments.shape[1] + 1
 
 
 def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last states, and the states between chunks (empty unless a backward pass comes)."""
+    """y, the last states, and those kept on the way (empty unless a backward pass comes)."""
     x, (e, n) = inputs.x, inputs.A.shape
     last = x.new_empty((inputs.n_states, e, n), dtype=torch.float32)
-    chunks = _most_chunks(inputs) if inputs.will_go_back else 0
-    return torch.empty_like(x), last, x.new_empty((chunks, n, e), dtype=torch.float32)
+    kept = _most_kept(inputs) if inputs.will_go_back else 0
+    return torch.empty_like(x), last, x.new_empty((kept, n, e), dtype=torch.float32)
 
 
 def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -216,14 +237,14 @@ def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
                 **_options(inputs, plan),
             )
             entering = _join(inputs, plan, ends, sums, (initial, last), backward=False)
-        keep = inputs.will_go_back
         scan_kernel[(plan.splits * plan.blocks,)](
             *(x, delta, A, B, C, D, z, delta_bias, y),
-            *(kept if keep else _states(inputs, 2 * plan.splits), entering, initial, last),
+            *(_states(inputs, 2 * plan.splits), kept if inputs.will_go_back else None),
+            *(entering, initial, last),
             *(plan.chunk_table, plan.split_table, *_sizes(inputs, plan)),
             *(*x.stride(), *delta.stride(), *strides(z, 3), *y.stride()),
             JOINED=plan.is_joined,
-            KEEP=keep,
+            K=KEPT_CHUNKS,
             **_options(inputs, plan, FORWARD_REGISTERS),
         )
 
@@ -253,11 +274,13 @@ def _backward(
         by_channel = x.new_empty((2, plan.splits, x.shape[2]), dtype=torch.float32)
         scan_backward_kernel[(plan.splits * plan.blocks,)](
             *(x, delta, A, B, C, D, z, delta_bias, dy, kept[0]),
-            *(_states(inputs, 2 * plan.splits), leaving, dlast),
+            *(_states(inputs, KEPT_CHUNKS * plan.splits), _states(inputs, 2 * plan.splits)),
+            *(leaving, dlast),
             *(dx, ddelta, dz, dinitial, by_state, *by_map, *by_channel),
             *(plan.chunk_table, plan.split_table, *_sizes(inputs, plan)),
             *(*x.stride(), *delta.stride(), *strides(z, 3), *dy.stride(), *dx.stride()),
             JOINED=plan.is_joined,
+            K=KEPT_CHUNKS,
             **_options(inputs, plan),
         )
         dA.copy_(by_state.sum(0).T)

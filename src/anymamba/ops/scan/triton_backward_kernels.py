@@ -74,8 +74,8 @@ def split_gradients_kernel(
     STEP: tl.constexpr = -1 if REVERSE else 1
     e, t = channel + tl.arange(0, E), tl.arange(0, T)
     slot = split.to(tl.int64)
-    chunk_0, count, _state_in, _state_out = split_bounds(
-        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row
+    chunk_0, count, _state_in, _state_out, _kept = split_bounds(
+        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row, 1
     )
     sum_e = tl.zeros([E], tl.float32)
     for walked in range(count):
@@ -104,9 +104,49 @@ def split_gradients_kernel(
     tl.store(sums + slot * channels + e, sum_e, mask=exists_e)
 
 
+@triton.jit
+def restore_starts(
+    kept, starts, kept_slot, first_slot, first_chunk, count, x, delta, A, B, delta_bias,
+    chunk_table, chunks, length, chunks_per_row, channels, groups, group, channel, exists_e,
+    x_b, x_l, x_e, delta_b, delta_l, delta_e,
+    N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, T: tl.constexpr,
+    E: tl.constexpr,
+):  # fmt: skip
+    """The state before a chunk that was kept, and from it those before the `count` next ones."""
+    STEP: tl.constexpr = -1 if REVERSE else 1
+    e, t = channel + tl.arange(0, E), tl.arange(0, T)
+    # Until here other threads may read what is in `starts`.
+    tl.debug_barrier()
+    for n in range(N):
+        start_e = load_state(kept, kept_slot, n, channels, e, exists_e, N)
+        store_state(starts, start_e, first_slot, n, channels, e, exists_e, N)
+    for walked in range(count):
+        tl.debug_barrier()
+        chunk = first_chunk + walked
+        row, position, steps = chunk_bounds(
+            chunk, chunk_table, chunks, length, chunks_per_row, REVERSE, T
+        )
+        inside_te = (t < steps)[:, None] & exists_e[None, :]
+        x_te = load_tile(x, row, position, channel, x_b, x_l, x_e, inside_te, STEP, T, E)
+        raw_te = load_tile(
+            delta, row, position, channel, delta_b, delta_l, delta_e, inside_te, STEP, T, E
+        )
+        delta_te, raw_te = step_sizes(raw_te, delta_bias, channel, exists_e, inside_te, SOFTPLUS, E)
+        drive_te = delta_te * x_te
+        sum_e = tl.sum(delta_te, 0)
+        after_te = sum_e[None, :] - tl.cumsum(delta_te, 0)
+        for n in range(N):
+            rate_e = tl.load(A + e * N + n, mask=exists_e, other=0.0) * LOG2_E
+            b_t = load_map(B, chunk, groups, group, n, N, T)
+            end_e = tl.sum(tl.exp2(after_te * rate_e[None, :]) * drive_te * b_t[:, None], 0)
+            start_e = load_state(starts, first_slot + walked, n, channels, e, exists_e, N)
+            end_e += tl.exp2(sum_e * rate_e) * start_e
+            store_state(starts, end_e, first_slot + walked + 1, n, channels, e, exists_e, N)
+
+
 @triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
 def scan_backward_kernel(
-    x, delta, A, B, C, D, z, delta_bias, dy, starts, carried, leaving, dlast,
+    x, delta, A, B, C, D, z, delta_bias, dy, kept, starts, carried, leaving, dlast,
     dx, ddelta, dz, dinitial, partial_dA, partial_dB, partial_dC, partial_dD, partial_dbias,
     chunk_table, split_table,
     chunks, splits, length, chunks_per_row, splits_per_row, chunks_per_split,
@@ -114,13 +154,14 @@ def scan_backward_kernel(
     x_b, x_l, x_e, delta_b, delta_l, delta_e, z_b, z_l, z_e, dy_b, dy_l, dy_e,
     dense_b, dense_l, dense_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, JOINED: tl.constexpr,
-    T: tl.constexpr, E: tl.constexpr,
+    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a split, from its last chunk to its first.
 
     The gradient of the split's last state by all that follows is in `leaving` (splits, n, e) where
     splits were JOINED, else it is the segment's of `dlast`. `carried` (2 splits, n, e) takes it
-    from chunk to chunk, two slots of a split taking turns. partial_dA (splits, n, e) comes with
+    from chunk to chunk, two slots of a split taking turns. `starts` (K splits, n, e) takes the
+    states before K chunks, computed again from a `kept` one. partial_dA (splits, n, e) comes with
     zeros.
     """
     split = tl.program_id(0) // blocks
@@ -130,8 +171,8 @@ def scan_backward_kernel(
     STEP: tl.constexpr = -1 if REVERSE else 1
     e, t = channel + tl.arange(0, E), tl.arange(0, T)
     split_slot = split.to(tl.int64)
-    chunk_0, count, state_in, state_out = split_bounds(
-        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row
+    chunk_0, count, state_in, state_out, first_kept = split_bounds(
+        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row, K
     )
     for n in range(N):
         gradient_e = tl.zeros([E], tl.float32)
@@ -144,10 +185,19 @@ def scan_backward_kernel(
     dD_e = tl.zeros([E], tl.float32)
     dbias_e = tl.zeros([E], tl.float32)
     for walked in range(count):
-        chunk = chunk_0 + (count - 1 - walked)
+        from_first = count - 1 - walked
+        chunk = chunk_0 + from_first
+        if (walked == 0) | (from_first % K == K - 1):
+            restore_starts(
+                kept, starts, (first_kept + from_first // K).to(tl.int64), split_slot * K,
+                chunk - from_first % K, from_first % K, x, delta, A, B, delta_bias, chunk_table,
+                chunks, length, chunks_per_row, channels, groups, group, channel, exists_e,
+                x_b, x_l, x_e, delta_b, delta_l, delta_e, N, SOFTPLUS, REVERSE, T, E,
+            )  # fmt: skip
+        start_slot = split_slot * K + from_first % K
         slot = (2 * split + walked % 2).to(tl.int64)
         next_slot = (2 * split + (walked + 1) % 2).to(tl.int64)
-        # What other threads of this program have stored in `carried` is read now.
+        # What other threads of this program have stored is read now.
         tl.debug_barrier()
         row, position, steps = chunk_bounds(
             chunk, chunk_table, chunks, length, chunks_per_row, REVERSE, T
@@ -170,7 +220,7 @@ def scan_backward_kernel(
         line = ((block_in_group * chunks + chunk) * groups + group) * N
         for n in range(N):
             A_e = tl.load(A + e * N + n, mask=exists_e, other=0.0)
-            start_e = load_state(starts, chunk.to(tl.int64), n, channels, e, exists_e, N)
+            start_e = load_state(starts, start_slot, n, channels, e, exists_e, N)
             after_e = load_state(carried, slot, n, channels, e, exists_e, N)
             b_t = load_map(B, chunk, groups, group, n, N, T)
             c_t = load_map(C, chunk, groups, group, n, N, T)
@@ -182,13 +232,10 @@ def scan_backward_kernel(
             # Steps outside of the sequence have decay 1 and pass on what comes in at the end.
             given_te = dy_te * c_t[:, None]
             given_te = tl.where((t == T - 1)[:, None], given_te + after_e[None, :], given_te)
-            from_last = (
-                flip_steps(decay_te, T, E),
-                tl.full([T, E], 1.0, tl.float32),
-                flip_steps(given_te, T, E),
-            )
+            last_decay_te, last_given_te = flip_steps(decay_te, T, E), flip_steps(given_te, T, E)
+            ones_te = tl.full([T, E], 1.0, tl.float32)
             _first_te, _factor_te, gradient_te = tl.associative_scan(
-                from_last, 0, compose_gradients
+                (last_decay_te, ones_te, last_given_te), 0, compose_gradients
             )
             gradient_te = flip_steps(gradient_te, T, E)
 
@@ -206,9 +253,11 @@ def scan_backward_kernel(
             before_e = tl.sum(tl.where((t == 0)[:, None], gradient_te * decay_te, 0.0), 0)
             if walked + 1 < count:
                 store_state(carried, before_e, next_slot, n, channels, e, exists_e, N)
-            elif not JOINED and dinitial is not None and state_in >= 0:
-                place = dinitial + (state_in.to(tl.int64) * channels + e) * N + n
-                tl.store(place, before_e, mask=exists_e)
+            elif not JOINED:
+                if dinitial is not None:
+                    if state_in >= 0:
+                        place = dinitial + (state_in.to(tl.int64) * channels + e) * N + n
+                        tl.store(place, before_e, mask=exists_e)
 
         # Read again rather than kept in registers through the loop over states.
         x_te = load_tile(x, row, position, channel, x_b, x_l, x_e, inside_te, STEP, T, E)

@@ -4,8 +4,8 @@ A program takes a block of channels through a split (a segment, or a part of it)
 and E channels at a time, one state n after the other. Strides of channels are not specialized for,
 so that a thread has one channel and all steps of a tile in its registers. `associative_scan` is
 then a loop in each thread, without any exchange between threads, and no tensor with an axis for the
-states is ever in memory. What is in memory is the state at the borders of tiles, called chunks
-here: `starts` (chunks, n, e), from which the backward pass computes the others again.
+states is ever in memory. Kept for the backward pass is the state before every K-th tile, or chunk,
+from which it computes the others again.
 
 Where rows and channels are too few to fill the device, segments are cut into several splits, in
 three passes: each split's last state from a zero state (`split_ends_kernel`), the states at the
@@ -61,19 +61,25 @@ def chunk_bounds(
 
 
 @triton.jit
-def split_bounds(split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row):
-    """A split's first chunk, how many it has, and the places of its segment's two states."""
+def split_bounds(
+    split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row, K: tl.constexpr
+):
+    """A split's first chunk, how many it has, the places of its segment's first and last state, and
+    of the first state that it keeps: one for K chunks.
+    """
     if split_table is None:
         row, walked = split // splits_per_row, (split % splits_per_row) * chunks_per_split
         first = row * chunks_per_row + walked
         count = tl.minimum(chunks_per_row - walked, chunks_per_split)
         state_in, state_out = row, row
+        kept = row * tl.cdiv(chunks_per_row, K) + walked // K
     else:
         first = tl.load(split_table + split).to(tl.int32)
         count = tl.load(split_table + splits + split).to(tl.int32)
         state_in = tl.load(split_table + 2 * splits + split).to(tl.int32)
         state_out = tl.load(split_table + 3 * splits + split).to(tl.int32)
-    return first, count, state_in, state_out
+        kept = tl.load(split_table + 4 * splits + split).to(tl.int32)
+    return first, count, state_in, state_out, kept
 
 
 @triton.jit
@@ -188,8 +194,8 @@ def split_ends_kernel(
     STEP: tl.constexpr = -1 if REVERSE else 1
     e, t = channel + tl.arange(0, E), tl.arange(0, T)
     slot = split.to(tl.int64)
-    chunk_0, count, _state_in, _state_out = split_bounds(
-        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row
+    chunk_0, count, _state_in, _state_out, _kept = split_bounds(
+        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row, 1
     )
     sum_e = tl.zeros([E], tl.float32)
     # From the last chunk to the first one: an input decays by the steps that come after it.
@@ -266,19 +272,20 @@ def join_splits_kernel(
 
 @triton.jit(do_not_specialize=SIZES + CHANNEL_STRIDES)
 def scan_kernel(
-    x, delta, A, B, C, D, z, delta_bias, y, starts, entering, initial, last,
+    x, delta, A, B, C, D, z, delta_bias, y, starts, kept, entering, initial, last,
     chunk_table, split_table,
     chunks, splits, length, chunks_per_row, splits_per_row, chunks_per_split,
     channels, groups, blocks, blocks_per_group, group_channels,
     x_b, x_l, x_e, delta_b, delta_l, delta_e, z_b, z_l, z_e, y_b, y_l, y_e,
     N: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, JOINED: tl.constexpr,
-    KEEP: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
+    K: tl.constexpr, T: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a split.
 
     It starts from `entering` (splits, n, e) where splits were JOINED, else from the segment's
-    initial state, and then writes the last one. `starts` is filled on the way: for all chunks
-    (KEEP), or for two of a split that take turns.
+    initial state, and then writes the last one. `starts` (2 splits, n, e) takes the state from
+    chunk to chunk, two slots of a split taking turns; for the backward pass every K-th goes into
+    `kept`.
     """
     split = tl.program_id(0) // blocks
     group, channel, exists_e = block_of_channels(
@@ -286,10 +293,9 @@ def scan_kernel(
     )
     STEP: tl.constexpr = -1 if REVERSE else 1
     e, t = channel + tl.arange(0, E), tl.arange(0, T)
-    chunk_0, count, state_in, state_out = split_bounds(
-        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row
+    chunk_0, count, state_in, state_out, first_kept = split_bounds(
+        split, split_table, splits, splits_per_row, chunks_per_split, chunks_per_row, K
     )
-    first_slot = (chunk_0 if KEEP else 2 * split).to(tl.int64)
     for n in range(N):
         state_e = tl.zeros([E], tl.float32)
         if JOINED:
@@ -298,11 +304,12 @@ def scan_kernel(
             place = initial + (state_in.to(tl.int64) * channels + e) * N + n
             state_e = tl.load(place, mask=exists_e, other=0.0)
         if count > 0:
-            store_state(starts, state_e, first_slot, n, channels, e, exists_e, N)
+            store_state(starts, state_e, (2 * split).to(tl.int64), n, channels, e, exists_e, N)
     for walked in range(count):
         chunk = chunk_0 + walked
-        slot = (chunk if KEEP else 2 * split + walked % 2).to(tl.int64)
-        next_slot = (chunk + 1 if KEEP else 2 * split + (walked + 1) % 2).to(tl.int64)
+        slot = (2 * split + walked % 2).to(tl.int64)
+        next_slot = (2 * split + (walked + 1) % 2).to(tl.int64)
+        kept_slot = (first_kept + walked // K).to(tl.int64)
         # What other threads of this program have stored in `starts` is read now.
         tl.debug_barrier()
         row, position, steps = chunk_bounds(
@@ -321,6 +328,8 @@ def scan_kernel(
         for n in range(N):
             rate_e = tl.load(A + e * N + n, mask=exists_e, other=0.0) * LOG2_E
             start_e = load_state(starts, slot, n, channels, e, exists_e, N)
+            if kept is not None and walked % K == 0:
+                store_state(kept, start_e, kept_slot, n, channels, e, exists_e, N)
             b_t = load_map(B, chunk, groups, group, n, N, T)
             c_t = load_map(C, chunk, groups, group, n, N, T)
             decay_te = tl.exp2(delta_te * rate_e[None, :])
@@ -331,9 +340,10 @@ def scan_kernel(
             end_e = tl.sum(tl.where((t == T - 1)[:, None], state_te, 0.0), 0)
             if walked + 1 < count:
                 store_state(starts, end_e, next_slot, n, channels, e, exists_e, N)
-            elif not JOINED and state_out >= 0:
-                place = last + (state_out.to(tl.int64) * channels + e) * N + n
-                tl.store(place, end_e, mask=exists_e)
+            elif not JOINED:
+                if state_out >= 0:
+                    place = last + (state_out.to(tl.int64) * channels + e) * N + n
+                    tl.store(place, end_e, mask=exists_e)
         if z is not None:
             z_te = load_tile(z, row, position, channel, z_b, z_l, z_e, inside_te, STEP, T, E)
             y_te *= silu(z_te)
