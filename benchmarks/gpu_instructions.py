@@ -27,13 +27,21 @@ EXPONENTIAL = "MUFU.EX2"
 # What a state and step cannot do without, in instructions of one thread:
 # forward, delta A, exp2, the input, the state, the output;
 FORWARD = 5
-# of a split's last state, delta A, exp2, the input, the sum;
+# of a last state, of a split or before the next chunk, delta A, exp2, the input, the sum;
 ENDS = 4
 # backward, delta A, exp2, own input, state, given gradient, gradient, y (for the gate), dx, what
 # depends on the decay (2), ddelta, dA, the products for dB and dC, and for the sums of these over
 # channels an exchange and an addition each.
 BACKWARD = 18
-KERNELS = {"scan_kernel": FORWARD, "split_ends_kernel": ENDS, "scan_backward_kernel": BACKWARD}
+# The loops over states in each kernel, the shortest first.
+LOOPS = {
+    "scan_kernel": {"scan_kernel": FORWARD},
+    "split_ends_kernel": {"split_ends_kernel": ENDS},
+    "scan_backward_kernel": {
+        "scan_backward_kernel, states again": ENDS,
+        "scan_backward_kernel, gradients": BACKWARD,
+    },
+}
 COUNT = Column("all", "instructions", "{:.1f}")
 MINIMUM = Column("minimum", "by hand, at least", "{:.0f}")
 OVER = Column("over_minimum", "x minimum", "{:.2f}")
@@ -79,8 +87,8 @@ def counted(architecture: str) -> Table:
     )
     with compiled_only(architecture) as launches_of:
         for launch in launches_of(partial(scan, 1, 256, 1536, 16)):
-            if launch.name in KERNELS:
-                table.rows.append(row_of(launch))
+            if launch.name in LOOPS:
+                table.rows += rows_of(launch)
     return table
 
 
@@ -95,40 +103,55 @@ def scan(b: int, l: int, e: int, n: int) -> None:
     torch.autograd.backward(y, torch.zeros_like(y))
 
 
-def row_of(launch: Any) -> Row:
-    """The counts of a kernel's innermost loop, by state and step."""
+def rows_of(launch: Any) -> list[Row]:
+    """The counts of a kernel's loops over states, by state and step."""
     from common.triton_compile import disassembled, resources
 
-    instructions = innermost(disassembled(launch.kernel.asm["cubin"]))
+    cubin = launch.kernel.asm["cubin"]
     parts = launch.arguments["T"] * launch.arguments["E"] / THREADS
-    found = Counter(kind_of(text) for text in instructions)
-    total = sum(found.values()) / parts
-    minimum = KERNELS[launch.name]
-    return {
-        "name": launch.name,
-        "all": total,
-        "minimum": minimum,
-        "over_minimum": total / minimum,
-        "floats": sum(found[kind] for kind in FLOATS) / parts,
-        "exponentials": found[EXPONENTIAL] / parts,
-        "exchanges": found["SHFL"] / parts,
-        "spills": (found["LDL"] + found["STL"]) / parts,
-        "registers": resources(launch.kernel.asm["cubin"])["REG"],
-        "seconds": launch.seconds,
-        "note": "",
-    }
+    loops, minima = loops_over_states(disassembled(cubin)), LOOPS[launch.name]
+    if len(loops) != len(minima):
+        raise ValueError(f"{launch.name} has {len(loops)} loops over states, not {len(minima)}")
+    rows = []
+    for instructions, (name, minimum) in zip(loops, minima.items(), strict=True):
+        found = Counter(kind_of(text) for text in instructions)
+        total = sum(found.values()) / parts
+        rows.append(
+            {
+                "name": name,
+                "all": total,
+                "minimum": minimum,
+                "over_minimum": total / minimum,
+                "floats": sum(found[kind] for kind in FLOATS) / parts,
+                "exponentials": found[EXPONENTIAL] / parts,
+                "exchanges": found["SHFL"] / parts,
+                "spills": (found["LDL"] + found["STL"]) / parts,
+                "registers": resources(cubin)["REG"],
+                "seconds": launch.seconds,
+                "note": "",
+            }
+        )
+    return rows
 
 
-def innermost(program: Sequence[tuple[int, str]]) -> list[str]:
-    """The shortest loop that computes exponentials."""
-    loops = []
+def loops_over_states(program: Sequence[tuple[int, str]]) -> list[list[str]]:
+    """The loops that compute exponentials, without such a loop inside, the shortest first."""
+    found: list[tuple[int, int]] = []
     for address, text in program:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < address:
-            body = [t for at, t in program if int(target[1], 16) <= at <= address]
-            if any(EXPONENTIAL in t for t in body):
-                loops.append(body)
-    return min(loops, key=len)
+            found.append((int(target[1], 16), address))
+    bodies = {
+        (first, last): [text for at, text in program if first <= at <= last]
+        for first, last in found
+    }
+    loops = {at: body for at, body in bodies.items() if any(EXPONENTIAL in t for t in body)}
+    innermost = [
+        body
+        for (first, last), body in loops.items()
+        if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+    ]
+    return sorted(innermost, key=len)
 
 
 def kind_of(text: str) -> str:

@@ -91,10 +91,13 @@ def test_instructions_of_a_gpu_are_counted(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "gpu_instructions.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in written["tables"][0]["rows"]}
-    assert set(rows) == {"split_ends_kernel", "scan_kernel", "scan_backward_kernel"}
+    assert set(rows) == {
+        name for loops in load("gpu_instructions").LOOPS.values() for name in loops
+    }
     for row in rows.values():
-        # One exponential for a state and step, and no spilled register in the loop.
-        assert (row["exponentials"], row["spills"]) == (1, 0)
+        # About one exponential for a state and step, and no spilled register in the loop.
+        assert 1 <= row["exponentials"] < 1.1
+        assert row["spills"] == 0
         assert row["all"] >= row["minimum"]
     # What a thread's registers hold is not exchanged, but for the sums over channels.
     assert rows["scan_kernel"]["exchanges"] == 0

@@ -187,7 +187,7 @@ def test_another_gpu_than_the_current_one(device: torch.device) -> None:
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool: str, device: torch.device) -> None:
-    """NVIDIA's checks of memory, of races in shared memory (not in global memory) and of barriers."""
+    """NVIDIA's checks of memory, of races (in shared memory, not in global) and of barriers."""
     sanitizer = shutil.which("compute-sanitizer")
     if device.type == "cpu" or sanitizer is None:
         pytest.skip("needs a GPU and compute-sanitizer, which comes with the CUDA toolkit")
