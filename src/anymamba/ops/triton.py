@@ -191,7 +191,10 @@ def _heads_limits(arguments: Sequence[Any]) -> str | None:
     return None if arguments[3].shape[-1] else "its kernels need a state"
 
 
-_TAKE_EMPTY = ("causal_conv1d", "causal_conv1d_update", "rms_norm")
+_TAKE_EMPTY = (
+    *("selective_scan", "selective_state_update"),
+    *("causal_conv1d", "causal_conv1d_update", "rms_norm"),
+)
 _LIMITS = {
     "causal_conv1d": _conv_limits,
     "rms_norm": _norm_limits,

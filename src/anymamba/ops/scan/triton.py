@@ -223,10 +223,14 @@ def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
 def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
     y, last, kept = outputs
     x, delta, A, _, _, D, z, delta_bias, initial = inputs[:9]
+    if x.numel() == 0:
+        _carry_over(last, initial)
+        return
     plan = _plan(inputs)
     with on_device_of(x):
         B, C = (_pack(maps, inputs, plan) for maps in (inputs.B, inputs.C))
-        _carry_over(last, initial, plan)
+        if plan.segment_table is not None:
+            _carry_over(last, initial)
         entering = None
         if plan.is_joined:
             ends, sums = _split_buffers(inputs, plan)
@@ -254,11 +258,17 @@ def _backward(
 ) -> None:
     x, delta, A, _, _, D, z, delta_bias, _ = inputs[:9]
     dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = gradients
-    plan, dlast = _plan(inputs), in_float32(dlast)
+    dlast = in_float32(dlast)
+    if dinitial is not None and (inputs.segments is not None or x.numel() == 0):
+        _carry_over(dinitial, dlast)
+    if x.numel() == 0:
+        for gradient in (dA, dD, dbias):
+            if gradient is not None:
+                gradient.zero_()
+        return
+    plan = _plan(inputs)
     with on_device_of(x):
         B, C = (_pack(maps, inputs, plan) for maps in (inputs.B, inputs.C))
-        if dinitial is not None:
-            _carry_over(dinitial, dlast, plan)
         leaving = None
         if plan.is_joined:
             ends, sums = _split_buffers(inputs, plan)
@@ -372,10 +382,8 @@ def _split_buffers(inputs: _Inputs, plan: _Plan) -> tuple[Tensor, Tensor]:
     return _states(inputs, plan.splits).zero_(), sums
 
 
-def _carry_over(after: Tensor, before: Tensor | None, plan: _Plan) -> None:
-    """States that no segment of a packed batch reaches come out as they went in."""
-    if plan.segment_table is None:
-        return
+def _carry_over(after: Tensor, before: Tensor | None) -> None:
+    """States that no segment reaches come out as they went in."""
     if before is None:
         after.zero_()
     else:
@@ -414,6 +422,8 @@ def _step(
     softplus: bool,
 ) -> Tensor:
     y = torch.empty_like(x)
+    if x.numel() == 0:
+        return y
     (b, e), n = x.shape, A.shape[1]
     padded_n = tile_side(n, math.inf)
     E = tile_side(e, max(1, STEP_TILE // padded_n))
