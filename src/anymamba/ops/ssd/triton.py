@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anymamba.ops.custom_operator import Recurrence, define_update
+from anymamba.ops.flops import register_flops
 from anymamba.ops.native import in_float32, segment_table
 from anymamba.ops.segments import count_states, segments_from_table
 from anymamba.ops.ssd import chunked
@@ -197,3 +198,4 @@ def _step(
 
 
 _ssd_step = define_update("ssd_state_update_triton", _step, state=0, x=1, device_types=None)
+register_flops("_triton")
