@@ -18,8 +18,8 @@ Shape = Sequence[int]
 _SCAN = 7
 # The input times B, the decay, the sum and the output: a head's decay is one exponential.
 _SSD_STEP = 6
-# Steps of a chunk in the core. Triton's kernels, which cut other chunks, are counted as the core is,
-# so that counts can be compared.
+# Steps of a chunk in the core. Triton's kernels cut other chunks and are counted like the core, so
+# that counts can be compared.
 _SSD_STEPS = 64
 # Backward passes walk forward again from the states that were kept, then back, with two products
 # for every one of the forward pass.
