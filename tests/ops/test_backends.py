@@ -3,6 +3,8 @@
 import dataclasses
 import importlib
 import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anymamba import ops
 from anymamba.errors import BackendError
-from anymamba.ops import backends
+from anymamba.ops import backends, triton
 from anymamba.ops.conv.arguments import ConvArguments
 from anymamba.ops.mamba_ssm_limits import unsupported_reason
 from anymamba.ops.scan.arguments import ScanArguments
+from anymamba.ops.ssd.arguments import SsdArguments
 from tests.support.operators import scan_inputs
 from tests.support.tolerance import assert_contract
 
@@ -84,7 +88,7 @@ def test_triton_goes_first_only_where_it_was_measured_to_be_faster(
     assert "not measured on hardware" in limits.description()
     assert not limits.prefers_other("selective_scan", arguments)
     monkeypatch.setattr(limits, "SLOWER_THAN_TRITON", {"selective_scan": "a result"})
-    monkeypatch.setattr(limits, "find_spec", lambda _: True)
+    monkeypatch.setattr(limits, "_HAS_TRITON", True)
     assert "except for selective_scan" in limits.description()
     assert limits.prefers_other("selective_scan", arguments)
     assert not limits.prefers_other("causal_conv1d", arguments)
@@ -106,6 +110,73 @@ def test_a_triton_that_is_too_old_is_named(
     assert said is None if reason is None else said.startswith(reason)
     entry = dataclasses.replace(backends.BACKENDS["triton"], packages=(), obstacle=said)
     assert entry.absent() == said
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (9, 0)])
+def test_triton_leaves_ssd_to_others_on_gpus_before_the_a100(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step multiplies no matrices, and runs on all."""
+    monkeypatch.setattr(triton, "_capabilities", {})
+    asked = []
+    answer = lambda device: asked.append(device) or capability  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_capability", answer)
+    monkeypatch.setattr(torch.version, "hip", None)
+    with FakeTensorMode():
+        shapes = ((1, 2, 2, 3), (1, 2, 2), (2,), (1, 2, 1, 4), (1, 2, 1, 4))
+        sequence = SsdArguments(*(torch.zeros(shape, device="cuda") for shape in shapes))
+        of_step = ((1, 2, 3), (1, 2), (2,), (1, 1, 4), (1, 1, 4))
+        step = [torch.zeros(shape, device="cuda") for shape in of_step]
+    reason = triton.unsupported_reason("ssd", sequence)
+    assert triton.unsupported_reason("ssd", sequence) == reason
+    assert len(asked) == 1
+    if capability >= (8, 0):
+        assert reason is None
+    else:
+        found = ".".join(map(str, capability))
+        assert reason == f"its ssd takes GPUs of compute capability 8.0 or more, not {found}"
+    assert triton.unsupported_reason("ssd_state_update", step) is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert triton.unsupported_reason("ssd", sequence) is None  # AMD's are numbered otherwise
+
+
+def test_a_compiler_may_ask_what_a_gpu_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(triton, "_capabilities", {device: (7, 5)})
+    monkeypatch.setattr(torch.version, "hip", None)
+
+    def call(x: Tensor) -> Tensor:
+        return x + 1 if triton._capability(device) < (8, 0) else x
+
+    assert torch.equal(
+        torch.compile(call, fullgraph=True, backend="eager")(torch.zeros(2)), torch.ones(2)
+    )
+
+
+def test_triton_is_interpreted_where_the_installed_triton_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before it had knobs it took "1" alone."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").touch()
+    older = PathFinder.find_spec("triton", [str(tmp_path)])
+    monkeypatch.setattr(triton, "find_spec", lambda _: older)
+    assert triton._words_for_yes() == ("1",)
+    (tmp_path / "triton" / "knobs.py").touch()
+    assert "true" in triton._words_for_yes()
+    for words, word, expected in ((("1",), "true", False), (("1",), "1", True)):
+        monkeypatch.setattr(triton, "_YES", words)
+        monkeypatch.setenv("TRITON_INTERPRET", word)
+        assert triton.is_interpreted() == expected
+
+
+@pytest.mark.parametrize("word", ["", "0", "1", "True", "ON", "yes", "y", "t", "2"])
+def test_words_for_the_interpreter_are_those_of_triton(
+    word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knobs = pytest.importorskip("triton.knobs", reason="needs Triton 3.4: pip install triton")
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    assert triton.is_interpreted() == knobs.runtime.interpret
 
 
 def test_the_fallback_is_taken_where_no_kernel_is(monkeypatch: pytest.MonkeyPatch) -> None:

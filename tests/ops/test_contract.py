@@ -58,7 +58,7 @@ CASES = {
             scan_inputs(2, 45, 19, n, dtype=dtype) | {"initial_state": torch.randn(2, 19, n)}
             for n in (5, 16)
         ],
-        ("x_ble", "delta_ble", "z_ble", "B_bln", "C_bln"),
+        ("x_ble", "delta_ble", "z_ble", "B_bln", "C_bln", "A_en", "D_e", "delta_bias_e"),
         (
             scan_inputs(1, 300, 19, 16),
             scan_inputs(5, 70, 130, 16),
@@ -70,7 +70,7 @@ CASES = {
     "ssd": Case(
         SSD,
         lambda dtype: [ssd_inputs(2, 70, 4, 6, 2, n, dtype) for n in (5, 16)],
-        ("x_blhp", "dt_blh", "z_blhp", "B_blgn", "C_blgn"),
+        ("x_blhp", "dt_blh", "z_blhp", "B_blgn", "C_blgn", "A_h", "dt_bias_h", "D_h"),
         (
             ssd_inputs(1, 300, 19, 3, 1, 16),
             ssd_inputs(5, 70, 4, 33, 2, 17),
@@ -80,7 +80,7 @@ CASES = {
     "convolution": Case(
         CONVOLUTION,
         lambda dtype: [conv_inputs(2, 45, 19, k, dtype=dtype) for k in (3, 4, 6)],
-        ("x_ble", "weight_ek", "initial_window"),
+        ("x_ble", "weight_ek", "initial_window", "bias_e"),
         (
             conv_inputs(1, 700, 19, 4),
             conv_inputs(5, 70, 300, 3),
@@ -94,14 +94,14 @@ CASES = {
             norm_inputs(*shape, types=(dtype, torch.float32, torch.float32))
             for shape in ((3, 19), (2, 5, 33))
         ],
-        ("x", "residual"),
+        ("x", "residual", "weight_d"),
         (norm_inputs(700, 19), norm_inputs(33, 1001), norm_inputs(5, 7, 64)),
         ({}, {"residual_in_fp32": True}),
     ),
     "linear": Case(
         LINEAR,
         lambda dtype: [product_inputs(m, 37, 45, (dtype,) * 3) for m in (3, 35)],
-        ("x", "weight_nk"),
+        ("x", "weight_nk", "bias_n"),
         tuple(
             product_inputs(*sizes, types=(dtype,) * 3)
             for sizes in ((1, 700, 130), (16, 333, 70), (100, 130, 500), (3, 5, 2000))
@@ -121,9 +121,16 @@ def laid_out(inputs: Inputs, names: tuple[str, ...], layout: str, step: int = 0)
     ways = list(LAYOUTS)
     first = ways.index(layout)
     return inputs | {
-        name: LAYOUTS[ways[(first + step * i) % len(ways)]](inputs[name])
+        name: in_layout(inputs[name], ways[(first + step * i) % len(ways)])
         for i, name in enumerate(names)
     }
+
+
+def in_layout(tensor: Tensor, layout: str) -> Tensor:
+    """A tensor in a layout; one of a single axis is a column of what is laid out."""
+    if tensor.ndim == 1:
+        return LAYOUTS[layout](tensor[:, None])[:, 0]
+    return LAYOUTS[layout](tensor)
 
 
 # With a step of 1 no two neighbours lie alike.

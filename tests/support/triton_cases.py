@@ -87,6 +87,45 @@ def _ssd_step(b: int, h: int, p: int, n: int, dtype: torch.dtype) -> None:
     ops.ssd_state_update(state, x, dt, vector, maps, maps, vector, x, vector, True)
 
 
+def _conv(
+    b: int, l: int, e: int, k: int, dtype: torch.dtype, packed: bool = False, **options: Any
+) -> None:
+    _back(
+        ops.causal_conv1d(
+            _leaf(b, l, 2 * e, dtype=dtype).chunk(2, -1)[0],
+            _leaf(e, k, dtype=dtype),
+            _leaf(e, dtype=dtype),
+            "silu",
+            initial_window=_leaf(2 if packed else b, e, k, dtype=dtype),
+            return_final_window=True,
+            cu_seqlens=torch.tensor([0, l // 2, l]) if packed else None,
+            **options,
+        )
+    )
+
+
+def _conv_step(b: int, e: int, k: int, dtype: torch.dtype) -> None:
+    x, window = torch.zeros(b, e, dtype=dtype), torch.zeros(b, e, k, dtype=dtype)
+    weight, bias = torch.zeros(e, k, dtype=dtype), torch.zeros(e, dtype=dtype)
+    ops.causal_conv1d_update(x, window, weight, bias, "silu")
+
+
+def _norm(
+    *shape: int, dtype: torch.dtype = torch.bfloat16, residual: bool = False, gated: bool = False
+) -> None:
+    x, weight = _leaf(*shape, dtype=dtype), _leaf(shape[-1], dtype=torch.float32)
+    options: dict[str, Any] = {"gate": _leaf(*shape, dtype=dtype)} if gated else {}
+    if residual:
+        total = _leaf(*shape, dtype=torch.float32)
+        options |= {"residual": total, "residual_in_fp32": True, "return_sum": True}
+    _back(ops.rms_norm(x, weight, **options))
+
+
+def _norm_step(b: int, d: int) -> None:
+    x, weight = torch.zeros(b, d, dtype=torch.bfloat16), torch.zeros(d)
+    ops.rms_norm(x, weight, residual=torch.zeros(b, d), residual_in_fp32=True, return_sum=True)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "selective_scan, bfloat16": partial(_scan, 1, 256, 1536, 16, torch.bfloat16),
     "selective_scan, other length": partial(_scan, 3, 517, 1536, 16, torch.bfloat16),
@@ -96,6 +135,23 @@ CASES: dict[str, Callable[[], None]] = {
     "selective_scan, many states": partial(_scan, 1, 64, 96, 256, torch.float16),
     "selective_state_update, bfloat16": partial(_scan_step, 1, 1536, 16, torch.bfloat16),
     "selective_state_update, float32": partial(_scan_step, 8, 1536, 16, torch.float32),
+    "causal_conv1d, bfloat16": partial(_conv, 1, 256, 1536, 4, torch.bfloat16),
+    "causal_conv1d, other length": partial(_conv, 3, 517, 1536, 4, torch.bfloat16),
+    "causal_conv1d, float32": partial(_conv, 1, 256, 1536, 4, torch.float32),
+    "causal_conv1d, packed": partial(_conv, 1, 256, 1536, 4, torch.bfloat16, True),
+    "causal_conv1d, packed, other length": partial(_conv, 1, 517, 1536, 4, torch.bfloat16, True),
+    "causal_conv1d, reverse": partial(_conv, 1, 256, 1536, 4, torch.bfloat16, reverse=True),
+    "causal_conv1d_update, bfloat16": partial(_conv_step, 1, 1536, 4, torch.bfloat16),
+    "causal_conv1d_update, other length": partial(_conv_step, 3, 1536, 4, torch.bfloat16),
+    "rms_norm, bfloat16": partial(_norm, 1, 256, 1536),
+    "rms_norm, other length": partial(_norm, 3, 517, 1536),
+    "rms_norm, float32": partial(_norm, 1, 256, 1536, dtype=torch.float32),
+    "rms_norm, residual": partial(_norm, 1, 256, 1536, residual=True),
+    "rms_norm, residual, other length": partial(_norm, 3, 517, 1536, residual=True),
+    "rms_norm, gated": partial(_norm, 1, 256, 8, 192, gated=True),
+    "rms_norm, gated, other length": partial(_norm, 3, 517, 8, 192, gated=True),
+    "rms_norm, step": partial(_norm_step, 1, 1536),
+    "rms_norm, step, other length": partial(_norm_step, 3, 1536),
     "ssd, bfloat16": partial(_ssd, 1, 256, 24, 64, 128, torch.bfloat16),
     "ssd, other length": partial(_ssd, 3, 1000, 24, 64, 128, torch.bfloat16),
     "ssd, float32": partial(_ssd, 1, 256, 24, 64, 128, torch.float32),

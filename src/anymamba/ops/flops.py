@@ -18,7 +18,8 @@ Shape = Sequence[int]
 _SCAN = 7
 # The input times B, the decay, the sum and the output: a head's decay is one exponential.
 _SSD_STEP = 6
-# Steps of a chunk in the core.
+# Steps of a chunk in the core. Triton's kernels cut other chunks and are counted like the core, so
+# that counts can be compared.
 _SSD_STEPS = 64
 # Backward passes walk forward again from the states that were kept, then back, with two products
 # for every one of the forward pass.
@@ -52,13 +53,17 @@ def _scan_step(state: Shape, *_: Any, **__: Any) -> int:
 
 
 def _ssd(x: Shape, dt: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
-    (b, l, e), h = x, A[0]
-    return _ssd_chunked((b, l, h, e // max(1, h)), dt, A, B, _SSD_STEPS)
+    return _ssd_chunked(_in_heads(x, A), dt, A, B, _SSD_STEPS)
 
 
 def _ssd_backward(x: Shape, dt: Shape, A: Shape, B: Shape, *_: Any, **__: Any) -> int:
-    (b, l, e), h = x, A[0]
-    return _ssd_chunked_backward((b, l, h, e // max(1, h)), dt, A, B, _SSD_STEPS)
+    return _ssd_chunked_backward(_in_heads(x, A), dt, A, B, _SSD_STEPS)
+
+
+def _in_heads(x: Shape, A: Shape) -> Shape:
+    """(b, l, h, p), of which the core gets (b, l, h p)."""
+    (b, l, *channels), h = x, A[0]
+    return b, l, h, math.prod(channels) // max(1, h)
 
 
 def _ssd_step(state: Shape, *_: Any, **__: Any) -> int:

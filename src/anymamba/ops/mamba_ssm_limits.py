@@ -15,6 +15,8 @@ from anymamba.renamed import old_names
 
 __getattr__ = old_names(__name__)
 
+# Looked up once, not at each call.
+_HAS_TRITON = find_spec("triton") is not None
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 SLOWER_THAN_TRITON: dict[str, str] = {}
 """The operators that our Triton kernels were measured to be faster at, each with the result that
@@ -47,7 +49,7 @@ def unsupported_reason(operator: str, arguments: Any) -> str | None:
 
 def prefers_other(operator: str, arguments: Any) -> bool:
     """Whether our Triton kernels can run a call, and were measured to be faster at it."""
-    if operator not in SLOWER_THAN_TRITON or find_spec("triton") is None:
+    if operator not in SLOWER_THAN_TRITON or not _HAS_TRITON:
         return False
     return triton.unsupported_reason(operator, arguments) is None
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +31,28 @@ MOST_TAPS = 16
 OLDEST = (3, 4)
 """The oldest Triton for which all kernels were compiled."""
 _DISTRIBUTIONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu")
+OLDEST_FOR_SSD = (8, 0)
+"""NVIDIA's first GPUs (A100) that multiply bfloat16, with the shared memory that `ssd` takes."""
 _GPUS = ("cuda", "xpu")
 
 
 def is_interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors too: TRITON_INTERPRET=1."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    """Whether Triton's interpreter runs the kernels, on CPU tensors too: TRITON_INTERPRET=1.
+
+    Other words for yes count where the installed Triton takes them.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _YES
+
+
+def _words_for_yes() -> tuple[str, ...]:
+    """Triton that has no `knobs` yet, before 3.4, knows "1" alone."""
+    spec = find_spec("triton")
+    folders = () if spec is None else spec.submodule_search_locations or ()
+    has_knobs = any((Path(folder) / "knobs.py").exists() for folder in folders)
+    return ("1", "true", "on", "yes", "y") if has_knobs else ("1",)
+
+
+_YES = _words_for_yes()
 
 
 def triton_devices() -> tuple[str, ...]:
@@ -191,6 +209,29 @@ def _heads_limits(arguments: Sequence[Any]) -> str | None:
     return None if arguments[3].shape[-1] else "its kernels need a state"
 
 
+def _ssd_limits(arguments: Sequence[Any]) -> str | None:
+    device = arguments[0].device
+    capability = _capability(device) if device.type == "cuda" else None
+    if capability is not None and capability < OLDEST_FOR_SSD:
+        oldest, found = (".".join(map(str, pair)) for pair in (OLDEST_FOR_SSD, capability))
+        return f"its ssd takes GPUs of compute capability {oldest} or more, not {found}"
+    return _heads_limits(arguments)
+
+
+# A compiler takes the answer as it is, and does not look into PyTorch's way to it.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """NVIDIA's number for what a GPU can do; None for AMD's GPUs."""
+    if torch.version.hip is not None:
+        return None
+    if device not in _capabilities:
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
+
+
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
 _TAKE_EMPTY = (
     *("selective_scan", "selective_state_update"),
     *("causal_conv1d", "causal_conv1d_update", "rms_norm"),
@@ -200,6 +241,6 @@ _LIMITS = {
     "rms_norm": _norm_limits,
     "selective_scan": _scan_limits,
     "selective_state_update": _scan_limits,
-    "ssd": _heads_limits,
+    "ssd": _ssd_limits,
     "ssd_state_update": _heads_limits,
 }

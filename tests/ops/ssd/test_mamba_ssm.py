@@ -28,15 +28,19 @@ def step(
     C: Tensor,
     D: Tensor | None = None,
     z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
+    dt_bias: Any = None,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """The package's `selective_state_update` with heads, by its documentation."""
+    """The package's `selective_state_update` with heads, by its documentation and source."""
     (b, h, p, n), g = state.shape, B.shape[1]
     assert (x.shape, dt.shape, A.shape) == ((b, h, p), (b, h, p), (h, p, n))
     assert A.dtype == torch.float32
-    assert dt.stride(-1) == A.stride(-1) == A.stride(-2) == 0, "its fast path is not taken"
-    dt = dt if dt_bias is None else dt + dt_bias
+    tied = A.stride(-1) == 0 and A.stride(-2) == 0 and dt.stride(-1) == 0
+    # The package asks for the strides of a bias that is None, too, and fails.
+    tied = tied and dt_bias.stride(-1) == 0
+    assert tied, "its fast path is not taken"
+    assert dt_bias.shape == (h, p)
+    dt = dt + dt_bias
     dt = F.softplus(dt) if dt_softplus else dt
     B, C = (t.repeat_interleave(h // g, 1)[:, :, None] for t in (B, C))
     state.copy_(state * torch.exp(dt[..., None] * A) + (dt * x)[..., None] * B)
@@ -72,12 +76,13 @@ def chunk_scan(
     state = state if initial_states is None else state + initial_states
     D_hp = D[:, None].expand(h, p) if D is not None and D.ndim == 1 else D
     A_hpn = A[:, None, None].expand(state.shape[1:])
+    no_bias = A.new_zeros(()).expand(h, p)
     outputs = []
     for t in range(l):
         now = (x[:, t].float(), dt[:, t, :, None].expand(b, h, p), A_hpn)
         maps = (B[:, t].float(), C[:, t].float())
         gate = None if z is None else z[:, t].float()
-        outputs.append(step(state, *now, *maps, D_hp, gate))
+        outputs.append(step(state, *now, *maps, D_hp, gate, no_bias))
     y = torch.stack(outputs, 1).to(x.dtype)
     return (y, state) if return_final_states else y
 

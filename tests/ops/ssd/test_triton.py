@@ -209,6 +209,67 @@ def test_it_keeps_the_rules_of_custom_operators(name: str, all_given: bool) -> N
     torch.library.opcheck(getattr(torch.ops.anymamba, f"{name}_triton").default, arguments)
 
 
+def test_a_steps_result_has_the_strides_that_the_fake_one_has() -> None:
+    """Those of x, whose heads and channels lie the other way round here."""
+    step = first_step_of_heads(ssd_inputs(2, 1, 4, 3, 2, 5))
+    x = LAYOUTS["time contiguous"](step["x_bhp"])
+    tensors = (torch.zeros(2, 4, 3, 5), x, step["dt_bh"], step["A_h"], step["B_bgn"], step["C_bgn"])
+    arguments = (*tensors, None, None, None, True, 0.0, float("inf"))
+    operator = torch.ops.anymamba.ssd_state_update_triton.default
+    torch.library.opcheck(operator, arguments)
+    assert operator(*arguments).stride() == x.stride()
+
+
+def far_apart(tensor: Tensor) -> Tensor:
+    """The same numbers with the three places of axis -2 2^30 numbers apart.
+
+    The tensor begins in the middle of memory that is hardly touched, so that the offset 2^31, if it
+    overflowed to -2^31, would find NaN.
+    """
+    step, strides = 1 << 30, list(tensor.stride())
+    strides[-2] = step
+    storage = torch.empty(4 * step + tensor.numel(), dtype=tensor.dtype)
+    storage[: tensor.numel()] = float("nan")
+    far = storage.as_strided(tensor.shape, strides, 2 * step)
+    return far.copy_(tensor)
+
+
+@pytest.mark.parametrize("name", ["x_blhp", "z_blhp", "B_blgn", "C_blgn"])
+def test_heads_that_lie_far_apart(name: str) -> None:
+    """Offsets of 2^31 elements, as in a tensor of (h, b, l, p)."""
+    inputs = ssd_inputs(1, 3, 3, 2, 3, 2, torch.bfloat16)
+    given = leaves(inputs) | {name: far_apart(inputs[name]).requires_grad_()}
+    outputs, expected = SSD.call(given), SSD.exactly(inputs)
+    assert_contract(outputs[0], expected[0])
+    ours = gradients(outputs, [torch.ones_like(output) for output in outputs], given)
+    theirs = leaves(doubles(inputs))
+    exact = SSD.reference(theirs)
+    assert_gradients(ours, gradients(exact, [torch.ones_like(output) for output in exact], theirs))
+    step = first_step_of_heads(given)
+    state = inputs["initial_state"].clone()
+    y = ops.ssd_state_update(state, **step)
+    assert_contract(y, expected[0][:, 0])
+
+
+@pytest.mark.usefixtures("short_chunks")
+def test_vectors_of_heads_lie_in_any_way() -> None:
+    """One number for all heads, and columns of a matrix with NaN around them."""
+    inputs = ssd_inputs(2, 17, 4, 3, 2, 5)
+    inputs |= {"A_h": torch.tensor(-0.5).expand(4), "dt_bias_h": torch.tensor(0.25).expand(4)}
+    columns = {
+        name: LAYOUTS["cut out"](inputs[name][:, None])[:, 0] for name in ("A_h", "dt_bias_h")
+    }
+    for vectors in ({}, columns, {"D_h": torch.randn(4, 1).expand(4, 3)}):
+        given = inputs | vectors
+        SSD.assert_results(given)
+        state = given["initial_state"].clone()
+        y = ops.ssd_state_update(state, **first_step_of_heads(given))
+        first = {name: t[:, :1] if name in IN_TIME_OF_HEADS else t for name, t in given.items()}
+        expected_y, expected = SSD.exactly(first)
+        assert_contract(y, expected_y[:, 0])
+        assert_contract(state, expected)
+
+
 STEPS = [
     (3, 4, 17, 2, 5, torch.float32, "contiguous", (0.0, float("inf"))),
     (1, 2, 3, 1, 130, torch.bfloat16, "every second number", (0.1, 0.4)),

@@ -15,6 +15,9 @@ import triton.language as tl
 
 from anymamba.ops.triton_functions import silu, silu_derivative
 
+SIZES = ["length", "n_segments", "tiles"]
+"""What differs from call to call: kernels that were compiled for one length serve all."""
+
 
 @triton.jit
 def _owners(row, step, is_step, owner, segments, n_segments, length):
@@ -126,7 +129,7 @@ def _convolved(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def convolve(
     x,
     weight,
@@ -198,7 +201,7 @@ def convolve(
     tl.store(places, total, mask=is_step[:, None] & is_channel[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def convolve_backward(
     x,
     weight,

@@ -7,6 +7,8 @@ A program takes a segment and a block of channels; what a segment and a window a
 import triton
 import triton.language as tl
 
+from anymamba.ops.conv.triton_kernels import SIZES
+
 
 @triton.jit
 def _segment(number, segments, n_segments, length):
@@ -26,7 +28,7 @@ def _segment(number, segments, n_segments, length):
     return row, start, stop, state_in, state_out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def final_windows(
     x,
     initial,
@@ -66,7 +68,7 @@ def final_windows(
         tl.store(final + (state_out * channels + channel) * columns + column, value, mask=is_kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def windows_backward(
     weight,
     segments,

@@ -9,6 +9,9 @@ import triton.language as tl
 
 from anymamba.ops.triton_functions import silu, silu_derivative
 
+SIZES = ["rows", "inner", "repeats"]
+"""What differs from call to call: kernels that were compiled for one length serve all."""
+
 
 @triton.jit
 def _load(pointer, row, inner, column, stride_outer, stride_inner, stride_column, inside):
@@ -18,7 +21,7 @@ def _load(pointer, row, inner, column, stride_outer, stride_inner, stride_column
     return tl.load(pointer + places, mask=inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_forward(
     x,
     residual,
@@ -63,7 +66,7 @@ def norm_forward(
     tl.store(scale + row, inverse, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def norm_backward(
     x,
     gate,

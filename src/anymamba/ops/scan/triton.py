@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from anymamba.ops.custom_operator import Recurrence, define_update
+from anymamba.ops.flops import register_flops
 from anymamba.ops.native import in_float32, segment_table
 from anymamba.ops.scan import reference
 from anymamba.ops.scan.arguments import ScanArguments, StepArguments, in_groups
@@ -443,3 +444,4 @@ def _step(
 
 
 _scan_step = define_update("selective_state_update_triton", _step, state=0, x=1, device_types=None)
+register_flops("_triton")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from anymamba.ops.ssd.arguments import SsdArguments, SsdStepArguments
@@ -41,11 +42,13 @@ def ssd_state_update(arguments: SsdStepArguments) -> Tensor:
     """Arguments and returns as in `anymamba.ops.ssd_state_update`.
 
     The kernel is the one of the selective scan, with heads. It sees by strides of 0 that the
-    channels of a head share dt and A, and then reads these once.
+    channels of a head share dt, A and the bias, and then reads these once. It asks for the strides
+    of a bias that is None, too, so that it gets zeros instead.
     """
     x, dt, A, B, C, D, z, dt_bias, softplus, _, state = arguments
     (h, p), n = x.shape[1:], state.shape[-1]
     D_hp = D[:, None].expand(h, p) if D is not None and D.ndim == 1 else D
+    bias_h = A.new_zeros(h, dtype=torch.float32) if dt_bias is None else dt_bias.float()
     y: Tensor = update_kernels.selective_state_update(
         state,
         x,
@@ -55,7 +58,7 @@ def ssd_state_update(arguments: SsdStepArguments) -> Tensor:
         C,
         D=None if D_hp is None else D_hp.float(),
         z=z,
-        dt_bias=None if dt_bias is None else dt_bias.float()[:, None].expand(h, p),
+        dt_bias=bias_h[:, None].expand(h, p),
         dt_softplus=softplus,
     )
     return y

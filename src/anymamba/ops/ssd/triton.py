@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anymamba.ops.custom_operator import Recurrence, define_update
+from anymamba.ops.flops import register_flops
 from anymamba.ops.native import in_float32, segment_table
 from anymamba.ops.segments import count_states, segments_from_table
 from anymamba.ops.ssd import chunked
@@ -30,7 +31,8 @@ def ssd(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
     """Arguments and returns as in `anymamba.ops.ssd`; chunks have a length of the kernels' own."""
     x, dt, A, B, C, D, z, dt_bias, softplus, (low, high), initial, _, segments, _ = arguments
     table, n_states = segment_table(segments), count_states(segments, x.shape[0])
-    tensors = (x, dt, A, B, C, _of_channels(D, x), z, dt_bias, initial)
+    D_hp, bias = _of_channels(in_float32(D), x), in_float32(dt_bias)
+    tensors = (x, dt, in_float32(A), B, C, D_hp, z, bias, initial)
     y, last = _ssd(*tensors, table, n_states, softplus, low, high)
     return y, last
 
@@ -39,7 +41,8 @@ def ssd(arguments: SsdArguments) -> tuple[Tensor, Tensor]:
 def ssd_state_update(arguments: SsdStepArguments) -> Tensor:
     """Arguments and returns as in `anymamba.ops.ssd_state_update`."""
     x, dt, A, B, C, D, z, dt_bias, softplus, (low, high), state = arguments
-    tensors = (state, x, dt, A, B, C, _of_channels(D, x), z, dt_bias)
+    D_hp, bias = _of_channels(in_float32(D), x), in_float32(dt_bias)
+    tensors = (state, x, dt, in_float32(A), B, C, D_hp, z, bias)
     y: Tensor = _ssd_step(*tensors, softplus, low, high)
     return y
 
@@ -181,13 +184,13 @@ def _step(
     low: float,
     high: float,
 ) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x)
     (b, h, p), (g, n) = x.shape, B.shape[1:]
     P, N = tile_side(p, 16), tile_side(n, 128)
     with on_device_of(x):
         step_kernel[b, h, -(-p // P)](
             state, *state.stride(), x, *x.stride(), dt, *dt.stride(), A, B, *B.stride(),
-            C, *C.stride(), D, *strides(D, 2), z, *strides(z, 3), dt_bias, y,
+            C, *C.stride(), D, *strides(D, 2), z, *strides(z, 3), dt_bias, y, *y.stride(),
             h, p, n, h // g, low, high,
             SOFTPLUS=softplus, P=P, N=N,
         )  # fmt: skip
@@ -195,3 +198,4 @@ def _step(
 
 
 _ssd_step = define_update("ssd_state_update_triton", _step, state=0, x=1, device_types=None)
+register_flops("_triton")

@@ -50,7 +50,7 @@ def heads_kernel(
     dsteps, (c, h, 2, q): the gradient of the step size where it weighs an input, and that of step
     size times A.
     """
-    c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     row, start, stop = place_of_chunk(chunks, c, chunks_per_row, length, Q)
     group = head // heads_per_group
     q = tl.arange(0, Q)
@@ -144,14 +144,15 @@ def maps_kernel(
 ):  # fmt: skip
     """The gradients of B and C, added up over some heads of a group: (parts, b, l, g, n)."""
     c = tl.program_id(0).to(tl.int64)
-    group, part = tl.program_id(1) % g, tl.program_id(1) // g
+    group = (tl.program_id(1) % g).to(tl.int64)
+    part = (tl.program_id(1) // g).to(tl.int64)
     row, start, stop = place_of_chunk(chunks, c, chunks_per_row, length, Q)
     q = tl.arange(0, Q)
     at, mask = start + q, start + q < stop
     ns = tl.program_id(2) * N + tl.arange(0, N)
     dB_sn, dC_tn = tl.zeros((Q, N), tl.float32), tl.zeros((Q, N), tl.float32)
     dscores = tl.zeros((Q, Q), tl.float32)
-    first = part * heads_per_program
+    first = tl.program_id(1) // g * heads_per_program
     for j in range(first, tl.minimum(first + heads_per_program, heads_per_group)):
         head = group * heads_per_group + j
         steps_head = steps + (c * h + head) * (3 * Q)
@@ -194,7 +195,7 @@ def dt_kernel(
     c = tl.program_id(0).to(tl.int64)
     row, start, stop = place_of_chunk(chunks, c, chunks_per_row, length, Q)
     q = tl.arange(0, Q)
-    heads = tl.program_id(1) * H + tl.arange(0, H)
+    heads = tl.program_id(1).to(tl.int64) * H + tl.arange(0, H)
     head_mask = heads < h
     at = (start + q)[:, None]
     mask = (at < stop) & head_mask[None, :]

@@ -25,12 +25,12 @@ class Inputs(NamedTuple):
 
     x: Tensor  # (b, l, h, p)
     dt: Tensor  # (b, l, h)
-    A: Tensor  # (h,)
+    A: Tensor  # (h,), float32 without gaps
     B: Tensor  # (b, l, g, n)
     C: Tensor  # (b, l, g, n)
     D: Tensor | None  # (h, p)
     z: Tensor | None  # (b, l, h, p)
-    dt_bias: Tensor | None  # (h,)
+    dt_bias: Tensor | None  # (h,), float32 without gaps
     initial: Tensor | None  # (n_states, h, p, n)
     segments: Tensor | None  # (5, s)
     n_states: int

@@ -5,7 +5,8 @@ their sums, C B, what each chunk adds to the state, the states at the chunks' bo
 the borders are walked one after the other.
 
 Letters: c chunk, q a chunk's steps, t and s two of them (t the later), p and n as in the operator.
-A stride is named by its tensor and its axis: x_b, x_l, x_h, x_p.
+A stride is named by its tensor and its axis: x_b, x_l, x_h, x_p. What is multiplied by one is a
+number of 64 bits, because a product of two of 32 overflows in a large tensor.
 """
 
 import triton
@@ -66,7 +67,7 @@ def _add_product_of_parts(total, a, b):
 @triton.jit
 def load_tile(place, rows, row_stride, columns, column_stride, row_mask, column_mask):
     """A matrix of numbers, zeros where the masks say no: bfloat16 stays, the rest is float32."""
-    places = place + rows[:, None] * row_stride + columns[None, :] * column_stride
+    places = place + rows[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     tile = tl.load(places, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
     if tile.dtype != tl.bfloat16:
         tile = tile.to(tl.float32)
@@ -149,7 +150,7 @@ def steps_kernel(
     c = tl.program_id(0).to(tl.int64)
     row, start, stop = place_of_chunk(chunks, c, chunks_per_row, length, Q)
     q = tl.arange(0, Q)
-    heads = tl.program_id(1) * H + tl.arange(0, H)
+    heads = tl.program_id(1).to(tl.int64) * H + tl.arange(0, H)
     head_mask = heads < h
     mask = (start + q < stop)[:, None] & head_mask[None, :]
     places = dt + row * dt_b + (start + q)[:, None] * dt_l + heads[None, :] * dt_h
@@ -160,7 +161,7 @@ def steps_kernel(
     product = step * tl.load(A + heads, mask=head_mask, other=0.0)[None, :]
     sums, lost = tl.associative_scan((product, tl.zeros_like(product)), 0, _add_exactly)
     places = steps + (c * h + heads)[None, :] * (3 * Q) + q[:, None]
-    mask = (q < Q)[:, None] & head_mask[None, :]
+    mask = head_mask[None, :]
     tl.store(places, step, mask=mask)
     tl.store(places + Q, sums, mask=mask)
     tl.store(places + 2 * Q, lost, mask=mask)
@@ -173,7 +174,7 @@ def scores_kernel(
     PARTS: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """C_t B_s for the steps s <= t of a chunk, in tiles of (T, T), as (c, g, q, q)."""
-    c, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tiles: tl.constexpr = Q // T
     t = tl.program_id(2) // tiles * T + tl.arange(0, T)
     s = tl.program_id(2) % tiles * T + tl.arange(0, T)
@@ -204,7 +205,7 @@ def additions_kernel(
     BACKWARD, what it adds to the gradient of the state that it starts from: x is then the gradient
     of y, which the gate z scales, and B is C.
     """
-    c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     n_tiles = tl.cdiv(n, N)
     ps = tl.program_id(2) // n_tiles * P + tl.arange(0, P)
     ns = tl.program_id(2) % n_tiles * N + tl.arange(0, N)
@@ -243,7 +244,7 @@ def states_kernel(
     BACKWARD, replace what it adds to the gradient of that state by the gradient of the state that
     it hands on, in reverse; initial and last are then the gradients of the last and first states.
     """
-    segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    segment, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.program_id(2) * S + tl.arange(0, S)
     mask = at < pn
     if segments is None:
@@ -277,7 +278,7 @@ def outputs_kernel(
     PARTS: tl.constexpr, Q: tl.constexpr, T: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """The outputs of T steps of a chunk's head, with skip connection and gate."""
-    c, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    c, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     tiles: tl.constexpr = Q // T
     t0 = tl.program_id(2) % tiles * T
     t = t0 + tl.arange(0, T)
@@ -317,14 +318,14 @@ def outputs_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def step_kernel(
     state, state_b, state_h, state_p, state_n, x, x_b, x_h, x_p, dt, dt_b, dt_h, A,
-    B, B_b, B_g, B_n, C, C_b, C_g, C_n, D, D_h, D_p, z, z_b, z_h, z_p, bias, y,
+    B, B_b, B_g, B_n, C, C_b, C_g, C_n, D, D_h, D_p, z, z_b, z_h, z_p, bias, y, y_b, y_h, y_p,
     h, p, n, heads_per_group, low, high,
     SOFTPLUS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One step of P channels of a head, whose states are changed in place."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     group = head // heads_per_group
-    ps = tl.program_id(2) * P + tl.arange(0, P)
+    ps = tl.program_id(2).to(tl.int64) * P + tl.arange(0, P)
     mask = ps < p
     step = biased(tl.load(dt + row * dt_b + head * dt_h), bias, head, True)
     if SOFTPLUS:
@@ -332,9 +333,9 @@ def step_kernel(
     step = limited(step, low, high)
     decay = tl.exp(step * tl.load(A + head))
     x_now = tl.load(x + row * x_b + head * x_h + ps * x_p, mask, 0.0).to(tl.float32)
-    y_p = tl.zeros((P,), tl.float32)
+    y_now = tl.zeros((P,), tl.float32)
     for n0 in range(0, n, N):
-        ns = n0 + tl.arange(0, N)
+        ns = n0 + tl.arange(0, N).to(tl.int64)
         places = state + row * state_b + head * state_h
         places += ps[:, None] * state_p + ns[None, :] * state_n
         both = mask[:, None] & (ns < n)[None, :]
@@ -343,9 +344,9 @@ def step_kernel(
         state_pn = tl.load(places, both, 0.0).to(tl.float32) * decay
         state_pn += (step * x_now)[:, None] * B_now[None, :]
         tl.store(places, state_pn, both)
-        y_p += tl.sum(state_pn * C_now[None, :], axis=1)
+        y_now += tl.sum(state_pn * C_now[None, :], axis=1)
     if D is not None:
-        y_p += tl.load(D + head * D_h + ps * D_p, mask, 0.0) * x_now
+        y_now += tl.load(D + head * D_h + ps * D_p, mask, 0.0) * x_now
     if z is not None:
-        y_p *= silu(tl.load(z + row * z_b + head * z_h + ps * z_p, mask, 0.0).to(tl.float32))
-    tl.store(y + (row * h + head) * p + ps, y_p, mask)
+        y_now *= silu(tl.load(z + row * z_b + head * z_h + ps * z_p, mask, 0.0).to(tl.float32))
+    tl.store(y + row * y_b + head * y_h + ps * y_p, y_now, mask)
