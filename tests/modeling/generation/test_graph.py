@@ -390,10 +390,17 @@ def test_reasons_have_names() -> None:
     assert why_not_graph(other) == "backbone.norm_f.weight is on meta, and others are on cpu"
 
 
-def test_transformers_compiles_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "reason", "compiles"),
+    [("cuda", None, False), ("cuda", "autocast is on", True), ("xpu", None, True)],
+)
+def test_transformers_compiles_where_no_graph_serves(
+    device: str, reason: str | None, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU it would compile the step of every model with a cache of fixed size."""
     model = small_model()
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(type(model), "device", torch.device(device))
+    monkeypatch.setattr("anymamba.modeling.mamba.causal_lm.why_not_graph", lambda model: reason)
     config = model.generation_config
     given = {"cache": MambaCache(model.config, 1, device="cpu")}
-    assert not model._valid_auto_compile_criteria(given, config)
+    assert model._valid_auto_compile_criteria(given, config) == compiles

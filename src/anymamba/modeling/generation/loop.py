@@ -121,10 +121,13 @@ def why_not_loop(
         worker = "a captured graph" if captures else "the native core"
         if type(cache) is not MambaCache or not _works_on(model, cache):
             return f"the cache is no MambaCache that {worker} can work on"
+    reason = why_not_direct(model) or (why_not_graph if captures else fused.why_not_table)(model)
+    if reason is not None:
+        return reason
     untyped: Any = model  # Transformers annotates `self` there with a protocol of its own
     if untyped._valid_auto_compile_criteria(model_kwargs, config):
         return "compile_config asks for compiled steps"
-    return why_not_direct(model) or (why_not_graph if captures else fused.why_not_table)(model)
+    return None
 
 
 def is_captured(model: MambaForCausalLM) -> bool:
