@@ -253,11 +253,15 @@ def test_loading_with_a_device_map(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(found, expected)
 
 
-def test_quantized_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "places", ["auto", "cuda", "cuda:0", {"backbone": "cuda", "lm_head": "cuda:0"}]
+)
+def test_quantized_weights(places: Any, tmp_path: Path) -> None:
     write_quantized_folder(tmp_path)
     expected = MambaForCausalLM.from_pretrained(tmp_path)(IDS).logits
     with torch.no_grad(), stand_in_device() as notes:
-        model = MambaForCausalLM.from_pretrained(tmp_path, device_map="cuda")
+        model = MambaForCausalLM.from_pretrained(tmp_path, device_map=places)
+        assert model.device.type == "cuda"
         ids = IDS.to("cuda")
         forget(notes)
         logits = model(ids).logits

@@ -215,6 +215,15 @@ def test_arguments_that_a_quantized_model_cannot_meet(
         MambaForCausalLM.from_pretrained(tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize("places", [0, "cuda", {"backbone": 0, "lm_head": "cuda:0"}])
+def test_one_device_that_is_not_there(tmp_path: Path, places: Any) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("needs a machine without a GPU")
+    write_folder(tmp_path)
+    with pytest.raises(BackendError, match="there is no device 'cuda:0' here"):
+        MambaForCausalLM.from_pretrained(tmp_path, device_map=places)
+
+
 def test_what_a_quantized_folder_says_of_generating_counts(tmp_path: Path) -> None:
     write_folder(tmp_path)
     transformers.GenerationConfig(max_new_tokens=3).save_pretrained(tmp_path)

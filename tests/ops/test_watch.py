@@ -27,6 +27,10 @@ def move_weight(model: nn.Sequential) -> None:
     model[0].weight.data = torch.ones(3, 3)
 
 
+def transpose_weight(model: nn.Sequential) -> None:
+    model[0].weight.data = model[0].weight.data.t()
+
+
 def change_type(model: nn.Sequential) -> None:
     model.double()
 
@@ -52,7 +56,15 @@ def add_module(model: nn.Sequential) -> None:
 
 
 CHANGES: list[Callable[[nn.Sequential], None]] = [
-    *(add_hook, replace_module, replace_weight, move_weight, change_type, change_class),
+    *(
+        add_hook,
+        replace_module,
+        replace_weight,
+        move_weight,
+        transpose_weight,
+        change_type,
+        change_class,
+    ),
     *(replace_forward, change_setting, add_parameter, add_module),
 ]
 

@@ -229,5 +229,6 @@ def stand_in_device() -> Iterator[OnDevice]:
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         # Kernels need the memory of the device, and a graph the device itself.
         stack.enter_context(patch.dict(INSTALLED, {"triton": False, "mamba_ssm": False}))
-        stack.enter_context(patch.dict(graph.CAPTURES, clear=True))
+        for needs_device in (graph.CAPTURES, graph.MARKS):
+            stack.enter_context(patch.dict(needs_device, clear=True))
         yield stack.enter_context(OnDevice())

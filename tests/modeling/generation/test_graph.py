@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from collections.abc import Callable
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -148,6 +150,112 @@ def test_a_change_during_a_text_counts_from_the_next_step() -> None:
     assert_same(found, expected)
 
 
+def test_a_hook_that_comes_during_a_text_is_called() -> None:
+    model = talkative_model()
+    calls: list[int] = []
+
+    class Hooks(Listener):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.heard) == 4:
+                model.register_forward_hook(lambda *_: calls.append(len(self.heard)))
+
+    written(model, batch=1, streamer=Hooks())
+    assert calls == [4, 5, 6, 7]
+
+
+def assign(model: MambaForCausalLM) -> None:
+    state = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def replace_by_others(model: MambaForCausalLM) -> None:
+    """As torchao's `quantize_` does."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = nn.Parameter(module.weight.detach().as_subclass(Other))
+
+
+class Other(Tensor):
+    """A tensor with behaviour of its own."""
+
+
+@pytest.mark.parametrize("change", [assign, replace_by_others])
+def test_no_graph_keeps_old_weights_alive(change: Callable[[MambaForCausalLM], None]) -> None:
+    model = talkative_model()
+    written(model, batch=3)
+    written(model)
+    old = weakref.ref(model.backbone.layers[0].mixer.out_proj.weight)
+    change(model)
+    written(model)
+    gc.collect()
+    assert old() is None
+
+
+def test_a_change_during_a_text_frees_old_weights_at_once() -> None:
+    model = talkative_model()
+    old = weakref.ref(model.backbone.layers[0].mixer.out_proj.weight)
+    written(model, batch=3)
+    alive: list[bool] = []
+
+    class Assigns(Listener):
+        def put(self, value: Tensor) -> None:
+            super().put(value)
+            if len(self.heard) == 3:
+                assign(model)
+            gc.collect()
+            alive.append(old() is not None)
+
+    written(model, batch=1, streamer=Assigns())
+    assert alive == [True] * 3 + [False] * 5
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        lambda: torch.set_float32_matmul_precision("high"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: setattr(
+            torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
+        ),
+        lambda: torch.use_deterministic_algorithms(True),
+    ],
+    ids=["precision", "tf32", "bf16", "deterministic"],
+)
+def test_settings_of_arithmetic_count(setting: Callable[[], None], captures: list[Tensor]) -> None:
+    model = talkative_model()
+    matmul = torch.backends.cuda.matmul
+    reduced = matmul.allow_bf16_reduced_precision_reduction
+    written(model)
+    try:
+        setting()
+        written(model)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        matmul.allow_bf16_reduced_precision_reduction = reduced
+        torch.use_deterministic_algorithms(False)
+    assert len(captures) == 2
+
+
+def test_a_text_waits_for_the_copies_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, two texts may run on two streams."""
+    notes: list[str] = []
+
+    def mark(device: torch.device) -> Callable[[], object]:
+        notes.append("mark")
+        return lambda: notes.append("wait")
+
+    def copied(source: MambaCache, target: MambaCache) -> None:
+        notes.append("copy")
+
+    monkeypatch.setitem(graph.MARKS, "cpu", mark)
+    monkeypatch.setattr(graph, "_copy_state", copied)
+    model = talkative_model()
+    for _ in range(2):
+        written(model)
+    assert notes == ["copy", "copy", "mark", "wait", "copy", "copy", "mark"]
+
+
 def test_two_texts_at_once_do_not_share_a_state(captures: list[Tensor]) -> None:
     model = talkative_model()
     written(model, batch=1)  # whose graph the first of them takes
@@ -224,6 +332,42 @@ def test_a_step_that_cannot_be_captured_is_taken_all_the_same(
     assert why_not_native_loop(model) == (
         "capturing a step failed: operation not permitted when stream is capturing"
     )
+    model.backbone.layers[0].mixer.D.data = model.backbone.layers[0].mixer.D.data.clone()
+    assert why_not_native_loop(model) is None, "the next capture may succeed"
+
+
+def test_a_failure_without_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(step: Any, device: torch.device) -> Any:
+        raise RuntimeError
+
+    monkeypatch.setitem(graph.CAPTURES, "cpu", fails)
+    model = talkative_model()
+    written(model)
+    assert why_not_graph(model) == "capturing a step failed: RuntimeError()"
+
+
+def test_one_thread_captures_at_a_time(
+    captures: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other steps kernel by kernel, and captures its next text."""
+    model, other = talkative_model(), talkative_model()
+    expected = one_by_one(other)
+    capture, texts = graph.CAPTURES["cpu"], []
+
+    def slow(step: Any, device: torch.device) -> Any:
+        monkeypatch.setitem(graph.CAPTURES, "cpu", capture)
+        thread = Thread(target=lambda: texts.append(written(other)))
+        thread.start()
+        thread.join()
+        return capture(step, device)
+
+    monkeypatch.setitem(graph.CAPTURES, "cpu", slow)
+    written(model)
+    assert_same(texts[0], expected)
+    assert len(captures) == 1
+    assert why_not_graph(other) is None
+    written(other)
+    assert len(captures) == 2
 
 
 def test_reasons_have_names() -> None:
@@ -246,10 +390,17 @@ def test_reasons_have_names() -> None:
     assert why_not_graph(other) == "backbone.norm_f.weight is on meta, and others are on cpu"
 
 
-def test_transformers_compiles_only_where_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "reason", "compiles"),
+    [("cuda", None, False), ("cuda", "autocast is on", True), ("xpu", None, True)],
+)
+def test_transformers_compiles_where_no_graph_serves(
+    device: str, reason: str | None, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU it would compile the step of every model with a cache of fixed size."""
     model = small_model()
-    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    monkeypatch.setattr(type(model), "device", torch.device(device))
+    monkeypatch.setattr("anymamba.modeling.mamba.causal_lm.why_not_graph", lambda model: reason)
     config = model.generation_config
     given = {"cache": MambaCache(model.config, 1, device="cpu")}
-    assert not model._valid_auto_compile_criteria(given, config)
+    assert model._valid_auto_compile_criteria(given, config) == compiles

@@ -27,6 +27,7 @@ from transformers import (
 from anymamba import MambaCache, MambaForCausalLM
 from anymamba.modeling.generation import multinomial as drawing
 from anymamba.modeling.generation.logits_processors import process, replaced
+from anymamba.modeling.generation.logits_processors import softmax as softmax_by_rows
 from anymamba.modeling.generation.loop import NativeLoop, why_not_native_loop
 from anymamba.modeling.generation.multinomial import draws_like_torch, multinomial
 from tests.support.models import small_model, words
@@ -354,3 +355,20 @@ def test_a_torch_that_draws_otherwise_draws_itself(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(drawing, "draws_like_torch", lambda: False)
     monkeypatch.setattr(drawing, "_draw", None)
     assert multinomial(torch.tensor([[0.0, 1.0]])).tolist() == [1]
+
+
+@pytest.mark.parametrize(("device", "launches"), [("cpu", 3), ("meta", 1)])
+def test_softmax_launches_once_on_a_gpu(
+    device: str, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Tensor] = []
+    softmax = torch.softmax
+
+    def counted(scores: Tensor, axis: int) -> Tensor:
+        calls.append(scores)
+        return softmax(scores, axis)
+
+    monkeypatch.setattr(torch, "softmax", counted)
+    found = softmax_by_rows(torch.zeros(3, 5, device=device))
+    assert found.shape == (3, 5)
+    assert len(calls) == launches

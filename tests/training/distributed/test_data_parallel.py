@@ -78,10 +78,15 @@ def test_a_model_may_be_born_sharded(architecture: str, tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"num_hidden_layers": 1}
     if architecture == "mamba2":
         sizes |= {"num_heads": 4, "head_dim": 6, "n_groups": 1, "chunk_size": 8}
-    one, other = launch(work.born_sharded, 2, tmp_path / "run", architecture, sizes)
-    for name, weight in one.items():
-        assert torch.equal(weight, other[name]), name
-        assert torch.isfinite(weight).all(), name
+    found = launch(work.born_sharded, 2, tmp_path / "run", architecture, sizes)
+    one = found[0]["whole"]
+    assert all(torch.isfinite(weight).all() for weight in one.values())
+    drawn, others = (each["drawn"] for each in found)
+    assert drawn.keys() == others.keys()
+    assert any(not torch.equal(drawn[name], others[name]) for name in drawn)
+    for name, values in drawn.items():
+        for each, part in zip(found, values.chunk(2), strict=True):
+            assert torch.equal(each["parts"][name], part), name
     prefix = "backbone.layers.0.mixer."
     rates = one[f"{prefix}A_log"].exp()
     if architecture == "mamba":

@@ -1,7 +1,9 @@
 """What the processes of these tests do. It needs no process group where there is one process."""
 
+import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -13,6 +15,7 @@ from anymamba.errors import AnyMambaError
 from anymamba.modeling.auto import new_causal_lm
 from anymamba.modeling.config import CONFIGS
 from anymamba.modeling.fused import why_not_fused
+from anymamba.modeling.mamba.stateful import fill
 from anymamba.training.distributed import (
     chunk_of,
     load_sharded,
@@ -107,15 +110,28 @@ def with_fsdp(checkpointing: bool = False) -> tuple[list[float], dict[str, Tenso
     return losses, whole_weights(model), facts
 
 
-def born_sharded(architecture: str, sizes: Record) -> dict[str, Tensor]:
-    """The weights of a model that no process ever holds whole; each draws other numbers."""
+def born_sharded(architecture: str, sizes: Record) -> Record:
+    """The weights of a model that no process ever holds whole; each draws other numbers.
+
+    With this process's part of them, and the values that it drew for those of the mixers.
+    """
     torch.manual_seed(rank())
     with torch.device("meta"):
         model = new_causal_lm(CONFIGS[architecture](vocab_size=19, hidden_size=12, **sizes))
     shard(model)
     model.to_empty(device="cpu")
-    model.init_weights()
-    return whole_weights(model)
+    names = {id(weight): name for name, weight in model.named_parameters()}
+    drawn: dict[str, Tensor] = {}
+
+    def noted(weight: Tensor, values: Tensor) -> None:
+        drawn[names[id(weight)]] = values.clone()
+        fill(weight, values)
+
+    mixer = sys.modules[type(model.backbone.layers[0].mixer).__module__]
+    with patch.object(mixer, "fill", noted):
+        model.init_weights()
+    parts = {name: weight.to_local().detach() for name, weight in model.named_parameters()}
+    return {"whole": whole_weights(model), "parts": parts, "drawn": drawn}
 
 
 def with_fsdp_in_bfloat16() -> tuple[list[float], Record]:

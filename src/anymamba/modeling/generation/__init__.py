@@ -1,11 +1,10 @@
 """`generate` in a loop of our own, with Transformers' results."""
 
+from anymamba.modeling.generation.direct import records_methods, why_not_direct
 from anymamba.modeling.generation.graph import captured_steps, why_not_graph
 from anymamba.modeling.generation.loop import (
     NativeLoop,
     is_captured,
-    records_methods,
-    why_not_direct,
     why_not_loop,
     why_not_native_loop,
 )

@@ -59,8 +59,11 @@ def process(processors: LogitsProcessorList, input_ids: Tensor, scores_bv: Tenso
 
 
 def softmax(scores_bv: Tensor) -> Tensor:
-    """`torch.softmax` over the last axis, a row at a time so that no other thread wakes."""
-    if not 1 < len(scores_bv) <= _MOST_ROWS:
+    """`torch.softmax` over the last axis.
+
+    On the CPU a row at a time, so that no other thread wakes; on a GPU each row would be a launch.
+    """
+    if scores_bv.device.type != "cpu" or not 1 < len(scores_bv) <= _MOST_ROWS:
         return torch.softmax(scores_bv, -1)
     return torch.cat([torch.softmax(row, -1) for row in scores_bv.split(1)])
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
@@ -24,15 +24,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from anymamba.modeling import fused
 from anymamba.modeling.cache import MambaCache
+from anymamba.modeling.generation.direct import why_not_direct
 from anymamba.modeling.generation.graph import CAPTURES, Step, why_not_graph
 from anymamba.modeling.generation.logits_processors import process, softmax
 from anymamba.modeling.generation.multinomial import multinomial
-from anymamba.ops.fusable import HOOKS
 
 if TYPE_CHECKING:
     from anymamba.modeling.mamba import MambaForCausalLM
-
-_Model = TypeVar("_Model", bound=type[GenerationMixin])
 
 _MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # Keywords of `generate` that reach no loop: they are objects to call, or were dealt with before.
@@ -60,25 +58,6 @@ _KNOWN = frozenset(
         "use_cache",
     }
 )
-# What Transformers' loop calls and this one does not, or not at each step.
-_METHODS = (
-    "__call__",
-    "_call_impl",
-    "forward",
-    "prepare_inputs_for_generation",
-    "_prefill",
-    "_has_unfinished_sequences",
-    "_optimize_model_for_decode",
-    "_update_model_kwargs_for_generation",
-)
-_originals: dict[str, Any] = {}
-_TRANSFORMERS_LOOP = GenerationMixin._sample
-
-
-def records_methods(kind: _Model) -> _Model:
-    """Note a class's methods that Transformers' loop would call, to notice replaced ones."""
-    _originals.update({name: getattr(kind, name) for name in _METHODS})
-    return kind
 
 
 def why_not_native_loop(
@@ -142,10 +121,13 @@ def why_not_loop(
         worker = "a captured graph" if captures else "the native core"
         if type(cache) is not MambaCache or not _works_on(model, cache):
             return f"the cache is no MambaCache that {worker} can work on"
+    reason = why_not_direct(model) or (why_not_graph if captures else fused.why_not_table)(model)
+    if reason is not None:
+        return reason
     untyped: Any = model  # Transformers annotates `self` there with a protocol of its own
     if untyped._valid_auto_compile_criteria(model_kwargs, config):
         return "compile_config asks for compiled steps"
-    return why_not_direct(model) or (why_not_graph if captures else fused.why_not_table)(model)
+    return None
 
 
 def is_captured(model: MambaForCausalLM) -> bool:
@@ -155,21 +137,6 @@ def is_captured(model: MambaForCausalLM) -> bool:
 
 def _works_on(model: MambaForCausalLM, cache: MambaCache) -> bool:
     return cache.device == model.device if is_captured(model) else fused.fits(cache)
-
-
-def why_not_direct(model: MambaForCausalLM) -> str | None:
-    """Why a step has to be a call of the model itself, whatever its parts are."""
-    if GenerationMixin._sample is not _TRANSFORMERS_LOOP:
-        return "_sample was replaced"
-    own, kind = model.__dict__, type(model)
-    for name, original in _originals.items():
-        if name in own or getattr(kind, name) is not original:
-            return f"{name} was replaced"
-    if own.get("_compiled_call_impl") is not None:
-        return "the model is compiled"
-    if any(own[hooks] for hooks in HOOKS):
-        return "the model has hooks"
-    return None
 
 
 @dataclass(frozen=True)

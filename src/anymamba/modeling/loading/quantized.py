@@ -87,20 +87,38 @@ def _refuse_others(given: Mapping[str, Any]) -> None:
 
 
 def _one_device(device_map: Any) -> torch.device | None:
-    """The device that a map names for all parts; None where it leaves the choice to us."""
-    if device_map is None or device_map == "auto":
+    """The device that a map names for all parts, a GPU if there is one for "auto"; None for None.
+
+    Raises:
+        InputError: the map names several devices, or something else.
+        BackendError: there is no such device.
+    """
+    if device_map is None:
         return None
-    places = list(device_map.values()) if isinstance(device_map, dict) else [device_map]
-    try:
-        devices = {torch.device(place) for place in places}
-    except (RuntimeError, TypeError):
-        devices = set()
-    if len(devices) != 1:
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    devices = {_device_name(place) for place in places}
+    name = devices.pop() if len(devices) == 1 else None
+    if name is None:
         raise InputError(
             f"device_map is {device_map!r}: a quantized model lies on one device; name it, such as "
             'device_map="cuda"'
         )
-    return find_device(str(devices.pop()))
+    return find_device(name)
+
+
+def _device_name(place: Any) -> str | None:
+    """A device by one name, for 0, "cuda" and "cuda:0" are the same one; None for what is none."""
+    if place == "auto":
+        return "auto"
+    if isinstance(place, int) and not torch.accelerator.is_available():
+        place = f"cuda:{place}"  # PyTorch refuses the number
+    try:
+        name = str(torch.device(place))
+    except (RuntimeError, TypeError):
+        return None
+    if name == "cuda":
+        name = f"cuda:{torch.cuda.current_device() if torch.cuda.is_available() else 0}"
+    return name
 
 
 def _put_weights(model: Any, found: Checkpoint) -> None:

@@ -27,6 +27,7 @@ from anymamba.modeling.generation import (
     is_captured,
     records_methods,
     why_not_direct,
+    why_not_graph,
     why_not_loop,
 )
 from anymamba.modeling.mamba.model import (
@@ -333,12 +334,14 @@ class MambaForCausalLM(MambaPreTrainedModel, GenerationMixin):
     def _valid_auto_compile_criteria(
         self, model_kwargs: dict[str, Any], generation_config: GenerationConfig
     ) -> bool:
-        """Whether `generate` compiles a step: where `compile_config` asks for it.
+        """Whether `generate` compiles a step, which Transformers would on every GPU.
 
-        Transformers would on every GPU, which takes minutes; a captured graph takes seconds.
+        Where a captured graph serves, only if `compile_config` asks for it.
         """
-        if generation_config.compile_config is None:
-            return False
+        if is_captured(self) and generation_config.compile_config is None:
+            reason = why_not_direct(self) or why_not_graph(self)
+            if reason is None:
+                return False
         parent: Any = super()
         return bool(parent._valid_auto_compile_criteria(model_kwargs, generation_config))
 
