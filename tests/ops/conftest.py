@@ -60,3 +60,9 @@ def _kernels(name: str) -> Iterator[None]:
     else:
         with natively(name):
             yield
+
+
+@pytest.fixture
+def automatic_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is chosen, whatever the environment says that the tests run with."""
+    monkeypatch.delenv("ANYMAMBA_BACKEND", raising=False)

@@ -24,6 +24,8 @@ from anymamba.ops.ssd.arguments import SsdArguments
 from tests.support.operators import scan_inputs
 from tests.support.tolerance import assert_contract
 
+pytestmark = pytest.mark.usefixtures("automatic_choice")
+
 
 def test_a_choice_lasts_as_long_as_its_context() -> None:
     assert ops.backend() == "auto"

@@ -13,7 +13,7 @@ from anymamba.errors import BackendError
 from tests.support.operators import scan_inputs
 from tests.support.tolerance import assert_each, assert_gradient
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("automatic_choice")]
 
 Operator = Callable[..., tuple[Tensor, ...]]
 b, l, e, n, k = 2, 5, 3, 2, 3
