@@ -127,6 +127,7 @@ def test_stopping_frees_the_server_and_keeps_the_text(opened: Opens, address: st
     while httpx.get(f"{address}/health", timeout=30).json()["running"]:
         page.wait_for_timeout(10)
     page.get_by_role("button", name="Send").click()  # nothing more said: it goes on
+    expect(written).to_have_text(re.compile(r"\w"))  # an answer stopped before that is not kept
     page.get_by_role("button", name="Stop").click()
     finished(page, 3)
 
