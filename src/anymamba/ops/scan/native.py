@@ -4,43 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from anymamba.ops.custom_operator import Recurrence, define_update
-from anymamba.ops.native import core, handed, in_float32, segment_table
-from anymamba.ops.scan import reference
+from anymamba.ops.native import core, handed, in_float32
 from anymamba.ops.scan.arguments import ScanArguments, StepArguments, in_groups
-from anymamba.ops.segments import count_states, segments_from_table
+from anymamba.ops.scan.operator import ScanInputs, by_reference, call
 
 
 def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """Arguments and returns as in `anymamba.ops.selective_scan`."""
-    x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e, softplus = arguments[:9]
-    tensors = (
-        x_ble,
-        delta_ble,
-        in_float32(A_en),
-        *in_groups(B_bln, C_bln, x_ble.ndim),
-        in_float32(D_e),
-        z_ble,
-        in_float32(delta_bias_e),
-        in_float32(arguments.initial_state),
-    )
-    will_go_back = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
-    )
-    y_ble, last, _ = _scan(
-        *tensors,
-        segment_table(arguments.segments),
-        count_states(arguments.segments, x_ble.shape[0]),
-        softplus,
-        arguments.reverse,
-        will_go_back,
-    )
-    return y_ble, last
+    return call(_scan, arguments)
 
 
 @torch.no_grad()
@@ -67,29 +44,14 @@ def selective_state_update(arguments: StepArguments) -> Tensor:
     return y_be
 
 
-class _Inputs(NamedTuple):
-    x: Tensor  # (b, l, e)
-    delta: Tensor  # (b, l, e)
-    A: Tensor  # (e, n)
-    B: Tensor  # (b, l, g, n)
-    C: Tensor  # (b, l, g, n)
-    D: Tensor | None  # (e,)
-    z: Tensor | None  # (b, l, e)
-    delta_bias: Tensor | None  # (e,)
-    initial: Tensor | None  # (n_states, e, n)
-    segments: Tensor | None  # (5, s)
-    n_states: int
-    softplus: bool
-    reverse: bool
-    will_go_back: bool = True
-
-    def for_core(self) -> tuple[Any, ...]:
-        """As the core takes them."""
-        *tensors, initial = (handed(tensor) for tensor in self[:9])
-        return *tensors, self.softplus, initial, self.segments, self.n_states, self.reverse
+def _for_core(inputs: ScanInputs) -> tuple[Any, ...]:
+    """As the core takes them."""
+    *tensors, initial = (handed(tensor) for tensor in inputs[:9])
+    options = (inputs.segments, inputs.n_states, inputs.reverse)
+    return *tensors, inputs.softplus, initial, *options
 
 
-def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states, and what the backward pass needs (empty unless it will come)."""
     x, segments = inputs.x, inputs.segments
     (b, l, _), (e, n) = x.shape, inputs.A.shape
@@ -103,19 +65,19 @@ def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), last, kept
 
 
-def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def _forward(inputs: ScanInputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
     y, last, kept = outputs
     used = _used(inputs, kept) if inputs.will_go_back else None
     if used is not None:
         kept[used.numel() :].zero_()
-    core().scan(*inputs.for_core(), y, last, used)
+    core().scan(*_for_core(inputs), y, last, used)
 
 
 def _backward(
-    inputs: _Inputs, kept: Sequence[Tensor], dy: Tensor, dlast: Tensor | None, gradients: Any
+    inputs: ScanInputs, kept: Sequence[Tensor], dy: Tensor, dlast: Tensor | None, gradients: Any
 ) -> None:
     core().scan_backward(
-        *inputs.for_core(),
+        *_for_core(inputs),
         _used(inputs, kept[0]),
         dy.detach(),
         None if dlast is None else dlast.detach().contiguous(),
@@ -131,27 +93,20 @@ def _chunk_steps() -> int:
     return many // chunks
 
 
-def _used(inputs: _Inputs, kept: Tensor) -> Tensor:
+def _used(inputs: ScanInputs, kept: Tensor) -> Tensor:
     """The part of the states kept for the backward pass that these segments fill."""
     sizes = (*inputs.x.shape, inputs.A.shape[1])
     floats = core().scan_checkpoint_floats(*sizes, inputs.segments, inputs.n_states)
     return kept.detach()[:floats]
 
 
-def _reference(inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    x, delta, A, B, C, D, z, delta_bias, initial, table, n_states, softplus, reverse, _ = inputs
-    segments = segments_from_table(table, n_states)
-    options = (delta_bias, softplus, initial, True, segments, reverse)
-    return reference.selective_scan(ScanArguments(x, delta, A, B, C, D, z, *options))
-
-
 _scan = Recurrence(
     "selective_scan",
-    _Inputs,
+    ScanInputs,
     allocate=_allocate,
     forward=_forward,
     backward=_backward,
-    reference=_reference,
+    reference=by_reference,
     in_float32=("B", "C"),  # which are summed over channels
 ).operator
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from anymamba.ops.custom_operator import Recurrence, define_update
 from anymamba.ops.flops import register_flops
-from anymamba.ops.native import in_float32, segment_table
-from anymamba.ops.scan import reference
+from anymamba.ops.native import in_float32
 from anymamba.ops.scan.arguments import ScanArguments, StepArguments, in_groups
+from anymamba.ops.scan.operator import ScanInputs, by_reference, call
 from anymamba.ops.scan.triton_backward_kernels import (
     scan_backward_kernel,
     split_gradients_kernel,
@@ -27,7 +27,6 @@ from anymamba.ops.scan.triton_kernels import (
     scan_step_kernel,
     split_ends_kernel,
 )
-from anymamba.ops.segments import count_states, segments_from_table
 from anymamba.ops.triton import (
     MOST_STATES,
     launch_options,
@@ -49,29 +48,7 @@ STEP_TILE = 1024
 
 def selective_scan(arguments: ScanArguments) -> tuple[Tensor, Tensor]:
     """Arguments and returns as in `anymamba.ops.selective_scan`."""
-    x_ble, delta_ble, A_en, B_bln, C_bln, D_e, z_ble, delta_bias_e, softplus = arguments[:9]
-    tensors = (
-        x_ble,
-        delta_ble,
-        in_float32(A_en),
-        *in_groups(B_bln, C_bln, x_ble.ndim),
-        in_float32(D_e),
-        z_ble,
-        in_float32(delta_bias_e),
-        in_float32(arguments.initial_state),
-    )
-    will_go_back = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in tensors
-    )
-    y_ble, last, _ = _scan(
-        *tensors,
-        segment_table(arguments.segments),
-        count_states(arguments.segments, x_ble.shape[0]),
-        softplus,
-        arguments.reverse,
-        will_go_back,
-    )
-    return y_ble, last
+    return call(_scan, arguments)
 
 
 @torch.no_grad()
@@ -90,23 +67,6 @@ def selective_state_update(arguments: StepArguments) -> Tensor:
         softplus,
     )
     return y_be
-
-
-class _Inputs(NamedTuple):
-    x: Tensor  # (b, l, e)
-    delta: Tensor  # (b, l, e)
-    A: Tensor  # (e, n)
-    B: Tensor  # (b, l, g, n)
-    C: Tensor  # (b, l, g, n)
-    D: Tensor | None  # (e,)
-    z: Tensor | None  # (b, l, e)
-    delta_bias: Tensor | None  # (e,)
-    initial: Tensor | None  # (n_states, e, n)
-    segments: Tensor | None  # (5, s)
-    n_states: int
-    softplus: bool
-    reverse: bool
-    will_go_back: bool = True
 
 
 class _Plan(NamedTuple):
@@ -128,13 +88,13 @@ class _Plan(NamedTuple):
     is_joined: bool  # whether a segment consists of several splits, whose states are joined
 
 
-def _tile(inputs: _Inputs) -> tuple[int, int]:
+def _tile(inputs: ScanInputs) -> tuple[int, int]:
     """The steps and channels of a tile."""
     (_, l, e), groups = inputs.x.shape, inputs.B.shape[2]
     return tile_side(l, STEPS), tile_side(e // groups, CHANNELS)
 
 
-def _plan(inputs: _Inputs) -> _Plan:
+def _plan(inputs: ScanInputs) -> _Plan:
     (b, l, e), groups = inputs.x.shape, inputs.B.shape[2]
     T, E = _tile(inputs)
     blocks_per_group = -(-(e // groups) // E)
@@ -202,7 +162,7 @@ def _cut(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return firsts, wholes, torch.arange(len(wholes)) - firsts[wholes]
 
 
-def _most_kept(inputs: _Inputs) -> int:
+def _most_kept(inputs: ScanInputs) -> int:
     """At least the number of states that are kept for the backward pass, by the shapes alone.
 
     Two at least: a compiler makes another graph for a size of 1.
@@ -213,7 +173,7 @@ def _most_kept(inputs: _Inputs) -> int:
     return b * l // steps + inputs.segments.shape[1] + 1
 
 
-def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(inputs: ScanInputs) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last states, and those kept on the way (empty unless a backward pass comes)."""
     x, (e, n) = inputs.x, inputs.A.shape
     last = x.new_empty((inputs.n_states, e, n), dtype=torch.float32)
@@ -221,7 +181,7 @@ def _allocate(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), last, x.new_empty((kept, n, e), dtype=torch.float32)
 
 
-def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def _forward(inputs: ScanInputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
     y, last, kept = outputs
     x, delta, A, _, _, D, z, delta_bias, initial = inputs[:9]
     if x.numel() == 0:
@@ -255,7 +215,7 @@ def _forward(inputs: _Inputs, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
 
 
 def _backward(
-    inputs: _Inputs, kept: Sequence[Tensor], dy: Tensor, dlast: Tensor | None, gradients: Any
+    inputs: ScanInputs, kept: Sequence[Tensor], dy: Tensor, dlast: Tensor | None, gradients: Any
 ) -> None:
     x, delta, A, _, _, D, z, delta_bias, _ = inputs[:9]
     dx, ddelta, dA, dB, dC, dD, dz, dbias, dinitial = gradients
@@ -302,7 +262,7 @@ def _backward(
                 torch.sum(parts, 0, out=total)
 
 
-def _sizes(inputs: _Inputs, plan: _Plan) -> tuple[int, ...]:
+def _sizes(inputs: ScanInputs, plan: _Plan) -> tuple[int, ...]:
     """The numbers that all kernels over tiles take."""
     (_, l, e), groups = inputs.x.shape, inputs.B.shape[2]
     per_row = (plan.chunks_per_row, plan.splits_per_row, plan.chunks_per_split)
@@ -310,13 +270,13 @@ def _sizes(inputs: _Inputs, plan: _Plan) -> tuple[int, ...]:
     return plan.chunks, plan.splits, l, *per_row, e, *blocks
 
 
-def _options(inputs: _Inputs, plan: _Plan, registers: int | None = None) -> dict[str, Any]:
+def _options(inputs: ScanInputs, plan: _Plan, registers: int | None = None) -> dict[str, Any]:
     """What all kernels over tiles are compiled for."""
     compiled = {"N": inputs.A.shape[1], "SOFTPLUS": inputs.softplus, "REVERSE": inputs.reverse}
     return compiled | {"T": plan.T, "E": plan.E} | launch_options(1, registers)
 
 
-def _pack(maps: Tensor, inputs: _Inputs, plan: _Plan) -> Tensor:
+def _pack(maps: Tensor, inputs: ScanInputs, plan: _Plan) -> Tensor:
     """B or C as the kernels read it, (chunks, g, n, T)."""
     groups, n = maps.shape[2:]
     packed = maps.new_empty((plan.chunks, groups, n, plan.T), dtype=torch.float32)
@@ -332,7 +292,7 @@ def _pack(maps: Tensor, inputs: _Inputs, plan: _Plan) -> Tensor:
     return packed
 
 
-def _unpack(parts: Tensor, total: Tensor, inputs: _Inputs, plan: _Plan) -> None:
+def _unpack(parts: Tensor, total: Tensor, inputs: ScanInputs, plan: _Plan) -> None:
     """The blocks' parts of dB or dC, (blocks per group, chunks, g, n, T), added up."""
     groups, n = total.shape[2:]
     unpack_map_gradients_kernel[(plan.chunks * groups,)](
@@ -347,7 +307,7 @@ def _unpack(parts: Tensor, total: Tensor, inputs: _Inputs, plan: _Plan) -> None:
 
 
 def _join(
-    inputs: _Inputs,
+    inputs: ScanInputs,
     plan: _Plan,
     ends: Tensor,
     sums: Tensor,
@@ -372,12 +332,12 @@ def _join(
     return starts
 
 
-def _states(inputs: _Inputs, slots: int) -> Tensor:
+def _states(inputs: ScanInputs, slots: int) -> Tensor:
     e, n = inputs.A.shape
     return inputs.x.new_empty((slots, n, e), dtype=torch.float32)
 
 
-def _split_buffers(inputs: _Inputs, plan: _Plan) -> tuple[Tensor, Tensor]:
+def _split_buffers(inputs: ScanInputs, plan: _Plan) -> tuple[Tensor, Tensor]:
     """What splits add to the state, (splits, n, e), and their sums of step sizes, (splits, e)."""
     sums = inputs.x.new_empty((plan.splits, inputs.x.shape[2]), dtype=torch.float32)
     return _states(inputs, plan.splits).zero_(), sums
@@ -391,20 +351,13 @@ def _carry_over(after: Tensor, before: Tensor | None) -> None:
         after.copy_(before)
 
 
-def _reference(inputs: _Inputs) -> tuple[Tensor, Tensor]:
-    x, delta, A, B, C, D, z, delta_bias, initial, table, n_states, softplus, reverse, _ = inputs
-    segments = segments_from_table(table, n_states)
-    options = (delta_bias, softplus, initial, True, segments, reverse)
-    return reference.selective_scan(ScanArguments(x, delta, A, B, C, D, z, *options))
-
-
 _scan = Recurrence(
     "selective_scan_triton",
-    _Inputs,
+    ScanInputs,
     allocate=_allocate,
     forward=_forward,
     backward=_backward,
-    reference=_reference,
+    reference=by_reference,
     in_float32=("B", "C"),  # which are summed over channels
     device_types=None,
 ).operator
